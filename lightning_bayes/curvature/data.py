@@ -1,0 +1,135 @@
+"""The training examples, each once and in a fixed order, whatever loader they come from."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
+
+__all__ = ["Examples", "examples_from_loader", "examples_from_tensors"]
+
+SMALLEST_DEFAULT_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A training set that can be read again and again."""
+
+    num_examples: int
+    read: Callable[[], Iterable[Any]]
+    """Starts one pass over the batches."""
+    num_batches: int
+
+
+def examples_from_tensors(
+    tensors: Sequence[Tensor], batch_size: int | None, max_examples: int | None
+) -> Examples:
+    """Examples from (inputs, targets) with the examples in the first dimension.
+
+    Raises:
+        ValueError: If they are not two tensors of equally many examples, or empty.
+    """
+    if len(tensors) != 2 or not all(isinstance(tensor, Tensor) and tensor.dim() > 0 for tensor in tensors):  # noqa: PLR2004
+        raise ValueError(
+            "Expected argument `data` to be a DataLoader or a tuple of two tensors (inputs, targets), got "
+            f"({', '.join(type(tensor).__name__ for tensor in tensors)})."
+        )
+    inputs, targets = tensors
+    if len(inputs) != len(targets) or len(inputs) == 0:
+        raise ValueError(
+            f"Expected equally many inputs and targets, at least one; got {len(inputs)} and {len(targets)}."
+        )
+    if max_examples is not None and max_examples < len(inputs):
+        chosen = torch.tensor(_subset(range(len(inputs)), max_examples), device=inputs.device)
+        inputs, targets = inputs[chosen], targets[chosen.to(targets.device)]
+    size = batch_size or 256
+
+    def read() -> Iterator[tuple[Tensor, Tensor]]:
+        yield from zip(inputs.split(size), targets.split(size), strict=True)
+
+    return Examples(len(inputs), read, -(-len(inputs) // size))
+
+
+def examples_from_loader(
+    loader: "DataLoader[Any]", batch_size: int | None, max_examples: int | None
+) -> Examples:
+    """Examples that a training loader draws from: unshuffled, nothing dropped, nothing twice, no shard.
+
+    Args:
+        loader: Left alone, its generators too: another loader reads its dataset.
+        batch_size: None for the loader's own, raised to at least 32.
+        max_examples: A random subset of this size, the same at every call.
+
+    Raises:
+        ValueError: If the loader is empty, of unknown length, or yields whole batches.
+    """
+    dataset = loader.dataset
+    if loader.batch_sampler is None:
+        raise ValueError(
+            "The DataLoader has batch_size=None, so its dataset yields batches rather than examples and they "
+            "cannot be counted. Give it a batch_size, or pass the examples as tensors to laplace_evidence()."
+        )
+    own_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    size = batch_size or max(SMALLEST_DEFAULT_BATCH, own_size or 0)
+    arguments: dict[str, Any] = {
+        "batch_size": size,
+        "collate_fn": loader.collate_fn,
+        "num_workers": loader.num_workers,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context if loader.num_workers else None,
+    }
+    if isinstance(dataset, IterableDataset):
+        num_examples = _length(dataset)
+        if max_examples is not None and max_examples < num_examples:
+            raise ValueError("`max_examples` needs a map-style dataset; an IterableDataset is read whole.")
+    else:
+        indices = _training_indices(loader)
+        if max_examples is not None and max_examples < len(indices):
+            indices = _subset(indices, max_examples)
+        num_examples = len(indices)
+        arguments["sampler"] = indices
+    if num_examples == 0:
+        raise ValueError("The training DataLoader is empty: there is nothing to take the evidence of.")
+    return Examples(num_examples, lambda: DataLoader(dataset, **arguments), -(-num_examples // size))
+
+
+def _length(dataset: Dataset[Any]) -> int:
+    try:
+        return len(dataset)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError) as error:
+        raise ValueError(
+            f"The dataset {type(dataset).__name__} has no length, so the number of training examples N is "
+            "unknown. Give the dataset a __len__, or pass a sample of it as tensors to laplace_evidence()."
+        ) from error
+
+
+def _training_indices(loader: "DataLoader[Any]") -> Sequence[int]:
+    """Indices that the loader can draw, each once."""
+    dataset, sampler = loader.dataset, loader.sampler
+    size = _length(dataset)
+    if isinstance(sampler, SubsetRandomSampler):
+        return list(sampler.indices)
+    whole = isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler)
+    if whole or not hasattr(sampler, "__len__") or len(sampler) >= size:
+        # A DistributedSampler holds a shard of the dataset; the evidence is that of the whole. Weighted and
+        # balanced samplers repeat examples: the likelihood counts each once.
+        return range(size)
+    # An unknown sampler that draws fewer than all: what it would draw now, asked of a copy because samplers
+    # keep generators.
+    return sorted(set(copy.deepcopy(sampler, {id(dataset): dataset})))
+
+
+def _subset(indices: Sequence[int], size: int) -> list[int]:
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:size]
+    return [indices[i] for i in sorted(order.tolist())]

@@ -1,0 +1,251 @@
+"""The whole generalized Gauss-Newton matrix, nothing dropped, through whichever side is smaller.
+
+Primal: G = VᵀV [p, p] when parameters are fewer than rows. Dual: K = V Λ⁻¹ Vᵀ [rows, rows] otherwise, by
+ln det(I + Λ⁻¹ᐟ² VᵀV Λ⁻¹ᐟ²) = ln det(I + V Λ⁻¹ Vᵀ) (Sylvester). For a linear layer K is (g gᵀ) ∘ (a aᵀ),
+so that its p-long rows are never formed.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_bayes.curvature.base import Curvature, CurvatureSummary, Problem, accumulation_dtype
+from lightning_bayes.curvature.errors import EvidenceUnavailableError
+from lightning_bayes.curvature.gram import KeptRows, combine_all, dot_all, fill_gram, keep, tiles_of
+from lightning_bayes.curvature.rows import RowBlock
+
+__all__ = ["DualCurvature", "PrimalCurvature", "full_curvature"]
+
+FLOAT64_LIMIT = 4096
+"""Up to this size the dual matrix is float64 whatever the model's type is, and the trace exact."""
+NUM_PROBES = 256
+"""Random vectors of the trace estimate beyond `FLOAT64_LIMIT`."""
+TILE_ROWS = 1024
+"""Rows of one tile of the dual matrix: large enough for the matrix product, small beside the matrix."""
+PIVOT_TOLERANCE = 1e-2
+"""How far below 1 rounding may push a pivot of I + K before the factor is not believed."""
+NUM_REFINEMENTS = 1
+"""Steps of iterative refinement of the Newton decrement: a factor in float32 needs one."""
+
+
+def full_curvature(problem: Problem) -> Curvature:
+    """Return the smaller of the two exact structures."""
+    smaller_side = PrimalCurvature if problem.num_parameters <= problem.num_rows else DualCurvature
+    return smaller_side(problem)
+
+
+class PrimalCurvature(Curvature):
+    """G [p, p] by accumulation over the batches, in float64."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        p, dtype = problem.num_parameters, accumulation_dtype(problem.device)
+        self._matrix = torch.zeros(p, p, dtype=dtype, device=problem.device)
+
+    def update(self, block: RowBlock) -> None:
+        """See `Curvature.update`."""
+        found: dict[str, Tensor] = {}
+        for layer in block.layers:
+            found |= layer.dense()
+        if not found:
+            return
+        like = next(iter(found.values()))
+        rows = [
+            found[name] if name in found else like.new_zeros(*like.shape[:2], shape.numel())
+            for name, shape in self.problem.shapes.items()
+        ]
+        stacked = torch.cat(rows, dim=2).flatten(0, 1).to(self._matrix)
+        self._matrix.addmm_(stacked.mT, stacked)
+
+    def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
+        """See `Curvature.at`."""
+        shapes = self.problem.shapes
+        scale = torch.cat(
+            [self._matrix.new_full((shape.numel(),), precision[name] ** -0.5) for name, shape in shapes.items()]
+        )
+        scaled = scale.unsqueeze(1) * self._matrix * scale
+        scaled.diagonal().add_(1.0)
+        factor = _cholesky(scaled)
+        vector = torch.cat([gradient[name].flatten() for name in shapes]).to(scale) * scale
+        whitened = torch.linalg.solve_triangular(factor, vector.unsqueeze(1), upper=False)
+        trace = torch.cholesky_inverse(factor).diagonal().sum().item()
+        return CurvatureSummary(_log_det(factor), len(scale) - trace, 0.0, whitened.square().sum().item())
+
+    @property
+    def exact(self) -> bool:
+        """See `Curvature.exact`."""
+        return True
+
+    @property
+    def lower_bounds_evidence(self) -> bool:
+        """Trivially: the bound is attained."""
+        return True
+
+
+class DualCurvature(Curvature):
+    """K = V Λ⁻¹ Vᵀ [rows, rows] from rows that are kept in their factored form.
+
+    Memory: one rows × rows matrix, factorised in place, beside the rows' factors.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self._kept: dict[tuple[str, ...], list[KeptRows]] = {}
+
+    def update(self, block: RowBlock) -> None:
+        """See `Curvature.update`."""
+        layers = [keep(layer) for layer in block.layers]
+        if self._kept and set(self._kept) != {layer.names for layer in layers}:
+            raise ValueError(
+                "The network uses different layers for different batches; the exact evidence needs the same "
+                'ones for all. Use structure="kron" or structure="diag".'
+            )
+        for layer in layers:
+            self._kept.setdefault(layer.names, []).append(layer)
+
+    def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
+        """See `Curvature.at`."""
+        for names, blocks in self._kept.items():
+            self._kept[names] = [blocks[0].merge(blocks)]
+        layers = [blocks[0] for blocks in self._kept.values()]
+        if not layers:
+            raise ValueError("No parameter that carries a prior has an influence on the network's outputs.")
+        accurate = accumulation_dtype(self.problem.device)
+        system = _factorise(layers, precision, accurate, self.problem.dtype)
+        gamma, stderr = _effective_parameters(system.factor)
+        layers = [layer.to(accurate) for layer in layers]
+        quadratic = _quadratic(layers, system, precision, gradient)
+        return CurvatureSummary(_log_det(system.factor), gamma, stderr, quadratic)
+
+    @property
+    def exact(self) -> bool:
+        """See `Curvature.exact`."""
+        return True
+
+    @property
+    def lower_bounds_evidence(self) -> bool:
+        """Trivially: the bound is attained."""
+        return True
+
+
+@dataclass(frozen=True)
+class _System:
+    """A factor of I + K, and the order in which its rows stand."""
+
+    factor: Tensor  # [rows, rows], lower
+    tiles: list[slice]
+
+    def solve(self, coefficients: Tensor) -> Tensor:
+        """(I + K)⁻¹ times coefficients [C, N], in their type."""
+        columns = len(coefficients)
+        ordered = torch.cat([coefficients[:, tile].flatten() for tile in self.tiles]).to(self.factor)
+        solved = torch.cholesky_solve(ordered.unsqueeze(1), self.factor).squeeze(1).to(coefficients)
+        sizes = [columns * (tile.stop - tile.start) for tile in self.tiles]
+        return torch.cat([part.unflatten(0, (columns, -1)) for part in solved.split(sizes)], dim=1)
+
+
+def _factorise(
+    layers: Sequence[KeptRows], precision: Mapping[str, float], accurate: torch.dtype, fast: torch.dtype
+) -> _System:
+    """Factorise I + K in the accurate type where that is cheap, else in the fast one if it can be believed."""
+    columns, num_examples = layers[0].rows.shape[:2]
+    tiles = tiles_of(num_examples, columns, TILE_ROWS)
+    small = columns * num_examples <= FLOAT64_LIMIT
+    for dtype in (accurate,) if small else dict.fromkeys((fast, accurate)):
+        cast = [layer.to(dtype) for layer in layers]
+        factor = _cholesky_of_gram(cast, tiles, precision)
+        if factor is not None:
+            return _System(factor, tiles)
+        if dtype != accurate:
+            warnings.warn(
+                f"The Cholesky factor of {columns * num_examples} rows lost its digits in {dtype}; it is "
+                f"computed again in {accurate}, which takes about twice as long and twice the memory. A larger "
+                "prior precision avoids this.",
+                stacklevel=2,
+            )
+    raise EvidenceUnavailableError(
+        f"I + K of {columns * num_examples} rows is not positive definite even in {accurate}: the rows are of "
+        "extreme scale. Raise the prior precision."
+    )
+
+
+def _cholesky_of_gram(
+    layers: Sequence[KeptRows], tiles: list[slice], precision: Mapping[str, float]
+) -> Tensor | None:
+    """Lower factor of I + K, or None where rounding has spoilt it."""
+    rows = layers[0].rows
+    size = rows.shape[0] * rows.shape[1]
+    buffer = torch.empty(size, size, dtype=rows.dtype, device=rows.device)
+    fill_gram(buffer, layers, tiles, precision)
+    # The upper triangle row by row is the lower one column by column, which LAPACK factorises in place.
+    matrix = buffer.mT
+    matrix.diagonal().add_(1.0)
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, out=(matrix, info))
+    # Every pivot of I + K is at least 1, K being positive semi-definite: less than that is rounding, seen.
+    smallest = matrix.diagonal().square().min().item()
+    return matrix if info.item() == 0 and smallest > 1.0 - PIVOT_TOLERANCE else None
+
+
+def _effective_parameters(factor: Tensor) -> tuple[float, float]:
+    """Trace of K(I + K)⁻¹ = rows − tr (I + K)⁻¹, and its standard error.
+
+    Exact where (I + K)⁻¹ is cheap beside the factor, else Hutchinson's estimate with random signs z:
+    E zᵀ(I + K)⁻¹z = tr (I + K)⁻¹.
+    """
+    size = len(factor)
+    if size <= FLOAT64_LIMIT:
+        return size - torch.cholesky_inverse(factor).diagonal().sum().item(), 0.0
+    generator = torch.Generator(device=factor.device).manual_seed(0)
+    signs = torch.randint(0, 2, (size, NUM_PROBES), generator=generator, device=factor.device).to(factor)
+    whitened = torch.linalg.solve_triangular(factor, signs.mul_(2).sub_(1), upper=False)
+    samples = size - whitened.square().sum(0, dtype=accumulation_dtype(factor.device))
+    return samples.mean().item(), (samples.std() / NUM_PROBES**0.5).item()
+
+
+def _quadratic(
+    layers: Sequence[KeptRows],
+    system: _System,
+    precision: Mapping[str, float],
+    gradient: Mapping[str, Tensor],
+) -> float:
+    """gᵀ(G + Λ)⁻¹g by Woodbury, refined.
+
+    x = Λ⁻¹(r − Vᵀ(I + K)⁻¹ V Λ⁻¹ r) solves (G + Λ)x = r as exactly as the factor allows; residuals in
+    the layers' type take away what a factor in float32 leaves. The value 2gᵀx − xᵀ(G + Λ)x is the maximum
+    over x of a concave function, so the error that remains counts only by its square.
+    """
+    accurate = layers[0].rows.dtype
+    target = {name: g.to(accurate) for name, g in gradient.items()}
+    solution = {name: torch.zeros_like(g) for name, g in target.items()}
+    residual = target
+    for _ in range(NUM_REFINEMENTS + 1):
+        scaled = {name: r / precision[name] for name, r in residual.items()}
+        correction = dict(combine_all(layers, system.solve(dot_all(layers, scaled))))
+        for name, r in residual.items():
+            solution[name] = solution[name] + (r - correction.get(name, 0.0)) / precision[name]
+        products = dot_all(layers, solution)
+        curved = dict(combine_all(layers, products))
+        residual = {
+            name: g - precision[name] * solution[name] - curved.get(name, 0.0) for name, g in target.items()
+        }
+    linear = sum((g * solution[name]).sum().item() for name, g in target.items())
+    penalty = sum(precision[name] * x.square().sum().item() for name, x in solution.items())
+    return 2.0 * linear - penalty - products.square().sum().item()
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if info.item() != 0 or not bool(factor.diagonal().isfinite().all()):
+        raise EvidenceUnavailableError(
+            "The curvature plus the prior is not positive definite in floating point: the gradients are of "
+            "extreme scale. Raise the prior precision."
+        )
+    return factor
+
+
+def _log_det(factor: Tensor) -> float:
+    return 2.0 * factor.diagonal().log().sum(dtype=accumulation_dtype(factor.device)).item()

@@ -1,0 +1,73 @@
+"""Working on somebody's model without leaving a trace: random state and throw-away copies."""
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["isolated", "throw_away_copy"]
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Restore the random states of torch, NumPy and Python on exit, and compute in full float32 within.
+
+    Iterating a DataLoader draws from torch's global generator, transforms may draw from any. Trainers are
+    often run with reduced matrix-product precision, which a log-determinant does not survive.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+class _DetachOnCopy(TorchFunctionMode):
+    """Lets `copy.deepcopy` meet tensors with a graph, such as losses that a module has kept in a list."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+def throw_away_copy(module: _Module, shared: Sequence[object] = ()) -> _Module:
+    """Deep copy of a module, in eval mode, in float32 at least, without gradients.
+
+    Args:
+        module: Left as it is.
+        shared: Objects that the copy shares with the original, such as the Trainer.
+
+    Raises:
+        ValueError: If something that the module holds cannot be copied.
+    """
+    try:
+        with _DetachOnCopy():
+            duplicate = copy.deepcopy(module, {id(thing): thing for thing in shared})
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"{type(module).__name__} holds something that copy.deepcopy cannot copy ({error}); the evidence "
+            "is computed on a copy so that training is not disturbed. Keep it out of the module, or name the "
+            "part that can be copied: network=."
+        ) from error
+    duplicate.eval()
+    for parameter in duplicate.parameters():
+        parameter.grad = None
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in duplicate.parameters()):
+        duplicate.float()
+    return duplicate

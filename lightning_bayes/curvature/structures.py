@@ -1,0 +1,75 @@
+"""The structures by name, and the choice between them."""
+
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from lightning_bayes.curvature.base import Curvature, Problem
+from lightning_bayes.curvature.diagonal import DiagonalCurvature
+from lightning_bayes.curvature.full import FLOAT64_LIMIT, full_curvature
+from lightning_bayes.curvature.kronecker import KroneckerCurvature
+
+__all__ = ["STRUCTURES", "choose_structure"]
+
+STRUCTURES: dict[str, Callable[[Problem], Curvature]] = {
+    "full": full_curvature,
+    "kron": KroneckerCurvature,
+    "diag": DiagonalCurvature,
+}
+
+AUTO_MEMORY = 2 * 1024**3
+"""Bytes that "auto" lets the exact matrix and its rows take."""
+AUTO_FLOP = 1.5e12
+"""Operations that "auto" lets the exact matrix take: about fifteen seconds on two CPU cores."""
+
+
+def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
+    """Resolve "auto", and announce what will be slow.
+
+    Args:
+        structure: "auto" or a key of `STRUCTURES`.
+        problem: Sizes of what is to be computed.
+
+    Returns:
+        The structure, and a sentence that says why.
+
+    Raises:
+        ValueError: If "full" was asked for and cannot fit in the machine's memory.
+    """
+    memory, flop = full_cost(problem)
+    sizes = (
+        f"{problem.num_parameters:,} parameters, {problem.num_rows:,} rows: exact takes about "
+        f"{memory / 1024**3:.2g} GiB and {flop / 1e12:.2g} TFLOP"
+    )
+    cheaper = 'structure="kron", structure="diag" or max_examples='
+    if structure == "auto":
+        fits = memory <= AUTO_MEMORY and flop <= AUTO_FLOP
+        budget = f"the budget of {AUTO_MEMORY / 1024**3:.2g} GiB and {AUTO_FLOP / 1e12:.2g} TFLOP"
+        verdict = f"within {budget}" if fits else f'beyond {budget}; structure="full" or max_examples= overrides'
+        return ("full" if fits else "kron"), f"{sizes}, {verdict}"
+    if structure == "full" and memory > _total_memory(problem.device):
+        raise ValueError(f'structure="full" does not fit on {problem.device}: {sizes}. Use {cheaper}.')
+    if structure == "full" and flop > AUTO_FLOP:
+        warnings.warn(f'structure="full" will be slow: {sizes}. Faster: {cheaper}.', stacklevel=3)
+    return structure, sizes
+
+
+def full_cost(problem: Problem) -> tuple[float, float]:
+    """Bytes and floating-point operations of the exact structure."""
+    p, rows = problem.num_parameters, problem.num_rows
+    itemsize = problem.dtype.itemsize
+    if p <= rows:
+        return 4.0 * 8 * p**2, 2.0 * rows * p**2 + p**3
+    itemsize = 8 if rows <= FLOAT64_LIMIT else itemsize
+    width = problem.gram_width
+    return float(itemsize) * (rows**2 + rows * width), float(rows) ** 2 * width + rows**3 / 3
+
+
+def _total_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return float("inf")

@@ -1,0 +1,113 @@
+"""The result: a number, its parts, and what is known of its errors."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["Evidence"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Laplace log-evidence of a network at given weights, on its training data alone.
+
+    Everything is in nats and summed over the `num_examples` examples. For the equations see
+    `lightning_bayes.functional.evidence`; Smith & Le, ICLR 2018 (arXiv:1710.06451), eqs. 9-10.
+
+    Attributes:
+        log_evidence: log_likelihood − weight_penalty + log_occam_factor.
+        lower: Certified lower bound of the log-evidence with the whole curvature matrix, −∞ if none is known.
+        upper: Certified upper bound; equal to `lower` when the structure is exact.
+        log_evidence_ratio: log_evidence minus that of guessing; above 0 the data believe the model rather
+            than chance. None for regression, where there is no guess to compare with.
+        log_likelihood: ln P(y | ω, x).
+        weight_penalty: ½ Σ λ ω² over the parameters that carry a prior.
+        log_occam_factor: −½ ln det(I + Λ⁻¹ᐟ² G Λ⁻¹ᐟ²), at most 0.
+        effective_parameters: γ = tr G(G + Λ)⁻¹, the parameters that the data determine.
+        newton_decrement: ½ ∇Cᵀ(G + Λ)⁻¹∇C, what one Newton step would take off the cost. The Laplace
+            approximation is about a minimum; see `at_minimum`.
+        prior_precision: λ, or one for each parameter where they differ.
+        num_examples: N.
+        num_parameters: p, the parameters that carry a prior.
+        structure: "full", "kron" or "diag".
+        curvature: "ggn".
+        seconds: What it took.
+        effective_parameters_stderr: Standard error of `effective_parameters`; 0 where it is exact.
+        noise_variance: σ² of a Gaussian likelihood, given or estimated; None otherwise.
+        fixed_parameters: Parameters held at their values: without a proper prior, or frozen.
+    """
+
+    log_evidence: float
+    lower: float
+    upper: float
+    log_evidence_ratio: float | None
+    log_likelihood: float
+    weight_penalty: float
+    log_occam_factor: float
+    effective_parameters: float
+    newton_decrement: float
+    prior_precision: float | Mapping[str, float]
+    num_examples: int
+    num_parameters: int
+    structure: str
+    curvature: str
+    seconds: float
+    effective_parameters_stderr: float = 0.0
+    noise_variance: float | None = None
+    fixed_parameters: tuple[str, ...] = ()
+
+    @property
+    def at_minimum(self) -> bool:
+        """Whether the Newton decrement is small: at most 1 nat or 1 % of the log-evidence (ratio)."""
+        reference = self.log_evidence if self.log_evidence_ratio is None else self.log_evidence_ratio
+        return self.newton_decrement <= max(1.0, 0.01 * abs(reference))
+
+    def __str__(self) -> str:
+        """One screen, in columns."""
+        exact = self.lower == self.upper
+        rows = [
+            ("log-evidence", self.log_evidence, self._per_example(self.log_evidence)),
+            ("  log-likelihood", self.log_likelihood, ""),
+            ("  - weight penalty", -self.weight_penalty, ""),
+            ("  + log Occam factor", self.log_occam_factor, "exact GGN" if exact else self._bounds()),
+        ]
+        if self.log_evidence_ratio is not None:
+            verdict = "the data believe the model" if self.log_evidence_ratio > 0 else "the data prefer guessing"
+            rows.append(("log-evidence ratio", self.log_evidence_ratio, verdict))
+        stderr = self.effective_parameters_stderr
+        spread = f"± {stderr:.2g} of {self.num_parameters:,}" if stderr else f"of {self.num_parameters:,}"
+        rows.append(("effective parameters", self.effective_parameters, spread))
+        doubt = "at a minimum" if self.at_minimum else "NOT AT A MINIMUM: the expansion is in doubt"
+        rows.append(("Newton decrement", self.newton_decrement, doubt))
+        if self.noise_variance is not None:
+            rows.append(("noise variance", self.noise_variance, ""))
+        lines = [f"Laplace evidence of {self.num_examples:,} examples, nats ({self.structure} {self.curvature})"]
+        lines += [f"{name:<22}{value:>16,.4f}  {remark}".rstrip() for name, value, remark in rows]
+        lines += self._prior_lines()
+        if self.fixed_parameters:
+            lines.append(f"{'held fixed':<22}{_shorten(self.fixed_parameters)}")
+        lines.append(f"{'seconds':<22}{self.seconds:>16.2f}")
+        return "\n".join(lines)
+
+    def _per_example(self, value: float) -> str:
+        return f"{value / self.num_examples:+.4f} per example"
+
+    def _bounds(self) -> str:
+        if math.isinf(self.lower):
+            return f"{self.structure}; log-evidence at most {self.upper:,.2f}"
+        return f"{self.structure}; log-evidence in [{self.lower:,.2f}, {self.upper:,.2f}]"
+
+    def _prior_lines(self) -> list[str]:
+        if not isinstance(self.prior_precision, Mapping):
+            return [f"{'prior precision':<22}{self.prior_precision:>16,.4g}"]
+        groups: dict[float, list[str]] = {}
+        for name, precision in self.prior_precision.items():
+            groups.setdefault(precision, []).append(name)
+        return [
+            f"{'prior precision':<22}{precision:>16,.4g}  {_shorten(names)}" for precision, names in groups.items()
+        ]
+
+
+def _shorten(names: tuple[str, ...] | list[str], at_most: int = 4) -> str:
+    shown = ", ".join(names[:at_most])
+    return shown if len(names) <= at_most else f"{shown} and {len(names) - at_most} more"

@@ -1,0 +1,249 @@
+"""The Laplace log-evidence of any module on any training set, without a Trainer."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_bayes.curvature.base import Problem
+from lightning_bayes.curvature.data import Examples, examples_from_loader, examples_from_tensors
+from lightning_bayes.curvature.isolation import isolated, throw_away_copy
+from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
+from lightning_bayes.curvature.priors import Prior, fixed_prior, require_prior_precision
+from lightning_bayes.curvature.rows import RowReader, check_finite, gram_width
+from lightning_bayes.curvature.structures import STRUCTURES, choose_structure
+from lightning_bayes.evidence import Evidence
+from lightning_bayes.functional import evidence as terms
+
+__all__ = ["accumulate_evidence", "check_options", "laplace_evidence"]
+
+Forward = Callable[[], tuple[Tensor, Tensor]]
+
+
+def laplace_evidence(
+    model: nn.Module,
+    data: "DataLoader[Any] | tuple[Tensor, Tensor]",
+    *,
+    likelihood: str | Likelihood = "classification",
+    structure: str = "auto",
+    subset_of_weights: str | list[str] = "all",
+    curvature: str = "ggn",
+    prior_precision: float | Mapping[str, float] | str = 1.0,
+    backend: str = "auto",
+    batch_size: int | None = None,
+    max_examples: int | None = None,
+    tolerance: float | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Evidence:
+    """Laplace log-evidence of a network at its present weights, from its training data alone.
+
+    ln P(y|x; M) ≈ ln P(y|ω, x) − ½ Σ λ ω² − ½ ln det(I + Λ⁻¹ᐟ² G Λ⁻¹ᐟ²), G the generalized Gauss-Newton
+    matrix of the summed negative log-likelihood (Smith & Le, ICLR 2018, arXiv:1710.06451, eq. 9).
+
+    Args:
+        model: Maps a batch of inputs to logits or means, [N, C] or [N]. It is copied and left as it was:
+            mode, gradients, hooks, buffers, random state.
+        data: The training set: a DataLoader of (inputs, targets), read unshuffled and whole, or the two
+            tensors.
+        likelihood: "classification" (C logits), "binary" (one logit per output), "regression" (means), or a
+            `Likelihood` such as `Gaussian(sigma=0.1)`.
+        structure: "full" (exact), "kron", "diag"; "auto" takes "full" within the memory and time stated in
+            `curvature.structures`, else "kron".
+        subset_of_weights: "all"; anything else is not supported yet. Freeze parameters to leave them out.
+        curvature: "ggn"; "hessian" is not supported yet.
+        prior_precision: λ of the Gaussian prior, one number or a mapping from parameter-name patterns
+            (`"*.bias"`) to numbers, 0 for parameters to hold fixed. "optimize" is not supported yet.
+        backend: "auto" or "backpack"; "autograd" is not supported yet.
+        batch_size: Examples at a time; None for the loader's own (at least 32), or 256 for tensors.
+        max_examples: A random subset of this size, the same at every call; N is then its size.
+        tolerance: None, exact; brackets are not supported yet.
+        device: Where to compute; None for the model's own device.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        An `Evidence`; every value in nats, summed over the examples.
+
+    Raises:
+        ValueError: If an argument, the data or the network cannot be used; the message names the remedy.
+        EvidenceUnavailableError: (a ValueError) If weights or outputs are not finite.
+
+    Example:
+        >>> evidence = laplace_evidence(model, (x, y), prior_precision=1.0)  # doctest: +SKIP
+        >>> print(evidence)  # doctest: +SKIP
+    """
+    check_options(structure, subset_of_weights, curvature, backend, batch_size, max_examples, tolerance)
+    require_prior_precision(prior_precision)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"Expected argument `model` to be a torch.nn.Module, got {type(model).__name__}.")
+    resolved = resolve_likelihood(likelihood)
+    prior = fixed_prior(model, prior_precision)  # type: ignore[arg-type]
+    with isolated():
+        examples = _examples(data, batch_size, max_examples)
+        network = throw_away_copy(model)
+        if device is not None:
+            network.to(device)
+        where = next(network.parameters()).device
+        forwards = (_forward(network, batch, where) for batch in _tracked(examples, progress))
+        return accumulate_evidence(network, forwards, resolved, prior, structure, examples.num_examples)
+
+
+def accumulate_evidence(
+    network: nn.Module,
+    forwards: Iterable[Forward],
+    likelihood: Likelihood,
+    prior: Prior,
+    structure: str,
+    num_examples: int,
+    loss_scale: Callable[[int, float], float] = lambda num_outputs, dispersion: 1.0,
+) -> Evidence:
+    """One pass over the data: rows into a structure, a structure into the evidence.
+
+    Args:
+        network: A throw-away copy in eval mode.
+        forwards: One callable a batch, which runs the network and returns its outputs and the targets.
+        likelihood: Of the targets given the outputs.
+        prior: Of the parameters of `network`, by name.
+        structure: "auto" or a key of `STRUCTURES`.
+        num_examples: Examples to expect, for the choice of a structure; the evidence counts those it sees.
+        loss_scale: From the number of outputs and the dispersion to s of `Prior.precision`.
+    """
+    start = time.perf_counter()
+    reader = RowReader(network, prior.strengths)
+    for name, parameter in reader.parameters.items():
+        check_finite(parameter.detach(), f"the parameter {name!r}")
+    curved = None
+    seen, unit_loss, num_outputs = 0, 0.0, 0
+    gradient = {name: torch.zeros_like(parameter) for name, parameter in reader.parameters.items()}
+    for forward in forwards:
+        block = reader.read(forward, likelihood)
+        if curved is None:
+            num_outputs = block.num_outputs
+            problem = _problem(network, reader, num_examples, likelihood.rank(num_outputs))
+            structure, _ = choose_structure(structure, problem)
+            curved = STRUCTURES[structure](problem)
+        curved.update(block)
+        seen += block.num_examples
+        unit_loss += block.unit_loss
+        for name, part in block.gradient.items():
+            gradient[name] += part
+    if curved is None:
+        raise ValueError("The training data are empty: there is nothing to take the evidence of.")
+
+    dispersion = likelihood.estimate_dispersion(unit_loss, seen, num_outputs)
+    precision = prior.precision(seen, loss_scale(num_outputs, dispersion))
+    # In units of the dispersion φ the curvature is that of the unit loss and the prior is φλ.
+    scaled = {name: dispersion * value for name, value in precision.items()}
+    slope = {
+        name: gradient[name] + scaled[name] * parameter.detach()
+        for name, parameter in reader.parameters.items()
+    }
+    summary = curved.at(scaled, slope)
+    log_likelihood = likelihood.log_likelihood(unit_loss, dispersion, seen, num_outputs)
+    penalty = sum(
+        terms.weight_penalty(parameter.detach().double(), precision[name]).item()
+        for name, parameter in reader.parameters.items()
+    )
+    occam = terms.log_occam_factor(summary.log_det)
+    value = terms.log_evidence(log_likelihood, penalty, occam)
+    null = likelihood.log_null_evidence(seen, num_outputs)
+    distinct = set(precision.values())
+    return Evidence(
+        log_evidence=value,
+        lower=value if curved.lower_bounds_evidence else float("-inf"),
+        # Without curvature there would be no Occam factor, and no curvature gives a positive one.
+        upper=value if curved.exact else log_likelihood - penalty,
+        log_evidence_ratio=None if null is None else value - null,
+        log_likelihood=log_likelihood,
+        weight_penalty=penalty,
+        log_occam_factor=occam,
+        effective_parameters=summary.effective_parameters,
+        newton_decrement=0.5 * summary.quadratic / dispersion,
+        prior_precision=distinct.pop() if len(distinct) == 1 else precision,
+        num_examples=seen,
+        num_parameters=problem.num_parameters,
+        structure=structure,
+        curvature="ggn",
+        seconds=time.perf_counter() - start,
+        effective_parameters_stderr=summary.effective_parameters_stderr,
+        noise_variance=dispersion if likelihood.name == "regression" else None,
+        fixed_parameters=tuple(name for name, _ in network.named_parameters() if name not in precision),
+    )
+
+
+def check_options(
+    structure: object,
+    subset_of_weights: object,
+    curvature: object,
+    backend: object,
+    batch_size: object,
+    max_examples: object,
+    tolerance: object,
+) -> None:
+    """Check the options that `laplace_evidence` and `LaplaceEvidence` share.
+
+    Raises:
+        ValueError: Naming the argument, what was got, and the remedy.
+    """
+    _one_of("structure", structure, ("auto", *STRUCTURES))
+    _one_of("subset_of_weights", subset_of_weights, ("all",), "Freeze parameters to leave them out.")
+    _one_of("curvature", curvature, ("ggn",), "The Hessian is not supported yet.")
+    _one_of("backend", backend, ("auto", "backpack"), "torch.func is not supported yet.")
+    for name, value in (("batch_size", batch_size), ("max_examples", max_examples)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"Expected argument `{name}` to be a positive integer or None, got {value!r}.")
+    if tolerance is not None:
+        raise ValueError(
+            f"Expected argument `tolerance` to be None, got {tolerance!r}: brackets are not supported yet. Use "
+            'structure="kron", whose error is not bounded, or max_examples=.'
+        )
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...], remark: str = "") -> None:
+    if not isinstance(value, str) or value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"Expected argument `{name}` to be {listed}, got {value!r}. {remark}".rstrip())
+
+
+def _examples(data: object, batch_size: int | None, max_examples: int | None) -> Examples:
+    if isinstance(data, DataLoader):
+        return examples_from_loader(data, batch_size, max_examples)
+    if isinstance(data, tuple | list):
+        return examples_from_tensors(data, batch_size, max_examples)
+    raise ValueError(
+        "Expected argument `data` to be a DataLoader or a tuple of tensors (inputs, targets), got "
+        f"{type(data).__name__}."
+    )
+
+
+def _tracked(examples: Examples, progress: bool) -> Iterable[Any]:
+    if not progress:
+        return examples.read()
+    from rich.progress import track  # noqa: PLC0415 - only for the progress bar
+
+    return track(examples.read(), description="evidence", total=examples.num_batches)
+
+
+def _forward(network: nn.Module, batch: Any, device: torch.device) -> Forward:
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):  # noqa: PLR2004
+        raise ValueError(
+            f"Expected the DataLoader to yield (inputs, targets), got {type(batch).__name__}. For other "
+            "batches use the LaplaceEvidence callback, which lets training_step take them apart."
+        )
+    inputs, targets = batch
+    return lambda: (network(inputs.to(device)), targets.to(device))
+
+
+def _problem(network: nn.Module, reader: RowReader, num_examples: int, rank: int) -> Problem:
+    first = next(iter(reader.parameters.values()))
+    return Problem(
+        shapes={name: parameter.shape for name, parameter in reader.parameters.items()},
+        num_examples=num_examples,
+        rank=rank,
+        gram_width=gram_width(network, reader.parameters),
+        dtype=first.dtype,
+        device=first.device,
+    )

@@ -1,0 +1,20 @@
+"""Fixtures and settings that every test shares."""
+
+import os
+
+import pytest
+import torch
+
+# Property tests on shared two-core machines: the clock says nothing about the code.
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("default")
+
+# Lightning would write to the working directory and start as many workers as it likes.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
