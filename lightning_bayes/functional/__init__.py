@@ -1,0 +1,38 @@
+"""Formulas: floats and tensors in, floats and tensors out."""
+
+from lightning_bayes.functional.adam_advice import AdamAdvice, AdamMove, advise_adam
+from lightning_bayes.functional.adam_scaling import AdamConfiguration, rescale_adam
+from lightning_bayes.functional.advice import Advice, Move, advise
+from lightning_bayes.functional.configuration import Configuration, NoSolutionError
+from lightning_bayes.functional.noise_scale import (
+    GradientNoise,
+    adam_noise_scale,
+    batch_size_for_noise_scale,
+    gradient_noise_scale,
+    learning_rate_for_noise_scale,
+    sgd_noise_scale,
+)
+from lightning_bayes.functional.scaling import rescale
+
+__all__ = [  # noqa: RUF022 - grouped by subject
+    # Noise of training
+    "GradientNoise",
+    "adam_noise_scale",
+    "batch_size_for_noise_scale",
+    "gradient_noise_scale",
+    "learning_rate_for_noise_scale",
+    "sgd_noise_scale",
+    # Rescaling
+    "AdamConfiguration",
+    "Configuration",
+    "NoSolutionError",
+    "rescale",
+    "rescale_adam",
+    # Advice
+    "AdamAdvice",
+    "AdamMove",
+    "Advice",
+    "Move",
+    "advise",
+    "advise_adam",
+]

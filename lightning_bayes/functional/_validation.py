@@ -1,0 +1,87 @@
+"""Checks of scalar arguments, in one place.
+
+Every error is a ValueError that names the argument, what was required and what was got.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+
+def finite(name: str, value: object, requirement: str = "a finite number") -> float:
+    """Returns `value` as a finite float.
+
+    Args:
+        name: the argument's name, as the user wrote it.
+        value: what was given. Booleans, strings, tensors and None are not numbers here.
+        requirement: what the error message says was required.
+
+    Returns:
+        The value as a float.
+
+    Raises:
+        ValueError: if the value is not a real number, or is NaN or infinite.
+    """
+    # bool is a subclass of int, but True is never meant as a learning rate or a batch size of one.
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(
+            f"Expected argument `{name}` to be {requirement},"
+            f" but got {value!r} of type {type(value).__name__}."
+        )
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"Expected argument `{name}` to be {requirement}, but got {value!r}.")
+    return number
+
+
+def positive(name: str, value: object) -> float:
+    """Returns `value` as a finite float above zero, or raises a ValueError that names it."""
+    requirement = "a finite number above 0"
+    number = finite(name, value, requirement)
+    if number <= 0:
+        raise ValueError(f"Expected argument `{name}` to be {requirement}, but got {value!r}.")
+    return number
+
+
+def non_negative(name: str, value: object) -> float:
+    """Returns `value` as a finite float of at least zero, or raises a ValueError that names it."""
+    requirement = "a finite number of at least 0"
+    number = finite(name, value, requirement)
+    if number < 0:
+        raise ValueError(f"Expected argument `{name}` to be {requirement}, but got {value!r}.")
+    return number
+
+
+def fraction(name: str, value: object) -> float:
+    """Returns `value` as a float in [0, 1), or raises a ValueError that names it."""
+    requirement = "a number in [0, 1)"
+    number = finite(name, value, requirement)
+    if not 0 <= number < 1:
+        raise ValueError(f"Expected argument `{name}` to be {requirement}, but got {value!r}.")
+    return number
+
+
+def count(name: str, value: object) -> int:
+    """Returns `value` as a whole number of at least one; 64.0 counts as 64.
+
+    Raises:
+        ValueError: naming the argument, if the value is anything else.
+    """
+    requirement = "a whole number of at least 1"
+    number = finite(name, value, requirement)
+    if number < 1 or number != math.floor(number):
+        raise ValueError(f"Expected argument `{name}` to be {requirement}, but got {value!r}.")
+    return int(number)
+
+
+def batch_within_dataset(batch_name: str, batch_size: float, dataset_name: str, dataset_size: float) -> None:
+    """Raises a ValueError unless the batch fits into the training set."""
+    if batch_size > dataset_size:
+        raise ValueError(
+            f"Expected argument `{batch_name}` to be at most `{dataset_name}` ({dataset_size} examples),"
+            f" since a batch is drawn without replacement, but got {batch_size}."
+        )

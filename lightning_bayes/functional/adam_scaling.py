@@ -1,0 +1,143 @@
+"""Adam's square-root rule: what keeps the noise of an adaptive optimizer when the batch size changes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from lightning_bayes.functional._validation import (
+    batch_within_dataset,
+    count,
+    fraction,
+    non_negative,
+    positive,
+)
+from lightning_bayes.functional.configuration import NoSolutionError
+
+
+@dataclass(frozen=True)
+class AdamConfiguration:
+    """What the noise of Adam, RMSprop and their relatives depends on, checked at construction.
+
+    Attributes:
+        learning_rate: ε, at least 0.
+        batch_size: B, examples per optimizer step; a solved batch size is not rounded.
+        betas: every decay rate of a running average, each in [0, 1): (β1, β2) of Adam, (alpha,) of RMSprop.
+        eps: the constant beside the root mean square, at least 0.
+        dataset_size: N if known. The rule does not depend on it.
+
+    Raises:
+        ValueError: naming the argument, if one is not a number, not finite or outside its domain.
+    """
+
+    learning_rate: float
+    batch_size: float
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1e-8
+    dataset_size: int | None = None
+
+    def __post_init__(self) -> None:
+        non_negative("learning_rate", self.learning_rate)
+        positive("batch_size", self.batch_size)
+        if not isinstance(self.betas, tuple):
+            raise ValueError(f"Expected argument `betas` to be a tuple of numbers, but got {self.betas!r}.")
+        for beta in self.betas:
+            fraction("betas", beta)
+        non_negative("eps", self.eps)
+        if self.dataset_size is not None:
+            count("dataset_size", self.dataset_size)
+            batch_within_dataset("batch_size", self.batch_size, "dataset_size", self.dataset_size)
+
+    @property
+    def noise_scale(self) -> float:
+        """The invariant ε/√B, as `adam_noise_scale` documents it."""
+        return self.learning_rate / math.sqrt(self.batch_size)
+
+    @property
+    def largest_batch_size(self) -> float:
+        """The batch size at which the first κ(1-β) reaches 1, from which on the rule has no betas."""
+        return self.batch_size / (1 - min(self.betas)) if self.betas else math.inf
+
+
+def rescale_adam(
+    *,
+    learning_rate: float,
+    batch_size: int,
+    target_batch_size: int | None = None,
+    target_learning_rate: float | None = None,
+    betas: tuple[float, ...] = (0.9, 0.999),
+    eps: float = 1e-8,
+    dataset_size: int | None = None,
+) -> AdamConfiguration:
+    """The configuration of Adam or RMSprop that follows the same SDE at another batch size.
+
+    B → κB,   ε → ε√κ,   1-β → κ(1-β) for every β,   eps → eps/√κ
+
+    Args:
+        learning_rate: ε, above 0.
+        batch_size: B, examples per optimizer step; whole.
+        target_batch_size: B', so that κ = B'/B. Give this one or `target_learning_rate`.
+        target_learning_rate: ε', so that κ = (ε'/ε)².
+        betas: every decay rate, each in [0, 1): (β1, β2) of Adam, (alpha,) of RMSprop.
+        eps: the constant beside the root mean square, at least 0.
+        dataset_size: N if known; only bounds the batch size.
+
+    Returns:
+        The new configuration. A solved batch size is not rounded.
+
+    Raises:
+        ValueError: naming the argument that is outside its domain; unless exactly one target is given.
+        NoSolutionError: a ValueError, if κ(1-β) >= 1 for some β, where the rule has left its domain, or if
+            the batch exceeds a known training set.
+
+    Reference:
+        Malladi et al., On the SDEs and Scaling Rules for Adaptive Gradient Algorithms, NeurIPS 2022,
+        arXiv:2205.10287.
+    """
+    positive("learning_rate", learning_rate)
+    present = AdamConfiguration(learning_rate, count("batch_size", batch_size), betas, eps, dataset_size)
+    if (target_batch_size is None) == (target_learning_rate is None):
+        raise ValueError(
+            "Expected exactly one of `target_batch_size` and `target_learning_rate`, but got"
+            f" {target_batch_size!r} and {target_learning_rate!r}."
+        )
+    # The target itself is put back: B · (B'/B) and ε √κ can miss it by a rounding.
+    if target_batch_size is not None:
+        batch = count("target_batch_size", target_batch_size)
+        return replace(multiply_batch(present, batch / present.batch_size), batch_size=batch)
+    epsilon = positive("target_learning_rate", target_learning_rate)
+    return replace(multiply_batch(present, (epsilon / learning_rate) ** 2), learning_rate=epsilon)
+
+
+def multiply_batch(present: AdamConfiguration, kappa: float) -> AdamConfiguration:
+    """Adam's square-root rule for B → κB, as `rescale_adam` documents it.
+
+    Args:
+        present: the configuration to start from.
+        kappa: κ, above 0.
+
+    Returns:
+        The new configuration.
+
+    Raises:
+        NoSolutionError: if κ(1-β) >= 1 for some β, or the batch exceeds a known training set.
+    """
+    batch_size = kappa * present.batch_size
+    if present.dataset_size is not None and batch_size > present.dataset_size:
+        raise NoSolutionError(
+            f"The square-root rule asks for a batch of {batch_size:g} examples, more than the training set of"
+            f" {present.dataset_size}."
+        )
+    if batch_size >= present.largest_batch_size:
+        raise NoSolutionError(
+            f"The square-root rule holds while kappa (1 - beta) < 1: from beta = {min(present.betas):g} below"
+            f" a batch of {present.largest_batch_size:g}, but kappa = {kappa:g} asks for"
+            f" {batch_size:g}. Use a smaller batch, or a beta closer to 1."
+        )
+    return replace(
+        present,
+        learning_rate=present.learning_rate * math.sqrt(kappa),
+        batch_size=batch_size,
+        betas=tuple(1 - kappa * (1 - beta) for beta in present.betas),
+        eps=present.eps / math.sqrt(kappa),
+    )

@@ -1,0 +1,147 @@
+"""What an SGD noise scale is a function of, and what is to change about it: checked values, no rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_bayes.functional._validation import (
+    batch_within_dataset,
+    count,
+    fraction,
+    non_negative,
+    positive,
+)
+from lightning_bayes.functional.noise_scale import momentum_factor, steady_state_noise_scale
+
+Unknown = Literal["learning_rate", "batch_size"]
+
+
+class NoSolutionError(ValueError):
+    """No configuration keeps the noise scale by this rule, though every argument is in its domain."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What the noise scale of SGD depends on, checked at construction.
+
+    Attributes:
+        learning_rate: ε on the mean loss; at least 0 (schedules pass through 0, where g is 0).
+        batch_size: B, examples per optimizer step, in (0, N]; a solved batch size is not rounded.
+        dataset_size: N, training examples.
+        momentum: m, in [0, 1).
+        dampening: τ, in [0, 1).
+
+    Raises:
+        ValueError: naming the argument, if one is not a number, not finite or outside its domain.
+    """
+
+    learning_rate: float
+    batch_size: float
+    dataset_size: int
+    momentum: float = 0.0
+    dampening: float = 0.0
+
+    def __post_init__(self) -> None:
+        non_negative("learning_rate", self.learning_rate)
+        positive("batch_size", self.batch_size)
+        count("dataset_size", self.dataset_size)
+        batch_within_dataset("batch_size", self.batch_size, "dataset_size", self.dataset_size)
+        fraction("momentum", self.momentum)
+        fraction("dampening", self.dampening)
+
+    @property
+    def noise_scale(self) -> float:
+        """The SGD noise scale g = ε (N/B - 1) (1 - τ) / (1 - m), as `sgd_noise_scale` documents it."""
+        factor = momentum_factor(self.momentum, self.dampening)
+        return steady_state_noise_scale(self.learning_rate, self.batch_size, self.dataset_size, factor)
+
+    @property
+    def time_per_epoch(self) -> float:
+        """Training time that one epoch covers, ε (N/B) (1 - τ) / (1 - m): what the linear rule keeps."""
+        factor = momentum_factor(self.momentum, self.dampening)
+        return self.learning_rate * (self.dataset_size / self.batch_size) * factor
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """N / B, not rounded."""
+        return self.dataset_size / self.batch_size
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is to change; None stays as it is. Error messages carry the names with `target_` before them.
+
+    Attributes:
+        batch_size: B', examples per optimizer step; whole.
+        learning_rate: ε', above 0.
+        momentum: m', in [0, 1).
+        dataset_size: N', training examples; whole.
+
+    Raises:
+        ValueError: naming the argument that is outside its domain, or all four if none is given.
+    """
+
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    momentum: float | None = None
+    dataset_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None:
+            count("target_batch_size", self.batch_size)
+        if self.learning_rate is not None:
+            positive("target_learning_rate", self.learning_rate)
+        if self.momentum is not None:
+            fraction("target_momentum", self.momentum)
+        if self.dataset_size is not None:
+            count("target_dataset_size", self.dataset_size)
+        if (self.batch_size, self.learning_rate, self.momentum, self.dataset_size) == (None,) * 4:
+            raise ValueError(
+                "Expected at least one of `target_batch_size`, `target_learning_rate`, `target_momentum` and"
+                " `target_dataset_size` to be given, but got None for all four."
+            )
+
+    def check_against(self, dataset_size: int) -> None:
+        """Raises a ValueError if the target batch is larger than the training set it is drawn from."""
+        if self.batch_size is not None:
+            examples = dataset_size if self.dataset_size is None else self.dataset_size
+            name = "dataset_size" if self.dataset_size is None else "target_dataset_size"
+            batch_within_dataset("target_batch_size", self.batch_size, name, examples)
+
+    def unknowns(self) -> tuple[Unknown, ...]:
+        """What can be solved for: the partner of a given batch size or learning rate, else either of them."""
+        if self.learning_rate is None and self.batch_size is not None:
+            return ("learning_rate",)
+        if self.batch_size is None and self.learning_rate is not None:
+            return ("batch_size",)
+        return ("learning_rate", "batch_size")
+
+    def fixed(self, present: Configuration) -> Goal:
+        """The values that hold after the change, the unknown still at its old value or its own target."""
+        momentum = present.momentum if self.momentum is None else self.momentum
+        return Goal(
+            learning_rate=present.learning_rate if self.learning_rate is None else self.learning_rate,
+            batch_size=present.batch_size if self.batch_size is None else self.batch_size,
+            dataset_size=present.dataset_size if self.dataset_size is None else int(self.dataset_size),
+            momentum=momentum,
+            # Dampening acts on what enters the momentum buffer. Without momentum there is no buffer.
+            dampening=0.0 if self.momentum == 0 else present.dampening,
+        )
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The fields of a `Configuration` without its checks: before solving, the batch may exceed the data."""
+
+    learning_rate: float
+    batch_size: float
+    dataset_size: int
+    momentum: float
+    dampening: float
+
+    def configuration(self) -> Configuration:
+        """The same values as a checked `Configuration`."""
+        return Configuration(
+            self.learning_rate, self.batch_size, self.dataset_size, self.momentum, self.dampening
+        )

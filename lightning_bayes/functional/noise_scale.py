@@ -1,0 +1,263 @@
+"""The SGD noise scale, its two inverses, what Adam keeps instead, and the gradient noise of one batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_bayes.functional._validation import (
+    batch_within_dataset,
+    count,
+    fraction,
+    non_negative,
+    positive,
+)
+
+
+def sgd_noise_scale(
+    learning_rate: float,
+    batch_size: int,
+    dataset_size: int,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+) -> float:
+    """The noise scale of SGD with momentum: the temperature of its random walk about a minimum.
+
+    g = ε (N/B - 1) (1 - τ) / (1 - m)
+
+    The -1 is the share of sampling without replacement: at full batch (B = N) there is no noise and g is
+    exactly 0. Nesterov momentum has the same steady state. With τ = 0 this is the paper's equation.
+
+    Args:
+        learning_rate: ε, step length on the **mean** loss of a batch; above 0.
+        batch_size: B, examples per optimizer step (loader batch x accumulation x replicas); whole, 1 to N.
+        dataset_size: N, training examples; whole.
+        momentum: m, in [0, 1).
+        dampening: τ as in `torch.optim.SGD`, in [0, 1). Note that `torch.optim.SGD` ignores it at m = 0.
+
+    Returns:
+        g >= 0, in the unit of the learning rate.
+
+    Raises:
+        ValueError: naming the argument, if one is not a number, not finite or outside its domain.
+
+    Reference:
+        Smith & Le, A Bayesian Perspective on Generalization and Stochastic Gradient Descent, ICLR 2018,
+        arXiv:1710.06451, section 5; momentum by the same authors' steady-state argument.
+    """
+    epsilon = positive("learning_rate", learning_rate)
+    batch, examples = _sizes(batch_size, dataset_size)
+    factor = momentum_factor(momentum, dampening)
+    return steady_state_noise_scale(epsilon, batch, examples, factor)
+
+
+def steady_state_noise_scale(
+    learning_rate: float, batch_size: float, dataset_size: int, momentum_factor: float
+) -> float:
+    """The formula of `sgd_noise_scale` alone, for arguments already checked; B need not be whole.
+
+    g = ε (N/B - 1) · momentum_factor
+
+    Args:
+        learning_rate: ε, at least 0.
+        batch_size: B, in (0, N].
+        dataset_size: N.
+        momentum_factor: (1 - τ)/(1 - m), from `momentum_factor`.
+
+    Returns:
+        g >= 0.
+    """
+    # (N - B)/B rather than N/B - 1: the difference of two whole numbers is exact however close B is to N.
+    return learning_rate * ((dataset_size - batch_size) / batch_size) * momentum_factor
+
+
+def momentum_factor(momentum: float, dampening: float) -> float:
+    """How many steps' worth of displacement one gradient causes in the end.
+
+    (1 - τ) / (1 - m)
+
+    Args:
+        momentum: m, in [0, 1).
+        dampening: τ, in [0, 1).
+
+    Returns:
+        A number above 0; 1 without momentum and dampening.
+
+    Raises:
+        ValueError: naming the argument that is outside [0, 1).
+    """
+    return (1 - fraction("dampening", dampening)) / (1 - fraction("momentum", momentum))
+
+
+def batch_size_for_noise_scale(
+    noise_scale: float,
+    learning_rate: float,
+    dataset_size: int,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+) -> float:
+    """The batch size at which SGD has a given noise scale: the exact inverse of `sgd_noise_scale` in B.
+
+    B = N / (1 + g (1 - m) / (ε (1 - τ)))
+
+    For B ≪ N it is the linear rule B ∝ εN/(1 - m).
+
+    Args:
+        noise_scale: g, in the unit of the learning rate; at least 0. 0 asks for the full batch.
+        learning_rate: ε, above 0.
+        dataset_size: N, training examples; whole.
+        momentum: m, in [0, 1).
+        dampening: τ, in [0, 1).
+
+    Returns:
+        B in examples, **not rounded**, in (0, N]. Round it before use; below 1 no batch has so much noise.
+
+    Raises:
+        ValueError: naming the argument, if one is not a number, not finite or outside its domain.
+
+    Reference:
+        Smith & Le, ICLR 2018, arXiv:1710.06451, section 5.
+    """
+    scale = non_negative("noise_scale", noise_scale)
+    epsilon = positive("learning_rate", learning_rate)
+    examples = count("dataset_size", dataset_size)
+    factor = momentum_factor(momentum, dampening)
+    return examples / (1 + scale / (epsilon * factor))
+
+
+def learning_rate_for_noise_scale(
+    noise_scale: float,
+    batch_size: int,
+    dataset_size: int,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+) -> float:
+    """The learning rate at which SGD has a given noise scale: the exact inverse in ε.
+
+    ε = g (1 - m) / ((N/B - 1) (1 - τ))
+
+    Args:
+        noise_scale: g, in the unit of the learning rate; above 0 (below the full batch only a learning rate
+            of 0, which does not train, has no noise).
+        batch_size: B, examples per optimizer step; whole, 1 to N - 1.
+        dataset_size: N, training examples; whole.
+        momentum: m, in [0, 1).
+        dampening: τ, in [0, 1).
+
+    Returns:
+        ε > 0.
+
+    Raises:
+        ValueError: naming the argument, if one is not a number, not finite or outside its domain; also at
+            B = N, where every learning rate has g = 0 and none has another.
+
+    Reference:
+        Smith & Le, ICLR 2018, arXiv:1710.06451, section 5.
+    """
+    scale = positive("noise_scale", noise_scale)
+    batch, examples = _sizes(batch_size, dataset_size)
+    factor = momentum_factor(momentum, dampening)
+    if batch == examples:
+        raise ValueError(
+            f"Expected argument `batch_size` to be below `dataset_size` ({examples}), but got {batch}:"
+            " at full batch the noise scale is 0 at every learning rate, so no learning rate has another."
+        )
+    return scale / (((examples - batch) / batch) * factor)
+
+
+def adam_noise_scale(learning_rate: float, batch_size: int) -> float:
+    """The quantity that Adam's square-root rule keeps constant, in place of the SGD noise scale.
+
+    ε / √B
+
+    Adam and RMSprop divide the gradient by its own root mean square, which the noise dominates in small
+    batches and which falls as 1/√B. Their SDE is the same under B → κB with
+    ε → ε√κ, 1-β → κ(1-β) and
+    eps → eps/√κ; so
+    ε√κ / √(κB) = ε/√B stays. It compares runs of one
+    optimizer with betas moved along; it is not on the scale of `sgd_noise_scale`.
+
+    Args:
+        learning_rate: ε, above 0.
+        batch_size: B, examples per optimizer step; whole, at least 1.
+
+    Returns:
+        ε/√B > 0.
+
+    Raises:
+        ValueError: naming the argument, if one is not a number, not finite or outside its domain.
+
+    Reference:
+        Malladi et al., On the SDEs and Scaling Rules for Adaptive Gradient Algorithms, NeurIPS 2022,
+        arXiv:2205.10287.
+    """
+    return positive("learning_rate", learning_rate) / math.sqrt(count("batch_size", batch_size))
+
+
+@dataclass(frozen=True)
+class GradientNoise:
+    """The noise in the gradients of one batch.
+
+    Attributes:
+        trace: unbiased tr Σ, the summed variance of a per-example gradient.
+        squared_norm: unbiased |G|² of the mean gradient; it can be negative where noise dominates.
+        noise_scale: B_simple = tr Σ / |G|² in examples; NaN where
+            `squared_norm` is not positive, that is where one batch does not resolve it.
+    """
+
+    trace: float
+    squared_norm: float
+    noise_scale: float
+
+
+def gradient_noise_scale(per_example_gradients: Tensor) -> GradientNoise:
+    """The simple noise scale of McCandlish et al. from the per-example gradients of one batch.
+
+    tr Σ = Σᵢ |gᵢ - ḡ|² / (B - 1),    |G|² = |ḡ|² - tr Σ / B,    B_simple = tr Σ / |G|²
+
+    Nothing is clamped, so `trace` and `squared_norm` can be averaged over steps; divide the averages once.
+    The ratio of one batch is biased, and averaging such ratios is wrong.
+
+    Args:
+        per_example_gradients: `[B, p]`, one row per example, gradients of each example's own loss (without
+            the 1/B of a mean loss); B >= 2.
+
+    Returns:
+        The two unbiased parts and their ratio.
+
+    Raises:
+        ValueError: if the argument is not a real floating-point matrix with two rows and one column or more.
+
+    Reference:
+        McCandlish et al., An Empirical Model of Large-Batch Training, 2018, arXiv:1812.06162, appendix A.
+    """
+    _check_gradients(per_example_gradients)
+    batch_size = per_example_gradients.shape[0]
+    mean = per_example_gradients.mean(dim=0)
+    # Equal to (sum |g_i|^2 - B |mean|^2)/(B - 1), without the cancellation where gradients nearly agree.
+    trace = (per_example_gradients - mean).square().sum().item() / (batch_size - 1)
+    squared_norm = mean.square().sum().item() - trace / batch_size
+    return GradientNoise(trace, squared_norm, trace / squared_norm if squared_norm > 0 else math.nan)
+
+
+def _sizes(batch_size: object, dataset_size: object) -> tuple[int, int]:
+    batch, examples = count("batch_size", batch_size), count("dataset_size", dataset_size)
+    batch_within_dataset("batch_size", batch, "dataset_size", examples)
+    return batch, examples
+
+
+def _check_gradients(gradients: object) -> None:
+    requirement = (
+        "Expected argument `per_example_gradients` to be a floating-point tensor [B, p] with B >= 2, p >= 1"
+    )
+    if not isinstance(gradients, Tensor):
+        raise ValueError(f"{requirement}, but got {type(gradients).__name__}.")
+    if (
+        gradients.ndim != 2
+        or gradients.shape[0] < 2
+        or gradients.shape[1] < 1
+        or not gradients.is_floating_point()
+    ):
+        raise ValueError(f"{requirement}, but got {gradients.dtype} of shape {list(gradients.shape)}.")

@@ -1,0 +1,180 @@
+"""Rules of rescaling for SGD: the learning rate or batch size that keeps the noise scale."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Literal
+
+from lightning_bayes.functional._validation import count, positive
+from lightning_bayes.functional.configuration import Configuration, Goal, NoSolutionError, Targets, Unknown
+from lightning_bayes.functional.noise_scale import (
+    batch_size_for_noise_scale,
+    momentum_factor,
+    steady_state_noise_scale,
+)
+
+Rule = Literal["exact", "linear", "sqrt"]
+
+
+def rescale(
+    *,
+    learning_rate: float,
+    batch_size: int,
+    dataset_size: int,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    target_batch_size: int | None = None,
+    target_learning_rate: float | None = None,
+    target_momentum: float | None = None,
+    target_dataset_size: int | None = None,
+    rule: Rule = "exact",
+    solve_for: Unknown | None = None,
+) -> Configuration:
+    """The configuration that reaches the targets and keeps the noise scale of the present one.
+
+    exact:   g = ε (N/B - 1) (1 - τ) / (1 - m) stays
+    linear:  B ∝ ε N (1 - τ) / (1 - m), its limit for B ≪ N
+    sqrt:    ε ∝ √B, the learning-rate part of Adam's rule (`rescale_adam` moves betas and eps too)
+
+    Args:
+        learning_rate: ε on the mean loss; above 0.
+        batch_size: B, examples per optimizer step (loader batch x accumulation x replicas); whole, at most N.
+        dataset_size: N, training examples; whole.
+        momentum: m, in [0, 1).
+        dampening: τ, in [0, 1).
+        target_batch_size: B'; the learning rate follows.
+        target_learning_rate: ε'; the batch size follows.
+        target_momentum: m', in [0, 1).
+        target_dataset_size: N'; whole.
+        rule: "exact", "linear" or "sqrt".
+        solve_for: "learning_rate" or "batch_size". By default the partner of the given one; the learning rate
+            when neither is given.
+
+    Returns:
+        The new configuration. A solved batch size is not rounded and can be below 1.
+
+    Raises:
+        ValueError: naming the argument that is outside its domain; if no target is given; if batch size and
+            learning rate both are (nothing is left to solve for).
+        NoSolutionError: a ValueError, where the rule has no solution: at full batch, or for a linear batch
+            size larger than the training set.
+
+    Reference:
+        Smith & Le, ICLR 2018, arXiv:1710.06451, section 5; for "sqrt" Malladi et al., NeurIPS 2022,
+        arXiv:2205.10287.
+    """
+    present = Configuration(
+        positive("learning_rate", learning_rate),
+        count("batch_size", batch_size),
+        count("dataset_size", dataset_size),
+        momentum,
+        dampening,
+    )
+    targets = Targets(target_batch_size, target_learning_rate, target_momentum, target_dataset_size)
+    return solve(present, targets, rule, _unknown(targets, solve_for))
+
+
+def solve(present: Configuration, targets: Targets, rule: Rule, unknown: Unknown) -> Configuration:
+    """`rescale` for values already gathered; a target for the unknown itself is disregarded.
+
+    Args:
+        present: the configuration whose noise scale is kept; its learning rate is above 0.
+        targets: what changes.
+        rule: "exact", "linear" or "sqrt".
+        unknown: "learning_rate" or "batch_size".
+
+    Returns:
+        The new configuration.
+
+    Raises:
+        ValueError: as `rescale` does.
+    """
+    rules = {"exact": _exact, "linear": _linear, "sqrt": _sqrt}
+    if not isinstance(rule, str) or rule not in rules:
+        raise ValueError(f'Expected argument `rule` to be "exact", "linear" or "sqrt", but got {rule!r}.')
+    positive("learning_rate", present.learning_rate)
+    goal = targets.fixed(present)
+    if unknown == "learning_rate":
+        targets.check_against(present.dataset_size)
+        if goal.batch_size > goal.dataset_size:
+            raise NoSolutionError(
+                f"The present batch of {goal.batch_size:g} does not fit into a training set of"
+                f" {goal.dataset_size}: a smaller `target_batch_size` is needed with it."
+            )
+    if rule == "sqrt" and (targets.momentum is not None or targets.dataset_size is not None):
+        raise ValueError(
+            'Expected no `target_momentum` and no `target_dataset_size` with `rule="sqrt"`, which relates'
+            f" learning rate and batch size only, but got {targets.momentum!r} and {targets.dataset_size!r}."
+        )
+    value = rules[rule](present, goal, unknown)
+    if unknown == "learning_rate":
+        return replace(goal, learning_rate=value).configuration()
+    return replace(goal, batch_size=value).configuration()
+
+
+def _unknown(targets: Targets, solve_for: Unknown | None) -> Unknown:
+    possible = targets.unknowns()
+    if targets.batch_size is not None and targets.learning_rate is not None:
+        raise ValueError(
+            "Expected one of `target_batch_size` and `target_learning_rate` to be None, so that it can be"
+            f" solved for, but got {targets.batch_size!r} and {targets.learning_rate!r}."
+            " `advise` says what both do."
+        )
+    if solve_for is None:
+        return possible[0]
+    if solve_for not in possible:
+        raise ValueError(
+            f"Expected argument `solve_for` to be one of {possible} with these targets,"
+            f" but got {solve_for!r}."
+        )
+    return solve_for
+
+
+def _exact(present: Configuration, goal: Goal, unknown: Unknown) -> float:
+    scale = present.noise_scale
+    if unknown == "batch_size":
+        return batch_size_for_noise_scale(
+            scale, goal.learning_rate, goal.dataset_size, goal.momentum, goal.dampening
+        )
+    if scale == 0:
+        raise NoSolutionError(
+            f"The present run is full batch ({present.batch_size:g} of {present.dataset_size}): its"
+            " noise scale is 0, which at a smaller batch only a learning rate of 0 has."
+        )
+    if goal.batch_size == goal.dataset_size:
+        raise NoSolutionError(
+            f"A batch of {goal.batch_size:g} is the whole training set of {goal.dataset_size}: its"
+            " noise scale is 0 at every learning rate, so none keeps the present one."
+        )
+    # g is proportional to ε: its value at ε = 1 is the denominator of `learning_rate_for_noise_scale`.
+    factor = momentum_factor(goal.momentum, goal.dampening)
+    return scale / steady_state_noise_scale(1.0, goal.batch_size, goal.dataset_size, factor)
+
+
+def _linear(present: Configuration, goal: Goal, unknown: Unknown) -> float:
+    # ε N (1 - τ) / (B (1 - m)) stays, written as ratios, so that what does not change cancels exactly.
+    factor = momentum_factor(goal.momentum, goal.dampening) / momentum_factor(
+        present.momentum, present.dampening
+    )
+    data = goal.dataset_size / present.dataset_size
+    if unknown == "learning_rate":
+        return present.learning_rate * (goal.batch_size / present.batch_size) / (data * factor)
+    batch_size = present.batch_size * (goal.learning_rate / present.learning_rate) * data * factor
+    return _within(batch_size, goal, "linear")
+
+
+def _sqrt(present: Configuration, goal: Goal, unknown: Unknown) -> float:
+    if unknown == "learning_rate":
+        return present.learning_rate * math.sqrt(goal.batch_size / present.batch_size)
+    batch_size = present.batch_size * (goal.learning_rate / present.learning_rate) ** 2
+    return _within(batch_size, goal, "sqrt")
+
+
+def _within(batch_size: float, goal: Goal, rule: str) -> float:
+    if batch_size > goal.dataset_size:
+        raise NoSolutionError(
+            f"The {rule} rule asks for a batch of {batch_size:g} examples, more than the training set of"
+            f" {goal.dataset_size}: it is outside its validity."
+        )
+    return batch_size
