@@ -18,7 +18,7 @@ from lightning_bayes.curvature.structures import STRUCTURES, choose_structure
 from lightning_bayes.evidence import Evidence
 from lightning_bayes.functional import evidence as terms
 
-__all__ = ["accumulate_evidence", "check_options", "laplace_evidence"]
+__all__ = ["accumulate_evidence", "check_options", "laplace_evidence", "problem_of"]
 
 Forward = Callable[[], tuple[Tensor, Tensor]]
 
@@ -122,7 +122,7 @@ def accumulate_evidence(
         block = reader.read(forward, likelihood)
         if curved is None:
             num_outputs = block.num_outputs
-            problem = _problem(network, reader, num_examples, likelihood.rank(num_outputs))
+            problem = problem_of(network, reader, num_examples, likelihood.rank(num_outputs))
             structure, _ = choose_structure(structure, problem)
             curved = STRUCTURES[structure](problem)
         curved.update(block)
@@ -228,7 +228,7 @@ def _tracked(examples: Examples, progress: bool) -> Iterable[Any]:
 
 
 def _forward(network: nn.Module, batch: Any, device: torch.device) -> Forward:
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):  # noqa: PLR2004
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         raise ValueError(
             f"Expected the DataLoader to yield (inputs, targets), got {type(batch).__name__}. For other "
             "batches use the LaplaceEvidence callback, which lets training_step take them apart."
@@ -237,7 +237,8 @@ def _forward(network: nn.Module, batch: Any, device: torch.device) -> Forward:
     return lambda: (network(inputs.to(device)), targets.to(device))
 
 
-def _problem(network: nn.Module, reader: RowReader, num_examples: int, rank: int) -> Problem:
+def problem_of(network: nn.Module, reader: RowReader, num_examples: int, rank: int) -> Problem:
+    """Sizes of the evidence of `network`, for the choice of a structure."""
     first = next(iter(reader.parameters.values()))
     return Problem(
         shapes={name: parameter.shape for name, parameter in reader.parameters.items()},

@@ -29,7 +29,7 @@ class Problem:
 
     @property
     def num_parameters(self) -> int:
-        """p."""
+        """P."""
         return sum(shape.numel() for shape in self.shapes.values())
 
     @property

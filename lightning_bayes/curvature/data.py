@@ -1,7 +1,7 @@
 """The training examples, each once and in a fixed order, whatever loader they come from."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ def examples_from_tensors(
     Raises:
         ValueError: If they are not two tensors of equally many examples, or empty.
     """
-    if len(tensors) != 2 or not all(isinstance(tensor, Tensor) and tensor.dim() > 0 for tensor in tensors):  # noqa: PLR2004
+    if len(tensors) != 2 or not all(isinstance(tensor, Tensor) and tensor.dim() > 0 for tensor in tensors):
         raise ValueError(
             "Expected argument `data` to be a DataLoader or a tuple of two tensors (inputs, targets), got "
             f"({', '.join(type(tensor).__name__ for tensor in tensors)})."
@@ -120,11 +120,17 @@ def _training_indices(loader: "DataLoader[Any]") -> Sequence[int]:
     size = _length(dataset)
     if isinstance(sampler, SubsetRandomSampler):
         return list(sampler.indices)
-    whole = isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler)
-    if whole or not hasattr(sampler, "__len__") or len(sampler) >= size:
-        # A DistributedSampler holds a shard of the dataset; the evidence is that of the whole. Weighted and
-        # balanced samplers repeat examples: the likelihood counts each once.
+    if isinstance(sampler, DistributedSampler):
+        if _length(sampler.dataset) < size:
+            raise ValueError(
+                f"The sampler behind {type(sampler).__name__} draws from a part of the dataset, and which part "
+                "cannot be told from a shard. Select it by torch.utils.data.Subset(dataset, indices) instead."
+            )
+        return range(size)  # the sampler holds one replica's shard; the evidence is that of the whole
+    if isinstance(sampler, RandomSampler | SequentialSampler):
         return range(size)
+    if not isinstance(sampler, Sized) or len(sampler) >= size:
+        return range(size)  # weighted and balanced samplers repeat examples: the likelihood counts each once
     # An unknown sampler that draws fewer than all: what it would draw now, asked of a copy because samplers
     # keep generators.
     return sorted(set(copy.deepcopy(sampler, {id(dataset): dataset})))

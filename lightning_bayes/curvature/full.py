@@ -64,7 +64,10 @@ class PrimalCurvature(Curvature):
         """See `Curvature.at`."""
         shapes = self.problem.shapes
         scale = torch.cat(
-            [self._matrix.new_full((shape.numel(),), precision[name] ** -0.5) for name, shape in shapes.items()]
+            [
+                self._matrix.new_full((shape.numel(),), precision[name] ** -0.5)
+                for name, shape in shapes.items()
+            ]
         )
         scaled = scale.unsqueeze(1) * self._matrix * scale
         scaled.diagonal().add_(1.0)
@@ -238,6 +241,7 @@ def _quadratic(
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     if info.item() != 0 or not bool(factor.diagonal().isfinite().all()):
         raise EvidenceUnavailableError(

@@ -18,16 +18,20 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Restore the random states of torch, NumPy and Python on exit, and compute in full float32 within.
+    """Restore the random states of torch, NumPy and Python on exit; within, fixed seeds and full float32.
 
-    Iterating a DataLoader draws from torch's global generator, transforms may draw from any. Trainers are
-    often run with reduced matrix-product precision, which a log-determinant does not survive.
+    Iterating a DataLoader draws from torch's global generator, transforms may draw from any; with
+    fixed seeds two evaluations see the same draws. Trainers are often run with reduced matrix-product
+    precision, which a log-determinant does not survive.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            np.random.seed(0)
+            random.seed(0)
             yield
     finally:
         torch.set_float32_matmul_precision(precision)

@@ -30,10 +30,11 @@ class _Block(ABC):
     def add(self, *factors: Tensor) -> None:
         """Add the factors of one batch."""
         if not self._sums:
-            self._sums = [factor.to(accumulation_dtype(factor.device)) for factor in factors]
+            # A copy even in float64: a linear layer gives one output factor to its weight and to its bias.
+            self._sums = [factor.to(accumulation_dtype(factor.device), copy=True) for factor in factors]
         else:
             for total, factor in zip(self._sums, factors, strict=True):
-                total += factor
+                total.add_(factor)
 
     @abstractmethod
     def spectrum(self, gradient: Tensor, num_examples: int) -> tuple[Tensor, Tensor]:

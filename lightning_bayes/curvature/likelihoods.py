@@ -109,7 +109,7 @@ class Categorical(Likelihood):
 
     def prepare(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """See `Likelihood.prepare`."""
-        if outputs.dim() != 2 or outputs.shape[1] < 2:  # noqa: PLR2004
+        if outputs.dim() != 2 or outputs.shape[1] < 2:
             raise ValueError(
                 f"A categorical likelihood needs logits of shape [N, C] with C >= 2, got {_shape(outputs)}. "
                 "Sequence and per-pixel outputs are not supported yet; for one logit per output use "
@@ -180,7 +180,7 @@ class Bernoulli(Likelihood):
         """See `Likelihood.prepare`."""
         outputs, targets = _flatten_alike(outputs, targets, self.name)
         low, high = targets.min().item(), targets.max().item()
-        _check(0.0 <= low and high <= 1.0, f"Binary targets must lie in [0, 1], got {low:g} .. {high:g}.")
+        _check(low >= 0.0 and high <= 1.0, f"Binary targets must lie in [0, 1], got {low:g} .. {high:g}.")
         return outputs, targets
 
     def rank(self, num_outputs: int) -> int:
@@ -192,7 +192,7 @@ class Bernoulli(Likelihood):
         return F.binary_cross_entropy_with_logits(outputs, targets, reduction="sum")
 
     def sqrt_hessian(self, outputs: Tensor) -> Tensor:
-        """diag √(p(1 − p))."""
+        """Diag √(p(1 − p))."""
         outputs = outputs.detach()
         return _diagonal_columns((0.5 * (F.logsigmoid(outputs) + F.logsigmoid(-outputs))).exp())
 

@@ -79,7 +79,11 @@ class _Use:
         if isinstance(self.module, nn.Linear):
             inputs = self.input.reshape(len(self.input), -1, self.input.shape[-1])
             return inputs, self.grads.reshape(*self.grads.shape[:2], -1, self.grads.shape[-1])
-        if isinstance(self.module, _CONVOLUTIONS) and self.module.groups == 1 and _pads_with_zeros(self.module):
+        if (
+            isinstance(self.module, _CONVOLUTIONS)
+            and self.module.groups == 1
+            and _pads_with_zeros(self.module)
+        ):
             return unfold_input(self.module, self.input).mT, self.grads.flatten(3).mT
         return None
 
@@ -158,7 +162,8 @@ class DenseRows:
 
     def sum_squares(self) -> dict[str, Tensor]:
         """Σ over rows of v², in the parameter's shape."""
-        return {self.name: sum(rows.square().sum(0) for rows in self.columns()).reshape(self.shape)}
+        squares = torch.stack([rows.square().sum(0) for rows in self.columns()]).sum(0)
+        return {self.name: squares.reshape(self.shape)}
 
     def positions(self) -> tuple[Tensor, Tensor] | None:
         """See `_Use.positions`; only for a weight that is used once."""
@@ -208,7 +213,10 @@ def gram_width(network: nn.Module, names: Collection[str]) -> int:
         name: 0 if local_name == "bias" else module.out_features
         for prefix, module in network.named_modules()
         if isinstance(module, nn.Linear)
-        for local_name, name in (("weight", f"{prefix}.weight".lstrip(".")), ("bias", f"{prefix}.bias".lstrip(".")))
+        for local_name, name in (
+            ("weight", f"{prefix}.weight".lstrip(".")),
+            ("bias", f"{prefix}.bias".lstrip(".")),
+        )
     }
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
     return sum(outer.get(name, sizes[name]) for name in names)
@@ -349,7 +357,7 @@ class RowReader:
         for use in uses:
             local = self._layers[use.module]
             once = all(len(by_parameter.get(name, ())) == 1 for name in local.values())
-            if isinstance(use.module, nn.Linear) and use.input.dim() == 2 and once:  # noqa: PLR2004
+            if isinstance(use.module, nn.Linear) and use.input.dim() == 2 and once:
                 layers.append(OuterRows(local.get("weight"), local.get("bias"), use.input, use.grads))
                 for name in local.values():
                     del by_parameter[name]

@@ -47,7 +47,9 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
     if structure == "auto":
         fits = memory <= AUTO_MEMORY and flop <= AUTO_FLOP
         budget = f"the budget of {AUTO_MEMORY / 1024**3:.2g} GiB and {AUTO_FLOP / 1e12:.2g} TFLOP"
-        verdict = f"within {budget}" if fits else f'beyond {budget}; structure="full" or max_examples= overrides'
+        verdict = (
+            f"within {budget}" if fits else f'beyond {budget}; structure="full" or max_examples= overrides'
+        )
         return ("full" if fits else "kron"), f"{sizes}, {verdict}"
     if structure == "full" and memory > _total_memory(problem.device):
         raise ValueError(f'structure="full" does not fit on {problem.device}: {sizes}. Use {cheaper}.')

@@ -1,0 +1,368 @@
+"""The Laplace log-evidence at the end of each training epoch."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_bayes.callbacks.reading import ModuleReader, NetworkOption, original_network
+from lightning_bayes.curvature.capture import CapturedLoss
+from lightning_bayes.curvature.data import Examples, examples_from_loader
+from lightning_bayes.curvature.errors import EvidenceUnavailableError
+from lightning_bayes.curvature.isolation import isolated
+from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
+from lightning_bayes.curvature.priors import (
+    Prior,
+    fixed_prior,
+    require_prior_precision,
+    trainable_names,
+    weight_decay_prior,
+)
+from lightning_bayes.curvature.rows import RowReader
+from lightning_bayes.curvature.structures import choose_structure
+from lightning_bayes.evidence import Evidence
+from lightning_bayes.laplace import Forward, accumulate_evidence, check_options, problem_of
+
+__all__ = ["LaplaceEvidence"]
+
+UNAVAILABLE = (
+    "log_evidence",
+    "log_likelihood",
+    "weight_penalty",
+    "log_occam_factor",
+    "effective_parameters",
+    "newton_decrement",
+)
+"""Keys that are logged as NaN when an epoch has no evidence, so that curves show the gap."""
+
+
+class LaplaceEvidence(Callback):
+    """Logs how much the training data believe the model, at the end of each training epoch.
+
+    The Laplace log-evidence of Smith & Le (ICLR 2018, arXiv:1710.06451), eqs. 9-10, and its parts, in nats
+    for the whole training set, under the prefix: `log_evidence`, `log_evidence_ratio` (against guessing),
+    `log_likelihood`, `weight_penalty`, `log_occam_factor`, `effective_parameters`, `newton_decrement`,
+    `prior_precision` (one key per value where parameters differ), and `noise_variance` for regression. They
+    are there for `ModelCheckpoint(monitor=...)` and `EarlyStopping(monitor=...)`; with
+    `val_check_interval < 1` give these `save_on_train_epoch_end=True` and `check_on_train_epoch_end=True`.
+
+    The training_step runs on a copy in eval mode, over the whole training set, unshuffled, with its own
+    random state. Training is not disturbed: weights are bit-identical with and without the callback.
+
+    Args:
+        structure: "full" (exact), "kron", "diag"; "auto" takes "full" within the memory and time stated in
+            `lightning_bayes.curvature.structures`, else "kron", and says which.
+        likelihood: "auto" reads it from the loss in training_step; "classification", "binary",
+            "regression" or a `Likelihood` such as `Gaussian(sigma=0.1)` must be of the loss's kind unless
+            `network` is given.
+        prior_precision: "auto" takes the optimizer's weight decay, λ = N · weight_decay for a mean
+            cross-entropy and accordingly for other losses. A number, or a mapping from parameter-name
+            patterns to numbers, is λ itself.
+        subset_of_weights: "all"; freeze parameters to leave them out.
+        curvature: "ggn".
+        backend: "auto" or "backpack".
+        network: For a training_step that cannot be read: the name of the submodule that maps `batch[0]` to
+            outputs, or a function (module, batch) -> (outputs, targets). Needs an explicit `likelihood`;
+            weight decay is then taken to go with the loss's mean.
+        every_n_epochs: Epochs between evaluations.
+        max_examples: A fixed random subset of this size; N is then its size.
+        batch_size: Examples at a time; None for the loader's own, at least 32.
+        tolerance: None; brackets are not supported yet.
+        max_overhead: Largest share of the training time that the callback may take, 0.1 for a tenth: epochs
+            are skipped until an evaluation as long as the last fits. The first is always made. A key of a
+            skipped epoch keeps its last value for monitors.
+        log_key_prefix: Goes before each key.
+
+    Attributes:
+        history: List of (epoch, Evidence); it survives a checkpoint.
+
+    Raises:
+        ValueError: At construction for wrong arguments; before the first training step for a module, loader
+            or optimizer that cannot be used. Later trouble (NaN weights) is a warning, and NaN is logged.
+    """
+
+    def __init__(
+        self,
+        structure: str = "auto",
+        *,
+        likelihood: str | Likelihood = "auto",
+        prior_precision: float | Mapping[str, float] | str = "auto",
+        subset_of_weights: str | list[str] = "all",
+        curvature: str = "ggn",
+        backend: str = "auto",
+        network: NetworkOption = None,
+        every_n_epochs: int = 1,
+        max_examples: int | None = None,
+        batch_size: int | None = None,
+        tolerance: float | None = None,
+        max_overhead: float | None = None,
+        log_key_prefix: str = "bayes/",
+    ) -> None:
+        super().__init__()
+        check_options(structure, subset_of_weights, curvature, backend, batch_size, max_examples, tolerance)
+        require_prior_precision(prior_precision, also=("auto",))
+        _check_arguments(likelihood, network, every_n_epochs, max_overhead, log_key_prefix)
+        self.structure = structure
+        self.likelihood = None if likelihood == "auto" else resolve_likelihood(likelihood)
+        self.prior_precision = prior_precision
+        self.network = network
+        self.every_n_epochs = every_n_epochs
+        self.max_examples = max_examples
+        self.batch_size = batch_size
+        self.max_overhead = max_overhead
+        self.log_key_prefix = log_key_prefix
+        self.history: list[tuple[int, Evidence]] = []
+        self._resolved_structure: str | None = None
+        self._started = math.nan
+        self._spent = 0.0
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(structure=self.structure, log_key_prefix=self.log_key_prefix)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check everything that can be checked before a batch is seen."""
+        _check_trainer(trainer, pl_module, self.network)
+        self._examples(trainer)
+        prior = self._prior(trainer, pl_module)
+        if prior.fixed_parameters:
+            rank_zero_info(
+                f"LaplaceEvidence: {list(prior.fixed_parameters)} have no weight decay, hence no proper prior, and "
+                "are held at their values."
+            )
+        target = original_network(pl_module, self.network)
+        frozen = [name for name, parameter in target.named_parameters() if not parameter.requires_grad]
+        if frozen:
+            rank_zero_info(f"LaplaceEvidence: the frozen parameters {frozen} are left out.")
+        if self.prior_precision == "auto" and any(_is_decoupled(o) for o in trainer.optimizers):
+            rank_zero_warn(
+                "LaplaceEvidence: decoupled weight decay (AdamW) is not a Gaussian prior; λ = N·weight_decay is an "
+                "approximation. Give prior_precision= to choose the prior yourself."
+            )
+        self._resolved_structure = None
+        self._started, self._spent = time.monotonic(), 0.0
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Read the first batch before the first step, so that what cannot be read fails now."""
+        if self._resolved_structure is not None:
+            return
+        start = time.monotonic()
+        with isolated():
+            self._resolved_structure = self._rehearse(trainer, pl_module, batch, batch_idx)
+        self._spent += time.monotonic() - start
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute, remember and log."""
+        # One rank decides by its clock and its value counts, so that all ranks log the same.
+        if not trainer.strategy.broadcast(self.should_evaluate(trainer)):
+            return
+        start = time.monotonic()
+        evidence = trainer.strategy.broadcast(self._evaluate(trainer, pl_module))
+        self._spent += time.monotonic() - start
+        if evidence is None:
+            values = dict.fromkeys(UNAVAILABLE, math.nan)
+        else:
+            self.history.append((trainer.current_epoch, evidence))
+            values = _logged_values(evidence)
+        for name, value in values.items():
+            pl_module.log(f"{self.log_key_prefix}{name}", value, on_step=False, on_epoch=True, sync_dist=True)
+
+    def should_evaluate(self, trainer: Trainer) -> bool:
+        """Whether the epoch that ends now is evaluated; override for another policy."""
+        if (trainer.current_epoch + 1) % self.every_n_epochs != 0:
+            return False
+        if self.max_overhead is None or not self.history:
+            return True
+        training = time.monotonic() - self._started - self._spent
+        return self._spent + self.history[-1][1].seconds <= self.max_overhead * training
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": [(epoch, asdict(evidence)) for epoch, evidence in self.history]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = [(epoch, Evidence(**fields)) for epoch, fields in state_dict["history"]]
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> Evidence | None:
+        try:
+            with isolated():
+                return self._evidence(trainer, pl_module)
+        except (ValueError, RuntimeError) as error:
+            # The first batch has been read before the first step: what fails now is of this epoch, and
+            # not worth the run.
+            rank_zero_warn(
+                f"LaplaceEvidence: no evidence for epoch {trainer.current_epoch}; training goes on. {error}"
+            )
+            return None
+
+    def _evidence(self, trainer: Trainer, pl_module: LightningModule) -> Evidence:
+        examples = self._examples(trainer)
+        reader = ModuleReader(trainer, pl_module, self.likelihood, self.network)
+        batches = iter(enumerate(examples.read()))
+        first = next(batches)
+        # The kind of the likelihood is that of the first batch; the rest must be of the same kind.
+        captured = reader.read(first[1], first[0])
+        training_batch_size = _loader_batch_size(trainer)
+
+        def loss_scale(num_outputs: int, dispersion: float) -> float:
+            return captured.likelihood.loss_scale(
+                captured.reduction, num_outputs, training_batch_size, dispersion
+            )
+
+        def forwards() -> Iterator[Forward]:
+            yield _forward(reader, *first)
+            for index, batch in batches:
+                yield _forward(reader, index, batch)
+
+        return accumulate_evidence(
+            reader.network,
+            forwards(),
+            captured.likelihood,
+            self._prior(trainer, pl_module),
+            self._resolved_structure or self.structure,
+            examples.num_examples,
+            loss_scale,
+        )
+
+    def _rehearse(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> str:
+        """Read one batch all the way and choose the structure."""
+        reader = ModuleReader(trainer, pl_module, self.likelihood, self.network)
+
+        def read() -> CapturedLoss:
+            # A training_step may work on its batch in place, and the real one comes next.
+            return reader.read(apply_to_collection(batch, Tensor, Tensor.clone), batch_idx)
+
+        rows = RowReader(reader.network, self._prior(trainer, pl_module).strengths)
+        captured, again = read(), read()
+        if captured.value != again.value and math.isfinite(captured.value):
+            rank_zero_warn(
+                f"LaplaceEvidence: training_step gave {captured.value:.6g} and {again.value:.6g} for one batch in "
+                "eval mode: it draws random numbers (a functional dropout without training=self.training?) or "
+                "keeps state. The evidence is that of one draw."
+            )
+        try:
+            rows.read(lambda: _outputs_and_targets(read()), captured.likelihood)
+        except EvidenceUnavailableError as error:
+            rank_zero_warn(f"LaplaceEvidence: the first batch has no evidence. {error}")
+        rank = captured.likelihood.rank(captured.outputs.shape[1])
+        problem = problem_of(reader.network, rows, self._examples(trainer).num_examples, rank)
+        structure, reason = choose_structure(self.structure, problem)
+        rank_zero_info(f"LaplaceEvidence: structure={structure!r}. {reason}.")
+        return structure
+
+    def _prior(self, trainer: Trainer, pl_module: LightningModule) -> Prior:
+        target = original_network(pl_module, self.network)
+        if self.prior_precision != "auto":
+            return fixed_prior(target, self.prior_precision)  # type: ignore[arg-type]
+        decays = {
+            id(parameter): float(group.get("weight_decay", 0.0))
+            for optimizer in trainer.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        named = dict(target.named_parameters())
+        return weight_decay_prior(
+            {name: decays.get(id(named[name]), 0.0) for name in trainable_names(target)}
+        )
+
+    def _examples(self, trainer: Trainer) -> Examples:
+        loader = trainer.train_dataloader
+        if not isinstance(loader, DataLoader):
+            raise ValueError(
+                f"LaplaceEvidence needs one torch DataLoader for training, got {type(loader).__name__}. Evidence "
+                "is of one training set: give fit() a single DataLoader, or call laplace_evidence() on a loader "
+                "of your choice."
+            )
+        at_most = self.max_examples
+        if trainer.fast_dev_run:  # type: ignore[attr-defined] # a rehearsal of the code, not of the sums
+            at_most = min(at_most or 32, 32)
+        return examples_from_loader(loader, self.batch_size, at_most)
+
+
+def _forward(reader: ModuleReader, index: int, batch: Any) -> Forward:
+    return lambda: _outputs_and_targets(reader.read(batch, index))
+
+
+def _outputs_and_targets(captured: CapturedLoss) -> tuple[Tensor, Tensor]:
+    return captured.outputs, captured.targets
+
+
+def _logged_values(evidence: Evidence) -> dict[str, float]:
+    names = (*UNAVAILABLE, "log_evidence_ratio", "noise_variance")
+    values = {name: getattr(evidence, name) for name in names if getattr(evidence, name) is not None}
+    if isinstance(evidence.prior_precision, Mapping):
+        distinct = dict.fromkeys(evidence.prior_precision.values())
+        values |= {f"prior_precision/{i}": value for i, value in enumerate(distinct, start=1)}
+    else:
+        values["prior_precision"] = evidence.prior_precision
+    return values
+
+
+def _loader_batch_size(trainer: Trainer) -> int:
+    loader: DataLoader[Any] = trainer.train_dataloader  # type: ignore[assignment]
+    return int(loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1)
+
+
+def _is_decoupled(optimizer: Any) -> bool:
+    decayed = any(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
+    return decayed and (
+        "AdamW" in type(optimizer).__name__ or optimizer.defaults.get("decoupled_weight_decay", False)
+    )
+
+
+def _check_trainer(trainer: Trainer, pl_module: LightningModule, network: NetworkOption) -> None:
+    if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+        raise ValueError(
+            f"LaplaceEvidence cannot read weights that {type(trainer.strategy).__name__} shards. Use "
+            "strategy='ddp' or a single device, or call laplace_evidence() on a gathered checkpoint."
+        )
+    if network is None and not pl_module.automatic_optimization:
+        raise ValueError(
+            f"{type(pl_module).__name__} optimizes manually, so running its training_step would step. Give "
+            "likelihood= and network= to read the network directly."
+        )
+
+
+def _check_arguments(
+    likelihood: object, network: object, every_n_epochs: object, max_overhead: object, log_key_prefix: object
+) -> None:
+    if likelihood != "auto":
+        resolve_likelihood(likelihood)  # type: ignore[arg-type]
+    elif network is not None:
+        raise ValueError(
+            "Expected argument `likelihood` to be given beside `network`: without a training_step there is no loss "
+            "to read it from. Use likelihood='classification', 'binary', 'regression' or a Likelihood."
+        )
+    if network is not None and not isinstance(network, str) and not callable(network):
+        raise ValueError(
+            "Expected argument `network` to be None, the name of a submodule, or a function (module, batch) -> "
+            f"(outputs, targets), got {network!r}."
+        )
+    if isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int) or every_n_epochs < 1:
+        raise ValueError(
+            f"Expected argument `every_n_epochs` to be a positive integer, got {every_n_epochs!r}."
+        )
+    if max_overhead is not None and (
+        isinstance(max_overhead, bool) or not isinstance(max_overhead, int | float) or not max_overhead > 0
+    ):
+        raise ValueError(
+            f"Expected argument `max_overhead` to be a positive number or None, got {max_overhead!r}."
+        )
+    if not isinstance(log_key_prefix, str):
+        raise ValueError(f"Expected argument `log_key_prefix` to be a string, got {log_key_prefix!r}.")

@@ -1,0 +1,169 @@
+"""Reads a LightningModule's outputs, targets and likelihood without touching it or its Trainer."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+
+from lightning_bayes.curvature.capture import WAY_OUT, CapturedLoss, capture_loss
+from lightning_bayes.curvature.isolation import throw_away_copy
+from lightning_bayes.curvature.likelihoods import Likelihood
+
+__all__ = ["ModuleReader", "NetworkOption"]
+
+NetworkOption = str | Callable[[LightningModule, Any], tuple[Tensor, Tensor]] | None
+
+
+class _ReadOnlyTrainer:
+    """What a copied training_step sees as its Trainer: every attribute to read, none to set, no logger."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        object.__setattr__(self, "_read_only_trainer", trainer)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # so that isinstance(self.trainer, Trainer) holds
+        return type(self._read_only_trainer)
+
+    @property
+    def logger(self) -> DummyLogger | None:
+        return None if self._read_only_trainer.logger is None else DummyLogger()
+
+    @property
+    def loggers(self) -> list[DummyLogger]:
+        return [DummyLogger() for _ in self._read_only_trainer.loggers]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_read_only_trainer"), name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"training_step sets trainer.{name}; it is run on a copy that must not.")
+
+
+class ModuleReader:
+    """A copy of a LightningModule whose training_step can be run and read.
+
+    Args:
+        trainer: Read only.
+        module: Copied; the copy is `network`, or its submodule where `network` names one.
+        likelihood: None to read it from the loss.
+        network: None to run training_step, the name of a submodule to call on `batch[0]` with targets
+            `batch[1]`, or a function (module, batch) -> (outputs, targets).
+
+    Raises:
+        ValueError: If the module cannot be copied.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, likelihood: Likelihood | None, network: NetworkOption
+    ) -> None:
+        self._trainer = trainer
+        self._hooks = module
+        self._likelihood = likelihood
+        self._option = network
+        target = original_network(module, network)
+        self.network: nn.Module = throw_away_copy(target, shared=(trainer,))
+        if isinstance(self.network, LightningModule):
+            _silence(self.network)
+            self.network.trainer = _ReadOnlyTrainer(trainer)  # type: ignore[assignment]
+            self._hooks = self.network
+        self._device = module.device
+
+    def read(self, batch: Any, batch_idx: int) -> CapturedLoss:
+        """Run one batch as Lightning would and return outputs, targets and what they mean.
+
+        Raises:
+            ValueError: If the training_step cannot be read; the message names the way out.
+        """
+        batch = self._transferred(batch)
+        if self._option is None:
+            captured = capture_loss(lambda: self._training_step(batch, batch_idx), self._likelihood)
+            _check_batch_size(batch, len(captured.outputs))
+            return captured
+        if self._likelihood is None:
+            raise ValueError("Argument `network` needs an explicit `likelihood`.")
+        outputs, targets = self._call_network(batch)
+        outputs, targets = self._likelihood.prepare(outputs, targets)
+        return CapturedLoss(outputs, targets, self._likelihood, "mean", float("nan"))
+
+    def _training_step(self, batch: Any, batch_idx: int) -> object:
+        step = self._hooks.training_step
+        if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+            raise ValueError(f"training_step(dataloader_iter) takes its own batches. {WAY_OUT}")
+        arguments: tuple[Any, ...] = (batch,)
+        if is_param_in_hook_signature(step, "batch_idx", min_args=2):
+            arguments = (batch, batch_idx)
+        return step(*arguments)
+
+    def _call_network(self, batch: Any) -> tuple[Tensor, Tensor]:
+        if callable(self._option):
+            outputs, targets = self._option(self._hooks, batch)
+            return outputs, targets
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ValueError(
+                f"network={self._option!r} is called on batch[0] with targets batch[1], but the batch is "
+                f"{type(batch).__name__}. Give a function: network=lambda module, batch: (outputs, targets)."
+            )
+        return self.network(batch[0]), batch[1]
+
+    def _transferred(self, batch: Any) -> Any:
+        """The batch on the module's device, through the hooks of whoever overrides them."""
+        batch = self._hook("on_before_batch_transfer")(batch, 0)
+        batch = self._hook("transfer_batch_to_device")(batch, self._device, 0)
+        return self._hook("on_after_batch_transfer")(batch, 0)
+
+    def _hook(self, name: str) -> Callable[..., Any]:
+        datamodule = getattr(self._trainer, "datamodule", None)
+        owner = datamodule if datamodule is not None and is_overridden(name, datamodule) else self._hooks
+        hook: Callable[..., Any] = getattr(owner, name)
+        return hook
+
+
+def original_network(module: LightningModule, network: NetworkOption) -> nn.Module:
+    """The module whose parameters the evidence is about.
+
+    Raises:
+        ValueError: If `network` names no submodule.
+    """
+    if not isinstance(network, str):
+        return module
+    try:
+        return module.get_submodule(network)
+    except AttributeError as error:
+        names = [name for name, _ in module.named_children()]
+        raise ValueError(
+            f"network={network!r} names no submodule of {type(module).__name__}; its children are {names}."
+        ) from error
+
+
+def _silence(module: LightningModule) -> None:
+    """Log and print nothing, here and in LightningModules inside."""
+    for part in module.modules():
+        if isinstance(part, LightningModule):
+            for name in ("log", "log_dict", "print"):
+                object.__setattr__(part, name, _nothing)
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    return None
+
+
+def _check_batch_size(batch: Any, num_outputs: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns where the size is ambiguous
+        try:
+            batch_size = extract_batch_size(batch)
+        except MisconfigurationException:
+            return  # a batch without tensors of a common size says nothing
+    if batch_size != num_outputs:
+        raise ValueError(
+            f"The loss sees {num_outputs} rows of outputs, but the batch holds {batch_size} examples. "
+            "Sequences whose tokens are flattened into rows are not supported yet, because the tokens of an "
+            f"example are not independent. {WAY_OUT}"
+        )
