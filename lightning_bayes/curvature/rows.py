@@ -30,6 +30,7 @@ from backpack.core.derivatives.conv_transpose3d import ConvTranspose3DDerivative
 from backpack.core.derivatives.linear import LinearDerivatives
 from backpack.utils.conv import unfold_input
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.likelihoods import Likelihood
@@ -49,6 +50,8 @@ DERIVATIVES: dict[type[nn.Module], BaseParameterDerivatives] = {
     nn.BatchNorm3d: BatchNormNdDerivatives(),
 }
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
@@ -79,17 +82,9 @@ class _Use:
         if isinstance(self.module, nn.Linear):
             inputs = self.input.reshape(len(self.input), -1, self.input.shape[-1])
             return inputs, self.grads.reshape(*self.grads.shape[:2], -1, self.grads.shape[-1])
-        if (
-            isinstance(self.module, _CONVOLUTIONS)
-            and self.module.groups == 1
-            and _pads_with_zeros(self.module)
-        ):
+        if isinstance(self.module, _CONVOLUTIONS) and self.module.groups == 1:
             return unfold_input(self.module, self.input).mT, self.grads.flatten(3).mT
         return None
-
-
-def _pads_with_zeros(module: nn.Module) -> bool:
-    return module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
 @dataclass(frozen=True)
@@ -223,11 +218,33 @@ def gram_width(network: nn.Module, names: Collection[str]) -> int:
 
 
 def _derivatives_of(module: nn.Module) -> BaseParameterDerivatives | None:
+    if isinstance(module, _TRANSPOSED) and any(module.output_padding):  # BackPACK gets the shape wrong
+        return None
+    if isinstance(module, _BATCH_NORMS) and module.running_mean is None:  # mixes examples even in eval mode
+        return None
     # A subclass counts only while its forward is the layer's own: LoRA and the like are other functions.
     for layer, derivatives in DERIVATIVES.items():
         if isinstance(module, layer) and type(module).forward is layer.forward:
             return derivatives
     return None
+
+
+def _pad_beforehand(module: nn.Module) -> None:
+    """Turn padding that BackPACK does not know ("same", circular, ...) into a pre-hook of the layer."""
+    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        return
+    widths: list[int] = []  # last dimension first, as F.pad wants them
+    for axis in reversed(range(len(module.kernel_size))):
+        total = module.dilation[axis] * (module.kernel_size[axis] - 1) if module.padding == "same" else 0
+        own = (
+            (total // 2, total - total // 2)
+            if isinstance(module.padding, str)
+            else (module.padding[axis],) * 2
+        )
+        widths += own
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    module.register_forward_pre_hook(lambda _, args: (F.pad(args[0], widths, mode=mode), *args[1:]))
+    module.padding, module.padding_mode = (0,) * len(module.kernel_size), "zeros"
 
 
 class RowReader:
@@ -247,8 +264,9 @@ class RowReader:
             listed = ", ".join(f"{name!r} ({layer})" for name, layer in sorted(unsupported.items()))
             raise ValueError(
                 f"No per-example gradients for {listed}: supported layers are "
-                f"{', '.join(layer.__name__ for layer in DERIVATIVES)} with their own forward. Hold these "
-                "parameters fixed (requires_grad=False, weight_decay 0 in their optimizer group, or a prior "
+                f"{', '.join(layer.__name__ for layer in DERIVATIVES)} with their own forward (not "
+                "transposed convolutions with output_padding, nor batch norm without running statistics). Hold "
+                "these parameters fixed (requires_grad=False, weight_decay 0 in their optimizer group, or a prior "
                 "precision of 0); other layers are not supported yet."
             )
         named = dict(network.named_parameters())
@@ -265,6 +283,8 @@ class RowReader:
             }
             if local:
                 self._layers[module] = local
+                if isinstance(module, _CONVOLUTIONS):
+                    _pad_beforehand(module)
 
     def read(self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood) -> RowBlock:
         """Run one batch through the network and return its rows.
