@@ -1,0 +1,155 @@
+"""Logs the SGD noise scale while training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_bayes.callbacks.configuration import TrainerConfiguration, read_configuration
+from lightning_bayes.functional import AdamConfiguration
+from lightning_bayes.functional._validation import count
+
+
+class SGDNoiseScale(Callback):
+    r"""Logs the noise scale of SGD, read from the running Trainer.
+
+    g = ε (N/B - 1) (1 - τ) / (1 - m)
+
+    N is the length of the training set. B counts the examples of one optimizer step: loader batch x
+    accumulation x replicas. ε, m and τ are the optimizer's, at the moment of its step, so that schedules
+    are followed.
+
+    The value of an epoch is the one in force **at its last optimizer step**. (At the end of an epoch
+    Lightning has already moved its schedulers on to the next, so the callback reads when the optimizer
+    steps.) It is logged in `on_train_epoch_end`, so that `ModelCheckpoint` and `EarlyStopping` can monitor
+    it; with `val_check_interval` below 1 those two look at validation's end unless told otherwise
+    (`save_on_train_epoch_end=True`, `check_on_train_epoch_end=True`).
+
+    Keys, with the prefix: `noise_scale` while all parameter groups agree; one key per group from the moment
+    they differ, in the style of `LearningRateMonitor`: `noise_scale-SGD/pg1`. g is not a quantity of
+    Adam-like optimizers: they get `adam_noise_scale` (ε/√B, what Adam's square-root rule keeps) and a
+    statement at the start.
+
+    Args:
+        logging_interval: "epoch"; or "step" for the value of every `log_every_n_steps`-th optimizer step as
+            well as that of the epoch.
+        dataset_size: N in place of the length of the training set; needed for an IterableDataset without
+            length.
+        log_key_prefix: put before every key.
+
+    Raises:
+        ValueError: at construction for an argument outside its domain; at the start of training for manual
+            optimization, several training loaders, a batch size or a dataset size that cannot be read, or an
+            optimizer that has neither noise scale.
+
+    Example::
+
+        trainer = Trainer(callbacks=[SGDNoiseScale()])
+
+    Reference:
+        Smith & Le, ICLR 2018, arXiv:1710.06451, section 5; for Adam Malladi et al., NeurIPS 2022,
+        arXiv:2205.10287.
+    """
+
+    def __init__(
+        self,
+        *,
+        logging_interval: Literal["epoch", "step"] = "epoch",
+        dataset_size: int | None = None,
+        log_key_prefix: str = "bayes/",
+    ) -> None:
+        super().__init__()
+        if logging_interval not in ("epoch", "step"):
+            raise ValueError(
+                f'Expected argument `logging_interval` to be "epoch" or "step", but got {logging_interval!r}.'
+            )
+        if not isinstance(log_key_prefix, str):
+            raise ValueError(
+                f"Expected argument `log_key_prefix` to be a string, but got {log_key_prefix!r}."
+            )
+        self.logging_interval = logging_interval
+        self.dataset_size = None if dataset_size is None else count("dataset_size", dataset_size)
+        self.log_key_prefix = log_key_prefix
+        self._in_force: dict[str, float] | None = None
+        self._last_logged_step = -1
+        self._groups_differ = False
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._in_force, self._last_logged_step, self._groups_differ = None, -1, False
+        configuration = read_configuration(trainer, self.dataset_size)
+        for note in configuration.notes:
+            rank_zero_warn(f"SGDNoiseScale: {note}")
+        adaptive = [
+            group.name for group in configuration.groups if isinstance(group.configuration, AdamConfiguration)
+        ]
+        if adaptive:
+            rank_zero_info(
+                f"SGDNoiseScale: the SGD noise scale does not describe {', '.join(adaptive)}, which"
+                f" divides gradients by their own size. Logging `{self.log_key_prefix}adam_noise_scale`"
+                " = learning rate / sqrt(batch size) instead, the quantity that Adam's square-root rule"
+                " keeps."
+            )
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._in_force = self.noise_scales(read_configuration(trainer, self.dataset_size))
+        if self.logging_interval == "step":
+            self._log_step(trainer, self._in_force)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._in_force is None:
+            # No optimizer step yet (a skipped epoch): what the next step would use.
+            self._in_force = self.noise_scales(read_configuration(trainer, self.dataset_size))
+        for key, value in self._in_force.items():
+            # Every process has the same value. `sync_dist` keeps Lightning from warning that they might not.
+            pl_module.log(key, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+
+    def noise_scales(self, configuration: TrainerConfiguration) -> dict[str, float]:
+        """Log keys and values of a configuration.
+
+        Args:
+            configuration: as `read_configuration` gives it.
+
+        Returns:
+            One key for each kind of noise scale on which the groups agree, else one per group.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for group in configuration.groups:
+            adaptive = isinstance(group.configuration, AdamConfiguration)
+            kind = "adam_noise_scale" if adaptive else "noise_scale"
+            found.setdefault(kind, {})[group.name] = group.configuration.noise_scale
+        # Once split, always split: groups that meet again for a moment would make keys come and go.
+        self._groups_differ |= any(len(set(values.values())) > 1 for values in found.values())
+        keyed: dict[str, float] = {}
+        for kind, values in found.items():
+            if self._groups_differ:
+                keyed |= {f"{self.log_key_prefix}{kind}-{name}": value for name, value in values.items()}
+            else:
+                keyed[f"{self.log_key_prefix}{kind}"] = next(iter(values.values()))
+        return keyed
+
+    def _log_step(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """As `LearningRateMonitor` does: `self.log` would repeat a stale value on the steps between."""
+        step = trainer.global_step
+        # Lightning sets this attribute without declaring it.
+        every = int(getattr(trainer, "log_every_n_steps", 0))
+        # A closure-based optimizer comes here several times in one step.
+        due = every > 0 and (step + 1) % every == 0
+        if not due or step == self._last_logged_step:
+            return
+        self._last_logged_step = step
+        device = trainer.strategy.root_device
+        trainer.callback_metrics.update(
+            {key: torch.tensor(value, device=device) for key, value in values.items()}
+        )
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
