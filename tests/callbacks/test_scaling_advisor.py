@@ -1,0 +1,211 @@
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_bayes.callbacks import ScalingAdvisor, SGDNoiseScale
+from lightning_bayes.functional import AdamAdvice, Configuration, rescale
+
+from .sgd_models import Net, loader, scheduled, sgd, trainer, two_groups
+
+pytestmark = [
+    # Lightning advises workers by the number of cores of the machine; the data is in memory.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    # Lightning's own use of a class that torch has since deprecated.
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+]
+
+
+def advise(
+    tmp_path, optimizers=None, data=None, extra=(), logger=False, max_epochs=1, kwargs=None, **targets
+):
+    advisor = ScalingAdvisor(**targets)
+    run = trainer(tmp_path, [*extra, advisor], logger=logger, max_epochs=max_epochs, **(kwargs or {}))
+    run.fit(Net(optimizers), data or loader())
+    return advisor.advice
+
+
+def test_advice_is_data(tmp_path):
+    (advice,) = advise(tmp_path, sgd(momentum=0.9), target_batch_size=50)
+    assert advice.name == "SGD"
+    assert advice.present == Configuration(0.1, 10, 100, 0.9)
+    expected = rescale(learning_rate=0.1, batch_size=10, dataset_size=100, momentum=0.9, target_batch_size=50)
+    assert advice.exact == expected
+    # g = 0.1 * 9 / 0.1 = 9; at B' = 50: lr' = 9 * 0.1 / (100/50 - 1)
+    assert advice.exact.learning_rate == pytest.approx(0.9)
+    assert advice.linear.learning_rate == pytest.approx(0.5)
+
+
+def test_table_is_printed_once_and_fits_80_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    advise(tmp_path, sgd(momentum=0.9), target_momentum=0.5)
+    printed = capsys.readouterr().out
+    assert printed.count("Scaling advice for SGD") == 1
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "g = lr (N/B - 1)/(1 - m) = 0.1 * (100/10 - 1)/(1 - 0.9) = 9" in printed
+    assert "Caveats" in printed
+
+
+def test_tensorboard_has_the_text(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    advise(tmp_path, logger=logger, target_batch_size=50)
+    events = EventAccumulator(logger.log_dir).Reload()
+    (event,) = events.Tensors("bayes/advice/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert "Scaling advice for SGD" in text and text.startswith("```")
+
+
+def test_loggers_without_text_do_not_crash(tmp_path):
+    assert advise(tmp_path, logger=CSVLogger(tmp_path), target_batch_size=50)
+
+
+def test_schedule_is_advised_at_its_peak(tmp_path):
+    (advice,) = advise(
+        tmp_path,
+        scheduled("epoch", lambda epoch: (0.5, 1.0, 0.1)[min(epoch, 2)]),
+        max_epochs=3,
+        target_batch_size=50,
+    )
+    assert advice.present.learning_rate == pytest.approx(0.1)
+    assert any("Multiply the whole schedule" in caveat for caveat in advice.caveats)
+
+
+def test_constant_rate_says_nothing_of_schedules(tmp_path):
+    (advice,) = advise(tmp_path, max_epochs=2, target_batch_size=50)
+    assert not any("schedule; the one shown" in caveat for caveat in advice.caveats)
+
+
+def test_growing_batch_is_taken_at_the_end(tmp_path):
+    (advice,) = advise(
+        tmp_path, extra=[GradientAccumulationScheduler({0: 1, 1: 2})], max_epochs=2, target_batch_size=50
+    )
+    assert advice.present.batch_size == 20
+    assert any("batch size changed during the run" in caveat for caveat in advice.caveats)
+
+
+def test_groups_that_differ_have_advice_each(tmp_path):
+    found = advise(tmp_path, two_groups({"lr": 0.2}, {}), target_learning_rate=0.4)
+    assert [advice.name for advice in found] == ["SGD/pg1", "SGD/pg2"]
+    # The target is the largest group's; both are doubled, and both ask for the same batch.
+    assert [advice.exact.learning_rate for advice in found] == pytest.approx([0.4, 0.2])
+    assert found[0].exact.batch_size == pytest.approx(found[1].exact.batch_size)
+
+
+def test_equal_groups_share_advice(tmp_path):
+    (advice,) = advise(tmp_path, two_groups({}, {"weight_decay": 0.1}), target_batch_size=50)
+    assert advice.name == "SGD/pg1, SGD/pg2"
+
+
+def test_adam_gets_its_own_rule(tmp_path, capsys):
+    (advice,) = advise(
+        tmp_path, lambda module: torch.optim.AdamW(module.parameters(), lr=0.01), target_batch_size=40
+    )
+    assert isinstance(advice, AdamAdvice)
+    assert advice.advised.learning_rate == pytest.approx(0.02)
+    assert advice.advised.betas == pytest.approx((0.6, 0.996))
+    assert "sqrt rule" in capsys.readouterr().out
+
+
+def test_accumulation_and_drop_last(tmp_path):
+    (advice,) = advise(
+        tmp_path,
+        data=loader(size=95, drop_last=True),
+        kwargs={"accumulate_grad_batches": 3},
+        target_batch_size=40,
+    )
+    assert advice.present == Configuration(0.1, 30, 95)
+
+
+def test_peak_survives_a_checkpoint(tmp_path):
+    def configure():
+        return Net(scheduled("epoch", lambda epoch: 0.5**epoch))
+
+    first = trainer(tmp_path, [ScalingAdvisor(target_batch_size=50)], max_epochs=1)
+    first.fit(configure(), loader())
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    # Another model and callback: only the checkpoint knows of the first epoch at 0.1.
+    advisor = ScalingAdvisor(target_batch_size=50)
+    second = trainer(tmp_path, [advisor], max_epochs=3)
+    second.fit(configure(), loader(), ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+    (advice,) = advisor.advice
+    assert advice.present.learning_rate == pytest.approx(0.1)
+    assert any("Multiply the whole schedule" in caveat for caveat in advice.caveats)
+
+
+@pytest.mark.parametrize(
+    "optimizers", [sgd(momentum=0.9), lambda m: torch.optim.Adam(m.parameters(), lr=0.01)]
+)
+def test_state_round_trips(tmp_path, optimizers):
+    advisor = ScalingAdvisor(target_batch_size=50)
+    trainer(tmp_path, [advisor]).fit(Net(optimizers), loader())
+    other = ScalingAdvisor(target_batch_size=50)
+    other.load_state_dict(advisor.state_dict())
+    assert other.state_dict() == advisor.state_dict() != {}
+
+
+def test_second_fit_begins_anew(tmp_path):
+    advisor = ScalingAdvisor(target_batch_size=50)
+    trainer(tmp_path, [advisor]).fit(Net(sgd(lr=0.4)), loader())
+    trainer(tmp_path, [advisor]).fit(Net(sgd(lr=0.1)), loader())
+    assert advisor.advice[0].present.learning_rate == 0.1
+
+
+def test_two_advisors_in_one_trainer(tmp_path):
+    advisors = [ScalingAdvisor(target_batch_size=50), ScalingAdvisor(target_momentum=0.5)]
+    trainer(tmp_path, advisors).fit(Net(), loader())
+    assert all(advisor.advice for advisor in advisors)
+
+
+def test_without_a_step_there_is_no_advice(tmp_path):
+    with pytest.warns(UserWarning, match="no optimizer step"):
+        assert advise(tmp_path, sgd(lr=0.0), target_batch_size=50) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "at least one of `target_batch_size`, `target_learning_rate`"),
+        ({"target_batch_size": 1.5}, "`target_batch_size`"),
+        ({"target_batch_size": "512"}, "`target_batch_size`"),
+        ({"target_learning_rate": -1.0}, "`target_learning_rate`"),
+        ({"target_momentum": 1.0}, "`target_momentum`"),
+        ({"target_dataset_size": 0}, "`target_dataset_size`"),
+        ({"target_batch_size": 64, "reference": "run.ckpt"}, "`reference` to be None.*not supported yet"),
+        ({"target_batch_size": 64, "log_key_prefix": 1}, "`log_key_prefix`"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ScalingAdvisor(**arguments)
+
+
+def test_target_batch_beyond_the_data_fails_before_training(tmp_path):
+    with pytest.raises(ValueError, match="`target_batch_size` to be at most `dataset_size`"):
+        advise(tmp_path, target_batch_size=101)
+
+
+def test_momentum_target_for_adam_fails_before_training(tmp_path):
+    with pytest.raises(ValueError, match="`target_momentum` to be None"):
+        advise(tmp_path, lambda module: torch.optim.Adam(module.parameters()), target_momentum=0.5)
+
+
+def test_manual_optimization(tmp_path):
+    model = Net()
+    model.automatic_optimization = False
+    with pytest.raises(ValueError, match="automatic_optimization = False"):
+        trainer(tmp_path, [ScalingAdvisor(target_batch_size=50)]).fit(model, loader())
+
+
+def test_training_is_not_perturbed(tmp_path):
+    def run(callbacks):
+        L.seed_everything(7, verbose=False)
+        model = Net(scheduled("step", lambda step: 0.99**step, momentum=0.9))
+        fitting = trainer(tmp_path, callbacks, max_epochs=3)
+        fitting.fit(model, loader())
+        momenta = [state["momentum_buffer"] for state in fitting.optimizers[0].state.values()]
+        return [*model.state_dict().values(), *momenta, torch.get_rng_state()]
+
+    plain, watched = run([]), run([ScalingAdvisor(target_batch_size=50), SGDNoiseScale()])
+    assert all(torch.equal(one, other) for one, other in zip(plain, watched, strict=True))

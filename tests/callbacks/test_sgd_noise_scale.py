@@ -1,0 +1,412 @@
+import logging
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from lightning_bayes.callbacks import SGDNoiseScale
+from lightning_bayes.callbacks.configuration import read_configuration
+from lightning_bayes.functional import AdamConfiguration, sgd_noise_scale
+
+from .sgd_models import Net, Stream, dataset, loader, scheduled, sgd, trainer, two_groups
+
+pytestmark = [
+    # Lightning advises workers by the number of cores of the machine; the data is in memory.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    # Lightning's own use of a class that torch has since deprecated.
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+]
+
+# Lightning keeps logged values in float32.
+FLOAT32 = 1e-6
+
+
+class Recorder(Logger):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.logged = []
+
+    @property
+    def name(self):
+        return "recorder"
+
+    @property
+    def version(self):
+        return 0
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        self.logged.append((step, dict(metrics)))
+
+    def values(self, key):
+        return [(step, metrics[key]) for step, metrics in self.logged if key in metrics]
+
+
+def fit(tmp_path, optimizers=None, data=None, callback=None, extra=(), **kwargs):
+    recorder = Recorder()
+    callback = callback or SGDNoiseScale()
+    run = trainer(tmp_path, [*extra, callback], logger=recorder, **kwargs)
+    run.fit(Net(optimizers), loader() if data is None else data)
+    return run, recorder
+
+
+def test_value_by_hand(tmp_path):
+    # 0.1 * (100/10 - 1) * (1 - 0.5) / (1 - 0.9) = 4.5
+    run, recorder = fit(tmp_path, sgd(momentum=0.9, dampening=0.5), max_epochs=2)
+    assert [value for _, value in recorder.values("bayes/noise_scale")] == pytest.approx(
+        [4.5, 4.5], rel=FLOAT32
+    )
+    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(4.5, rel=FLOAT32)
+
+
+def test_dampening_without_momentum_is_ignored_as_torch_does(tmp_path):
+    run, _ = fit(tmp_path, sgd(dampening=0.5))
+    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(0.9, rel=FLOAT32)
+
+
+def test_incomplete_last_batch_leaves_n_and_b(tmp_path):
+    run, _ = fit(tmp_path, data=loader(size=95))
+    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(0.1 * 8.5, rel=FLOAT32)
+
+
+def test_prefix(tmp_path):
+    run, _ = fit(tmp_path, callback=SGDNoiseScale(log_key_prefix="x/"))
+    assert "x/noise_scale" in run.callback_metrics
+
+
+@pytest.mark.parametrize("logger", [True, False])
+def test_epoch_schedule_reports_the_last_step_of_the_epoch(tmp_path, logger):
+    # The schedule moves on before `on_train_epoch_end`: the value must still be the finished epoch's.
+    seen = []
+
+    class Collect(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen.append(float(trainer.callback_metrics["bayes/noise_scale"]))
+
+    callback = SGDNoiseScale()
+    run = trainer(tmp_path, [callback, Collect()], max_epochs=3, logger=Recorder() if logger else False)
+    run.fit(Net(scheduled("epoch", lambda epoch: 0.5**epoch)), loader())
+    assert seen == pytest.approx([0.9, 0.45, 0.225], rel=FLOAT32)
+
+
+def test_step_schedule_and_step_logging(tmp_path):
+    def ramp(step):
+        return step / 10
+
+    _, recorder = fit(
+        tmp_path,
+        scheduled("step", ramp),
+        callback=SGDNoiseScale(logging_interval="step"),
+        log_every_n_steps=5,
+        max_epochs=2,
+    )
+    # Steps 4, 9, 14, 19 are due; learning rate 0.1 * step/10 and N/B - 1 = 9. The epoch's value is that of steps
+    # 9 and 19, once more.
+    expected = [(4, 0.36), (9, 0.81), (9, 0.81), (14, 1.26), (19, 1.71), (19, 1.71)]
+    found = recorder.values("bayes/noise_scale")
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=FLOAT32)
+
+
+def test_warm_up_from_zero_logs_zero(tmp_path):
+    _, recorder = fit(
+        tmp_path,
+        scheduled("step", lambda step: min(1.0, step / 10)),
+        callback=SGDNoiseScale(logging_interval="step"),
+    )
+    assert recorder.values("bayes/noise_scale")[0] == (0, 0.0)
+
+
+def test_accumulation(tmp_path):
+    run, _ = fit(tmp_path, accumulate_grad_batches=4)
+    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(
+        0.1 * (100 / 40 - 1), rel=FLOAT32
+    )
+
+
+def test_accumulation_schedule(tmp_path):
+    _, recorder = fit(tmp_path, extra=[GradientAccumulationScheduler({0: 1, 1: 5})], max_epochs=2)
+    found = [value for _, value in recorder.values("bayes/noise_scale")]
+    assert found == pytest.approx([0.9, 0.1], rel=FLOAT32)
+
+
+def test_step_logging_under_accumulation_counts_optimizer_steps(tmp_path):
+    _, recorder = fit(
+        tmp_path,
+        callback=SGDNoiseScale(logging_interval="step"),
+        accumulate_grad_batches=5,
+        log_every_n_steps=1,
+    )
+    assert [step for step, _ in recorder.values("bayes/noise_scale")] == [0, 1, 1]
+
+
+def test_accumulation_beyond_the_epoch_is_full_batch(tmp_path):
+    with pytest.warns(UserWarning, match="every step is full batch"):
+        run, _ = fit(tmp_path, accumulate_grad_batches=16)
+    assert float(run.callback_metrics["bayes/noise_scale"]) == 0.0
+
+
+def test_equal_groups_have_one_key(tmp_path):
+    run, _ = fit(tmp_path, two_groups({}, {"weight_decay": 0.1}))
+    assert [key for key in run.callback_metrics if "noise" in key] == ["bayes/noise_scale"]
+
+
+def test_different_groups_have_a_key_each(tmp_path):
+    run, _ = fit(tmp_path, two_groups({"lr": 0.2}, {"name": "head"}))
+    found = {key: float(value) for key, value in run.callback_metrics.items() if "noise" in key}
+    assert found == pytest.approx(
+        {"bayes/noise_scale-SGD/pg1": 1.8, "bayes/noise_scale-SGD/head": 0.9}, rel=FLOAT32
+    )
+
+
+def test_groups_that_part_stay_parted(tmp_path):
+    def configure(module):
+        optimizer = two_groups({}, {})(module)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, [lambda e: 1.0, lambda e: 0.5 if e == 1 else 1.0]
+        )
+        return [optimizer], [schedule]
+
+    _, recorder = fit(tmp_path, configure, max_epochs=3)
+    assert len(recorder.values("bayes/noise_scale")) == 1
+    found = [value for _, value in recorder.values("bayes/noise_scale-SGD/pg2")]
+    assert found == pytest.approx([0.45, 0.9], rel=FLOAT32)
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam]
+)
+def test_adam_like_optimizers_get_their_own_quantity(tmp_path, kind, caplog):
+    with caplog.at_level(logging.INFO):
+        run, _ = fit(tmp_path, lambda module: kind(module.parameters(), lr=0.1))
+    keys = [key for key in run.callback_metrics if "noise" in key]
+    assert keys == ["bayes/adam_noise_scale"]
+    assert float(run.callback_metrics["bayes/adam_noise_scale"]) == pytest.approx(0.1 / 10**0.5, rel=FLOAT32)
+    said = [record.message for record in caplog.records if "does not describe" in record.message]
+    assert len(said) == 1 and kind.__name__ in said[0]
+
+
+def test_adam_configuration_is_read(tmp_path):
+    class Look(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.found = read_configuration(trainer).groups
+
+    look = Look()
+
+    def optimizer(module):
+        return torch.optim.RMSprop(module.parameters(), lr=0.1, alpha=0.95, momentum=0.9)
+
+    trainer(tmp_path, [look]).fit(Net(optimizer), loader())
+    assert look.found[0].name == "RMSprop"
+    assert look.found[0].configuration == AdamConfiguration(0.1, 10, (0.95,), 1e-8, 100)
+
+
+class PlainDescent(torch.optim.Optimizer):
+    def __init__(self, parameters, **defaults):
+        super().__init__(parameters, defaults)
+
+    def step(self, closure=None):
+        return closure()
+
+
+def test_unknown_optimizers_are_announced(tmp_path):
+    with pytest.warns(UserWarning, match="PlainDescent is not torch.optim.SGD.*without momentum"):
+        run, _ = fit(tmp_path, lambda module: PlainDescent(module.parameters(), lr=0.1))
+    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(0.9, rel=FLOAT32)
+    with pytest.warns(UserWarning, match="taken to be SGD with momentum"):
+        run, _ = fit(tmp_path, lambda module: PlainDescent(module.parameters(), lr=0.1, momentum=0.5))
+    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(1.8, rel=FLOAT32)
+    with pytest.warns(UserWarning, match="taken to be Adam-like"):
+        run, _ = fit(tmp_path, lambda module: PlainDescent(module.parameters(), lr=0.1, betas=(0.9, 0.99)))
+    assert "bayes/adam_noise_scale" in run.callback_metrics
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "message"),
+    [
+        (lambda module: torch.optim.LBFGS(module.parameters()), "LBFGS"),
+        (lambda module: PlainDescent(module.parameters(), step_length=0.1), "to have an `lr`"),
+    ],
+)
+def test_optimizers_without_a_noise_scale(tmp_path, optimizers, message):
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, optimizers)
+
+
+def test_manual_optimization(tmp_path):
+    model = Net()
+    model.automatic_optimization = False
+    with pytest.raises(ValueError, match="automatic_optimization = False"):
+        trainer(tmp_path, [SGDNoiseScale()]).fit(model, loader())
+
+
+def test_several_loaders(tmp_path):
+    with pytest.raises(ValueError, match=r"one training dataloader.*2"):
+        fit(tmp_path, data={"a": loader(), "b": loader()})
+
+
+def test_outside_of_fit():
+    with pytest.raises(ValueError, match="training dataloader"):
+        read_configuration(L.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False))
+
+
+def test_iterable_dataset_needs_its_size(tmp_path):
+    stream = DataLoader(Stream(dataset()), batch_size=10)
+    with pytest.raises(ValueError, match="`dataset_size=`"):
+        fit(tmp_path, data=stream)
+    run, _ = fit(tmp_path, data=stream, callback=SGDNoiseScale(dataset_size=200))
+    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(0.1 * 19, rel=FLOAT32)
+
+
+def test_batch_size_none_names_the_remedy(tmp_path):
+    batches = [dataset()[:10] for _ in range(10)]
+    with pytest.raises(ValueError, match="Pass `batch_size=` to the DataLoader"):
+        fit(tmp_path, data=DataLoader(batches, batch_size=None))
+
+
+def test_batch_sampler(tmp_path):
+    sampler = BatchSampler(RandomSampler(dataset()), batch_size=20, drop_last=False)
+    run, _ = fit(tmp_path, data=DataLoader(dataset(), batch_sampler=sampler))
+    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(0.4, rel=FLOAT32)
+
+
+def test_batch_sampler_without_batch_size(tmp_path):
+    batches = [list(range(start, start + 10)) for start in range(0, 100, 10)]
+    with pytest.raises(ValueError, match="list without `batch_size`"):
+        fit(tmp_path, data=DataLoader(dataset(), batch_sampler=batches))
+
+
+def test_subset_sampler_is_the_training_set(tmp_path):
+    data = DataLoader(dataset(), batch_size=10, sampler=SubsetRandomSampler(range(50)))
+    run, _ = fit(tmp_path, data=data)
+    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(0.4, rel=FLOAT32)
+
+
+def test_sampling_with_replacement_is_announced(tmp_path):
+    sampler = WeightedRandomSampler([1.0] * 100, 100)
+    with pytest.warns(UserWarning, match="with replacement"):
+        fit(tmp_path, data=DataLoader(dataset(), batch_size=10, sampler=sampler))
+
+
+def test_own_sampler_of_another_length_is_announced(tmp_path):
+    with pytest.warns(UserWarning, match="list draws 40 examples an epoch from a dataset of 100"):
+        run, _ = fit(tmp_path, data=DataLoader(dataset(), batch_size=10, sampler=list(range(40))))
+    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(0.9, rel=FLOAT32)
+
+
+def test_replicas_multiply_the_batch(tmp_path, monkeypatch):
+    # The strategy's own number, which is not the world size under tensor parallelism.
+    class Fake(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            monkeypatch.setattr(
+                type(trainer.strategy),
+                "distributed_sampler_kwargs",
+                {"num_replicas": 2, "rank": 0},
+                raising=False,
+            )
+
+    distributed = torch.utils.data.distributed.DistributedSampler(dataset(), num_replicas=2, rank=0)
+    data = DataLoader(dataset(), batch_size=10, sampler=distributed)
+    run, _ = fit(tmp_path, data=data, extra=[Fake()])
+    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(
+        0.1 * (100 / 20 - 1), rel=FLOAT32
+    )
+
+
+def test_replicas_without_a_distributed_sampler_are_announced():
+    module = SimpleNamespace(automatic_optimization=True)
+    data = DataLoader(dataset(), batch_size=10, sampler=SequentialSampler(dataset()))
+    fake = SimpleNamespace(
+        lightning_module=module,
+        train_dataloader=data,
+        accumulate_grad_batches=3,
+        strategy=SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": 0}),
+        optimizers=[torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)],
+    )
+    found = read_configuration(fake)
+    assert found.groups[0].configuration.batch_size == 60
+    assert "without a DistributedSampler" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"logging_interval": "batch"}, "logging_interval"),
+        ({"dataset_size": 0}, "dataset_size"),
+        ({"dataset_size": 10.5}, "dataset_size"),
+        ({"dataset_size": True}, "dataset_size"),
+        ({"log_key_prefix": None}, "log_key_prefix"),
+    ],
+)
+def test_bad_arguments(arguments, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        SGDNoiseScale(**arguments)
+
+
+def test_checkpoint_and_early_stopping_can_monitor_it(tmp_path):
+    key = "bayes/noise_scale"
+    best = ModelCheckpoint(tmp_path, monitor=key, mode="min", save_top_k=1, filename="{epoch}")
+    stop = EarlyStopping(monitor=key, mode="min", stopping_threshold=0.3)
+    run, _ = fit(
+        tmp_path,
+        scheduled("epoch", lambda epoch: 0.5**epoch),
+        extra=[stop, best],
+        max_epochs=10,
+        enable_checkpointing=True,
+    )
+    # 0.9, 0.45, 0.225: stopped after the third epoch, whose checkpoint is the best.
+    assert run.current_epoch == 3
+    assert best.best_model_path.endswith("epoch=2.ckpt")
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_training_is_not_perturbed(tmp_path, accumulate, interval):
+    def run(callbacks):
+        L.seed_everything(7, verbose=False)
+        model = Net(scheduled("epoch", lambda epoch: 0.5**epoch, momentum=0.9))
+        fitting = trainer(tmp_path, callbacks, max_epochs=3, accumulate_grad_batches=accumulate)
+        fitting.fit(model, loader())
+        momenta = [state["momentum_buffer"] for state in fitting.optimizers[0].state.values()]
+        return [*model.state_dict().values(), *momenta, torch.get_rng_state()]
+
+    plain, watched = run([]), run([SGDNoiseScale(logging_interval=interval)])
+    assert all(torch.equal(one, other) for one, other in zip(plain, watched, strict=True))
+
+
+def test_csv_logger(tmp_path):
+    logger = CSVLogger(tmp_path)
+    trainer(tmp_path, [SGDNoiseScale()], logger=logger).fit(Net(), loader())
+    text = next(tmp_path.rglob("metrics.csv")).read_text()
+    assert "bayes/noise_scale" in text
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    run = trainer(
+        tmp_path, [SGDNoiseScale()], devices=2, strategy="ddp_fork", enable_checkpointing=False, logger=False
+    )
+    run.fit(Net(), loader())
+    # B = 10 x 2: 0.1 * (100/20 - 1)
+    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(0.4, rel=FLOAT32)
+
+
+def test_noise_scales_follow_the_function(tmp_path):
+    run, _ = fit(tmp_path, sgd(lr=0.03, momentum=0.7))
+    expected = sgd_noise_scale(0.03, 10, 100, 0.7)
+    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(expected, rel=FLOAT32)
