@@ -1,3 +1,25 @@
 """Bayesian evidence, SGD noise scale and scaling advice for PyTorch Lightning."""
 
+from lightning_bayes.callbacks import LaplaceEvidence, ScalingAdvisor, SGDNoiseScale
+from lightning_bayes.curvature.errors import EvidenceUnavailableError
+from lightning_bayes.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from lightning_bayes.evidence import Evidence
+from lightning_bayes.laplace import laplace_evidence
+
 __version__ = "0.1.0"
+
+__all__ = [  # noqa: RUF022 - grouped by subject
+    # Callbacks
+    "LaplaceEvidence",
+    "SGDNoiseScale",
+    "ScalingAdvisor",
+    # Without a Trainer
+    "laplace_evidence",
+    "Evidence",
+    "EvidenceUnavailableError",
+    # Likelihoods
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "Likelihood",
+]

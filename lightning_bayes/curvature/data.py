@@ -15,6 +15,7 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
+    WeightedRandomSampler,
 )
 
 __all__ = ["Examples", "examples_from_loader", "examples_from_tensors"]
@@ -116,10 +117,16 @@ def _length(dataset: Dataset[Any]) -> int:
 
 def _training_indices(loader: "DataLoader[Any]") -> Sequence[int]:
     """Indices that the loader can draw, each once."""
-    dataset, sampler = loader.dataset, loader.sampler
+    dataset, batches = loader.dataset, loader.batch_sampler
     size = _length(dataset)
+    # A loader that was given a batch sampler keeps an idle sampler beside it; the batch sampler's counts.
+    sampler = getattr(batches, "sampler", None)
+    if sampler is None:
+        return sorted({index for batch in _copied(batches, dataset) for index in batch})
     if isinstance(sampler, SubsetRandomSampler):
-        return list(sampler.indices)
+        return list(dict.fromkeys(map(int, sampler.indices)))
+    if isinstance(sampler, WeightedRandomSampler):  # repeats examples: the likelihood counts each once
+        return [index for index, weight in enumerate(sampler.weights.tolist()) if weight > 0]
     if isinstance(sampler, DistributedSampler):
         if _length(sampler.dataset) < size:
             raise ValueError(
@@ -127,13 +134,16 @@ def _training_indices(loader: "DataLoader[Any]") -> Sequence[int]:
                 "cannot be told from a shard. Select it by torch.utils.data.Subset(dataset, indices) instead."
             )
         return range(size)  # the sampler holds one replica's shard; the evidence is that of the whole
-    if isinstance(sampler, RandomSampler | SequentialSampler):
-        return range(size)
-    if not isinstance(sampler, Sized) or len(sampler) >= size:
-        return range(size)  # weighted and balanced samplers repeat examples: the likelihood counts each once
-    # An unknown sampler that draws fewer than all: what it would draw now, asked of a copy because samplers
-    # keep generators.
-    return sorted(set(copy.deepcopy(sampler, {id(dataset): dataset})))
+    whole = isinstance(sampler, RandomSampler | SequentialSampler)
+    if whole or not isinstance(sampler, Sized) or len(sampler) >= size:
+        return range(size)  # balanced samplers repeat examples, likewise
+    # An unknown sampler that draws fewer than all: what it would draw now.
+    return sorted(set(_copied(sampler, dataset)))
+
+
+def _copied(sampler: Any, dataset: Dataset[Any]) -> Any:
+    """A sampler to be read in the place of the loader's own: samplers keep generators."""
+    return copy.deepcopy(sampler, {id(dataset): dataset})
 
 
 def _subset(indices: Sequence[int], size: int) -> list[int]:

@@ -145,7 +145,10 @@ class _System:
         """(I + K)⁻¹ times coefficients [C, N], in their type."""
         columns = len(coefficients)
         ordered = torch.cat([coefficients[:, tile].flatten() for tile in self.tiles]).to(self.factor)
-        solved = torch.cholesky_solve(ordered.unsqueeze(1), self.factor).squeeze(1).to(coefficients)
+        # Not `cholesky_solve`, which copies the factor: that would be a second matrix of rows × rows.
+        half = torch.linalg.solve_triangular(self.factor, ordered.unsqueeze(1), upper=False)
+        solved = torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
+        solved = solved.squeeze(1).to(coefficients)
         sizes = [columns * (tile.stop - tile.start) for tile in self.tiles]
         return torch.cat([part.unflatten(0, (columns, -1)) for part in solved.split(sizes)], dim=1)
 

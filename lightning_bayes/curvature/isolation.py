@@ -3,7 +3,7 @@
 import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +20,8 @@ _Module = TypeVar("_Module", bound=nn.Module)
 def isolated() -> Iterator[None]:
     """Restore the random states of torch, NumPy and Python on exit; within, fixed seeds and full float32.
 
+    Autocast and inference mode of the caller do not reach inside.
+
     Iterating a DataLoader draws from torch's global generator, transforms may draw from any; with
     fixed seeds two evaluations see the same draws. Trainers are often run with reduced matrix-product
     precision, which a log-determinant does not survive.
@@ -28,7 +30,11 @@ def isolated() -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+            stack.enter_context(torch.inference_mode(False))
+            for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+                stack.enter_context(torch.autocast(device, enabled=False))
             torch.manual_seed(0)
             np.random.seed(0)
             random.seed(0)

@@ -290,12 +290,17 @@ def resolve_likelihood(likelihood: str | Likelihood) -> Likelihood:
 
 
 def _flatten_alike(outputs: Tensor, targets: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    if outputs.dim() == 0 or len(targets) != len(outputs) or targets.numel() != outputs.numel():
+    # [N] beside [N, 1] is one output; [N, 2, 3] beside [N, 3, 2] would pair the wrong numbers.
+    if outputs.dim() == 0 or _without_ones(outputs) != _without_ones(targets):
         raise ValueError(
             f"A {name} likelihood needs targets of the outputs' shape, got outputs {_shape(outputs)} and "
             f"targets {_shape(targets)}."
         )
     return outputs.reshape(len(outputs), -1), targets.reshape(len(outputs), -1).to(outputs.dtype)
+
+
+def _without_ones(tensor: Tensor) -> list[int]:
+    return [*tensor.shape[:1], *(size for size in tensor.shape[1:] if size != 1)]
 
 
 def _diagonal_columns(values: Tensor) -> Tensor:

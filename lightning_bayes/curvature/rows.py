@@ -294,13 +294,21 @@ class RowReader:
             likelihood: Of the targets given the outputs.
 
         Raises:
-            EvidenceUnavailableError: If the outputs are not finite.
+            EvidenceUnavailableError: If the outputs, targets or gradients are not finite.
             ValueError: If outputs and targets do not fit the likelihood, or if autograd disagrees with the
                 rows: a parameter is used outside its layer's forward, or examples are not independent.
         """
         with torch.enable_grad(), self._recording():
-            outputs, targets = likelihood.prepare(*forward())
+            outputs, targets = forward()
+            if not isinstance(outputs, Tensor):
+                raise ValueError(
+                    f"The network returned {type(outputs).__name__}; the evidence needs one tensor of logits or "
+                    "means, [N, C] or [N]. Wrap it in a module that returns that tensor."
+                )
             check_finite(outputs, "the network's outputs")
+            if targets.is_floating_point():
+                check_finite(targets, "the targets")
+            outputs, targets = likelihood.prepare(outputs, targets)
             unit_loss = likelihood.unit_loss(outputs, targets)
         if not unit_loss.requires_grad:
             raise ValueError(
@@ -311,6 +319,8 @@ class RowReader:
         gradient = torch.autograd.grad(
             unit_loss, list(self.parameters.values()), retain_graph=True, materialize_grads=True
         )
+        for name, part in zip(names, gradient, strict=True):
+            check_finite(part, f"the gradient of the parameter {name!r}")
         roots = likelihood.sqrt_hessian(outputs)
         uses = self._backward(outputs, roots)
         layers = self._assemble(uses)
