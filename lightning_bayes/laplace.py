@@ -1,5 +1,6 @@
 """The Laplace log-evidence of any module on any training set, without a Trainer."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_bayes.curvature.base import Problem
 from lightning_bayes.curvature.data import Examples, examples_from_loader, examples_from_tensors
+from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.isolation import isolated, throw_away_copy
 from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
 from lightning_bayes.curvature.priors import Prior, fixed_prior, require_prior_precision
@@ -80,12 +82,13 @@ def laplace_evidence(
     if not isinstance(model, nn.Module):
         raise ValueError(f"Expected argument `model` to be a torch.nn.Module, got {type(model).__name__}.")
     resolved = resolve_likelihood(likelihood)
+    place = _device(device)
     prior = fixed_prior(model, prior_precision)  # type: ignore[arg-type]
     with isolated():
         examples = _examples(data, batch_size, max_examples)
         network = throw_away_copy(model)
-        if device is not None:
-            network.to(device)
+        if place is not None:
+            network.to(place)
         where = next(network.parameters()).device
         forwards = (_forward(network, batch, where) for batch in _tracked(examples, progress))
         return accumulate_evidence(network, forwards, resolved, prior, structure, examples.num_examples)
@@ -143,6 +146,11 @@ def accumulate_evidence(
     }
     summary = curved.at(scaled, slope)
     log_likelihood = likelihood.log_likelihood(unit_loss, dispersion, seen, num_outputs)
+    if not all(map(math.isfinite, (log_likelihood, summary.log_det, summary.quadratic))):
+        raise EvidenceUnavailableError(
+            f"The evidence overflows: log-likelihood {log_likelihood:g}, log-determinant {summary.log_det:g}, "
+            f"squared Newton step {summary.quadratic:g}."
+        )
     penalty = sum(
         terms.weight_penalty(parameter.detach().double(), precision[name]).item()
         for name, parameter in reader.parameters.items()
@@ -219,6 +227,17 @@ def _examples(data: object, batch_size: int | None, max_examples: int | None) ->
     )
 
 
+def _device(device: object) -> torch.device | None:
+    if device is None or isinstance(device, torch.device):
+        return device
+    try:
+        return torch.device(device)  # type: ignore[call-overload, no-any-return]
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"Expected argument `device` to be a torch.device, its name or None, got {device!r}."
+        ) from error
+
+
 def _tracked(examples: Examples, progress: bool) -> Iterable[Any]:
     if not progress:
         return examples.read()
@@ -234,6 +253,13 @@ def _forward(network: nn.Module, batch: Any, device: torch.device) -> Forward:
             "batches use the LaplaceEvidence callback, which lets training_step take them apart."
         )
     inputs, targets = batch
+    if not isinstance(inputs, Tensor):
+        raise ValueError(
+            f"Expected the DataLoader's inputs to be one tensor, got {type(inputs).__name__}. For other inputs "
+            "use the LaplaceEvidence callback, which lets training_step take them apart."
+        )
+    if inputs.dtype in (torch.float16, torch.bfloat16):  # the copy of a half-precision model is float32
+        inputs = inputs.to(next(network.parameters()).dtype)
     return lambda: (network(inputs.to(device)), targets.to(device))
 
 

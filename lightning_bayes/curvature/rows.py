@@ -229,7 +229,7 @@ def _derivatives_of(module: nn.Module) -> BaseParameterDerivatives | None:
     return None
 
 
-def _pad_beforehand(module: nn.Module) -> None:
+def _pad_beforehand(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
     """Turn padding that BackPACK does not know ("same", circular, ...) into a pre-hook of the layer."""
     if module.padding_mode == "zeros" and not isinstance(module.padding, str):
         return
