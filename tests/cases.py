@@ -6,12 +6,16 @@ Jacobian, yet has one thing that breaks a lesser engine.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_bayes.curvature.likelihoods import Gaussian, Likelihood
+from lightning_bayes.evidence import Evidence
+from lightning_bayes.laplace import laplace_evidence
+from tests.reference import Reference, reference_evidence
 
 
 class FunctionalConv(nn.Module):
@@ -242,6 +246,25 @@ class Case:
     def names(self) -> list[str]:
         """Of the parameters."""
         return [name for name, _ in self.model.named_parameters()]
+
+    def evidence(self, **arguments: Any) -> Evidence:
+        """The engine's answer, from batches of three: several, and the last one incomplete."""
+        arguments = {"likelihood": self.loss.likelihood, "batch_size": 3} | arguments
+        return laplace_evidence(self.model, (self.inputs, self.targets), **arguments)
+
+    def reference(self, precision: float | dict[str, float], structure: str = "full") -> Reference:
+        """The literal answer."""
+        if not isinstance(precision, dict):
+            precision = dict.fromkeys(self.names, precision)
+        return reference_evidence(
+            self.model,
+            self.inputs,
+            self.targets,
+            self.loss.task,
+            precision,
+            sigma=self.loss.sigma,
+            structure=structure,
+        )
 
 
 def make_case(network: str = "mlp", loss: str = "classification", num_examples: int = 7) -> Case:

@@ -10,7 +10,7 @@ Hessian of the loss in the output from autograd, log-densities from `torch.distr
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -84,8 +84,8 @@ def reference_evidence(
     def cost(flat: Tensor) -> Tensor:
         pieces = flat.split([parameters[name].numel() for name in precision])
         changed = {n: piece.view_as(parameters[n]) for n, piece in zip(precision, pieces, strict=True)}
-        f = functional_call(model, changed, (inputs,)).reshape(len(inputs), -1)
-        fit = sum(log_density(f[n], targets[n]) for n in range(len(inputs)))
+        singly = [functional_call(model, changed, (x.unsqueeze(0),)).reshape(-1) for x in inputs]
+        fit = sum(log_density(f, y) for f, y in zip(singly, targets, strict=True))
         return 0.5 * (prior * flat.square()).sum() - fit
 
     flat = weights.clone().requires_grad_()
@@ -107,6 +107,16 @@ def reference_evidence(
         num_parameters=len(prior),
         noise_variance=noise,
     )
+
+
+def assert_agrees(evidence: object, reference: Reference, rel: float = 1e-8) -> None:
+    """Every field that has an equation, to a relative error (absolute below one nat / 1000)."""
+    for field in fields(reference):
+        expected, got = getattr(reference, field.name), getattr(evidence, field.name)
+        if expected is None:
+            assert got is None, field.name
+        else:
+            assert math.isclose(got, expected, rel_tol=rel, abs_tol=rel * 1e-3), (field.name, got, expected)
 
 
 def per_example_jacobians(model: nn.Module, inputs: Tensor, names: list[str]) -> tuple[list[Tensor], Tensor]:

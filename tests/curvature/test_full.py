@@ -1,0 +1,150 @@
+"""The exact structure against dense Jacobians, through either side of Sylvester's identity."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightning_bayes.curvature import full
+from lightning_bayes.curvature.errors import EvidenceUnavailableError
+from lightning_bayes.curvature.full import DualCurvature, PrimalCurvature, full_curvature
+from lightning_bayes.curvature.structures import STRUCTURES
+from tests.cases import LOSSES, NETWORKS, make_case
+from tests.reference import assert_agrees
+
+SIDES = {"primal": PrimalCurvature, "dual": DualCurvature}
+reference = functools.cache(lambda network, loss, precision: make_case(network, loss).reference(precision))
+
+
+@pytest.fixture(params=SIDES)
+def side(request, monkeypatch):
+    monkeypatch.setitem(STRUCTURES, "full", SIDES[request.param])
+    return request.param
+
+
+@pytest.mark.parametrize("precision", [1e-3, 1e2])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_field_agrees_with_the_dense_matrix(network, loss, precision, side):
+    evidence = make_case(network, loss).evidence(structure="full", prior_precision=precision)
+    assert_agrees(evidence, reference(network, loss, precision))
+    assert evidence.lower == evidence.upper == evidence.log_evidence
+    assert evidence.effective_parameters_stderr == 0.0
+
+
+@pytest.mark.parametrize(
+    ("network", "loss", "num_examples", "expected"),
+    [
+        ("mlp", "classification", 30, PrimalCurvature),
+        ("mlp", "classification", 5, DualCurvature),
+        ("linear", "binary", 9, PrimalCurvature),
+        ("linear", "binary", 3, DualCurvature),
+        ("mlp", "regression", 25, PrimalCurvature),
+        ("mlp", "binary_3", 6, DualCurvature),
+    ],
+)
+def test_the_smaller_side_is_taken_and_right(network, loss, num_examples, expected, monkeypatch):
+    taken = []
+
+    def spy(problem):
+        taken.append(full_curvature(problem))
+        return taken[-1]
+
+    monkeypatch.setitem(STRUCTURES, "full", spy)
+    case = make_case(network, loss, num_examples)
+    assert_agrees(case.evidence(structure="full", prior_precision=0.3), case.reference(0.3))
+    assert [type(curvature) for curvature in taken] == [expected]
+
+
+def test_a_precision_for_each_tensor(side):
+    case = make_case("mlp", "classification")
+    precision = {name: 10.0 ** (i - 3) for i, name in enumerate(case.names)}
+    assert_agrees(case.evidence(structure="full", prior_precision=precision), case.reference(precision))
+
+
+@pytest.mark.parametrize("tile_rows", [1, 5, 9])
+def test_tiles_of_the_dual_do_not_matter(tile_rows, monkeypatch):
+    monkeypatch.setitem(STRUCTURES, "full", DualCurvature)
+    monkeypatch.setattr(full, "TILE_ROWS", tile_rows)
+    evidence = make_case("conv", "classification").evidence(structure="full", prior_precision=1e-3)
+    assert_agrees(evidence, reference("conv", "classification", 1e-3))
+
+
+def test_one_curvature_answers_for_several_priors(side):
+    """`at` may be called again: the second answer is that of a fresh curvature."""
+    case = make_case("mlp", "classification")
+    built = []
+
+    def spy(problem):
+        built.append(SIDES[side](problem))
+        return built[-1]
+
+    STRUCTURES["full"] = spy  # the fixture's monkeypatch puts the old one back
+    case.evidence(structure="full", prior_precision=1.0)
+    zero = {name: torch.zeros_like(p) for name, p in case.model.named_parameters()}
+    for precision in (0.01, 7.0, 0.01):
+        answer = built[0].at(dict.fromkeys(case.names, precision), zero)
+        expected = case.reference(precision)
+        assert answer.log_det == pytest.approx(-2 * expected.log_occam_factor, rel=1e-10)
+        assert answer.effective_parameters == pytest.approx(expected.effective_parameters, rel=1e-10)
+        assert answer.quadratic == 0.0
+
+
+@pytest.fixture
+def in_single_precision(monkeypatch):
+    """The engine's float32 answer where the dual matrix counts as large, beside the float64 reference."""
+    monkeypatch.setitem(STRUCTURES, "full", DualCurvature)
+    monkeypatch.setattr(full, "FLOAT64_LIMIT", 8)
+
+    def answer(network, precision):
+        case = make_case(network, "classification", 12)
+        expected = case.reference(precision)
+        single = replace(case, model=case.model.float(), inputs=case.inputs.float())
+        return single.evidence(structure="full", prior_precision=precision), expected
+
+    return answer
+
+
+def test_large_dual_in_float32_with_a_stochastic_trace(in_single_precision):
+    evidence, expected = in_single_precision("conv", 0.1)
+    # The rows carry float32 rounding, 6e-8; sums of 36 rows and one factorisation stay within 100 of it.
+    for field in ("log_evidence", "log_occam_factor", "log_likelihood", "newton_decrement"):
+        assert getattr(evidence, field) == pytest.approx(getattr(expected, field), rel=1e-5), field
+    stderr = evidence.effective_parameters_stderr
+    assert 0.0 < stderr < 0.1 * expected.effective_parameters
+    # Hutchinson's estimate with fixed seed: within four standard errors of the exact trace.
+    assert abs(evidence.effective_parameters - expected.effective_parameters) < 4 * stderr
+
+
+def test_a_factor_that_loses_its_digits_is_computed_again_in_float64(in_single_precision):
+    """36 rows of 24 parameters: twelve pivots are exactly 1, which float32 loses beside 1e8."""
+    with pytest.warns(UserWarning, match=r"lost its digits in torch\.float32.*larger prior precision"):
+        evidence, expected = in_single_precision("linear", 1e-8)
+    assert evidence.log_occam_factor == pytest.approx(expected.log_occam_factor, rel=1e-6)
+    assert evidence.newton_decrement == pytest.approx(expected.newton_decrement, rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", [1e-25, 1e-30])
+def test_rounding_that_swamps_the_prior_is_not_reported_as_evidence(precision, side):
+    """Two columns of the softmax are redundant, so G is singular and 1 is lost beside G/λ."""
+    case = make_case("shared_weight", "classification", 40)
+    with pytest.raises(EvidenceUnavailableError, match="Raise the prior precision"):
+        case.evidence(structure="full", prior_precision=precision)
+
+
+def test_dual_refuses_layers_that_come_and_go():
+    class Routed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = torch.nn.Linear(40, 2), torch.nn.Linear(40, 2)
+
+        def forward(self, x):
+            return self.left(x) if x[0, 0] > 0 else self.right(x)
+
+    inputs = torch.randn(4, 40).double()
+    inputs[:, 0] = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    case = replace(make_case(), model=Routed().double(), inputs=inputs, targets=torch.tensor([0, 1, 0, 1]))
+    with pytest.raises(ValueError, match="different layers for different batches"):
+        case.evidence(structure="full", batch_size=2)
+    assert_agrees(case.evidence(structure="diag", batch_size=2), case.reference(1.0, "diag"))
