@@ -246,7 +246,9 @@ def _quadratic(
 def _cholesky(matrix: Tensor) -> Tensor:
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
-    if info.item() != 0 or not bool(factor.diagonal().isfinite().all()):
+    # As for the dual: every pivot of a matrix above the identity is at least 1.
+    believable = bool((factor.diagonal().square() > 1.0 - PIVOT_TOLERANCE).all())
+    if info.item() != 0 or not believable:
         raise EvidenceUnavailableError(
             "The curvature plus the prior is not positive definite in floating point: the gradients are of "
             "extreme scale. Raise the prior precision."
