@@ -67,7 +67,9 @@ def seconds(function: Callable[[], object]) -> float:
 
 def main() -> None:
     """Run, and print one line a figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     net, x, y = trained_net()
