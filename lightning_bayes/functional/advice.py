@@ -37,9 +37,6 @@ class Advice:
         unchanged: the targets put in and nothing else changed; None if the batch would exceed the data.
         moves: the ways to keep the noise scale. One where a batch size or a learning rate is targeted; else
             two, of which one is to be taken.
-        noise_scale_before: g of `present`.
-        noise_scale_unchanged: g of `unchanged`; None with it.
-        noise_scale_after: g of `exact`; None with it.
         caveats: everything that limits this advice, each a sentence.
         equation: g of the present configuration with its numbers put in.
         name: the parameter groups it is for, such as "SGD/pg1".

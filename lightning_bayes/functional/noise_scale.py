@@ -202,8 +202,8 @@ class GradientNoise:
 
     Attributes:
         trace: unbiased tr Σ, the summed variance of a per-example gradient.
-        squared_norm: unbiased |G|² of the mean gradient; it can be negative where noise dominates.
-        noise_scale: B_simple = tr Σ / |G|² in examples; NaN where
+        squared_norm: unbiased ‖G‖² of the mean gradient; it can be negative where noise dominates.
+        noise_scale: B_simple = tr Σ / ‖G‖² in examples; NaN where
             `squared_norm` is not positive, that is where one batch does not resolve it.
     """
 
@@ -215,7 +215,7 @@ class GradientNoise:
 def gradient_noise_scale(per_example_gradients: Tensor) -> GradientNoise:
     """The simple noise scale of McCandlish et al. from the per-example gradients of one batch.
 
-    tr Σ = Σᵢ |gᵢ - ḡ|² / (B - 1),    |G|² = |ḡ|² - tr Σ / B,    B_simple = tr Σ / |G|²
+    tr Σ = Σᵢ ‖gᵢ - ḡ‖² / (B - 1),    ‖G‖² = ‖ḡ‖² - tr Σ / B,    B_simple = tr Σ / ‖G‖²
 
     Nothing is clamped, so `trace` and `squared_norm` can be averaged over steps; divide the averages once.
     The ratio of one batch is biased, and averaging such ratios is wrong.
