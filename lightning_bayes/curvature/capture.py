@@ -8,10 +8,11 @@ training loss something else than a negative log-likelihood, and that is an erro
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -22,8 +23,16 @@ __all__ = ["CapturedLoss", "capture_loss"]
 
 Reduction = Literal["mean", "sum"]
 
-RELATIVE_TOLERANCE = 1e-3
-"""Between the loss returned and the likelihood's own value; generous for half precision."""
+RELATIVE_TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-5,
+    # A training_step that uses autocast itself.
+    torch.bfloat16: 1e-2,
+    torch.float16: 1e-2,
+}
+"""Between the loss returned and the likelihood's own value, by the type of the outputs.
+
+A small regulariser must not pass: once the loss has fallen it is no longer small."""
 
 NEUTRAL_ARGUMENTS: dict[str, object] = {
     "weight": None,
@@ -123,7 +132,7 @@ def capture_loss(step: Callable[[], object], likelihood: Likelihood | None = Non
     """
     with _LossCalls() as recorder:
         returned = step()
-    loss = returned["loss"] if isinstance(returned, dict) and "loss" in returned else returned
+    loss = returned["loss"] if isinstance(returned, Mapping) and "loss" in returned else returned
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = f" of shape {list(loss.shape)}" if isinstance(loss, Tensor) else ""
         raise ValueError(
@@ -205,21 +214,30 @@ def _reduction(
         reduction: unit_loss / num_examples * likelihood.loss_scale(reduction, num_outputs, num_examples, 1.0)
         for reduction in ("mean", "sum")
     }
+    # Of one term; log-softmax outputs are rounded at the size of the logits, however small the loss.
+    eps = min(torch.finfo(outputs.dtype).eps, torch.finfo(torch.float32).eps)
+    rounding = 10 * eps * (1 + outputs.detach().abs().max().item())
+    terms = {"mean": 1, "sum": num_examples * likelihood.terms_per_example(num_outputs)}
     declared = cast(Reduction, call.arguments.get("reduction", "mean"))
     # With one term both agree: the declared one is meant.
     for reduction in sorted(values, key=lambda name: name != declared):
-        if _close(values[reduction], value):
+        if _close(values[reduction], value, RELATIVE_TOLERANCE[outputs.dtype], terms[reduction] * rounding):
             return reduction
+    remark = (
+        " F.nll_loss expects log-probabilities: are its inputs the outputs of log_softmax?"
+        if call.function is F.nll_loss
+        else ""
+    )
     raise ValueError(
         f"training_step returned {value:.6g}, but the {call.name} in it has mean {values['mean']:.6g} and sum "
         f"{values['sum']:.6g}: a factor, a mask or a further term is in the loss, so it is not a negative "
-        f"log-likelihood. Regularise through the optimizer's weight_decay, or score the likelihood alone: "
+        f"log-likelihood.{remark} Regularise through the optimizer's weight_decay, or score the likelihood alone: "
         f"{WAY_OUT}"
     )
 
 
-def _close(expected: float, got: float) -> bool:
+def _close(expected: float, got: float, relative: float, absolute: float) -> bool:
     # Values that are not finite are not this function's business: the pass over the data reports them.
     if not math.isfinite(expected) or not math.isfinite(got):
         return True
-    return math.isclose(expected, got, rel_tol=RELATIVE_TOLERANCE, abs_tol=1e-6)
+    return math.isclose(expected, got, rel_tol=relative, abs_tol=absolute)
