@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_bayes.callbacks.reading import ModuleReader, NetworkOption, original_network
@@ -73,7 +73,8 @@ class LaplaceEvidence(Callback):
         network: For a training_step that cannot be read: the name of the submodule that maps `batch[0]` to
             outputs, or a function (module, batch) -> (outputs, targets). Needs an explicit `likelihood`;
             weight decay is then taken to go with the loss's mean.
-        every_n_epochs: Epochs between evaluations.
+        every_n_epochs: Epochs between evaluations. Give ModelCheckpoint the same `every_n_epochs`, and
+            EarlyStopping `strict=False`, because the key does not exist before the first evaluation.
         max_examples: A fixed random subset of this size; N is then its size.
         batch_size: Examples at a time; None for the loader's own, at least 32.
         tolerance: None; brackets are not supported yet.
@@ -134,6 +135,7 @@ class LaplaceEvidence(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check everything that can be checked before a batch is seen."""
         _check_trainer(trainer, pl_module, self.network)
+        self._check_prefix(trainer)
         self._examples(trainer)
         prior = self._prior(trainer, pl_module)
         if prior.fixed_parameters:
@@ -203,11 +205,12 @@ class LaplaceEvidence(Callback):
         try:
             with isolated():
                 return self._evidence(trainer, pl_module)
-        except (ValueError, RuntimeError) as error:
-            # The first batch has been read before the first step: what fails now is of this epoch, and
-            # not worth the run.
+        except Exception as error:
+            # The first batch has been read before the first step: what fails now is of this epoch or of the
+            # user's code on another batch, and not worth the run.
             rank_zero_warn(
-                f"LaplaceEvidence: no evidence for epoch {trainer.current_epoch}; training goes on. {error}"
+                f"LaplaceEvidence: no evidence for epoch {trainer.current_epoch}; training goes on. "
+                f"{type(error).__name__}: {error}"
             )
             return None
 
@@ -217,7 +220,7 @@ class LaplaceEvidence(Callback):
         batches = iter(enumerate(examples.read()))
         first = next(batches)
         # The kind of the likelihood is that of the first batch; the rest must be of the same kind.
-        captured = reader.read(first[1], first[0])
+        captured = reader.read(_cloned(first[1]), first[0])
         training_batch_size = _loader_batch_size(trainer)
 
         def loss_scale(num_outputs: int, dispersion: float) -> float:
@@ -246,10 +249,11 @@ class LaplaceEvidence(Callback):
 
         def read() -> CapturedLoss:
             # A training_step may work on its batch in place, and the real one comes next.
-            return reader.read(apply_to_collection(batch, Tensor, Tensor.clone), batch_idx)
+            return reader.read(_cloned(batch), batch_idx, transferred=True)
 
         rows = RowReader(reader.network, self._prior(trainer, pl_module).strengths)
         captured, again = read(), read()
+        reader.check_detached_from_original(captured.outputs)
         if captured.value != again.value and math.isfinite(captured.value):
             rank_zero_warn(
                 f"LaplaceEvidence: training_step gave {captured.value:.6g} and {again.value:.6g} for one batch in "
@@ -292,7 +296,27 @@ class LaplaceEvidence(Callback):
         at_most = self.max_examples
         if trainer.fast_dev_run:  # type: ignore[attr-defined] # a rehearsal of the code, not of the sums
             at_most = min(at_most or 32, 32)
-        return examples_from_loader(loader, self.batch_size, at_most)
+        return examples_from_loader(loader, self.batch_size, at_most, _num_batches(trainer, loader))
+
+    def _check_prefix(self, trainer: Trainer) -> None:
+        others = [c for c in trainer.callbacks if isinstance(c, LaplaceEvidence) and c is not self]  # type: ignore[attr-defined]
+        if any(other.log_key_prefix == self.log_key_prefix for other in others):
+            raise ValueError(
+                f"Several LaplaceEvidence callbacks log under log_key_prefix={self.log_key_prefix!r}: Lightning "
+                "would log the mean of their values. Give each its own, such as log_key_prefix='bayes/diag/'."
+            )
+
+
+def _cloned(batch: Any) -> Any:
+    return apply_to_collection(batch, Tensor, Tensor.clone)
+
+
+def _num_batches(trainer: Trainer, loader: "DataLoader[Any]") -> int | None:
+    """Batches of all replicas that `overfit_batches` or `limit_train_batches` leave of an epoch; None for all."""
+    if isinstance(loader.dataset, IterableDataset) or trainer.num_training_batches >= len(loader):
+        return None
+    replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
+    return int(trainer.num_training_batches) * int(replicas)
 
 
 def _forward(reader: ModuleReader, index: int, batch: Any) -> Forward:

@@ -1,15 +1,17 @@
 """Reads a LightningModule's outputs, targets and likelihood without touching it or its Trainer."""
 
-import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_bayes.curvature.capture import WAY_OUT, CapturedLoss, capture_loss
@@ -71,17 +73,43 @@ class ModuleReader:
         self.network: nn.Module = throw_away_copy(target, shared=(trainer,))
         if isinstance(self.network, LightningModule):
             _silence(self.network)
+            if self.network._compiler_ctx is not None:  # its methods are the original's, compiled
+                to_uncompiled(self.network)
             self.network.trainer = _ReadOnlyTrainer(trainer)  # type: ignore[assignment]
             self._hooks = self.network
         self._device = module.device
+        self._original = target
 
-    def read(self, batch: Any, batch_idx: int) -> CapturedLoss:
+    def read(self, batch: Any, batch_idx: int, *, transferred: bool = False) -> CapturedLoss:
         """Run one batch as Lightning would and return outputs, targets and what they mean.
+
+        Args:
+            batch: As the loader made it.
+            batch_idx: Handed on to training_step.
+            transferred: Whether the batch has been through the hooks of transfer already.
 
         Raises:
             ValueError: If the training_step cannot be read; the message names the way out.
         """
-        batch = self._transferred(batch)
+        batch = self._converted(batch if transferred else self._transferred(batch))
+        with self._default_dtype():
+            return self._read(batch, batch_idx)
+
+    def check_detached_from_original(self, outputs: Tensor) -> None:
+        """Raise unless the outputs were computed by the copy's parameters alone.
+
+        A closure, a lambda or a wrapper that the module holds goes on calling the original after a deep copy.
+        """
+        original = {id(parameter): name for name, parameter in self._original.named_parameters()}
+        used = [original[id(leaf)] for leaf in _leaves(outputs) if id(leaf) in original]
+        if used:
+            raise ValueError(
+                f"The copy of {type(self._original).__name__} that the evidence is computed on still runs the "
+                f"original's parameters {used[:4]}: a function stored in the module (a lambda, a closure, a "
+                "wrapped forward or training_step) holds on to it. Make that function a method."
+            )
+
+    def _read(self, batch: Any, batch_idx: int) -> CapturedLoss:
         if self._option is None:
             captured = capture_loss(lambda: self._training_step(batch, batch_idx), self._likelihood)
             _check_batch_size(batch, len(captured.outputs))
@@ -118,6 +146,23 @@ class ModuleReader:
         batch = self._hook("transfer_batch_to_device")(batch, self._device, 0)
         return self._hook("on_after_batch_transfer")(batch, 0)
 
+    def _converted(self, batch: Any) -> Any:
+        """The batch in the precision that the plugin trains in, or in float32 where that is a half one."""
+        batch = self._trainer.precision_plugin.convert_input(batch)
+        first = next(self.network.parameters(), None)
+        if first is None or not first.is_floating_point():
+            return batch
+
+        def widen(tensor: Tensor) -> Tensor:
+            return tensor.to(first.dtype) if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+        return apply_to_collection(batch, Tensor, widen)
+
+    def _default_dtype(self) -> AbstractContextManager[None]:
+        """What a training_step that makes tensors of its own relies on with precision="64-true"."""
+        plugin = self._trainer.precision_plugin
+        return plugin.forward_context() if isinstance(plugin, DoublePrecision) else nullcontext()
+
     def _hook(self, name: str) -> Callable[..., Any]:
         datamodule = getattr(self._trainer, "datamodule", None)
         owner = datamodule if datamodule is not None and is_overridden(name, datamodule) else self._hooks
@@ -150,20 +195,31 @@ def _silence(module: LightningModule) -> None:
                 object.__setattr__(part, name, _nothing)
 
 
+def _leaves(outputs: Tensor) -> list[Tensor]:
+    """The leaf tensors in the graph of `outputs`."""
+    leaves, visited, pending = [], set(), [outputs.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        pending.extend(parent for parent, _ in node.next_functions)
+    return leaves
+
+
 def _nothing(*args: object, **kwargs: object) -> None:
     return None
 
 
 def _check_batch_size(batch: Any, num_outputs: int) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns where the size is ambiguous
-        try:
-            batch_size = extract_batch_size(batch)
-        except MisconfigurationException:
-            return  # a batch without tensors of a common size says nothing
-    if batch_size != num_outputs:
+    sizes: set[int] = set()
+    apply_to_collection(batch, Tensor, lambda tensor: sizes.add(len(tensor)) if tensor.dim() else None)
+    # A batch without tensors of one common size (graphs, ragged lists, class weights on board) says nothing.
+    if len(sizes) == 1 and num_outputs not in sizes:
         raise ValueError(
-            f"The loss sees {num_outputs} rows of outputs, but the batch holds {batch_size} examples. "
+            f"The loss sees {num_outputs} rows of outputs, but the batch holds {sizes.pop()} examples. "
             "Sequences whose tokens are flattened into rows are not supported yet, because the tokens of an "
             f"example are not independent. {WAY_OUT}"
         )

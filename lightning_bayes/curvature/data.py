@@ -63,7 +63,10 @@ def examples_from_tensors(
 
 
 def examples_from_loader(
-    loader: "DataLoader[Any]", batch_size: int | None, max_examples: int | None
+    loader: "DataLoader[Any]",
+    batch_size: int | None,
+    max_examples: int | None,
+    num_batches: int | None = None,
 ) -> Examples:
     """Examples that a training loader draws from: unshuffled, nothing dropped, nothing twice, no shard.
 
@@ -71,6 +74,8 @@ def examples_from_loader(
         loader: Left alone, its generators too: another loader reads its dataset.
         batch_size: None for the loader's own, raised to at least 32.
         max_examples: A random subset of this size, the same at every call.
+        num_batches: Training stops an epoch after so many batches; without shuffling the examples behind
+            them are never seen, and do not count. None for all.
 
     Raises:
         ValueError: If the loader is empty, of unknown length, or yields whole batches.
@@ -96,6 +101,8 @@ def examples_from_loader(
             raise ValueError("`max_examples` needs a map-style dataset; an IterableDataset is read whole.")
     else:
         indices = _training_indices(loader)
+        if num_batches is not None and own_size and _keeps_order(loader):
+            indices = indices[: num_batches * own_size]
         if max_examples is not None and max_examples < len(indices):
             indices = _subset(indices, max_examples)
         num_examples = len(indices)
@@ -139,6 +146,13 @@ def _training_indices(loader: "DataLoader[Any]") -> Sequence[int]:
         return range(size)  # balanced samplers repeat examples, likewise
     # An unknown sampler that draws fewer than all: what it would draw now.
     return sorted(set(_copied(sampler, dataset)))
+
+
+def _keeps_order(loader: "DataLoader[Any]") -> bool:
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    return isinstance(sampler, SequentialSampler) or (
+        isinstance(sampler, DistributedSampler) and not sampler.shuffle
+    )
 
 
 def _copied(sampler: Any, dataset: Dataset[Any]) -> Any:

@@ -20,7 +20,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 def isolated() -> Iterator[None]:
     """Restore the random states of torch, NumPy and Python on exit; within, fixed seeds and full float32.
 
-    Autocast and inference mode of the caller do not reach inside.
+    Autocast and inference mode of the caller do not reach inside, and nothing runs compiled.
 
     Iterating a DataLoader draws from torch's global generator, transforms may draw from any; with
     fixed seeds two evaluations see the same draws. Trainers are often run with reduced matrix-product
@@ -35,6 +35,9 @@ def isolated() -> Iterator[None]:
             stack.enter_context(torch.inference_mode(False))
             for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
                 stack.enter_context(torch.autocast(device, enabled=False))
+            # Hooks and modes do not reach into compiled code. (The stance is newer than torch 2.4.)
+            if hasattr(torch.compiler, "set_stance"):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             torch.manual_seed(0)
             np.random.seed(0)
             random.seed(0)
