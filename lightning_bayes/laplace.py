@@ -19,6 +19,7 @@ from lightning_bayes.curvature.rows import RowReader, check_finite, gram_width
 from lightning_bayes.curvature.structures import STRUCTURES, choose_structure
 from lightning_bayes.evidence import Evidence
 from lightning_bayes.functional import evidence as terms
+from lightning_bayes.functional._validation import count
 
 __all__ = ["accumulate_evidence", "check_options", "laplace_evidence", "problem_of"]
 
@@ -201,8 +202,8 @@ def check_options(
     _one_of("curvature", curvature, ("ggn",), "The Hessian is not supported yet.")
     _one_of("backend", backend, ("auto", "backpack"), "torch.func is not supported yet.")
     for name, value in (("batch_size", batch_size), ("max_examples", max_examples)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"Expected argument `{name}` to be a positive integer or None, got {value!r}.")
+        if value is not None:
+            count(name, value)
     if tolerance is not None:
         raise ValueError(
             f"Expected argument `tolerance` to be None, got {tolerance!r}: brackets are not supported yet. Use "

@@ -30,6 +30,7 @@ from lightning_bayes.curvature.priors import (
 from lightning_bayes.curvature.rows import RowReader
 from lightning_bayes.curvature.structures import choose_structure
 from lightning_bayes.evidence import Evidence
+from lightning_bayes.functional._validation import count, positive
 from lightning_bayes.laplace import Forward, accumulate_evidence, check_options, problem_of
 
 __all__ = ["LaplaceEvidence"]
@@ -378,15 +379,8 @@ def _check_arguments(
             "Expected argument `network` to be None, the name of a submodule, or a function (module, batch) -> "
             f"(outputs, targets), got {network!r}."
         )
-    if isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int) or every_n_epochs < 1:
-        raise ValueError(
-            f"Expected argument `every_n_epochs` to be a positive integer, got {every_n_epochs!r}."
-        )
-    if max_overhead is not None and (
-        isinstance(max_overhead, bool) or not isinstance(max_overhead, int | float) or not max_overhead > 0
-    ):
-        raise ValueError(
-            f"Expected argument `max_overhead` to be a positive number or None, got {max_overhead!r}."
-        )
+    count("every_n_epochs", every_n_epochs)
+    if max_overhead is not None:
+        positive("max_overhead", max_overhead)
     if not isinstance(log_key_prefix, str):
         raise ValueError(f"Expected argument `log_key_prefix` to be a string, got {log_key_prefix!r}.")

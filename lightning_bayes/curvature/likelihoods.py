@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
+from lightning_bayes.functional._validation import positive
 from lightning_bayes.functional.evidence import log_null_evidence
 
 __all__ = ["LIKELIHOODS", "Bernoulli", "Categorical", "Gaussian", "Likelihood", "resolve_likelihood"]
@@ -217,14 +218,7 @@ class Gaussian(Likelihood):
     _torch_terms = 2.0
 
     def __init__(self, sigma: float | None = None) -> None:
-        if sigma is not None and not (
-            isinstance(sigma, int | float) and not isinstance(sigma, bool) and 0.0 < sigma < math.inf
-        ):
-            raise ValueError(
-                f"Expected argument `sigma` to be a positive, finite number or None, got {sigma!r}. "
-                "None estimates the noise from the residuals."
-            )
-        self.dispersion = None if sigma is None else float(sigma) ** 2
+        self.dispersion = None if sigma is None else positive("sigma", sigma) ** 2
 
     def prepare(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """See `Likelihood.prepare`."""

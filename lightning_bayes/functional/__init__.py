@@ -4,6 +4,14 @@ from lightning_bayes.functional.adam_advice import AdamAdvice, AdamMove, advise_
 from lightning_bayes.functional.adam_scaling import AdamConfiguration, rescale_adam
 from lightning_bayes.functional.advice import Advice, Move, advise
 from lightning_bayes.functional.configuration import Configuration, NoSolutionError
+from lightning_bayes.functional.evidence import (
+    effective_parameters,
+    log_det_from_eigenvalues,
+    log_evidence,
+    log_null_evidence,
+    log_occam_factor,
+    weight_penalty,
+)
 from lightning_bayes.functional.noise_scale import (
     GradientNoise,
     adam_noise_scale,
@@ -15,6 +23,13 @@ from lightning_bayes.functional.noise_scale import (
 from lightning_bayes.functional.scaling import rescale
 
 __all__ = [  # noqa: RUF022 - grouped by subject
+    # Evidence
+    "effective_parameters",
+    "log_det_from_eigenvalues",
+    "log_evidence",
+    "log_null_evidence",
+    "log_occam_factor",
+    "weight_penalty",
     # Noise of training
     "GradientNoise",
     "adam_noise_scale",

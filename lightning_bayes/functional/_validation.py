@@ -8,6 +8,9 @@ from __future__ import annotations
 import math
 from numbers import Real
 
+ROUNDING = 1e-12
+"""Relative distance from a whole number that counts as rounding."""
+
 
 def finite(name: str, value: object, requirement: str = "a finite number") -> float:
     """Returns `value` as a finite float.
@@ -66,16 +69,19 @@ def fraction(name: str, value: object) -> float:
 
 
 def count(name: str, value: object) -> int:
-    """Returns `value` as a whole number of at least one; 64.0 counts as 64.
+    """Returns `value` as a whole number of at least one; 64.0 counts as 64, and so does 64 plus rounding.
+
+    An inverse gives back 63.99999999999999 for the 64 that went in: that is no choice of a fraction.
 
     Raises:
         ValueError: naming the argument, if the value is anything else.
     """
     requirement = "a whole number of at least 1"
     number = finite(name, value, requirement)
-    if number < 1 or number != math.floor(number):
+    nearest = round(number)
+    if nearest < 1 or abs(number - nearest) > ROUNDING * nearest:
         raise ValueError(f"Expected argument `{name}` to be {requirement}, but got {value!r}.")
-    return int(number)
+    return nearest
 
 
 def batch_within_dataset(batch_name: str, batch_size: float, dataset_name: str, dataset_size: float) -> None:
