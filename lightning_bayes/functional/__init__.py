@@ -2,7 +2,7 @@
 
 from lightning_bayes.functional.adam_advice import AdamAdvice, AdamMove, advise_adam
 from lightning_bayes.functional.adam_scaling import AdamConfiguration, rescale_adam
-from lightning_bayes.functional.advice import Advice, Move, advise
+from lightning_bayes.functional.advice import Advice, advise
 from lightning_bayes.functional.configuration import Configuration, NoSolutionError
 from lightning_bayes.functional.evidence import (
     effective_parameters,
@@ -20,7 +20,7 @@ from lightning_bayes.functional.noise_scale import (
     learning_rate_for_noise_scale,
     sgd_noise_scale,
 )
-from lightning_bayes.functional.scaling import rescale
+from lightning_bayes.functional.scaling import Move, rescale
 
 __all__ = [  # noqa: RUF022 - grouped by subject
     # Evidence

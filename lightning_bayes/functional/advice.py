@@ -8,24 +8,7 @@ from lightning_bayes.functional._validation import positive
 from lightning_bayes.functional.caveats import caveats_of
 from lightning_bayes.functional.configuration import Configuration, NoSolutionError, Targets, Unknown
 from lightning_bayes.functional.equations import exact_equation, linear_equation, noise_scale_equation
-from lightning_bayes.functional.scaling import Rule, solve
-
-
-@dataclass(frozen=True)
-class Move:
-    """One way to keep the noise scale: everything as targeted, and one value solved for.
-
-    Attributes:
-        solved_for: "learning_rate" or "batch_size".
-        exact: the configuration by the exact inverse; None where there is none (a caveat says why).
-        linear: the configuration by B ∝ ε N / (1 - m); None where it leaves the training set.
-        why: the equations with their numbers put in, exact first.
-    """
-
-    solved_for: Unknown
-    exact: Configuration | None
-    linear: Configuration | None
-    why: tuple[str, ...]
+from lightning_bayes.functional.scaling import Move, Rule, solve
 
 
 @dataclass(frozen=True)

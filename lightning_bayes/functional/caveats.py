@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from lightning_bayes.functional.configuration import Configuration, Targets
-
-if TYPE_CHECKING:
-    from lightning_bayes.functional.advice import Move
+from lightning_bayes.functional.scaling import Move
 
 # Below this relative difference two advised values are the same in practice, and nothing is said of it.
 NOTICEABLE = 0.01

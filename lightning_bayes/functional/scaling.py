@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_bayes.functional._validation import count, positive
@@ -15,6 +15,23 @@ from lightning_bayes.functional.noise_scale import (
 )
 
 Rule = Literal["exact", "linear", "sqrt"]
+
+
+@dataclass(frozen=True)
+class Move:
+    """One way to keep the noise scale: everything as targeted, and one value solved for.
+
+    Attributes:
+        solved_for: "learning_rate" or "batch_size".
+        exact: the configuration by the exact inverse; None where there is none (a caveat says why).
+        linear: the configuration by B ∝ ε N / (1 - m); None where it leaves the training set.
+        why: the equations with their numbers put in, exact first.
+    """
+
+    solved_for: Unknown
+    exact: Configuration | None
+    linear: Configuration | None
+    why: tuple[str, ...]
 
 
 def rescale(
