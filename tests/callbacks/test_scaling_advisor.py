@@ -10,13 +10,6 @@ from lightning_bayes.functional import AdamAdvice, Configuration, rescale
 
 from .sgd_models import Net, loader, scheduled, sgd, trainer, two_groups
 
-pytestmark = [
-    # Lightning advises workers by the number of cores of the machine; the data is in memory.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    # Lightning's own use of a class that torch has since deprecated.
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-]
-
 
 def advise(
     tmp_path, optimizers=None, data=None, extra=(), logger=False, max_epochs=1, kwargs=None, **targets

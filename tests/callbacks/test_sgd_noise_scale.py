@@ -21,13 +21,6 @@ from lightning_bayes.functional import AdamConfiguration, sgd_noise_scale
 
 from .sgd_models import Net, Stream, dataset, loader, scheduled, sgd, trainer, two_groups
 
-pytestmark = [
-    # Lightning advises workers by the number of cores of the machine; the data is in memory.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    # Lightning's own use of a class that torch has since deprecated.
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-]
-
 # Lightning keeps logged values in float32.
 FLOAT32 = 1e-6
 
