@@ -54,7 +54,7 @@ def examples_from_tensors(
     if max_examples is not None and max_examples < len(inputs):
         chosen = torch.tensor(_subset(range(len(inputs)), max_examples), device=inputs.device)
         inputs, targets = inputs[chosen], targets[chosen.to(targets.device)]
-    size = batch_size or 256
+    size = int(batch_size or 256)  # 64.0 counts as 64
 
     def read() -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(inputs.split(size), targets.split(size), strict=True)
@@ -87,7 +87,7 @@ def examples_from_loader(
             "cannot be counted. Give it a batch_size, or pass the examples as tensors to laplace_evidence()."
         )
     own_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-    size = batch_size or max(SMALLEST_DEFAULT_BATCH, own_size or 0)
+    size = int(batch_size or max(SMALLEST_DEFAULT_BATCH, own_size or 0))
     arguments: dict[str, Any] = {
         "batch_size": size,
         "collate_fn": loader.collate_fn,
@@ -161,5 +161,5 @@ def _copied(sampler: Any, dataset: Dataset[Any]) -> Any:
 
 
 def _subset(indices: Sequence[int], size: int) -> list[int]:
-    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:size]
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[: int(size)]
     return [indices[i] for i in sorted(order.tolist())]

@@ -79,6 +79,9 @@ def throw_away_copy(module: _Module, shared: Sequence[object] = ()) -> _Module:
             "part that can be copied: network=."
         ) from error
     duplicate.eval()
+    for part in duplicate.modules():  # they log or alter gradients of training; there is no public way
+        part._backward_hooks.clear()
+        part._backward_pre_hooks.clear()
     for parameter in duplicate.parameters():
         parameter.grad = None
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in duplicate.parameters()):
