@@ -1,0 +1,214 @@
+"""Rows are the Jacobian's, whatever the graph; what cannot be read is refused by name."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_bayes.curvature.errors import EvidenceUnavailableError
+from lightning_bayes.curvature.isolation import throw_away_copy
+from lightning_bayes.curvature.likelihoods import Categorical, Gaussian
+from lightning_bayes.curvature.rows import DenseRows, OuterRows, RowReader, gram_width
+from lightning_bayes.laplace import laplace_evidence
+from tests.cases import NETWORKS, make_case
+from tests.reference import per_example_jacobians
+
+
+def read(case, likelihood=None):
+    network = throw_away_copy(case.model)
+    reader = RowReader(network, case.names)
+    return reader.read(lambda: (network(case.inputs), case.targets), likelihood or Gaussian())
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_rows_of_a_gaussian_are_the_jacobian(network):
+    """R is the identity for unit variance: column c's rows are output c's per-example gradients."""
+    case = make_case(network, "regression")
+    block = read(case)
+    jacobians, outputs = per_example_jacobians(case.model, case.inputs, case.names)
+    found = {name: rows for layer in block.layers for name, rows in layer.dense().items()}
+    start = 0
+    for name, parameter in case.model.named_parameters():
+        expected = torch.stack([j[:, start : start + parameter.numel()] for j in jacobians], dim=1)
+        start += parameter.numel()
+        torch.testing.assert_close(
+            found.get(name, torch.zeros_like(expected)), expected, rtol=1e-10, atol=1e-13
+        )
+    assert block.num_examples == len(case.inputs)
+    assert block.num_outputs == outputs.shape[1]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_ways_of_asking_for_the_rows_agree(network):
+    case = make_case(network, "classification")
+    for layer in read(case, Categorical()).layers:
+        dense = layer.dense()
+        assert tuple(dense) == layer.names
+        for name, squares in layer.sum_squares().items():
+            assert squares.shape == case.model.get_parameter(name).shape
+            torch.testing.assert_close(squares.flatten(), dense[name].square().sum((0, 1)))
+        if isinstance(layer, DenseRows):
+            torch.testing.assert_close(torch.stack(list(layer.columns())), dense[layer.name])
+        for name, rows in layer.of_example(4).dense().items():
+            torch.testing.assert_close(rows, dense[name][:, 4:5])
+
+
+@pytest.mark.parametrize("network", ["mlp", "residual", "dropout"])
+def test_linear_layers_stay_factored(network):
+    assert all(isinstance(layer, OuterRows) for layer in read(make_case(network, "regression")).layers)
+
+
+def test_gradient_is_that_of_the_summed_loss():
+    case = make_case("batch_norm", "regression")
+    case.model.eval()
+    loss = 0.5 * (case.model(case.inputs) - case.targets).square().sum()
+    truth = torch.autograd.grad(loss, list(case.model.parameters()))
+    block = read(case)
+    assert block.unit_loss == pytest.approx(loss.item())
+    for name, expected in zip(case.names, truth, strict=True):
+        torch.testing.assert_close(block.gradient[name], expected)
+
+
+def test_gram_width_counts_a_linear_layers_outputs_only():
+    case = make_case("conv", "classification")
+    assert gram_width(case.model, case.names) == 2 * 4 * 9 + 4 + 4 * 2 * 2 + 4
+    assert gram_width(nn.Linear(100, 3), ["weight", "bias"]) == 3
+
+
+class Functional(nn.Module):
+    """A weight that a functional call uses as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(nn.functional.linear(self.layer(x), self.layer.weight)))
+
+
+class FlattenedBatch(nn.Module):
+    """[N, T, d] -> [N·T, d] before the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(1, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x.reshape(-1, 1)).reshape(len(x), -1, 4).mean(1))
+
+
+class Mixing(nn.Module):
+    """An output that depends on the other examples of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x)
+        return self.head(hidden - hidden.mean(0))
+
+
+class Transposed(nn.Module):
+    """The batch in the second dimension, of the same size as the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(1, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x.T.unsqueeze(2)).mean(0)[: len(x)])
+
+
+class Detached(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).detach()
+
+
+class Tuple(Detached):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x), x
+
+
+class OwnParameter(Detached):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.scale
+
+
+class LowRank(nn.Linear):
+    """A subclass whose forward is another function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+def norms(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 4), *layers, nn.Linear(4, 3))
+
+
+UNREADABLE = {
+    "functional": (Functional, r"\['layer.weight'\] do not agree with autograd.*functional call"),
+    "flattened": (FlattenedBatch, r"Linear of \['layer.bias', 'layer.weight'\].*\[25, 4\].*batch of 5"),
+    "mixing": (Mixing, "mixes the examples of a batch"),
+    "mixing_norm": (lambda: norms(nn.BatchNorm1d(4, affine=False, track_running_stats=False)), "mixes"),
+    "transposed": (Transposed, "first dimension is not the batch"),
+    "detached": (Detached, "no graph back to its parameters"),
+    "tuple": (Tuple, "returned tuple; the evidence needs one tensor"),
+    "own_parameter": (OwnParameter, r"'scale' \(OwnParameter\).*requires_grad=False"),
+    "layer_norm": (lambda: norms(nn.LayerNorm(4)), r"'1.bias' \(LayerNorm\), '1.weight' \(LayerNorm\)"),
+    "subclass": (lambda: LowRank(5, 3), r"'weight' \(LowRank\)"),
+    "no_running_statistics": (
+        lambda: norms(nn.BatchNorm1d(4, track_running_stats=False)),
+        r"'1.weight' \(BatchNorm1d\).*without running statistics",
+    ),
+    "output_padding": (
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (1, 5)),
+            nn.ConvTranspose1d(1, 1, 2, 2, output_padding=1),
+            nn.Flatten(),
+            nn.Linear(11, 3),
+        ),
+        r"'1.weight' \(ConvTranspose1d\).*output_padding",
+    ),
+}
+
+
+@pytest.mark.parametrize("structure", ["full", "kron", "diag"])
+@pytest.mark.parametrize("which", UNREADABLE)
+def test_what_cannot_be_read_is_refused(which, structure):
+    make, message = UNREADABLE[which]
+    with pytest.raises(ValueError, match=message):
+        laplace_evidence(make(), (torch.randn(5, 5), torch.tensor([0, 1, 2, 0, 1])), structure=structure)
+
+
+@pytest.mark.parametrize("which", ["functional", "own_parameter", "layer_norm"])
+def test_freezing_is_the_way_out_that_the_message_names(which):
+    make, _ = UNREADABLE[which]
+    model = make()
+    for name, parameter in model.named_parameters():
+        if name in ("layer.weight", "layer.bias", "scale", "1.weight", "1.bias"):
+            parameter.requires_grad_(False)
+    if which == "own_parameter":
+        model.layer.bias.requires_grad_(True)
+    data = (torch.randn(5, 5), torch.tensor([0, 1, 2, 0, 1]))
+    assert laplace_evidence(model, data).fixed_parameters
+
+
+@pytest.mark.parametrize("structure", ["full", "kron", "diag"])
+def test_gradients_that_are_not_finite_are_no_evidence(structure):
+    """√ has none at zero."""
+
+    class Root(Detached):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sqrt(0.0 * self.layer(x).square())
+
+    data = (torch.randn(5, 5), torch.tensor([0, 1, 2, 0, 1]))
+    with pytest.raises(EvidenceUnavailableError, match=r"gradient of the parameter 'layer\.weight'"):
+        laplace_evidence(Root(), data, structure=structure)

@@ -1,0 +1,123 @@
+"""The choice of a structure, and laws that all structures keep."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_bayes.curvature import structures
+from lightning_bayes.curvature.base import Problem
+from lightning_bayes.curvature.structures import STRUCTURES, choose_structure, full_cost
+from tests.cases import LOSSES, make_case
+
+networks = st.sampled_from(["linear", "mlp", "batch_norm", "called_twice"])
+losses = st.sampled_from(list(LOSSES))
+kinds = st.sampled_from(list(STRUCTURES))
+
+
+def problem(num_parameters, num_examples, rank=9, width=10, dtype=torch.float32):
+    shapes = {"w": torch.Size([num_parameters])}
+    return Problem(shapes, num_examples, rank, width, dtype, torch.device("cpu"))
+
+
+def test_sizes():
+    sizes = problem(24, 100)
+    assert (sizes.num_parameters, sizes.num_rows) == (24, 900)
+
+
+@given(networks, losses, kinds, st.floats(-4, 4))
+def test_signs_and_ranges(network, loss, structure, log_precision):
+    """ln det(I + PSD) ≥ 0, 0 ≤ γ ≤ p, 0 ≤ decrement; the bracket holds the value; the parts add up."""
+    evidence = make_case(network, loss).evidence(structure=structure, prior_precision=10**log_precision)
+    assert evidence.log_occam_factor <= 1e-12
+    assert -1e-9 <= evidence.effective_parameters <= evidence.num_parameters
+    assert evidence.newton_decrement >= 0
+    assert evidence.lower <= evidence.log_evidence <= evidence.upper
+    parts = evidence.log_likelihood - evidence.weight_penalty + evidence.log_occam_factor
+    assert evidence.log_evidence == pytest.approx(parts, rel=1e-12)
+
+
+@given(networks, losses, kinds, st.floats(-3, 2), st.floats(1.1, 30))
+def test_more_prior_precision_means_fewer_effective_parameters(
+    network, loss, structure, log_precision, factor
+):
+    """ln det(I + G/λ) and γ fall with λ, and ½ λ‖ω‖² grows in proportion."""
+    case, precision = make_case(network, loss), 10**log_precision
+    broad = case.evidence(structure=structure, prior_precision=precision)
+    narrow = case.evidence(structure=structure, prior_precision=precision * factor)
+    assert narrow.log_occam_factor > broad.log_occam_factor
+    assert narrow.effective_parameters < broad.effective_parameters
+    assert narrow.weight_penalty == pytest.approx(factor * broad.weight_penalty, rel=1e-12)
+    assert narrow.log_likelihood == broad.log_likelihood
+
+
+@given(networks, losses, kinds, st.integers(1, 9), st.permutations(range(7)))
+def test_order_and_batching_do_not_matter(network, loss, structure, batch_size, order):
+    case = make_case(network, loss)
+    once = case.evidence(structure=structure, batch_size=7)
+    order = torch.tensor(order)
+    object.__setattr__(case, "inputs", case.inputs[order])
+    object.__setattr__(case, "targets", case.targets[order])
+    again = case.evidence(structure=structure, batch_size=batch_size)
+    for field in ("log_evidence", "log_likelihood", "effective_parameters", "newton_decrement"):
+        assert getattr(again, field) == pytest.approx(getattr(once, field), rel=1e-10), field
+
+
+@given(networks, kinds)
+def test_repeated_examples_count_as_often_as_they_are_given(network, structure):
+    """Twice the data: twice the likelihood and the curvature, so the same γ at twice the precision."""
+    case = make_case(network, "classification")
+    once = case.evidence(structure=structure, prior_precision=0.5)
+    object.__setattr__(case, "inputs", torch.cat([case.inputs, case.inputs]))
+    object.__setattr__(case, "targets", torch.cat([case.targets, case.targets]))
+    twice = case.evidence(structure=structure, prior_precision=1.0)
+    assert twice.num_examples == 2 * once.num_examples
+    assert twice.log_likelihood == pytest.approx(2 * once.log_likelihood, rel=1e-12)
+    assert twice.log_occam_factor == pytest.approx(once.log_occam_factor, rel=1e-9)
+    assert twice.effective_parameters == pytest.approx(once.effective_parameters, rel=1e-9)
+    assert twice.newton_decrement == pytest.approx(2 * once.newton_decrement, rel=1e-9)
+
+
+def test_full_cost_is_that_of_the_smaller_side():
+    memory, flop = full_cost(problem(24, 1000))
+    assert memory < 20 * 8 * 24**2
+    assert flop < 4 * 9000 * 24**2
+    # the 784-800-10 net of the paper at N = 1000: one float32 matrix of 9,000 rows, 0.3 GiB
+    memory, flop = full_cost(problem(636_010, 1000, width=810))
+    assert 0.3 < memory / 1024**3 < 0.4
+    assert flop == pytest.approx(9000**2 * 810 + 9000**3 / 3)
+
+
+@pytest.mark.parametrize(
+    ("num_parameters", "num_examples", "expected"), [(636_010, 1000, "full"), (636_010, 10_000, "kron")]
+)
+def test_auto_takes_what_fits_and_says_why(num_parameters, num_examples, expected):
+    structure, why = choose_structure("auto", problem(num_parameters, num_examples, width=810))
+    assert structure == expected
+    assert f"{9 * num_examples:,} rows" in why
+    assert ("within" if expected == "full" else "beyond") in why
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_a_structure_by_name_is_kept(name):
+    assert choose_structure(name, problem(100, 10))[0] == name
+
+
+def test_slow_is_announced_with_what_is_faster():
+    with pytest.warns(UserWarning, match='will be slow.*structure="kron".*max_examples='):
+        choose_structure("full", problem(636_010, 2000, width=810))
+
+
+def test_what_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(structures, "_total_memory", lambda device: 1e9)
+    with pytest.raises(ValueError, match=r'does not fit on cpu.*structure="diag"'):
+        choose_structure("full", problem(10**9, 10**4))
+
+
+def test_auto_falls_back_in_the_evidence_itself(monkeypatch):
+    monkeypatch.setattr(structures, "AUTO_MEMORY", 1.0)
+    assert make_case().evidence().structure == "kron"
+    monkeypatch.setattr(structures, "AUTO_MEMORY", math.inf)
+    assert make_case().evidence().structure == "full"
