@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
@@ -34,6 +33,8 @@ from lightning_bayes.functional._validation import count, positive
 from lightning_bayes.laplace import Forward, accumulate_evidence, check_options, problem_of
 
 __all__ = ["LaplaceEvidence"]
+
+SHARDING_STRATEGIES = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 UNAVAILABLE = (
     "log_evidence",
@@ -352,7 +353,8 @@ def _is_decoupled(optimizer: Any) -> bool:
 
 
 def _check_trainer(trainer: Trainer, pl_module: LightningModule, network: NetworkOption) -> None:
-    if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+    # By name: the strategies of `lightning` and of `pytorch_lightning` are different classes.
+    if any(base.__name__ in SHARDING_STRATEGIES for base in type(trainer.strategy).__mro__):
         raise ValueError(
             f"LaplaceEvidence cannot read weights that {type(trainer.strategy).__name__} shards. Use "
             "strategy='ddp' or a single device, or call laplace_evidence() on a gathered checkpoint."

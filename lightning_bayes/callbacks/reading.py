@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -71,7 +71,7 @@ class ModuleReader:
         self._option = network
         target = original_network(module, network)
         self.network: nn.Module = throw_away_copy(target, shared=(trainer,))
-        if isinstance(self.network, LightningModule):
+        if is_lightning_module(self.network):
             _silence(self.network)
             if self.network._compiler_ctx is not None:  # its methods are the original's, compiled
                 to_uncompiled(self.network)
@@ -170,6 +170,16 @@ class ModuleReader:
         return hook
 
 
+def is_lightning_module(module: nn.Module) -> TypeGuard[LightningModule]:
+    """Whether a module is a LightningModule, of `lightning` or of the older `pytorch_lightning` package.
+
+    The two packages' classes are not related, and callbacks of the one run in the Trainer of the other.
+    """
+    return isinstance(module, LightningModule) or any(
+        base.__name__ == "LightningModule" for base in type(module).__mro__
+    )
+
+
 def original_network(module: LightningModule, network: NetworkOption) -> nn.Module:
     """The module whose parameters the evidence is about.
 
@@ -190,7 +200,7 @@ def original_network(module: LightningModule, network: NetworkOption) -> nn.Modu
 def _silence(module: LightningModule) -> None:
     """Log and print nothing, here and in LightningModules inside."""
     for part in module.modules():
-        if isinstance(part, LightningModule):
+        if is_lightning_module(part):
             for name in ("log", "log_dict", "print"):
                 object.__setattr__(part, name, _nothing)
 
