@@ -25,8 +25,8 @@ NUM_PROBES = 256
 """Random vectors of the trace estimate beyond `FLOAT64_LIMIT`."""
 TILE_ROWS = 1024
 """Rows of one tile of the dual matrix: large enough for the matrix product, small beside the matrix."""
-PIVOT_TOLERANCE = 1e-2
-"""How far below 1 rounding may push a pivot of I + K before the factor is not believed."""
+ROUNDING_TOLERANCE = 1e-2
+"""Rounding of the largest entry of I + K, relative to the 1, beyond which its factor is not believed."""
 NUM_REFINEMENTS = 1
 """Steps of iterative refinement of the Newton decrement: a factor in float32 needs one."""
 
@@ -189,11 +189,26 @@ def _cholesky_of_gram(
     # The upper triangle row by row is the lower one column by column, which LAPACK factorises in place.
     matrix = buffer.mT
     matrix.diagonal().add_(1.0)
+    if not _keeps_the_identity(matrix):
+        return None
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(matrix, out=(matrix, info))
-    # Every pivot of I + K is at least 1, K being positive semi-definite: less than that is rounding, seen.
-    smallest = matrix.diagonal().square().min().item()
-    return matrix if info.item() == 0 and smallest > 1.0 - PIVOT_TOLERANCE else None
+    return matrix if _is_believable(matrix, info) else None
+
+
+def _keeps_the_identity(matrix: Tensor) -> bool:
+    """Whether the 1 in I + K survives beside the largest K: the factor's errors are of that entry's rounding.
+
+    Pivots alone do not tell: rounding lifts as many of them as it lowers.
+    """
+    rounding = torch.finfo(matrix.dtype).eps * matrix.diagonal().max().item()
+    return rounding <= ROUNDING_TOLERANCE
+
+
+def _is_believable(factor: Tensor, info: Tensor) -> bool:
+    """Whether every pivot of I + K is at least 1, as K is positive semi-definite: less is rounding, seen."""
+    smallest = factor.diagonal().square().min().item()
+    return info.item() == 0 and smallest > 1.0 - ROUNDING_TOLERANCE
 
 
 def _effective_parameters(factor: Tensor) -> tuple[float, float]:
@@ -246,9 +261,7 @@ def _quadratic(
 def _cholesky(matrix: Tensor) -> Tensor:
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
-    # As for the dual: every pivot of a matrix above the identity is at least 1.
-    believable = bool((factor.diagonal().square() > 1.0 - PIVOT_TOLERANCE).all())
-    if info.item() != 0 or not believable:
+    if not _keeps_the_identity(matrix) or not _is_believable(factor, info):
         raise EvidenceUnavailableError(
             "The curvature plus the prior is not positive definite in floating point: the gradients are of "
             "extreme scale. Raise the prior precision."

@@ -63,6 +63,7 @@ LOADERS = {
     "shuffled": (lambda: DataLoader(DATASET, batch_size=4, shuffle=True, generator=generator()), WHOLE),
     "drop_last": (lambda: DataLoader(DATASET, batch_size=4, drop_last=True, shuffle=True), WHOLE),
     "replacement": (lambda: DataLoader(DATASET, sampler=RandomSampler(DATASET, True, 30)), WHOLE),
+    "fewer_at_random": (lambda: DataLoader(DATASET, sampler=RandomSampler(DATASET, num_samples=4)), WHOLE),
     "subset_sampler": (
         lambda: DataLoader(DATASET, sampler=SubsetRandomSampler(PART, generator())),
         sorted(PART),

@@ -165,7 +165,7 @@ def test_trailing_ones_are_immaterial(outputs, targets):
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan, math.inf, True, "1"])
 def test_sigma_that_is_no_noise(sigma):
-    with pytest.raises(ValueError, match=r"argument `sigma`.*None estimates"):
+    with pytest.raises(ValueError, match=r"argument `sigma`.*above 0"):
         Gaussian(sigma)
 
 
