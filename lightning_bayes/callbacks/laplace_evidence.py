@@ -125,6 +125,7 @@ class LaplaceEvidence(Callback):
         self.log_key_prefix = log_key_prefix
         self.history: list[tuple[int, Evidence]] = []
         self._resolved_structure: str | None = None
+        self._first_batch_size = 1
         self._started = math.nan
         self._spent = 0.0
 
@@ -223,7 +224,7 @@ class LaplaceEvidence(Callback):
         first = next(batches)
         # The kind of the likelihood is that of the first batch; the rest must be of the same kind.
         captured = reader.read(_cloned(first[1]), first[0])
-        training_batch_size = _loader_batch_size(trainer)
+        training_batch_size = _loader_batch_size(trainer) or self._first_batch_size
 
         def loss_scale(num_outputs: int, dispersion: float) -> float:
             return captured.likelihood.loss_scale(
@@ -255,7 +256,8 @@ class LaplaceEvidence(Callback):
 
         rows = RowReader(reader.network, self._prior(trainer, pl_module).strengths)
         captured, again = read(), read()
-        reader.check_detached_from_original(captured.outputs)
+        reader.check_computed_by_copy(captured.outputs)
+        self._first_batch_size = len(captured.outputs)
         if captured.value != again.value and math.isfinite(captured.value):
             rank_zero_warn(
                 f"LaplaceEvidence: training_step gave {captured.value:.6g} and {again.value:.6g} for one batch in "
@@ -340,9 +342,10 @@ def _logged_values(evidence: Evidence) -> dict[str, float]:
     return values
 
 
-def _loader_batch_size(trainer: Trainer) -> int:
+def _loader_batch_size(trainer: Trainer) -> int | None:
+    """Examples of one training_step, None where a batch sampler of the user's own does not say."""
     loader: DataLoader[Any] = trainer.train_dataloader  # type: ignore[assignment]
-    return int(loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1)
+    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
 
 
 def _is_decoupled(optimizer: Any) -> bool:

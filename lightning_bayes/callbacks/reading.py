@@ -45,7 +45,10 @@ class _ReadOnlyTrainer:
         return getattr(object.__getattribute__(self, "_read_only_trainer"), name)
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"training_step sets trainer.{name}; it is run on a copy that must not.")
+        raise ValueError(
+            f"training_step sets trainer.{name}; LaplaceEvidence runs it on a copy, and must not. Set it in "
+            f"another hook, such as on_train_batch_end. {WAY_OUT}"
+        )
 
 
 class ModuleReader:
@@ -95,18 +98,24 @@ class ModuleReader:
         with self._default_dtype():
             return self._read(batch, batch_idx)
 
-    def check_detached_from_original(self, outputs: Tensor) -> None:
-        """Raise unless the outputs were computed by the copy's parameters alone.
+    def check_computed_by_copy(self, outputs: Tensor) -> None:
+        """Raise unless the outputs were computed by the copy's parameters, and by no others.
 
         A closure, a lambda or a wrapper that the module holds goes on calling the original after a deep copy.
         """
-        original = {id(parameter): name for name, parameter in self._original.named_parameters()}
-        used = [original[id(leaf)] for leaf in _leaves(outputs) if id(leaf) in original]
+        leaves = {id(leaf) for leaf in _leaves(outputs)}
+        used = [name for name, parameter in self._original.named_parameters() if id(parameter) in leaves]
         if used:
             raise ValueError(
                 f"The copy of {type(self._original).__name__} that the evidence is computed on still runs the "
                 f"original's parameters {used[:4]}: a function stored in the module (a lambda, a closure, a "
-                "wrapped forward or training_step) holds on to it. Make that function a method."
+                "wrapped forward or training_step) holds on to it. Make that function a method. A function "
+                "network= must use the module that it is given."
+            )
+        if leaves.isdisjoint(map(id, self.network.parameters())):
+            raise ValueError(
+                f"The outputs carry no graph back to a parameter of {type(self._original).__name__}: they were "
+                f"detached, computed under no_grad, or by another module. {WAY_OUT}"
             )
 
     def _read(self, batch: Any, batch_idx: int) -> CapturedLoss:
@@ -117,6 +126,11 @@ class ModuleReader:
         if self._likelihood is None:
             raise ValueError("Argument `network` needs an explicit `likelihood`.")
         outputs, targets = self._call_network(batch)
+        if not isinstance(outputs, Tensor):
+            raise ValueError(
+                f"`network` returned {type(outputs).__name__}; the evidence needs one tensor of logits or means, "
+                "[N, C] or [N]. Give a function that takes it out: network=lambda module, batch: (outputs, targets)."
+            )
         outputs, targets = self._likelihood.prepare(outputs, targets)
         return CapturedLoss(outputs, targets, self._likelihood, "mean", float("nan"))
 
@@ -131,8 +145,13 @@ class ModuleReader:
 
     def _call_network(self, batch: Any) -> tuple[Tensor, Tensor]:
         if callable(self._option):
-            outputs, targets = self._option(self._hooks, batch)
-            return outputs, targets
+            pair = self._option(self._hooks, batch)
+            if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], Tensor):
+                raise ValueError(
+                    "Expected argument `network` to be a function that returns a pair of tensors (outputs, targets), "
+                    f"got {type(pair).__name__} from it."
+                )
+            return pair[0], pair[1]
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ValueError(
                 f"network={self._option!r} is called on batch[0] with targets batch[1], but the batch is "
