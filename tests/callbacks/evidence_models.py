@@ -4,11 +4,13 @@ from collections import namedtuple
 from dataclasses import dataclass
 
 import lightning as L
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from lightning_bayes import LaplaceEvidence
 from tests.reference import Reference, reference_evidence
 
 from .sgd_models import trainer
@@ -128,6 +130,17 @@ def fit(tmp_path, module, data, *callbacks, **kwargs):
     run = trainer(tmp_path, list(callbacks), **kwargs)
     run.fit(module, data)
     return run
+
+
+def refused(tmp_path, message, module, data=None, callback=None, **kwargs):
+    """Assert that fit ends in this ValueError before anything has changed."""
+    callbacks = callback if isinstance(callback, list) else [callback or LaplaceEvidence()]
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    run = trainer(tmp_path, callbacks, max_epochs=1, **kwargs)
+    with pytest.raises(ValueError, match=rf"(?s){message}"):
+        run.fit(module, loader() if data is None else data)
+    assert run.global_step == 0
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
 def task_of(name):

@@ -1,0 +1,162 @@
+"""Training steps and networks that the evidence cannot be read from end before the first optimizer step."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .evidence_models import Module, cross_entropy, mlp, refused
+
+
+def call(function, **kwargs):
+    return lambda module, batch: function(module(batch[0]), batch[1], **kwargs)
+
+
+def one_hot(function):
+    return lambda module, batch: function(module(batch[0]), F.one_hot(batch[1], 3).double())
+
+
+DOUBLE = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+DIRECTLY = r".*LaplaceEvidence\(likelihood=..., network=...\) reads the network directly"
+
+STEPS = {
+    "by hand": (
+        lambda m, b: -m(b[0]).log_softmax(1).gather(1, b[1][:, None]).mean(),
+        r"No loss that can be read was found in training_step\..*F.cross_entropy.*written out by hand"
+        + DIRECTLY,
+    ),
+    "called for show": (
+        lambda m, b: (cross_entropy(m, b), m(b[0]).square().mean())[1],
+        r"F.cross_entropy was called, but the loss does not depend on it" + DIRECTLY,
+    ),
+    "several": (
+        lambda m, b: cross_entropy(m, b) + one_hot(F.mse_loss)(m, b),
+        r"made of 2 losses \(F.(mse_loss|cross_entropy), F.(mse_loss|cross_entropy)\)" + DIRECTLY,
+    ),
+    "two of a kind": (
+        lambda m, b: cross_entropy(m, b) + cross_entropy(m, b),
+        r"made of 2 losses \(F.cross_entropy, F.cross_entropy\)" + DIRECTLY,
+    ),
+    "class weights": (
+        call(F.cross_entropy, weight=DOUBLE),
+        r"F.cross_entropy with weight=a tensor.*Leave it out of the training loss" + DIRECTLY,
+    ),
+    "label smoothing": (
+        call(nn.CrossEntropyLoss(label_smoothing=0.1)),
+        r"F.cross_entropy with label_smoothing=0.1.*Leave it out" + DIRECTLY,
+    ),
+    "pos_weight": (
+        one_hot(nn.BCEWithLogitsLoss(pos_weight=DOUBLE)),
+        r"F.binary_cross_entropy_with_logits with pos_weight=a tensor.*Leave it out" + DIRECTLY,
+    ),
+    "ignored class index": (
+        lambda m, b: F.cross_entropy(m(b[0]), b[1].masked_fill(b[1] == 0, -100)),
+        r"Class indices must lie in 0 .. 2.*got -100.*`ignore_index`\) are not supported yet",
+    ),
+    "ignored class": (
+        call(F.cross_entropy, ignore_index=0),
+        r"training_step returned .*, but the F.cross_entropy in it has mean .* and sum .*a mask",
+    ),
+    "factor": (lambda m, b: 0.5 * cross_entropy(m, b), r"has mean .* and sum .*: a factor" + DIRECTLY),
+    "regulariser": (
+        lambda m, b: cross_entropy(m, b) + 1e-4 * sum(p.square().sum() for p in m.parameters()),
+        r"a further term is in the loss.*through the optimizer's weight_decay" + DIRECTLY,
+    ),
+    "mask": (
+        lambda m, b: (F.cross_entropy(m(b[0]), b[1], reduction="none") * (b[0][:, 0] > 0)).mean(),
+        r"a factor, a mask or a further term" + DIRECTLY,
+    ),
+    "in-place mask": (
+        lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none").mul_(b[0][:, 0] > 0).mean(),
+        r"a factor, a mask or a further term" + DIRECTLY,
+    ),
+    "raw logits in nll_loss": (call(F.nll_loss), r"F.nll_loss expects log-probabilities.*log_softmax"),
+    "L1": (one_hot(F.l1_loss), r"training_step uses F.l1_loss, which is not supported yet" + DIRECTLY),
+    "gaussian_nll": (
+        lambda m, b: F.gaussian_nll_loss(m(b[0])[:, 0], b[0][:, 0], m(b[0])[:, 1].exp()),
+        r"uses F.gaussian_nll_loss, which is not supported yet" + DIRECTLY,
+    ),
+    "sigmoid first": (
+        lambda m, b: F.binary_cross_entropy(m(b[0]).sigmoid(), F.one_hot(b[1], 3).double()),
+        r"uses F.binary_cross_entropy, which is not supported yet" + DIRECTLY,
+    ),
+    "none returned": (lambda m, b: None, r"training_step returned NoneType; a scalar loss" + DIRECTLY),
+    "no loss in the dict": (lambda m, b: {"nll": 1}, r"training_step returned dict;.*'loss'" + DIRECTLY),
+    "not reduced": (
+        call(F.cross_entropy, reduction="none"),
+        r"training_step returned Tensor of shape \[8\]" + DIRECTLY,
+    ),
+    "tokens": (
+        lambda m, b: F.cross_entropy(
+            m(b[0].unsqueeze(1).expand(-1, 2, -1)).flatten(0, 1), b[1].repeat_interleave(2)
+        ),
+        r"sees 16 rows of outputs, but the batch holds 8 examples.*tokens" + DIRECTLY,
+    ),
+    "detached": (
+        lambda m, b: F.cross_entropy(m(b[0]).detach().requires_grad_(), b[1]),
+        r"carry no graph back to a parameter of Module: they were detached" + DIRECTLY,
+    ),
+    "sets something on the Trainer": (
+        lambda m, b: setattr(m.trainer, "memory", b) or cross_entropy(m, b),
+        r"training_step sets trainer.memory;.*in another hook, such as on_train_batch_end" + DIRECTLY,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_that_cannot_be_read(tmp_path, name):
+    step, message = STEPS[name]
+    refused(tmp_path, message, Module(mlp(), step))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = x.unsqueeze(1).repeat(1, 2, 1)
+        return self.head(self.attend(x, x, x)[0].mean(1))
+
+
+class Tied(nn.Module):
+    """A weight used outside its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.first(x) @ self.first.weight @ self.first.weight.T
+
+
+class Mixing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.layer(x)
+        return x - x.mean(0)
+
+
+NETWORKS = {
+    "LayerNorm": (
+        lambda: nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)),
+        r"No per-example gradients for 'network.1.bias' \(LayerNorm\), 'network.1.weight' \(LayerNorm\)"
+        r".*requires_grad=False, weight_decay 0",
+    ),
+    "attention": (
+        Attention,
+        r"'network.attend.in_proj_weight' \(MultiheadAttention\).*requires_grad=False",
+    ),
+    "functional use": (Tied, r"gradients of \['network.first.weight'\] do not agree.*outside its own layer"),
+    "mixed examples": (Mixing, r"do not agree with autograd.*mixes the examples of a batch"),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(tmp_path, name):
+    make, message = NETWORKS[name]
+    refused(tmp_path, message, Module(make(), cross_entropy))
