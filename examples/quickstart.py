@@ -40,7 +40,7 @@ images, labels = (torch.tensor(array) for array in mnist_data())  # 5,000 real d
 train, test = random_split(TensorDataset(images.float() / 255, labels), [1000, 4000])
 evidence = LaplaceEvidence()
 callbacks = [evidence, SGDNoiseScale(), ScalingAdvisor(target_batch_size=128)]
-trainer = L.Trainer(max_epochs=12, callbacks=callbacks, num_sanity_val_steps=0, log_every_n_steps=8)
+trainer = L.Trainer(max_epochs=10, callbacks=callbacks, num_sanity_val_steps=0, log_every_n_steps=8)
 trainer.fit(Digits(), DataLoader(train, batch_size=32, shuffle=True), DataLoader(test, batch_size=1000))
 
 print(evidence.history[-1][1])

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
-EPOCHS = 12
+EPOCHS = 10
 
 
 @pytest.fixture(scope="module")
