@@ -1,0 +1,61 @@
+"""Two processes under DDP give the numbers of one, and neither waits for the other."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .evidence_models import Module, N, Rich, disagreements, reference, tensors
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A function from the name of a case to what each of the two ranks saved."""
+    folder = tmp_path_factory.mktemp("ddp")
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.callbacks.ddp_script", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return lambda case: [torch.load(folder / f"{case}-{rank}.pt") for rank in range(2)]
+
+
+class Fields:
+    def __init__(self, fields):
+        self.__dict__ = fields
+
+
+@pytest.mark.parametrize(("case", "scale"), [("uneven", 1), ("drop_last", 1), ("sum", 4)])
+def test_evidence_is_that_of_one_process(results, case, scale):
+    first, second = results(case)
+    assert [epoch for epoch, _ in first["history"]] == [0, 1]
+    assert first["history"] == second["history"]
+    assert first["logged"] == second["logged"]
+    module = Module(Rich(), None)
+    module.load_state_dict(first["weights"])
+    evidence = Fields(first["history"][-1][1])
+    assert evidence.num_examples == N  # not the 22 of the padded shards, nor the 20 or 16 of whole batches
+    # Batch norm keeps statistics of its own on each rank; rank 0 counts.
+    assert disagreements(evidence, reference(module.network, tensors(), scale=scale)) == {}
+
+
+def test_ranks_agree_on_the_epochs_to_skip(results):
+    first, second = results("overhead")
+    assert [epoch for epoch, _ in first["history"]] == [0]
+    assert first["history"] == second["history"]
+
+
+def test_a_shard_of_a_part_is_refused_by_both(results):
+    for rank in results("refused"):
+        assert "torch.utils.data.Subset(dataset, indices)" in rank["error"]
+        assert rank["steps"] == 0
