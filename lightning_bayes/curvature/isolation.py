@@ -2,6 +2,7 @@
 
 import copy
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -35,8 +36,9 @@ def isolated() -> Iterator[None]:
             stack.enter_context(torch.inference_mode(False))
             for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
                 stack.enter_context(torch.autocast(device, enabled=False))
-            # Hooks and modes do not reach into compiled code. (The stance is newer than torch 2.4.)
-            if hasattr(torch.compiler, "set_stance"):
+            # Hooks and modes do not reach into compiled code. Without dynamo there is none, and importing it
+            # takes a second. (The stance is newer than torch 2.4.)
+            if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             torch.manual_seed(0)
             np.random.seed(0)
