@@ -72,7 +72,9 @@ class Evidence:
             ("  + log Occam factor", self.log_occam_factor, "exact GGN" if exact else self._bounds()),
         ]
         if self.log_evidence_ratio is not None:
-            verdict = "the data believe the model" if self.log_evidence_ratio > 0 else "the data prefer guessing"
+            verdict = (
+                "the data believe the model" if self.log_evidence_ratio > 0 else "the data prefer guessing"
+            )
             rows.append(("log-evidence ratio", self.log_evidence_ratio, verdict))
         stderr = self.effective_parameters_stderr
         spread = f"± {stderr:.2g} of {self.num_parameters:,}" if stderr else f"of {self.num_parameters:,}"
@@ -81,7 +83,9 @@ class Evidence:
         rows.append(("Newton decrement", self.newton_decrement, doubt))
         if self.noise_variance is not None:
             rows.append(("noise variance", self.noise_variance, ""))
-        lines = [f"Laplace evidence of {self.num_examples:,} examples, nats ({self.structure} {self.curvature})"]
+        lines = [
+            f"Laplace evidence of {self.num_examples:,} examples, nats ({self.structure} {self.curvature})"
+        ]
         lines += [f"{name:<22}{value:>16,.4f}  {remark}".rstrip() for name, value, remark in rows]
         lines += self._prior_lines()
         if self.fixed_parameters:
@@ -104,7 +108,8 @@ class Evidence:
         for name, precision in self.prior_precision.items():
             groups.setdefault(precision, []).append(name)
         return [
-            f"{'prior precision':<22}{precision:>16,.4g}  {_shorten(names)}" for precision, names in groups.items()
+            f"{'prior precision':<22}{precision:>16,.4g}  {_shorten(names)}"
+            for precision, names in groups.items()
         ]
 
 

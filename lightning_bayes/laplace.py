@@ -11,11 +11,12 @@ from torch.utils.data import DataLoader
 
 from lightning_bayes.curvature.base import Problem
 from lightning_bayes.curvature.data import Examples, examples_from_loader, examples_from_tensors
-from lightning_bayes.curvature.errors import EvidenceUnavailableError
+from lightning_bayes.curvature.errors import EvidenceUnavailableError, check_finite
 from lightning_bayes.curvature.isolation import isolated, throw_away_copy
 from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
 from lightning_bayes.curvature.priors import Prior, fixed_prior, require_prior_precision
-from lightning_bayes.curvature.rows import RowReader, check_finite, gram_width
+from lightning_bayes.curvature.reader import RowReader
+from lightning_bayes.curvature.rows import gram_width
 from lightning_bayes.curvature.structures import STRUCTURES, choose_structure
 from lightning_bayes.evidence import Evidence
 from lightning_bayes.functional import evidence as terms
@@ -85,7 +86,7 @@ def laplace_evidence(
     resolved = resolve_likelihood(likelihood)
     place = _device(device)
     prior = fixed_prior(model, prior_precision)  # type: ignore[arg-type]
-    with isolated():
+    with isolated(data):
         examples = _examples(data, batch_size, max_examples)
         network = throw_away_copy(model)
         if place is not None:

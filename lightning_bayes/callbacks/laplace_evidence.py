@@ -10,31 +10,32 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_bayes.callbacks.reading import ModuleReader, NetworkOption, original_network
+from lightning_bayes.callbacks.trainer_inputs import (
+    check_arguments,
+    check_trainer,
+    examples_of,
+    is_decoupled,
+    prior_of,
+    step_batch_size,
+)
 from lightning_bayes.curvature.capture import CapturedLoss
-from lightning_bayes.curvature.data import Examples, examples_from_loader
+from lightning_bayes.curvature.data import Examples
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.isolation import isolated
 from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
 from lightning_bayes.curvature.priors import (
     Prior,
-    fixed_prior,
     require_prior_precision,
-    trainable_names,
-    weight_decay_prior,
 )
-from lightning_bayes.curvature.rows import RowReader
+from lightning_bayes.curvature.reader import RowReader
 from lightning_bayes.curvature.structures import choose_structure
 from lightning_bayes.evidence import Evidence
-from lightning_bayes.functional._validation import count, positive
 from lightning_bayes.laplace import Forward, accumulate_evidence, check_options, problem_of
 
 __all__ = ["LaplaceEvidence"]
-
-SHARDING_STRATEGIES = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 UNAVAILABLE = (
     "log_evidence",
@@ -113,7 +114,7 @@ class LaplaceEvidence(Callback):
         super().__init__()
         check_options(structure, subset_of_weights, curvature, backend, batch_size, max_examples, tolerance)
         require_prior_precision(prior_precision, also=("auto",))
-        _check_arguments(likelihood, network, every_n_epochs, max_overhead, log_key_prefix)
+        check_arguments(likelihood, network, every_n_epochs, max_overhead, log_key_prefix)
         self.structure = structure
         self.likelihood = None if likelihood == "auto" else resolve_likelihood(likelihood)
         self.prior_precision = prior_precision
@@ -137,7 +138,7 @@ class LaplaceEvidence(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check everything that can be checked before a batch is seen."""
-        _check_trainer(trainer, pl_module, self.network)
+        check_trainer(trainer, pl_module, self.network)
         self._check_prefix(trainer)
         self._examples(trainer)
         prior = self._prior(trainer, pl_module)
@@ -150,7 +151,7 @@ class LaplaceEvidence(Callback):
         frozen = [name for name, parameter in target.named_parameters() if not parameter.requires_grad]
         if frozen:
             rank_zero_info(f"LaplaceEvidence: the frozen parameters {frozen} are left out.")
-        if self.prior_precision == "auto" and any(_is_decoupled(o) for o in trainer.optimizers):
+        if self.prior_precision == "auto" and any(is_decoupled(o) for o in trainer.optimizers):
             rank_zero_warn(
                 "LaplaceEvidence: decoupled weight decay (AdamW) is not a Gaussian prior; λ = N·weight_decay is an "
                 "approximation. Give prior_precision= to choose the prior yourself."
@@ -206,7 +207,7 @@ class LaplaceEvidence(Callback):
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> Evidence | None:
         try:
-            with isolated():
+            with isolated(trainer.train_dataloader, getattr(trainer, "datamodule", None)):
                 return self._evidence(trainer, pl_module)
         except Exception as error:
             # The first batch has been read before the first step: what fails now is of this epoch or of the
@@ -224,7 +225,7 @@ class LaplaceEvidence(Callback):
         first = next(batches)
         # The kind of the likelihood is that of the first batch; the rest must be of the same kind.
         captured = reader.read(_cloned(first[1]), first[0])
-        training_batch_size = _loader_batch_size(trainer) or self._first_batch_size
+        training_batch_size = step_batch_size(trainer) or self._first_batch_size
 
         def loss_scale(num_outputs: int, dispersion: float) -> float:
             return captured.likelihood.loss_scale(
@@ -275,32 +276,10 @@ class LaplaceEvidence(Callback):
         return structure
 
     def _prior(self, trainer: Trainer, pl_module: LightningModule) -> Prior:
-        target = original_network(pl_module, self.network)
-        if self.prior_precision != "auto":
-            return fixed_prior(target, self.prior_precision)  # type: ignore[arg-type]
-        decays = {
-            id(parameter): float(group.get("weight_decay", 0.0))
-            for optimizer in trainer.optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        named = dict(target.named_parameters())
-        return weight_decay_prior(
-            {name: decays.get(id(named[name]), 0.0) for name in trainable_names(target)}
-        )
+        return prior_of(trainer, original_network(pl_module, self.network), self.prior_precision)
 
     def _examples(self, trainer: Trainer) -> Examples:
-        loader = trainer.train_dataloader
-        if not isinstance(loader, DataLoader):
-            raise ValueError(
-                f"LaplaceEvidence needs one torch DataLoader for training, got {type(loader).__name__}. Evidence "
-                "is of one training set: give fit() a single DataLoader, or call laplace_evidence() on a loader "
-                "of your choice."
-            )
-        at_most = self.max_examples
-        if trainer.fast_dev_run:  # type: ignore[attr-defined] # a rehearsal of the code, not of the sums
-            at_most = min(at_most or 32, 32)
-        return examples_from_loader(loader, self.batch_size, at_most, _num_batches(trainer, loader))
+        return examples_of(trainer, self.batch_size, self.max_examples)
 
     def _check_prefix(self, trainer: Trainer) -> None:
         others = [c for c in trainer.callbacks if isinstance(c, LaplaceEvidence) and c is not self]  # type: ignore[attr-defined]
@@ -313,14 +292,6 @@ class LaplaceEvidence(Callback):
 
 def _cloned(batch: Any) -> Any:
     return apply_to_collection(batch, Tensor, Tensor.clone)
-
-
-def _num_batches(trainer: Trainer, loader: "DataLoader[Any]") -> int | None:
-    """Batches of all replicas that `overfit_batches` or `limit_train_batches` leave of an epoch; None for all."""
-    if isinstance(loader.dataset, IterableDataset) or trainer.num_training_batches >= len(loader):
-        return None
-    replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
-    return int(trainer.num_training_batches) * int(replicas)
 
 
 def _forward(reader: ModuleReader, index: int, batch: Any) -> Forward:
@@ -340,52 +311,3 @@ def _logged_values(evidence: Evidence) -> dict[str, float]:
     else:
         values["prior_precision"] = evidence.prior_precision
     return values
-
-
-def _loader_batch_size(trainer: Trainer) -> int | None:
-    """Examples of one training_step, None where a batch sampler of the user's own does not say."""
-    loader: DataLoader[Any] = trainer.train_dataloader  # type: ignore[assignment]
-    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-
-
-def _is_decoupled(optimizer: Any) -> bool:
-    decayed = any(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
-    return decayed and (
-        "AdamW" in type(optimizer).__name__ or optimizer.defaults.get("decoupled_weight_decay", False)
-    )
-
-
-def _check_trainer(trainer: Trainer, pl_module: LightningModule, network: NetworkOption) -> None:
-    # By name: the strategies of `lightning` and of `pytorch_lightning` are different classes.
-    if any(base.__name__ in SHARDING_STRATEGIES for base in type(trainer.strategy).__mro__):
-        raise ValueError(
-            f"LaplaceEvidence cannot read weights that {type(trainer.strategy).__name__} shards. Use "
-            "strategy='ddp' or a single device, or call laplace_evidence() on a gathered checkpoint."
-        )
-    if network is None and not pl_module.automatic_optimization:
-        raise ValueError(
-            f"{type(pl_module).__name__} optimizes manually, so running its training_step would step. Give "
-            "likelihood= and network= to read the network directly."
-        )
-
-
-def _check_arguments(
-    likelihood: object, network: object, every_n_epochs: object, max_overhead: object, log_key_prefix: object
-) -> None:
-    if likelihood != "auto":
-        resolve_likelihood(likelihood)  # type: ignore[arg-type]
-    elif network is not None:
-        raise ValueError(
-            "Expected argument `likelihood` to be given beside `network`: without a training_step there is no loss "
-            "to read it from. Use likelihood='classification', 'binary', 'regression' or a Likelihood."
-        )
-    if network is not None and not isinstance(network, str) and not callable(network):
-        raise ValueError(
-            "Expected argument `network` to be None, the name of a submodule, or a function (module, batch) -> "
-            f"(outputs, targets), got {network!r}."
-        )
-    count("every_n_epochs", every_n_epochs)
-    if max_overhead is not None:
-        positive("max_overhead", max_overhead)
-    if not isinstance(log_key_prefix, str):
-        raise ValueError(f"Expected argument `log_key_prefix` to be a string, got {log_key_prefix!r}.")

@@ -1,6 +1,8 @@
 """The error that stands for "not for these weights": everything else is a mistake in the call."""
 
-__all__ = ["EvidenceUnavailableError"]
+from torch import Tensor
+
+__all__ = ["EvidenceUnavailableError", "check_finite"]
 
 
 class EvidenceUnavailableError(ValueError):
@@ -9,3 +11,12 @@ class EvidenceUnavailableError(ValueError):
     Raised for weights or logits that are not finite, a vanishing residual variance, a loss that has
     stopped being the negative log-likelihood. `LaplaceEvidence` turns it into a warning and goes on.
     """
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Raise `EvidenceUnavailableError` unless every entry is finite."""
+    finite = tensor.isfinite()
+    if not bool(finite.all()):
+        raise EvidenceUnavailableError(
+            f"{int((~finite).sum())} of {tensor.numel()} entries of {what} are NaN or infinite."
+        )

@@ -3,8 +3,10 @@
 import copy
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,18 +18,23 @@ __all__ = ["isolated", "throw_away_copy"]
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
+LARGEST_COLLECTION = 1000
+"""Items up to which a collection is searched for random generators."""
+
 
 @contextmanager
-def isolated() -> Iterator[None]:
+def isolated(*holders: object) -> Iterator[None]:
     """Restore the random states of torch, NumPy and Python on exit; within, fixed seeds and full float32.
 
-    Autocast and inference mode of the caller do not reach inside, and nothing runs compiled.
+    The generators that `holders` keep for themselves (a DataLoader with its dataset, transforms, sampler and
+    collate function) are restored too. Autocast and inference mode of the caller do not reach inside, and nothing runs compiled.
 
     Iterating a DataLoader draws from torch's global generator, transforms may draw from any; with
     fixed seeds two evaluations see the same draws. Trainers are often run with reduced matrix-product
     precision, which a log-determinant does not survive.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    restores = list(_restores(holders))
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -48,6 +55,46 @@ def isolated() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
         np.random.set_state(numpy_state)
         random.setstate(python_state)
+        for restore in restores:
+            restore()
+
+
+def _restores(holders: Iterable[object]) -> Iterator[Callable[[], object]]:
+    """For each random generator within reach of `holders`, the call that takes it back to its present state."""
+    seen: dict[int, object] = {}  # keeps the objects, so that no other takes over the id of one that is gone
+    pending = list(holders)
+    while pending:
+        thing = pending.pop()
+        if id(thing) in seen:
+            continue
+        seen[id(thing)] = thing
+        if isinstance(thing, torch.Generator):
+            yield partial(thing.set_state, thing.get_state())
+        elif isinstance(thing, np.random.Generator):
+            yield partial(setattr, thing.bit_generator, "state", thing.bit_generator.state)
+        elif isinstance(thing, np.random.RandomState):
+            yield partial(thing.set_state, thing.get_state())
+        elif isinstance(thing, random.Random):
+            yield partial(thing.setstate, thing.getstate())
+        else:
+            pending.extend(_parts(thing))
+
+
+def _parts(thing: object) -> Iterable[object]:
+    """What an object holds: attributes, items of small collections, what a function closes over."""
+    if isinstance(thing, Tensor | np.ndarray | ModuleType | type):
+        return ()
+    if isinstance(thing, dict | list | tuple | set):
+        # Longer ones are the examples themselves.
+        items = thing.values() if isinstance(thing, dict) else thing
+        return items if len(thing) <= LARGEST_COLLECTION else ()
+    if isinstance(thing, MethodType | BuiltinMethodType):
+        return (thing.__self__,)
+    if isinstance(thing, FunctionType):
+        return [cell.cell_contents for cell in thing.__closure__ or () if cell != CellType()]
+    if isinstance(thing, partial):
+        return (thing.func, thing.args, thing.keywords)
+    return getattr(thing, "__dict__", {}).values()
 
 
 class _DetachOnCopy(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -46,16 +47,24 @@ class Model(Module):
 
 
 class Augmented(Dataset):
-    """Noise from the three streams on every item that is read."""
+    """Noise on every item that is read, from the three streams and from generators of its own."""
 
     def __init__(self):
         self.x, self.y = tensors(size=21)
+        own_torch, own_numpy = torch.Generator().manual_seed(1), np.random.default_rng(1)
+        self.transforms = {
+            "closure": [lambda: torch.rand((), generator=own_torch), partial(own_numpy.normal, size=())],
+            "legacy": (np.random.RandomState(1).normal, random.Random(1).random),
+        }
 
     def __len__(self):
         return len(self.x)
 
     def __getitem__(self, index):
         noise = torch.randn(4, dtype=torch.float64) * random.random() * np.random.rand()
+        for transforms in self.transforms.values():
+            for transform in transforms:
+                noise += float(transform())
         return self.x[index] + 0.01 * noise, self.y[index]
 
 
@@ -152,7 +161,7 @@ def test_batch_given_to_the_step_is_not_touched(tmp_path, batch_size):
     assert all(value != 0 for value in seen)
 
 
-def test_persistent_workers_and_samplers_keep_their_state(tmp_path):
+def test_samplers_keep_their_state(tmp_path):
     def order(callbacks):
         torch.manual_seed(0)
         seen = []

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.isolation import throw_away_copy
 from lightning_bayes.curvature.likelihoods import Categorical, Gaussian
-from lightning_bayes.curvature.rows import DenseRows, OuterRows, RowReader, gram_width
+from lightning_bayes.curvature.reader import RowReader
+from lightning_bayes.curvature.rows import DenseRows, OuterRows, gram_width
 from lightning_bayes.laplace import laplace_evidence
 from tests.cases import NETWORKS, make_case
 from tests.reference import per_example_jacobians

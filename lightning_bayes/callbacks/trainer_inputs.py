@@ -1,0 +1,129 @@
+"""What the evidence takes from a Trainer: the training set, the prior, and what it cannot take."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_bayes.callbacks.reading import NetworkOption
+from lightning_bayes.curvature.data import Examples, examples_from_loader
+from lightning_bayes.curvature.likelihoods import resolve_likelihood
+from lightning_bayes.curvature.priors import Prior, fixed_prior, trainable_names, weight_decay_prior
+from lightning_bayes.functional._validation import count, positive
+
+__all__ = [
+    "check_arguments",
+    "check_trainer",
+    "examples_of",
+    "is_decoupled",
+    "prior_of",
+    "step_batch_size",
+]
+
+SHARDING_STRATEGIES = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
+
+
+def examples_of(trainer: Trainer, batch_size: int | None, max_examples: int | None) -> Examples:
+    """The training set of a Trainer that is fitting.
+
+    Args:
+        trainer: Read only.
+        batch_size: See `examples_from_loader`.
+        max_examples: Likewise.
+
+    Raises:
+        ValueError: If there is not one DataLoader whose examples can be counted.
+    """
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader):
+        raise ValueError(
+            f"LaplaceEvidence needs one torch DataLoader for training, got {type(loader).__name__}. Evidence "
+            "is of one training set: give fit() a single DataLoader, or call laplace_evidence() on a loader "
+            "of your choice."
+        )
+    at_most = max_examples
+    if trainer.fast_dev_run:  # type: ignore[attr-defined] # a rehearsal of the code, not of the sums
+        at_most = min(at_most or 32, 32)
+    return examples_from_loader(loader, batch_size, at_most, _num_batches(trainer, loader))
+
+
+def _num_batches(trainer: Trainer, loader: "DataLoader[Any]") -> int | None:
+    """Batches of all replicas that `overfit_batches` or `limit_train_batches` leave of an epoch; None for all."""
+    if isinstance(loader.dataset, IterableDataset) or trainer.num_training_batches >= len(loader):
+        return None
+    replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
+    return int(trainer.num_training_batches) * int(replicas)
+
+
+def step_batch_size(trainer: Trainer) -> int | None:
+    """Examples of one training_step, None where a batch sampler of the user's own does not say."""
+    loader: DataLoader[Any] = trainer.train_dataloader  # type: ignore[assignment]
+    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+
+
+def prior_of(
+    trainer: Trainer, network: nn.Module, prior_precision: float | Mapping[str, float] | str
+) -> Prior:
+    """The prior that was asked for, or under "auto" the one that the optimizer's weight decay is.
+
+    Raises:
+        ValueError: If no parameter has a proper prior, or patterns do not fit the parameters.
+    """
+    if prior_precision != "auto":
+        return fixed_prior(network, prior_precision)  # type: ignore[arg-type]
+    decays = {
+        id(parameter): float(group.get("weight_decay", 0.0))
+        for optimizer in trainer.optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    named = dict(network.named_parameters())
+    return weight_decay_prior({name: decays.get(id(named[name]), 0.0) for name in trainable_names(network)})
+
+
+def is_decoupled(optimizer: Any) -> bool:
+    """Whether an optimizer decays weights beside the gradient, as AdamW does."""
+    decayed = any(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
+    return decayed and (
+        "AdamW" in type(optimizer).__name__ or optimizer.defaults.get("decoupled_weight_decay", False)
+    )
+
+
+def check_trainer(trainer: Trainer, pl_module: LightningModule, network: NetworkOption) -> None:
+    """Raise a ValueError for ways to train whose weights or loss cannot be read."""
+    # By name: the strategies of `lightning` and of `pytorch_lightning` are different classes.
+    if any(base.__name__ in SHARDING_STRATEGIES for base in type(trainer.strategy).__mro__):
+        raise ValueError(
+            f"LaplaceEvidence cannot read weights that {type(trainer.strategy).__name__} shards. Use "
+            "strategy='ddp' or a single device, or call laplace_evidence() on a gathered checkpoint."
+        )
+    if network is None and not pl_module.automatic_optimization:
+        raise ValueError(
+            f"{type(pl_module).__name__} optimizes manually, so running its training_step would step. Give "
+            "likelihood= and network= to read the network directly."
+        )
+
+
+def check_arguments(
+    likelihood: object, network: object, every_n_epochs: object, max_overhead: object, log_key_prefix: object
+) -> None:
+    """Raise a ValueError for arguments of `LaplaceEvidence` that are wrong whatever the Trainer."""
+    if likelihood != "auto":
+        resolve_likelihood(likelihood)  # type: ignore[arg-type]
+    elif network is not None:
+        raise ValueError(
+            "Expected argument `likelihood` to be given beside `network`: without a training_step there is no loss "
+            "to read it from. Use likelihood='classification', 'binary', 'regression' or a Likelihood."
+        )
+    if network is not None and not isinstance(network, str) and not callable(network):
+        raise ValueError(
+            "Expected argument `network` to be None, the name of a submodule, or a function (module, batch) -> "
+            f"(outputs, targets), got {network!r}."
+        )
+    count("every_n_epochs", every_n_epochs)
+    if max_overhead is not None:
+        positive("max_overhead", max_overhead)
+    if not isinstance(log_key_prefix, str):
+        raise ValueError(f"Expected argument `log_key_prefix` to be a string, got {log_key_prefix!r}.")
