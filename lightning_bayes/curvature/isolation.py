@@ -27,7 +27,8 @@ def isolated(*holders: object) -> Iterator[None]:
     """Restore the random states of torch, NumPy and Python on exit; within, fixed seeds and full float32.
 
     The generators that `holders` keep for themselves (a DataLoader with its dataset, transforms, sampler and
-    collate function) are restored too. Autocast and inference mode of the caller do not reach inside, and nothing runs compiled.
+    collate function) are restored too. Autocast and inference mode of the caller do not reach inside, and
+    nothing runs compiled.
 
     Iterating a DataLoader draws from torch's global generator, transforms may draw from any; with
     fixed seeds two evaluations see the same draws. Trainers are often run with reduced matrix-product

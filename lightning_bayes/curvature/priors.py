@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from numbers import Real
 
 from torch import nn
 
@@ -136,7 +137,7 @@ def _prior(strengths: Mapping[str, float], per_example: bool = False) -> Prior:
 
 def _is_number(value: object, positive: bool = False) -> bool:
     return (
-        isinstance(value, int | float)
+        isinstance(value, Real)
         and not isinstance(value, bool)
         and math.isfinite(value)
         and (value > 0 if positive else value >= 0)
