@@ -136,9 +136,7 @@ def _prior(strengths: Mapping[str, float], per_example: bool = False) -> Prior:
 
 
 def _is_number(value: object, positive: bool = False) -> bool:
-    return (
-        isinstance(value, Real)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and (value > 0 if positive else value >= 0)
-    )
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    number = float(value)
+    return math.isfinite(number) and (number > 0 if positive else number >= 0)
