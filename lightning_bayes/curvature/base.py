@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +60,11 @@ class Curvature(ABC):
     once all blocks are in.
     """
 
+    exact: ClassVar[bool] = False
+    """Whether the structure keeps the whole G."""
+    lower_bounds_evidence: ClassVar[bool] = False
+    """Whether its log-determinant is never below that of the whole G."""
+
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
@@ -74,16 +80,6 @@ class Curvature(ABC):
             precision: λ > 0 of each parameter tensor.
             gradient: g of each parameter tensor, in its shape.
         """
-
-    @property
-    def lower_bounds_evidence(self) -> bool:
-        """Whether the structure's log-determinant is never below that of the whole G."""
-        return False
-
-    @property
-    def exact(self) -> bool:
-        """Whether the structure keeps the whole G."""
-        return False
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:

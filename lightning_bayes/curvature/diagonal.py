@@ -19,6 +19,8 @@ class DiagonalCurvature(Curvature):
     never above.
     """
 
+    lower_bounds_evidence = True  # Hadamard: ln det(I + G/λ) ≤ Σ ln(1 + d/λ)
+
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         dtype = accumulation_dtype(problem.device)
@@ -41,8 +43,3 @@ class DiagonalCurvature(Curvature):
             gamma += effective_parameters(diagonal, precision[name]).item()
             quadratic += (gradient[name].square() / (diagonal + precision[name])).sum().item()
         return CurvatureSummary(log_det, gamma, 0.0, quadratic)
-
-    @property
-    def lower_bounds_evidence(self) -> bool:
-        """Hadamard: ln det(I + G/λ) ≤ Σ ln(1 + d/λ)."""
-        return True

@@ -40,6 +40,8 @@ def full_curvature(problem: Problem) -> Curvature:
 class PrimalCurvature(Curvature):
     """G [p, p] by accumulation over the batches, in float64."""
 
+    exact = lower_bounds_evidence = True
+
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         p, dtype = problem.num_parameters, accumulation_dtype(problem.device)
@@ -77,22 +79,14 @@ class PrimalCurvature(Curvature):
         trace = torch.cholesky_inverse(factor).diagonal().sum().item()
         return CurvatureSummary(_log_det(factor), len(scale) - trace, 0.0, whitened.square().sum().item())
 
-    @property
-    def exact(self) -> bool:
-        """See `Curvature.exact`."""
-        return True
-
-    @property
-    def lower_bounds_evidence(self) -> bool:
-        """Trivially: the bound is attained."""
-        return True
-
 
 class DualCurvature(Curvature):
     """K = V Λ⁻¹ Vᵀ [rows, rows] from rows that are kept in their factored form.
 
     Memory: one rows × rows matrix, factorised in place, beside the rows' factors.
     """
+
+    exact = lower_bounds_evidence = True
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -122,16 +116,6 @@ class DualCurvature(Curvature):
         layers = [layer.to(accurate) for layer in layers]
         quadratic = _quadratic(layers, system, precision, gradient)
         return CurvatureSummary(_log_det(system.factor), gamma, stderr, quadratic)
-
-    @property
-    def exact(self) -> bool:
-        """See `Curvature.exact`."""
-        return True
-
-    @property
-    def lower_bounds_evidence(self) -> bool:
-        """Trivially: the bound is attained."""
-        return True
 
 
 @dataclass(frozen=True)
