@@ -21,6 +21,7 @@ from lightning_bayes.functional import (
     advise,
     advise_adam,
 )
+from lightning_bayes.functional._validation import string
 from lightning_bayes.functional.adam_advice import check_adam_targets
 from lightning_bayes.functional.configuration import Targets
 
@@ -109,11 +110,7 @@ class ScalingAdvisor(Callback):
                 " another run is not supported yet. Leave it out to take the present run as reference;"
                 " for another one call `lightning_bayes.functional.advise` with its Configuration."
             )
-        if not isinstance(log_key_prefix, str):
-            raise ValueError(
-                f"Expected argument `log_key_prefix` to be a string, but got {log_key_prefix!r}."
-            )
-        self.log_key_prefix = log_key_prefix
+        self.log_key_prefix = string("log_key_prefix", log_key_prefix)
         self.advice: list[Advice | AdamAdvice] = []
         self._records: dict[str, PeakRecord] = {}
         self._notes: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_bayes.callbacks.configuration import TrainerConfiguration, read_configuration
 from lightning_bayes.functional import AdamConfiguration
-from lightning_bayes.functional._validation import count
+from lightning_bayes.functional._validation import count, string
 
 
 class SGDNoiseScale(Callback):
@@ -68,13 +68,9 @@ class SGDNoiseScale(Callback):
             raise ValueError(
                 f'Expected argument `logging_interval` to be "epoch" or "step", but got {logging_interval!r}.'
             )
-        if not isinstance(log_key_prefix, str):
-            raise ValueError(
-                f"Expected argument `log_key_prefix` to be a string, but got {log_key_prefix!r}."
-            )
         self.logging_interval = logging_interval
         self.dataset_size = None if dataset_size is None else count("dataset_size", dataset_size)
-        self.log_key_prefix = log_key_prefix
+        self.log_key_prefix = string("log_key_prefix", log_key_prefix)
         self._in_force: dict[str, float] | None = None
         self._last_logged_step = -1
         self._groups_differ = False

@@ -1,4 +1,4 @@
-"""Checks of scalar arguments, in one place.
+"""Checks of numbers and strings given as arguments, in one place.
 
 Every error is a ValueError that names the argument, what was required and what was got.
 """
@@ -82,6 +82,13 @@ def count(name: str, value: object) -> int:
     if nearest < 1 or abs(number - nearest) > ROUNDING * nearest:
         raise ValueError(f"Expected argument `{name}` to be {requirement}, but got {value!r}.")
     return nearest
+
+
+def string(name: str, value: object) -> str:
+    """Returns `value` if it is a string, or raises a ValueError that names it."""
+    if not isinstance(value, str):
+        raise ValueError(f"Expected argument `{name}` to be a string, but got {value!r}.")
+    return value
 
 
 def batch_within_dataset(batch_name: str, batch_size: float, dataset_name: str, dataset_size: float) -> None:

@@ -164,7 +164,26 @@ def learning_rate_for_noise_scale(
             f"Expected argument `batch_size` to be below `dataset_size` ({examples}), but got {batch}:"
             " at full batch the noise scale is 0 at every learning rate, so no learning rate has another."
         )
-    return scale / (((examples - batch) / batch) * factor)
+    return steady_state_learning_rate(scale, batch, examples, factor)
+
+
+def steady_state_learning_rate(
+    noise_scale: float, batch_size: float, dataset_size: int, momentum_factor: float
+) -> float:
+    """The formula of `learning_rate_for_noise_scale` alone, for checked arguments; B need not be whole.
+
+    ε = g / ((N/B - 1) · momentum_factor)
+
+    Args:
+        noise_scale: g, at least 0.
+        batch_size: B, in (0, N).
+        dataset_size: N.
+        momentum_factor: (1 - τ)/(1 - m), from `momentum_factor`.
+
+    Returns:
+        ε >= 0.
+    """
+    return noise_scale / (((dataset_size - batch_size) / batch_size) * momentum_factor)
 
 
 def adam_noise_scale(learning_rate: float, batch_size: int) -> float:
@@ -173,11 +192,9 @@ def adam_noise_scale(learning_rate: float, batch_size: int) -> float:
     ε / √B
 
     Adam and RMSprop divide the gradient by its own root mean square, which the noise dominates in small
-    batches and which falls as 1/√B. Their SDE is the same under B → κB with
-    ε → ε√κ, 1-β → κ(1-β) and
-    eps → eps/√κ; so
-    ε√κ / √(κB) = ε/√B stays. It compares runs of one
-    optimizer with betas moved along; it is not on the scale of `sgd_noise_scale`.
+    batches and which falls as 1/√B. Their SDE is the same under B → κB with ε → ε√κ, 1-β → κ(1-β) and
+    eps → eps/√κ; so ε√κ / √(κB) = ε/√B stays. It compares runs of one optimizer with betas moved along; it
+    is not on the scale of `sgd_noise_scale`.
 
     Args:
         learning_rate: ε, above 0.
@@ -203,8 +220,8 @@ class GradientNoise:
     Attributes:
         trace: unbiased tr Σ, the summed variance of a per-example gradient.
         squared_norm: unbiased ‖G‖² of the mean gradient; it can be negative where noise dominates.
-        noise_scale: B_simple = tr Σ / ‖G‖² in examples; NaN where
-            `squared_norm` is not positive, that is where one batch does not resolve it.
+        noise_scale: B_simple = tr Σ / ‖G‖² in examples; NaN where `squared_norm` is not positive, that is
+            where one batch does not resolve it.
     """
 
     trace: float
