@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lightning_bayes.functional._validation import positive
-from lightning_bayes.functional.adam_scaling import AdamConfiguration, multiply_batch
+from lightning_bayes.functional.adam_scaling import AdamConfiguration, square_root_rule
+from lightning_bayes.functional.caveats import large_batch, rounding
 from lightning_bayes.functional.configuration import NoSolutionError, Targets, Unknown
 
 
@@ -154,11 +155,11 @@ def _move(present: AdamConfiguration, targets: Targets, unknown: Unknown) -> tup
         result = f"lr' = lr sqrt(kappa) = {old_lr:.6g} * sqrt({kappa:.6g}) = {old_lr * math.sqrt(kappa):.6g}"
     else:
         new_lr = old_lr if targets.learning_rate is None else targets.learning_rate
-        kappa = (new_lr / old_lr) ** 2
+        kappa = (new_lr / old_lr) * (new_lr / old_lr)
         factor = f"kappa = (lr'/lr)^2 = ({new_lr:.6g}/{old_lr:.6g})^2 = {kappa:.6g}"
         result = f"B' = kappa B = {kappa:.6g} * {old_batch:.6g} = {kappa * old_batch:.6g}"
     try:
-        advised = _solution(present, targets, kappa)
+        advised = _solution(present, targets, unknown)
     except NoSolutionError as error:
         alone = f" The learning-rate part alone would be {result}, without betas to match it."
         return AdamMove(unknown, None, (factor,)), [
@@ -168,8 +169,11 @@ def _move(present: AdamConfiguration, targets: Targets, unknown: Unknown) -> tup
     return AdamMove(unknown, advised, why), []
 
 
-def _solution(present: AdamConfiguration, targets: Targets, kappa: float) -> AdamConfiguration:
-    advised = multiply_batch(present, kappa)
+def _solution(present: AdamConfiguration, targets: Targets, unknown: Unknown) -> AdamConfiguration:
+    if unknown == "learning_rate":
+        advised = square_root_rule(present, batch_size=targets.batch_size)
+    else:
+        advised = square_root_rule(present, learning_rate=targets.learning_rate)
     dataset_size = present.dataset_size if targets.dataset_size is None else targets.dataset_size
     if dataset_size is not None and advised.batch_size > dataset_size:
         raise NoSolutionError(
@@ -206,6 +210,14 @@ def _caveats(
             f"With both targets lr/sqrt(B) goes from {present.noise_scale:.6g} to"
             f" {unchanged.noise_scale:.6g}; the two moves are the single changes of a target that restore it."
         )
+    solutions = [move.advised for move in moves if move.advised is not None]
+    law = (
+        "the square-root rule takes the gradient's variance to fall as 1/B, which is so for B << N only (it"
+        " falls as 1/B - 1/N), and is an extrapolation there"
+    )
+    yield from large_batch(present, solutions, law)
+    for solution in solutions:
+        yield from rounding(solution, "lr/sqrt(B)")
     advised = moves[0].advised
     if advised is not None and advised.learning_rate > present.learning_rate * (1 + 1e-9):
         yield (
@@ -219,7 +231,25 @@ def _caveats(
             f" (schedule, warm-up, max_steps), are multiplied by {steps:.4g}. An average of the weights"
             f" with decay rho becomes rho^{1 / steps:.4g}."
         )
+    yield from _decoupled_decay(present, moves)
     yield from _dataset_caveats(present, targets)
+
+
+def _decoupled_decay(present: AdamConfiguration, moves: tuple[AdamMove, ...]) -> Iterator[str]:
+    # Each step shrinks the weights by ε wd, an epoch of N/B steps by ε wd N/B. The rule makes of it
+    # (ε √κ) wd N/(κ B) = (ε wd N/B)/√κ, so wd √κ keeps it; in the SDE, whose time is ε² a step, likewise.
+    for move in moves:
+        if move.advised is None:
+            continue
+        root = math.sqrt(move.advised.batch_size / present.batch_size)
+        if abs(root - 1) <= 1e-9:
+            continue
+        which = f" with the new {move.solved_for.replace('_', ' ')}" if len(moves) > 1 else ""
+        yield (
+            "Decoupled weight decay (AdamW) shrinks the weights by lr * weight_decay * N/B an epoch, which"
+            f" the rule divides by sqrt(kappa): to keep it{which}, multiply weight_decay by sqrt(kappa) ="
+            f" {root:.6g}. An L2 penalty inside the gradient (Adam) needs no change."
+        )
 
 
 def _dataset_caveats(present: AdamConfiguration, targets: Targets) -> Iterator[str]:

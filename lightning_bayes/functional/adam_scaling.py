@@ -101,20 +101,22 @@ def rescale_adam(
             "Expected exactly one of `target_batch_size` and `target_learning_rate`, but got"
             f" {target_batch_size!r} and {target_learning_rate!r}."
         )
-    # The target itself is put back: B · (B'/B) and ε √κ can miss it by a rounding.
     if target_batch_size is not None:
-        batch = count("target_batch_size", target_batch_size)
-        return replace(multiply_batch(present, batch / present.batch_size), batch_size=batch)
-    epsilon = positive("target_learning_rate", target_learning_rate)
-    return replace(multiply_batch(present, (epsilon / learning_rate) ** 2), learning_rate=epsilon)
+        return square_root_rule(present, batch_size=count("target_batch_size", target_batch_size))
+    return square_root_rule(present, learning_rate=positive("target_learning_rate", target_learning_rate))
 
 
-def multiply_batch(present: AdamConfiguration, kappa: float) -> AdamConfiguration:
-    """Adam's square-root rule for B → κB, as `rescale_adam` documents it.
+def square_root_rule(
+    present: AdamConfiguration, *, batch_size: float | None = None, learning_rate: float | None = None
+) -> AdamConfiguration:
+    """Adam's square-root rule, as `rescale_adam` documents it, for arguments already checked.
+
+    B → κB,   ε → ε√κ,   1-β → κ(1-β) for every β,   eps → eps/√κ
 
     Args:
-        present: the configuration to start from.
-        kappa: κ, above 0.
+        present: the configuration to start from; its learning rate is above 0.
+        batch_size: B', so that κ = B'/B.
+        learning_rate: ε', so that κ = (ε'/ε)², in place of `batch_size`. Without either κ is 1.
 
     Returns:
         The new configuration.
@@ -122,7 +124,15 @@ def multiply_batch(present: AdamConfiguration, kappa: float) -> AdamConfiguratio
     Raises:
         NoSolutionError: if κ(1-β) >= 1 for some β, or the batch exceeds a known training set.
     """
-    batch_size = kappa * present.batch_size
+    # A target is taken as it is: B · (B'/B) and ε √κ can miss it by a rounding.
+    if learning_rate is None:
+        batch_size = present.batch_size if batch_size is None else batch_size
+        kappa = batch_size / present.batch_size
+        learning_rate = present.learning_rate * math.sqrt(kappa)
+    else:
+        ratio = learning_rate / present.learning_rate
+        kappa = ratio * ratio
+        batch_size = kappa * present.batch_size
     if present.dataset_size is not None and batch_size > present.dataset_size:
         raise NoSolutionError(
             f"The square-root rule asks for a batch of {batch_size:g} examples, more than the training set of"
@@ -136,7 +146,7 @@ def multiply_batch(present: AdamConfiguration, kappa: float) -> AdamConfiguratio
         )
     return replace(
         present,
-        learning_rate=present.learning_rate * math.sqrt(kappa),
+        learning_rate=learning_rate,
         batch_size=batch_size,
         betas=tuple(1 - kappa * (1 - beta) for beta in present.betas),
         eps=present.eps / math.sqrt(kappa),

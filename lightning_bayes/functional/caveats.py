@@ -1,10 +1,15 @@
-"""When to doubt rescaling advice for SGD: one function a caveat, each yielding sentences where it applies."""
+"""When to doubt rescaling advice: one function a caveat, each yielding sentences where it applies.
+
+`large_batch` and `rounding` serve the advice for Adam too; the rest is SGD's.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+from lightning_bayes.functional.adam_scaling import AdamConfiguration
 from lightning_bayes.functional.configuration import Configuration, Targets
 from lightning_bayes.functional.scaling import Move
 
@@ -32,9 +37,10 @@ def caveats_of(
     exact = [move.exact for move in moves if move.exact is not None]
     for move in moves:
         yield from _rules_differ(move)
-    yield from _large_batch(present, exact)
+    law = "a constant noise scale is a law of B << N, and even the exact formula is an extrapolation there"
+    yield from large_batch(present, exact, law)
     for solution in exact:
-        yield from _rounding(solution)
+        yield from rounding(solution, "the noise scale")
     yield from _larger_learning_rate(present, exact)
     yield from _epochs_and_steps(present, moves)
     yield from _weight_decay(present, targets)
@@ -84,29 +90,53 @@ def _rules_differ(move: Move) -> Iterator[str]:
         )
 
 
-def _large_batch(present: Configuration, exact: list[Configuration]) -> Iterator[str]:
-    for case, configuration in [("The present", present), *(("The advised", solution) for solution in exact)]:
-        if configuration.batch_size > LARGE_SHARE * configuration.dataset_size:
+def large_batch(
+    present: Configuration | AdamConfiguration,
+    solutions: Sequence[Configuration | AdamConfiguration],
+    law: str,
+) -> Iterator[str]:
+    """Batches that are no longer small beside the training set, or larger than they pay for.
+
+    Args:
+        present: the configuration whose noise is kept.
+        solutions: the advised ones.
+        law: why the rule does not reach so far, as the second half of a sentence.
+
+    Yields:
+        The caveats.
+    """
+    for case, configuration in [("present", present), *(("advised", solution) for solution in solutions)]:
+        batch_size, dataset_size = configuration.batch_size, configuration.dataset_size
+        if dataset_size is None or batch_size <= LARGE_SHARE * dataset_size:
+            continue
+        yield f"The {case} batch of {batch_size:.6g} is above N/10 = {dataset_size / 10:g}: {law}."
+        if batch_size == dataset_size:
             yield (
-                f"{case} batch of {configuration.batch_size:.6g} is above N/10 ="
-                f" {configuration.dataset_size / 10:g}: a constant noise scale is a law of B << N, and"
-                " even the exact formula is an extrapolation there."
+                f"The {case} batch is the whole training set: its gradient has no sampling noise, at any"
+                " learning rate."
             )
-    if any(solution.batch_size > present.batch_size for solution in exact):
+    if any(solution.batch_size > present.batch_size for solution in solutions):
         yield (
             "A larger batch saves steps only while it is below the noise scale of the gradient itself"
             " (McCandlish et al. 2018), which is not measured here."
         )
 
 
-def _rounding(solution: Configuration) -> Iterator[str]:
+def rounding(solution: Configuration | AdamConfiguration, quantity: str) -> Iterator[str]:
+    """What a solved batch size that is no whole number costs.
+
+    Args:
+        solution: the advised configuration.
+        quantity: what its `noise_scale` is called in the sentence.
+
+    Yields:
+        The caveat, if the batch is not whole.
+    """
     whole = max(1, math.floor(solution.batch_size + 0.5))
     if abs(whole - solution.batch_size) > 1e-9 * whole:
-        rounded = Configuration(
-            solution.learning_rate, whole, solution.dataset_size, solution.momentum, solution.dampening
-        )
+        rounded = replace(solution, batch_size=whole)
         yield (
-            f"A batch of {solution.batch_size:.6g} has to be a whole number: with {whole} the noise scale is"
+            f"A batch of {solution.batch_size:.6g} has to be a whole number: with {whole} {quantity} is"
             f" {rounded.noise_scale:.6g} in place of {solution.noise_scale:.6g}."
         )
 

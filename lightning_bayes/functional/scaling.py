@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_bayes.functional._validation import count, positive
+from lightning_bayes.functional.adam_scaling import AdamConfiguration, square_root_rule
 from lightning_bayes.functional.configuration import Configuration, Goal, NoSolutionError, Targets, Unknown
 from lightning_bayes.functional.noise_scale import (
     batch_size_for_noise_scale,
     momentum_factor,
-    steady_state_noise_scale,
+    steady_state_learning_rate,
 )
 
 Rule = Literal["exact", "linear", "sqrt"]
@@ -164,9 +164,8 @@ def _exact(present: Configuration, goal: Goal, unknown: Unknown) -> float:
             f"A batch of {goal.batch_size:g} is the whole training set of {goal.dataset_size}: its"
             " noise scale is 0 at every learning rate, so none keeps the present one."
         )
-    # g is proportional to ε: its value at ε = 1 is the denominator of `learning_rate_for_noise_scale`.
     factor = momentum_factor(goal.momentum, goal.dampening)
-    return scale / steady_state_noise_scale(1.0, goal.batch_size, goal.dataset_size, factor)
+    return steady_state_learning_rate(scale, goal.batch_size, goal.dataset_size, factor)
 
 
 def _linear(present: Configuration, goal: Goal, unknown: Unknown) -> float:
@@ -178,20 +177,18 @@ def _linear(present: Configuration, goal: Goal, unknown: Unknown) -> float:
     if unknown == "learning_rate":
         return present.learning_rate * (goal.batch_size / present.batch_size) / (data * factor)
     batch_size = present.batch_size * (goal.learning_rate / present.learning_rate) * data * factor
-    return _within(batch_size, goal, "linear")
-
-
-def _sqrt(present: Configuration, goal: Goal, unknown: Unknown) -> float:
-    if unknown == "learning_rate":
-        return present.learning_rate * math.sqrt(goal.batch_size / present.batch_size)
-    batch_size = present.batch_size * (goal.learning_rate / present.learning_rate) ** 2
-    return _within(batch_size, goal, "sqrt")
-
-
-def _within(batch_size: float, goal: Goal, rule: str) -> float:
     if batch_size > goal.dataset_size:
         raise NoSolutionError(
-            f"The {rule} rule asks for a batch of {batch_size:g} examples, more than the training set of"
+            f"The linear rule asks for a batch of {batch_size:g} examples, more than the training set of"
             f" {goal.dataset_size}: it is outside its validity."
         )
     return batch_size
+
+
+def _sqrt(present: Configuration, goal: Goal, unknown: Unknown) -> float:
+    adam = AdamConfiguration(
+        present.learning_rate, present.batch_size, betas=(), eps=0.0, dataset_size=present.dataset_size
+    )
+    if unknown == "learning_rate":
+        return square_root_rule(adam, batch_size=goal.batch_size).learning_rate
+    return square_root_rule(adam, learning_rate=goal.learning_rate).batch_size

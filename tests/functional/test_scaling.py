@@ -327,3 +327,88 @@ def test_adam_advice():
     data = advise_adam(present, target_dataset_size=4000)
     assert data.advised.learning_rate == 1e-3
     assert "does not enter" in caveats(data)
+
+
+def test_adam_advice_near_the_whole_training_set():
+    advice = advise_adam(AdamConfiguration(1e-3, 8, dataset_size=24), target_batch_size=24)
+    assert advice.advised.learning_rate == pytest.approx(1e-3 * math.sqrt(3))
+    for expected in [
+        "present batch of 8 is above N/10 = 2.4",
+        "advised batch of 24 is above N/10 = 2.4",
+        "advised batch is the whole training set: its gradient has no sampling noise",
+        "McCandlish",
+    ]:
+        assert expected in caveats(advice)
+    far = advise_adam(AdamConfiguration(1e-3, 32, dataset_size=10**6), target_batch_size=16)
+    unknown = advise_adam(AdamConfiguration(1e-3, 32), target_batch_size=16)
+    for advice in (far, unknown):
+        assert "N/10" not in caveats(advice) and "McCandlish" not in caveats(advice)
+
+
+def test_adam_advice_on_a_batch_that_is_not_whole():
+    # 8 * (1/2.7)^2 = 1.0974; sqrt(B'/B) is 1/2.7, and lr'/sqrt(1) = lr'.
+    advice = advise_adam(AdamConfiguration(2.7e-3, 8), target_learning_rate=1e-3)
+    assert (
+        "A batch of 1.09739 has to be a whole number: with 1 lr/sqrt(B) is 0.001 in place of 0.000954594"
+        in (caveats(advice))
+    )
+    whole = advise_adam(AdamConfiguration(2e-3, 8), target_learning_rate=1e-3)
+    assert whole.advised.batch_size == 2
+    assert "whole number" not in caveats(whole)
+
+
+@given(st.integers(1, 100), st.integers(1, 100))
+def test_adam_rule_with_decay_rescaled_shrinks_weights_alike(batch_size, target):
+    # AdamW multiplies weights by 1 - lr * decay a step, and so by exp(-lr * decay * N/B) an epoch.
+    present = AdamConfiguration(1e-3, batch_size, betas=(0.999,))
+    (said,) = [
+        float(caveat.split("sqrt(kappa) = ")[1].split(". ")[0])
+        for caveat in advise_adam(present, target_batch_size=target).caveats
+        if "Decoupled" in caveat
+    ] or [1.0]
+    advised = rescale_adam(
+        learning_rate=1e-3, batch_size=batch_size, betas=(0.999,), target_batch_size=target
+    )
+
+    def shrinkage(configuration, decay):
+        return configuration.learning_rate * decay * 1000 / configuration.batch_size
+
+    assert shrinkage(advised, 0.01 * said) == pytest.approx(shrinkage(present, 0.01), rel=1e-5)
+
+
+def test_adam_decay_is_said_for_each_move_and_not_without_change():
+    both = advise_adam(AdamConfiguration(1e-3, 32), target_batch_size=64, target_learning_rate=2e-3)
+    assert "keep it with the new learning rate, multiply weight_decay by sqrt(kappa) = 1.41421" in caveats(
+        both
+    )
+    assert "keep it with the new batch size, multiply weight_decay by sqrt(kappa) = 2." in caveats(both)
+    same = advise_adam(AdamConfiguration(1e-3, 32, dataset_size=1000), target_dataset_size=4000)
+    assert "Decoupled" not in caveats(same)
+
+
+@given(learning_rates, batch_sizes, batch_sizes)
+def test_square_root_rule_is_the_learning_rate_part_of_adams(learning_rate, batch_size, target):
+    arguments = {"learning_rate": learning_rate, "batch_size": batch_size, "dataset_size": 1000}
+    plain = rescale(**arguments, target_batch_size=target, rule="sqrt")
+    adam = rescale_adam(**arguments, betas=(), target_batch_size=target)
+    assert (plain.learning_rate, plain.batch_size) == (adam.learning_rate, adam.batch_size)
+
+
+@pytest.mark.parametrize("size", [29, 58, 116])
+def test_adam_batch_target_is_met_exactly(size):
+    # 29/7 * 7 is above 29 by a rounding, which must not push the batch over the data.
+    present = AdamConfiguration(1e-3, 7, betas=(), dataset_size=size)
+    assert advise_adam(present, target_batch_size=size).advised.batch_size == size
+    assert rescale_adam(learning_rate=1e-3, batch_size=7, betas=(), dataset_size=size, target_batch_size=size)
+
+
+def test_advice_at_a_batch_that_is_not_whole():
+    # A solved batch can be advised on again: the inverse in the learning rate takes any real batch.
+    present = Configuration(0.1, 32.5, 1000)
+    assert advise(present, target_momentum=0.5).exact.learning_rate == pytest.approx(0.05)
+
+
+def test_square_root_rule_stays_within_the_data():
+    for far in (10.0, 1e300):
+        with pytest.raises(NoSolutionError, match="square-root rule asks for a batch"):
+            rescale(**PRESENT, target_learning_rate=far, rule="sqrt")
