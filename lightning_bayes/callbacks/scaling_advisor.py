@@ -37,7 +37,7 @@ class PeakRecord:
 
     Attributes:
         peak: the configuration at the step with the largest learning rate, the latest of equals.
-        changed: which of "learning_rate", "batch_size", "momentum" and "betas" were not constant.
+        changed: which of "learning_rate", "batch_size", "dataset_size", "momentum" and "betas" were not constant.
     """
 
     peak: Configuration | AdamConfiguration
@@ -45,7 +45,7 @@ class PeakRecord:
 
     def update(self, configuration: Configuration | AdamConfiguration) -> None:
         """Takes one optimizer step into account."""
-        for name in ("learning_rate", "batch_size", "momentum", "betas"):
+        for name in ("learning_rate", "batch_size", "dataset_size", "momentum", "betas"):
             if getattr(configuration, name, None) != getattr(self.peak, name, None):
                 self.changed.add(name)
         if configuration.learning_rate >= self.peak.learning_rate:
@@ -62,10 +62,10 @@ class ScalingAdvisor(Callback):
     momentum or dataset size by both, of which one is to be taken; batch size and learning rate together by
     what becomes of g and the single change that restores it.
 
-    After fit, a table is printed (on rank zero), logged as text under `advice` to loggers that take text
-    (TensorBoard), and kept as data in `advice`, one entry per set of parameter groups with the same values.
-    Under a learning-rate schedule the advice is for its peak and multiplies the whole schedule. The peak
-    survives a checkpoint.
+    After fit, or when Ctrl-C ends it, a table is printed (on rank zero), logged as text under `advice` to
+    loggers that take text (TensorBoard), and kept as data in `advice`, one entry per set of parameter groups
+    with the same values. Under a learning-rate schedule the advice is for its peak and multiplies the whole
+    schedule. The peak survives a checkpoint.
 
     Args:
         target_batch_size: examples per optimizer step wanted: loader batch x accumulation x replicas.
@@ -79,7 +79,7 @@ class ScalingAdvisor(Callback):
     Raises:
         ValueError: at construction without a target, or for one outside its domain; at the start of
             training for a target batch larger than the training set, a momentum target with an Adam-like
-            optimizer, and whatever `SGDNoiseScale` refuses.
+            optimizer, a second advisor with the same targets, and whatever `SGDNoiseScale` refuses.
 
     Example::
 
@@ -114,6 +114,7 @@ class ScalingAdvisor(Callback):
         self.advice: list[Advice | AdamAdvice] = []
         self._records: dict[str, PeakRecord] = {}
         self._notes: tuple[str, ...] = ()
+        self._due = False
 
     @property
     @override
@@ -123,6 +124,7 @@ class ScalingAdvisor(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_alone(trainer)
         self.advice = []
         configuration = read_configuration(trainer)
         self._notes = configuration.notes
@@ -134,6 +136,7 @@ class ScalingAdvisor(Callback):
         # model, begins anew.
         if trainer.global_step == 0 or self._records.keys() != {group.name for group in configuration.groups}:
             self._records = {}
+        self._due = True
 
     @override
     def on_before_optimizer_step(
@@ -143,6 +146,19 @@ class ScalingAdvisor(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._emit(trainer)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Lightning skips `on_fit_end` on Ctrl-C, after which the advice is wanted as well; not in the middle
+        # of a later test.
+        if isinstance(exception, KeyboardInterrupt) and self._due:
+            self._emit(trainer)
+        self._due = False
+
+    def _emit(self, trainer: Trainer) -> None:
+        """Keeps the advice as data, prints it and logs it as text."""
+        self._due = False
         self.advice = self._advise()
         if not self.advice:
             rank_zero_warn(
@@ -182,6 +198,15 @@ class ScalingAdvisor(Callback):
                 record = PeakRecord(Configuration(**peak))
             record.changed = set(state["changed"])
             self._records[name] = record
+
+    def _check_alone(self, trainer: Trainer) -> None:
+        """Two callbacks with one `state_key` would overwrite each other's state in checkpoints."""
+        for other in trainer.callbacks:  # type: ignore[attr-defined] # set without being declared
+            if isinstance(other, ScalingAdvisor) and other is not self and other.state_key == self.state_key:
+                raise ValueError(
+                    "Expected the ScalingAdvisor callbacks of a Trainer to differ in their targets, but two have"
+                    f" {self.targets}: they would give the same advice and cannot share a checkpoint. Remove one."
+                )
 
     def _record(self, configuration: TrainerConfiguration) -> None:
         for group in configuration.groups:

@@ -1,14 +1,18 @@
+import signal
+from contextlib import nullcontext
+
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 
 from lightning_bayes.callbacks import ScalingAdvisor, SGDNoiseScale
 from lightning_bayes.functional import AdamAdvice, Configuration, rescale
 
-from .sgd_models import Net, loader, scheduled, sgd, trainer, two_groups
+from .sgd_models import Net, dataset, loader, scheduled, sgd, trainer, two_groups
 
 
 def advise(
@@ -149,6 +153,88 @@ def test_two_advisors_in_one_trainer(tmp_path):
     advisors = [ScalingAdvisor(target_batch_size=50), ScalingAdvisor(target_momentum=0.5)]
     trainer(tmp_path, advisors).fit(Net(), loader())
     assert all(advisor.advice for advisor in advisors)
+
+
+def test_two_advisors_with_the_same_targets_fail_before_training(tmp_path):
+    advisors = [
+        ScalingAdvisor(target_batch_size=50),
+        ScalingAdvisor(target_batch_size=50, log_key_prefix="x/"),
+    ]
+
+    class WithCallbacks(Net):
+        # Lightning checks those given to the Trainer itself, but not these.
+        def configure_callbacks(self):
+            return advisors
+
+    model = WithCallbacks()
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=r"to differ in their targets, but two have.*batch_size=50"):
+        trainer(tmp_path, [], enable_checkpointing=True).fit(model, loader())
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+class Interrupt(L.Callback):
+    """Ctrl-C in the second epoch, or whatever `error` is."""
+
+    def __init__(self, error=KeyboardInterrupt):
+        self.error = error
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.current_epoch == 1 and batch_idx == 4:
+            raise self.error
+
+    def on_test_start(self, trainer, pl_module):
+        raise self.error
+
+
+@pytest.fixture
+def keeps_sigint():
+    # Lightning ignores the signal from the first Ctrl-C on, and ends the process.
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("keeps_sigint")
+def test_ctrl_c_gives_advice_once(tmp_path, capsys):
+    advisor, logger = ScalingAdvisor(target_batch_size=50), TensorBoardLogger(tmp_path)
+    run = trainer(tmp_path, [advisor, Interrupt()], max_epochs=3, logger=logger)
+    with pytest.raises(SystemExit):
+        run.fit(Net(), loader())
+    assert advisor.advice[0].present == Configuration(0.1, 10, 100)
+    assert capsys.readouterr().out.count("Scaling advice for SGD") == 1
+    assert EventAccumulator(logger.log_dir).Reload().Tags()["tensors"] == ["bayes/advice/text_summary"]
+
+
+class NetWithTest(Net):
+    def test_step(self, batch, batch_idx):
+        pass
+
+
+@pytest.mark.usefixtures("keeps_sigint")
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_no_advice_after_an_error_or_in_a_later_test(tmp_path, capsys, epochs):
+    advisor, interrupt = ScalingAdvisor(target_batch_size=50), Interrupt(RuntimeError)
+    run, model = trainer(tmp_path, [advisor, interrupt], max_epochs=epochs), NetWithTest()
+    with nullcontext() if epochs == 1 else pytest.raises(RuntimeError):
+        run.fit(model, loader())
+    assert len(advisor.advice) == (epochs == 1)
+    interrupt.error = KeyboardInterrupt
+    with pytest.raises(SystemExit):
+        run.test(model, DataLoader(dataset(), batch_size=10))
+    assert capsys.readouterr().out.count("Scaling advice for SGD") == (epochs == 1)
+
+
+def test_changed_dataset_size_is_said(tmp_path):
+    class Growing(Net):
+        def train_dataloader(self):
+            return loader(size=24 if self.trainer.current_epoch == 0 else 40, batch_size=8)
+
+    advisor = ScalingAdvisor(target_batch_size=16)
+    trainer(tmp_path, [advisor], max_epochs=2, reload_dataloaders_every_n_epochs=1).fit(Growing())
+    (advice,) = advisor.advice
+    assert advice.present.dataset_size == 40
+    assert any("The dataset size changed during the run" in caveat for caveat in advice.caveats)
 
 
 def test_without_a_step_there_is_no_advice(tmp_path):
