@@ -20,9 +20,9 @@ class SGDNoiseScale(Callback):
 
     g = ε (N/B - 1) (1 - τ) / (1 - m)
 
-    N is the length of the training set. B counts the examples of one optimizer step: loader batch x
-    accumulation x replicas. ε, m and τ are the optimizer's, at the moment of its step, so that schedules
-    are followed.
+    N counts the examples that training draws, each once; without shuffling, `limit_train_batches` leaves those
+    of so many batches. B counts the examples of one optimizer step: loader batch x accumulation x replicas. ε,
+    m and τ are the optimizer's, at the moment of its step, so that schedules are followed.
 
     The value of an epoch is the one in force **at its last optimizer step**. (At the end of an epoch
     Lightning has already moved its schedulers on to the next, so the callback reads when the optimizer
@@ -38,14 +38,14 @@ class SGDNoiseScale(Callback):
     Args:
         logging_interval: "epoch"; or "step" for the value of every `log_every_n_steps`-th optimizer step as
             well as that of the epoch.
-        dataset_size: N in place of the length of the training set; needed for an IterableDataset without
+        dataset_size: N in place of the counted one; needed for an IterableDataset without
             length.
         log_key_prefix: put before every key.
 
     Raises:
-        ValueError: at construction for an argument outside its domain; at the start of training for manual
-            optimization, several training loaders, a batch size or a dataset size that cannot be read, or an
-            optimizer that has neither noise scale.
+        ValueError: at construction for an argument outside its domain; at the start of training for a second
+            SGDNoiseScale with the same prefix, manual optimization, several training loaders, a batch size or a
+            dataset size that cannot be read, or an optimizer that has neither noise scale.
 
     Example::
 
@@ -77,6 +77,7 @@ class SGDNoiseScale(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_alone(trainer)
         self._in_force, self._last_logged_step, self._groups_differ = None, -1, False
         configuration = read_configuration(trainer, self.dataset_size)
         for note in configuration.notes:
@@ -86,10 +87,9 @@ class SGDNoiseScale(Callback):
         ]
         if adaptive:
             rank_zero_info(
-                f"SGDNoiseScale: the SGD noise scale does not describe {', '.join(adaptive)}, which"
-                f" divides gradients by their own size. Logging `{self.log_key_prefix}adam_noise_scale`"
-                " = learning rate / sqrt(batch size) instead, the quantity that Adam's square-root rule"
-                " keeps."
+                "SGDNoiseScale: the SGD noise scale does not describe optimizers that divide gradients by their"
+                f" own size, here {' and '.join(adaptive)}. Logging `{self.log_key_prefix}adam_noise_scale` ="
+                " learning rate / sqrt(batch size) instead, the quantity that Adam's square-root rule keeps."
             )
 
     @override
@@ -132,6 +132,20 @@ class SGDNoiseScale(Callback):
             else:
                 keyed[f"{self.log_key_prefix}{kind}"] = next(iter(values.values()))
         return keyed
+
+    def _check_alone(self, trainer: Trainer) -> None:
+        """Two values under one key would be logged as their mean."""
+        for other in trainer.callbacks:  # type: ignore[attr-defined] # set without being declared
+            if (
+                isinstance(other, SGDNoiseScale)
+                and other is not self
+                and other.log_key_prefix == self.log_key_prefix
+            ):
+                raise ValueError(
+                    "Expected argument `log_key_prefix` to differ between the SGDNoiseScale callbacks of a"
+                    f" Trainer, but two have {self.log_key_prefix!r}, and would log under one key. Remove one, or"
+                    " give it another prefix."
+                )
 
     def _log_step(self, trainer: Trainer, values: dict[str, float]) -> None:
         """As `LearningRateMonitor` does: `self.log` would repeat a stale value on the steps between."""

@@ -1,4 +1,5 @@
 import logging
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import lightning as L
@@ -15,7 +16,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_bayes.callbacks import SGDNoiseScale
+from lightning_bayes.callbacks import LaplaceEvidence, SGDNoiseScale
 from lightning_bayes.callbacks.configuration import read_configuration
 from lightning_bayes.functional import AdamConfiguration, sgd_noise_scale
 
@@ -297,9 +298,115 @@ def test_sampling_with_replacement_is_announced(tmp_path):
 
 
 def test_own_sampler_of_another_length_is_announced(tmp_path):
-    with pytest.warns(UserWarning, match="list draws 40 examples an epoch from a dataset of 100"):
+    with pytest.warns(
+        UserWarning, match="list draws 40 examples an epoch from a dataset of 100, of which 40"
+    ):
         run, _ = fit(tmp_path, data=DataLoader(dataset(), batch_size=10, sampler=list(range(40))))
+    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(0.3, rel=FLOAT32)
+
+
+class Drawn:
+    """A sampler of somebody's own: `draws` random examples, from torch's global generator."""
+
+    reads = 0
+
+    def __init__(self, draws, copied=True):
+        self.draws, self.copied = draws, copied
+
+    def __len__(self):
+        return self.draws
+
+    def __iter__(self):
+        Drawn.reads += 1
+        return iter(torch.randperm(100)[: self.draws].tolist())
+
+    def __deepcopy__(self, memo):
+        if not self.copied:
+            raise TypeError("cannot pickle")
+        return Drawn(self.draws)
+
+
+def test_own_sampler_that_cannot_be_copied_has_the_whole_dataset(tmp_path):
+    data = DataLoader(dataset(), batch_size=10, sampler=Drawn(40, copied=False))
+    with pytest.warns(UserWarning, match="a dataset of 100, of which 100 are taken as the training set"):
+        run, _ = fit(tmp_path, data=data)
     assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(0.9, rel=FLOAT32)
+
+
+def test_examples_are_counted_once_per_loader_without_drawing_random_numbers(tmp_path):
+    def run(callbacks):
+        L.seed_everything(7, verbose=False)
+        model, Drawn.reads = Net(), 0
+        data = DataLoader(dataset(), batch_size=10, sampler=Drawn(40))
+        trainer(tmp_path, callbacks, max_epochs=3).fit(model, data)
+        return [*model.state_dict().values(), torch.get_rng_state()], Drawn.reads
+
+    plain, plain_reads = run([])
+    with pytest.warns(UserWarning, match="Drawn draws 40"):
+        watched, reads = run([SGDNoiseScale()])
+    assert reads == plain_reads + 1
+    assert all(torch.equal(one, other) for one, other in zip(plain, watched, strict=True))
+
+
+def test_examples_are_those_that_training_reaches(tmp_path):
+    unshuffled = DataLoader(dataset(), batch_size=10)
+    with pytest.warns(UserWarning, match="stops after 2 batches.*the 20 of 100 examples"):
+        run, _ = fit(tmp_path, data=unshuffled, limit_train_batches=2)
+    # 0.1 * (20/10 - 1)
+    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(0.1, rel=FLOAT32)
+    # The same loader in another Trainer, a loader that shuffles, and a rehearsal: all 100.
+    for data, limit in [
+        (unshuffled, {}),
+        (loader(), {"limit_train_batches": 2}),
+        (DataLoader(dataset(), batch_size=10), {"fast_dev_run": True}),
+    ]:
+        run, _ = fit(tmp_path, data=data, **limit)
+        assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(0.9, rel=FLOAT32)
+
+
+def test_overfit_batches_are_the_training_set(tmp_path):
+    with pytest.warns(UserWarning, match="stops after 3 batches"):
+        run, _ = fit(tmp_path, data=DataLoader(dataset(), batch_size=10), overfit_batches=3)
+    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(0.2, rel=FLOAT32)
+
+
+def test_zero_weights_are_no_training_examples(tmp_path):
+    sampler = WeightedRandomSampler([1.0] * 50 + [0.0] * 50, 100)
+    with pytest.warns(UserWarning, match="with replacement"):
+        run, _ = fit(tmp_path, data=DataLoader(dataset(), batch_size=10, sampler=sampler))
+    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(0.4, rel=FLOAT32)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_evidence_and_noise_scale_count_the_same_examples(tmp_path, shuffle):
+    evidence, noise = LaplaceEvidence(prior_precision=1.0), SGDNoiseScale()
+    data = DataLoader(dataset(80), batch_size=8, shuffle=shuffle)
+    run = trainer(tmp_path, [evidence, noise], limit_train_batches=2)
+    with nullcontext() if shuffle else pytest.warns(UserWarning, match="the 16 of 80"):
+        run.fit(Net(), data)
+    examples = evidence.history[0][1].num_examples
+    assert examples == (80 if shuffle else 16)
+    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(
+        sgd_noise_scale(0.1, 8, examples), rel=FLOAT32
+    )
+
+
+def test_two_with_one_prefix_fail_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"`log_key_prefix` to differ.*'bayes/'"):
+        fit(tmp_path, extra=[SGDNoiseScale(dataset_size=50)])
+    run, _ = fit(tmp_path, extra=[SGDNoiseScale(dataset_size=50, log_key_prefix="half/")])
+    assert float(run.callback_metrics["half/noise_scale"]) == pytest.approx(0.4, rel=FLOAT32)
+    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(0.9, rel=FLOAT32)
+
+
+def test_several_adaptive_groups_are_named_together(tmp_path, caplog):
+    def optimizer(module):
+        groups = [{"params": part.parameters()} for part in (module.first, module.second)]
+        return torch.optim.AdamW(groups)
+
+    with caplog.at_level(logging.INFO):
+        fit(tmp_path, optimizer)
+    assert "by their own size, here AdamW/pg1 and AdamW/pg2. Logging" in caplog.text
 
 
 def test_replicas_multiply_the_batch(tmp_path, monkeypatch):
@@ -328,6 +435,9 @@ def test_replicas_without_a_distributed_sampler_are_announced():
         lightning_module=module,
         train_dataloader=data,
         accumulate_grad_batches=3,
+        num_training_batches=10,
+        fast_dev_run=0,
+        distributed_sampler_kwargs={"num_replicas": 2, "rank": 0},
         strategy=SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": 0}),
         optimizers=[torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)],
     )
