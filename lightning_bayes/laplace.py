@@ -3,20 +3,21 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_bayes.curvature.base import Problem
+from lightning_bayes.curvature.base import Curvature, Problem, accumulation_dtype
 from lightning_bayes.curvature.data import Examples, examples_from_loader, examples_from_tensors
 from lightning_bayes.curvature.errors import EvidenceUnavailableError, check_finite
 from lightning_bayes.curvature.isolation import isolated, throw_away_copy
 from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
 from lightning_bayes.curvature.priors import Prior, fixed_prior, require_prior_precision
 from lightning_bayes.curvature.reader import RowReader
-from lightning_bayes.curvature.rows import gram_width
+from lightning_bayes.curvature.rows import RowBlock, kept_width
 from lightning_bayes.curvature.structures import STRUCTURES, choose_structure
 from lightning_bayes.evidence import Evidence
 from lightning_bayes.functional import evidence as terms
@@ -120,6 +121,71 @@ def accumulate_evidence(
     reader = RowReader(network, prior.strengths)
     for name, parameter in reader.parameters.items():
         check_finite(parameter.detach(), f"the parameter {name!r}")
+    totals = _read_all(reader, forwards, likelihood, structure, num_examples)
+    seen, num_outputs = totals.num_examples, totals.num_outputs
+    dispersion = likelihood.estimate_dispersion(totals.unit_loss, seen, num_outputs)
+    precision = prior.precision(seen, loss_scale(num_outputs, dispersion))
+    weights = {name: parameter.detach() for name, parameter in reader.parameters.items()}
+    # In units of the dispersion φ the curvature is that of the unit loss and the prior is φλ.
+    scaled = {name: dispersion * value for name, value in precision.items()}
+    slope = {name: totals.gradient[name] + scaled[name] * weight for name, weight in weights.items()}
+    summary = totals.curved.at(scaled, slope)
+    log_likelihood = likelihood.log_likelihood(totals.unit_loss, dispersion, seen, num_outputs)
+    if not all(map(math.isfinite, (log_likelihood, summary.log_det, summary.quadratic))):
+        raise EvidenceUnavailableError(
+            f"The evidence overflows: log-likelihood {log_likelihood:g}, log-determinant {summary.log_det:g}, "
+            f"squared Newton step {summary.quadratic:g}."
+        )
+    penalty = sum(
+        terms.weight_penalty(weight.to(accumulation_dtype(weight.device)), precision[name]).item()
+        for name, weight in weights.items()
+    )
+    occam = terms.log_occam_factor(summary.log_det)
+    value = terms.log_evidence(log_likelihood, penalty, occam)
+    null = likelihood.log_null_evidence(seen, num_outputs)
+    distinct = set(precision.values())
+    return Evidence(
+        log_evidence=value,
+        lower=value if totals.curved.lower_bounds_evidence else float("-inf"),
+        # Without curvature there would be no Occam factor, and no curvature gives a positive one.
+        upper=value if totals.curved.exact else log_likelihood - penalty,
+        log_evidence_ratio=None if null is None else value - null,
+        log_likelihood=log_likelihood,
+        weight_penalty=penalty,
+        log_occam_factor=occam,
+        effective_parameters=summary.effective_parameters,
+        newton_decrement=0.5 * summary.quadratic / dispersion,
+        prior_precision=distinct.pop() if len(distinct) == 1 else precision,
+        num_examples=seen,
+        num_parameters=totals.curved.problem.num_parameters,
+        structure=totals.structure,
+        curvature="ggn",
+        seconds=time.perf_counter() - start,
+        effective_parameters_stderr=summary.effective_parameters_stderr,
+        noise_variance=dispersion if likelihood.name == "regression" else None,
+        fixed_parameters=tuple(name for name, _ in network.named_parameters() if name not in precision),
+    )
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """What one pass over the data adds up to, in units of the dispersion."""
+
+    curved: Curvature
+    structure: str
+    gradient: dict[str, Tensor]
+    unit_loss: float
+    num_examples: int
+    num_outputs: int
+
+
+def _read_all(
+    reader: RowReader,
+    forwards: Iterable[Forward],
+    likelihood: Likelihood,
+    structure: str,
+    num_examples: int,
+) -> _Totals:
     curved = None
     seen, unit_loss, num_outputs = 0, 0.0, 0
     gradient = {name: torch.zeros_like(parameter) for name, parameter in reader.parameters.items()}
@@ -127,7 +193,7 @@ def accumulate_evidence(
         block = reader.read(forward, likelihood)
         if curved is None:
             num_outputs = block.num_outputs
-            problem = problem_of(network, reader, num_examples, likelihood.rank(num_outputs))
+            problem = problem_of(reader, block, num_examples, likelihood)
             structure, _ = choose_structure(structure, problem)
             curved = STRUCTURES[structure](problem)
         curved.update(block)
@@ -137,51 +203,7 @@ def accumulate_evidence(
             gradient[name] += part
     if curved is None:
         raise ValueError("The training data are empty: there is nothing to take the evidence of.")
-
-    dispersion = likelihood.estimate_dispersion(unit_loss, seen, num_outputs)
-    precision = prior.precision(seen, loss_scale(num_outputs, dispersion))
-    # In units of the dispersion φ the curvature is that of the unit loss and the prior is φλ.
-    scaled = {name: dispersion * value for name, value in precision.items()}
-    slope = {
-        name: gradient[name] + scaled[name] * parameter.detach()
-        for name, parameter in reader.parameters.items()
-    }
-    summary = curved.at(scaled, slope)
-    log_likelihood = likelihood.log_likelihood(unit_loss, dispersion, seen, num_outputs)
-    if not all(map(math.isfinite, (log_likelihood, summary.log_det, summary.quadratic))):
-        raise EvidenceUnavailableError(
-            f"The evidence overflows: log-likelihood {log_likelihood:g}, log-determinant {summary.log_det:g}, "
-            f"squared Newton step {summary.quadratic:g}."
-        )
-    penalty = sum(
-        terms.weight_penalty(parameter.detach().double(), precision[name]).item()
-        for name, parameter in reader.parameters.items()
-    )
-    occam = terms.log_occam_factor(summary.log_det)
-    value = terms.log_evidence(log_likelihood, penalty, occam)
-    null = likelihood.log_null_evidence(seen, num_outputs)
-    distinct = set(precision.values())
-    return Evidence(
-        log_evidence=value,
-        lower=value if curved.lower_bounds_evidence else float("-inf"),
-        # Without curvature there would be no Occam factor, and no curvature gives a positive one.
-        upper=value if curved.exact else log_likelihood - penalty,
-        log_evidence_ratio=None if null is None else value - null,
-        log_likelihood=log_likelihood,
-        weight_penalty=penalty,
-        log_occam_factor=occam,
-        effective_parameters=summary.effective_parameters,
-        newton_decrement=0.5 * summary.quadratic / dispersion,
-        prior_precision=distinct.pop() if len(distinct) == 1 else precision,
-        num_examples=seen,
-        num_parameters=problem.num_parameters,
-        structure=structure,
-        curvature="ggn",
-        seconds=time.perf_counter() - start,
-        effective_parameters_stderr=summary.effective_parameters_stderr,
-        noise_variance=dispersion if likelihood.name == "regression" else None,
-        fixed_parameters=tuple(name for name, _ in network.named_parameters() if name not in precision),
-    )
+    return _Totals(curved, structure, gradient, unit_loss, seen, num_outputs)
 
 
 def check_options(
@@ -265,14 +287,15 @@ def _forward(network: nn.Module, batch: Any, device: torch.device) -> Forward:
     return lambda: (network(inputs.to(device)), targets.to(device))
 
 
-def problem_of(network: nn.Module, reader: RowReader, num_examples: int, rank: int) -> Problem:
-    """Sizes of the evidence of `network`, for the choice of a structure."""
+def problem_of(reader: RowReader, block: RowBlock, num_examples: int, likelihood: Likelihood) -> Problem:
+    """Sizes of an evidence, for the choice of a structure, from the rows of its first batch."""
     first = next(iter(reader.parameters.values()))
     return Problem(
         shapes={name: parameter.shape for name, parameter in reader.parameters.items()},
         num_examples=num_examples,
-        rank=rank,
-        gram_width=gram_width(network, reader.parameters),
+        rank=likelihood.rank(block.num_outputs),
+        batch_size=block.num_examples,
+        kept_width=kept_width(block.layers),
         dtype=first.dtype,
         device=first.device,
     )

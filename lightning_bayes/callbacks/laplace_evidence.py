@@ -21,10 +21,10 @@ from lightning_bayes.callbacks.trainer_inputs import (
     prior_of,
     step_batch_size,
 )
+from lightning_bayes.callbacks.untouched import untouched
 from lightning_bayes.curvature.capture import CapturedLoss
 from lightning_bayes.curvature.data import Examples
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
-from lightning_bayes.curvature.isolation import isolated
 from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
 from lightning_bayes.curvature.priors import (
     Prior,
@@ -127,8 +127,11 @@ class LaplaceEvidence(Callback):
         self.history: list[tuple[int, Evidence]] = []
         self._resolved_structure: str | None = None
         self._first_batch_size = 1
+        self._planned: tuple[list[str], int] | None = None
+        self._logged_if_known: tuple[str, ...] = ()
         self._started = math.nan
         self._spent = 0.0
+        self._last_took: float | None = None
 
     @property
     @override
@@ -148,16 +151,19 @@ class LaplaceEvidence(Callback):
                 "are held at their values."
             )
         target = original_network(pl_module, self.network)
-        frozen = [name for name, parameter in target.named_parameters() if not parameter.requires_grad]
-        if frozen:
-            rank_zero_info(f"LaplaceEvidence: the frozen parameters {frozen} are left out.")
+        known = {*prior.strengths, *prior.fixed_parameters}
+        left_out = [name for name, _ in target.named_parameters() if name not in known]
+        if left_out:
+            rank_zero_info(f"LaplaceEvidence: {left_out} are left out: frozen, or in no optimizer.")
         if self.prior_precision == "auto" and any(is_decoupled(o) for o in trainer.optimizers):
             rank_zero_warn(
                 "LaplaceEvidence: decoupled weight decay (AdamW) is not a Gaussian prior; λ = N·weight_decay is an "
                 "approximation. Give prior_precision= to choose the prior yourself."
             )
-        self._resolved_structure = None
-        self._started, self._spent = time.monotonic(), 0.0
+        if trainer.global_step == 0:  # a new run, not one that goes on from a checkpoint
+            self.history = []
+        self._resolved_structure, self._planned, self._logged_if_known = None, None, ()
+        self._started, self._spent, self._last_took = time.monotonic(), 0.0, None
 
     @override
     def on_train_batch_start(
@@ -167,7 +173,7 @@ class LaplaceEvidence(Callback):
         if self._resolved_structure is not None:
             return
         start = time.monotonic()
-        with isolated():
+        with untouched(trainer):
             self._resolved_structure = self._rehearse(trainer, pl_module, batch, batch_idx)
         self._spent += time.monotonic() - start
 
@@ -179,12 +185,14 @@ class LaplaceEvidence(Callback):
             return
         start = time.monotonic()
         evidence = trainer.strategy.broadcast(self._evaluate(trainer, pl_module))
-        self._spent += time.monotonic() - start
+        self._last_took = time.monotonic() - start
+        self._spent += self._last_took
         if evidence is None:
-            values = dict.fromkeys(UNAVAILABLE, math.nan)
+            values = dict.fromkeys(UNAVAILABLE + self._logged_if_known, math.nan)
         else:
             self.history.append((trainer.current_epoch, evidence))
             values = _logged_values(evidence)
+            self._logged_if_known = tuple(name for name in values if name not in UNAVAILABLE)
         for name, value in values.items():
             pl_module.log(f"{self.log_key_prefix}{name}", value, on_step=False, on_epoch=True, sync_dist=True)
 
@@ -192,10 +200,10 @@ class LaplaceEvidence(Callback):
         """Whether the epoch that ends now is evaluated; override for another policy."""
         if (trainer.current_epoch + 1) % self.every_n_epochs != 0:
             return False
-        if self.max_overhead is None or not self.history:
+        if self.max_overhead is None or self._last_took is None:
             return True
         training = time.monotonic() - self._started - self._spent
-        return self._spent + self.history[-1][1].seconds <= self.max_overhead * training
+        return self._spent + self._last_took <= self.max_overhead * training
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -207,19 +215,21 @@ class LaplaceEvidence(Callback):
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> Evidence | None:
         try:
-            with isolated(trainer.train_dataloader, getattr(trainer, "datamodule", None)):
+            with untouched(trainer):
                 return self._evidence(trainer, pl_module)
         except Exception as error:
             # The first batch has been read before the first step: what fails now is of this epoch or of the
             # user's code on another batch, and not worth the run.
             rank_zero_warn(
-                f"LaplaceEvidence: no evidence for epoch {trainer.current_epoch}; training goes on. "
+                f"LaplaceEvidence: no evidence for epoch {trainer.current_epoch}, so NaN is logged; training goes on "
+                "(an EarlyStopping that monitors it stops on NaN unless check_finite=False). "
                 f"{type(error).__name__}: {error}"
             )
             return None
 
     def _evidence(self, trainer: Trainer, pl_module: LightningModule) -> Evidence:
-        examples = self._examples(trainer)
+        examples, prior = self._examples(trainer), self._prior(trainer, pl_module)
+        plan = (list(prior.strengths), examples.num_examples)
         reader = ModuleReader(trainer, pl_module, self.likelihood, self.network)
         batches = iter(enumerate(examples.read()))
         first = next(batches)
@@ -241,8 +251,11 @@ class LaplaceEvidence(Callback):
             reader.network,
             forwards(),
             captured.likelihood,
-            self._prior(trainer, pl_module),
-            self._resolved_structure or self.structure,
+            prior,
+            # Parameters are unfrozen and datasets grow during a run: then the choice is made again.
+            self._resolved_structure
+            if self._planned == plan and self._resolved_structure
+            else self.structure,
             examples.num_examples,
             loss_scale,
         )
@@ -255,7 +268,8 @@ class LaplaceEvidence(Callback):
             # A training_step may work on its batch in place, and the real one comes next.
             return reader.read(_cloned(batch), batch_idx, transferred=True)
 
-        rows = RowReader(reader.network, self._prior(trainer, pl_module).strengths)
+        examples, prior = self._examples(trainer), self._prior(trainer, pl_module)
+        rows = RowReader(reader.network, prior.strengths)
         captured, again = read(), read()
         reader.check_computed_by_copy(captured.outputs)
         self._first_batch_size = len(captured.outputs)
@@ -265,13 +279,16 @@ class LaplaceEvidence(Callback):
                 "eval mode: it draws random numbers (a functional dropout without training=self.training?) or "
                 "keeps state. The evidence is that of one draw."
             )
+        # The evidence has a loader of its own: what cannot be read from that one must fail now as well.
+        own = next(iter(examples.read()))
         try:
-            rows.read(lambda: _outputs_and_targets(read()), captured.likelihood)
+            block = rows.read(_forward(reader, 0, own), captured.likelihood)
         except EvidenceUnavailableError as error:
             rank_zero_warn(f"LaplaceEvidence: the first batch has no evidence. {error}")
-        rank = captured.likelihood.rank(captured.outputs.shape[1])
-        problem = problem_of(reader.network, rows, self._examples(trainer).num_examples, rank)
+            return self.structure
+        problem = problem_of(rows, block, examples.num_examples, captured.likelihood)
         structure, reason = choose_structure(self.structure, problem)
+        self._planned = (list(prior.strengths), examples.num_examples)
         rank_zero_info(f"LaplaceEvidence: structure={structure!r}. {reason}.")
         return structure
 

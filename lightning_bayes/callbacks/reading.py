@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_bayes.curvature.capture import WAY_OUT, CapturedLoss, capture_loss
 from lightning_bayes.curvature.isolation import throw_away_copy
@@ -73,7 +74,9 @@ class ModuleReader:
         self._likelihood = likelihood
         self._option = network
         target = original_network(module, network)
-        self.network: nn.Module = throw_away_copy(target, shared=(trainer,))
+        # Datasets and loaders that a module keeps would be copied with it, each time.
+        data = (v for part in target.modules() for v in vars(part).values() if isinstance(v, Dataset | DataLoader))
+        self.network: nn.Module = throw_away_copy(target, shared=(trainer, *data))
         if is_lightning_module(self.network):
             _silence(self.network)
             if self.network._compiler_ctx is not None:  # its methods are the original's, compiled

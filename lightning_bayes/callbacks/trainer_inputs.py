@@ -18,10 +18,13 @@ __all__ = [
     "check_trainer",
     "examples_of",
     "is_decoupled",
+    "num_batches",
     "prior_of",
     "step_batch_size",
 ]
 
+DECOUPLED = ("AdamW", "Adafactor", "Lion", "Muon", "SGDW")
+"""How the names of optimizers begin that decay weights beside the gradient."""
 SHARDING_STRATEGIES = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
@@ -46,10 +49,10 @@ def examples_of(trainer: Trainer, batch_size: int | None, max_examples: int | No
     at_most = max_examples
     if trainer.fast_dev_run:  # type: ignore[attr-defined] # a rehearsal of the code, not of the sums
         at_most = min(at_most or 32, 32)
-    return examples_from_loader(loader, batch_size, at_most, _num_batches(trainer, loader))
+    return examples_from_loader(loader, batch_size, at_most, num_batches(trainer, loader))
 
 
-def _num_batches(trainer: Trainer, loader: "DataLoader[Any]") -> int | None:
+def num_batches(trainer: Trainer, loader: "DataLoader[Any]") -> int | None:
     """Batches of all replicas that `overfit_batches` or `limit_train_batches` leave of an epoch; None for all."""
     if isinstance(loader.dataset, IterableDataset) or trainer.num_training_batches >= len(loader):
         return None
@@ -71,24 +74,23 @@ def prior_of(
     Raises:
         ValueError: If no parameter has a proper prior, or patterns do not fit the parameters.
     """
-    if prior_precision != "auto":
-        return fixed_prior(network, prior_precision)  # type: ignore[arg-type]
     decays = {
-        id(parameter): float(group.get("weight_decay", 0.0))
+        parameter: float(group.get("weight_decay", 0.0))
         for optimizer in trainer.optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
+    if prior_precision != "auto":
+        return fixed_prior(network, prior_precision, decays)  # type: ignore[arg-type]
     named = dict(network.named_parameters())
-    return weight_decay_prior({name: decays.get(id(named[name]), 0.0) for name in trainable_names(network)})
+    return weight_decay_prior({name: decays[named[name]] for name in trainable_names(network, decays)})
 
 
 def is_decoupled(optimizer: Any) -> bool:
     """Whether an optimizer decays weights beside the gradient, as AdamW does."""
     decayed = any(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
-    return decayed and (
-        "AdamW" in type(optimizer).__name__ or optimizer.defaults.get("decoupled_weight_decay", False)
-    )
+    named_so = type(optimizer).__name__.startswith(DECOUPLED)
+    return bool(decayed and (named_so or optimizer.defaults.get("decoupled_weight_decay", False)))
 
 
 def check_trainer(trainer: Trainer, pl_module: LightningModule, network: NetworkOption) -> None:

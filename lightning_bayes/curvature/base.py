@@ -23,14 +23,16 @@ class Problem:
     """Examples expected; an estimate is enough."""
     rank: int
     """Rows per example."""
-    gram_width: int
-    """Multiplications that the inner product of two kept rows takes, see `gram_width`."""
+    batch_size: int
+    """Examples whose rows exist at one time before a structure has taken them in."""
+    kept_width: int
+    """Numbers that a row is kept as beyond its batch, see `rows.kept_width`."""
     dtype: torch.dtype
     device: torch.device
 
     @property
     def num_parameters(self) -> int:
-        """P."""
+        """Entries of the parameters that carry a prior, p."""
         return sum(shape.numel() for shape in self.shapes.values())
 
     @property

@@ -193,6 +193,18 @@ def _likelihood_of(call: _Call, given: Likelihood | None) -> Likelihood:
                 f"training_step calls {call.name} with {name}={shown}, which the likelihood does not express "
                 f"yet. Leave it out of the training loss, or score the plain likelihood: {WAY_OUT}"
             )
+    outputs, targets = call.arguments["input"], call.arguments["target"]
+    if call.function in (F.mse_loss, F.binary_cross_entropy_with_logits) and outputs.shape != targets.shape:
+        raise ValueError(
+            f"training_step calls {call.name} with outputs {list(outputs.shape)} and targets "
+            f"{list(targets.shape)}: PyTorch broadcasts them against each other, which is hardly meant. Give "
+            "both one shape, for instance by outputs.squeeze(-1)."
+        )
+    if outputs.dim() > 1 and 0 <= call.arguments.get("ignore_index", -1) < outputs.shape[1]:
+        raise ValueError(
+            f"training_step calls {call.name} with ignore_index={call.arguments['ignore_index']}, a class that "
+            "the loss leaves out. This is not supported yet: take these examples out of the dataset."
+        )
     found = READABLE[call.function]()
     if given is None:
         return found

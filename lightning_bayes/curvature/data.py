@@ -86,6 +86,11 @@ def examples_from_loader(
             "The DataLoader has batch_size=None, so its dataset yields batches rather than examples and they "
             "cannot be counted. Give it a batch_size, or pass the examples as tensors to laplace_evidence()."
         )
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        raise ValueError(
+            f"{type(loader).__name__} iterates in its own way, which another loader over its dataset would not "
+            "reproduce. Move what it does to the batches into collate_fn, or the hooks of batch transfer."
+        )
     own_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     size = int(batch_size or max(SMALLEST_DEFAULT_BATCH, own_size or 0))
     arguments: dict[str, Any] = {

@@ -17,7 +17,7 @@ from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.gram import KeptRows, combine_all, dot_all, fill_gram, keep, tiles_of
 from lightning_bayes.curvature.rows import RowBlock
 
-__all__ = ["DualCurvature", "PrimalCurvature", "full_curvature"]
+__all__ = ["DualCurvature", "PrimalCurvature", "full_cost", "full_curvature"]
 
 FLOAT64_LIMIT = 4096
 """Up to this size the dual matrix is float64 whatever the model's type is, and the trace exact."""
@@ -27,14 +27,36 @@ TILE_ROWS = 1024
 """Rows of one tile of the dual matrix: large enough for the matrix product, small beside the matrix."""
 ROUNDING_TOLERANCE = 1e-2
 """Rounding of the largest entry of I + K, relative to the 1, beyond which its factor is not believed."""
-NUM_REFINEMENTS = 1
-"""Steps of iterative refinement of the Newton decrement: a factor in float32 needs one."""
+MAX_REFINEMENTS = 30
+"""Steps of conjugate gradients for the Newton decrement; an exact factor needs two, float32 a few."""
+REFINEMENT_TOLERANCE = 1e-7
+"""Relative rise of the Newton decrement at which the steps end."""
 
 
 def full_curvature(problem: Problem) -> Curvature:
-    """Return the smaller of the two exact structures."""
-    smaller_side = PrimalCurvature if problem.num_parameters <= problem.num_rows else DualCurvature
-    return smaller_side(problem)
+    """Return the exact structure that takes fewer operations."""
+    primal = _primal_cost(problem)[1] <= _dual_cost(problem)[1]
+    return PrimalCurvature(problem) if primal else DualCurvature(problem)
+
+
+def full_cost(problem: Problem) -> tuple[float, float]:
+    """Bytes and floating-point operations of what `full_curvature` returns."""
+    return min(_primal_cost(problem), _dual_cost(problem), key=lambda cost: cost[1])
+
+
+def _primal_cost(problem: Problem) -> tuple[float, float]:
+    p, rows = problem.num_parameters, problem.num_rows
+    # G, scaled, its factor and inverse; the rows of one batch, apart, together and in float64.
+    batch = problem.batch_size * problem.rank * p * (2 * problem.dtype.itemsize + 8)
+    return 4.0 * 8 * p**2 + batch, 2.0 * rows * p**2 + p**3
+
+
+def _dual_cost(problem: Problem) -> tuple[float, float]:
+    rows, width, itemsize = problem.num_rows, problem.kept_width, problem.dtype.itemsize
+    matrix = 2 * 8 if rows <= FLOAT64_LIMIT else itemsize  # with the inverse, or without
+    # The rows as they came, put together, and in float64 for the Newton decrement.
+    kept = rows * width * (2 * itemsize + 8)
+    return float(rows) ** 2 * matrix + kept, float(rows) ** 2 * width + rows**3 / 3
 
 
 class PrimalCurvature(Curvature):
@@ -217,29 +239,51 @@ def _quadratic(
     precision: Mapping[str, float],
     gradient: Mapping[str, Tensor],
 ) -> float:
-    """gᵀ(G + Λ)⁻¹g by Woodbury, refined.
+    """gᵀ(G + Λ)⁻¹g as the maximum over x of 2gᵀx − xᵀ(G + Λ)x, by preconditioned conjugate gradients.
 
-    x = Λ⁻¹(r − Vᵀ(I + K)⁻¹ V Λ⁻¹ r) solves (G + Λ)x = r as exactly as the factor allows; residuals in
-    the layers' type take away what a factor in float32 leaves. The value 2gᵀx − xᵀ(G + Λ)x is the maximum
-    over x of a concave function, so the error that remains counts only by its square.
+    The preconditioner is Woodbury's Λ⁻¹(I − Vᵀ(I + K)⁻¹VΛ⁻¹): with an exact factor the first step is the
+    answer, and what a factor in float32 leaves is taken away by products in the layers' type. Each step
+    raises the value, and the error that remains counts only by its square.
     """
     accurate = layers[0].rows.dtype
-    target = {name: g.to(accurate) for name, g in gradient.items()}
-    solution = {name: torch.zeros_like(g) for name, g in target.items()}
-    residual = target
-    for _ in range(NUM_REFINEMENTS + 1):
-        scaled = {name: r / precision[name] for name, r in residual.items()}
-        correction = dict(combine_all(layers, system.solve(dot_all(layers, scaled))))
-        for name, r in residual.items():
-            solution[name] = solution[name] + (r - correction.get(name, 0.0)) / precision[name]
-        products = dot_all(layers, solution)
-        curved = dict(combine_all(layers, products))
-        residual = {
-            name: g - precision[name] * solution[name] - curved.get(name, 0.0) for name, g in target.items()
-        }
-    linear = sum((g * solution[name]).sum().item() for name, g in target.items())
-    penalty = sum(precision[name] * x.square().sum().item() for name, x in solution.items())
-    return 2.0 * linear - penalty - products.square().sum().item()
+    names = list(gradient)
+
+    def inner(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+        return sum((left[name] * right[name]).sum().item() for name in names)
+
+    def solve(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        scaled = {name: vector[name] / precision[name] for name in names}
+        seen = dict(combine_all(layers, system.solve(dot_all(layers, scaled))))
+        return {name: scaled[name] - seen.get(name, 0.0) / precision[name] for name in names}
+
+    def curve(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        seen = dict(combine_all(layers, dot_all(layers, vector)))
+        return {name: precision[name] * vector[name] + seen.get(name, 0.0) for name in names}
+
+    residual = {name: g.to(accurate) for name, g in gradient.items()}
+    direction = solve(residual)
+    decrease = inner(residual, direction)
+    value = 0.0
+    for _ in range(MAX_REFINEMENTS):
+        if decrease <= 0.0:  # nothing left, or nothing that the preconditioner can still see
+            return value
+        curved = curve(direction)
+        step = decrease / inner(direction, curved)
+        # Along the direction the value rises by decrease² over the curvature.
+        value += step * decrease
+        if step * decrease <= REFINEMENT_TOLERANCE * value:
+            return value
+        residual = {name: residual[name] - step * curved[name] for name in names}
+        whitened = solve(residual)
+        ahead = inner(residual, whitened)
+        direction = {name: whitened[name] + ahead / decrease * direction[name] for name in names}
+        decrease = ahead
+    warnings.warn(
+        f"The Newton decrement has not converged in {MAX_REFINEMENTS} steps and is a lower bound: the prior "
+        "precision is too small for the floating-point type. A larger one, or a float64 model, avoids this.",
+        stacklevel=2,
+    )
+    return value
 
 
 def _cholesky(matrix: Tensor) -> Tensor:

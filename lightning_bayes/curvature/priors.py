@@ -1,7 +1,7 @@
 """Gaussian priors p(ω) = N(0, λ⁻¹), one precision λ for each parameter tensor."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from numbers import Real
@@ -73,15 +73,20 @@ def require_prior_precision(prior_precision: object, *, also: tuple[str, ...] = 
     )
 
 
-def fixed_prior(network: nn.Module, prior_precision: float | Mapping[str, float]) -> Prior:
+def fixed_prior(
+    network: nn.Module,
+    prior_precision: float | Mapping[str, float],
+    trained: Collection[nn.Parameter] | None = None,
+) -> Prior:
     """Prior of the trainable parameters of `network` from one number, or from patterns on their names.
 
+    `trained` leaves only parameters that some optimizer holds; the others are fixed, like frozen ones.
     Patterns are those of a shell (`*.bias`), the first that matches counts.
 
     Raises:
         ValueError: If a parameter matches no pattern, a pattern no parameter, or no parameter is left.
     """
-    names = trainable_names(network)
+    names = trainable_names(network, trained)
     if not isinstance(prior_precision, Mapping):
         return _prior({name: float(prior_precision) for name in names})
     matches = {
@@ -114,13 +119,18 @@ def weight_decay_prior(weight_decays: Mapping[str, float]) -> Prior:
     return _prior(weight_decays, per_example=True)
 
 
-def trainable_names(network: nn.Module) -> list[str]:
-    """Names of the parameters that are not frozen."""
-    names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+def trainable_names(network: nn.Module, trained: Collection[nn.Parameter] | None = None) -> list[str]:
+    """Names of the parameters that are not frozen and, where `trained` is given, among these."""
+    among = None if trained is None else {id(parameter) for parameter in trained}
+    names = [
+        name
+        for name, parameter in network.named_parameters()
+        if parameter.requires_grad and (among is None or id(parameter) in among)
+    ]
     if not names:
         raise ValueError(
-            f"{type(network).__name__} has no trainable parameter: all have requires_grad=False, or there are "
-            "none. The evidence integrates over trainable parameters."
+            f"{type(network).__name__} has no trainable parameter: all have requires_grad=False, no optimizer "
+            "holds them, or there are none. The evidence integrates over trainable parameters."
         )
     return names
 

@@ -9,7 +9,7 @@ gradients.
 This module knows the layers; `reader` runs the passes.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,7 +35,7 @@ __all__ = [
     "RowBlock",
     "Rows",
     "derivatives_of",
-    "gram_width",
+    "kept_width",
     "pad_beforehand",
     "unsupported_parameters",
 ]
@@ -205,19 +205,11 @@ def unsupported_parameters(network: nn.Module, names: Collection[str]) -> dict[s
     return unsupported
 
 
-def gram_width(network: nn.Module, names: Collection[str]) -> int:
-    """Numbers that a row of these parameters is kept as: its length, or a linear layer's outputs only."""
-    outer = {
-        name: 0 if local_name == "bias" else module.out_features
-        for prefix, module in network.named_modules()
-        if isinstance(module, nn.Linear)
-        for local_name, name in (
-            ("weight", f"{prefix}.weight".lstrip(".")),
-            ("bias", f"{prefix}.bias".lstrip(".")),
-        )
-    }
-    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
-    return sum(outer.get(name, sizes[name]) for name in names)
+def kept_width(layers: Iterable[Rows]) -> int:
+    """Numbers that a row is kept as: its length, but only the outputs of a linear layer with factors."""
+    return sum(
+        layer.grads.shape[2] if isinstance(layer, OuterRows) else layer.shape.numel() for layer in layers
+    )
 
 
 def derivatives_of(module: nn.Module) -> BaseParameterDerivatives | None:

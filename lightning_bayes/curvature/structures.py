@@ -8,7 +8,7 @@ import torch
 
 from lightning_bayes.curvature.base import Curvature, Problem
 from lightning_bayes.curvature.diagonal import DiagonalCurvature
-from lightning_bayes.curvature.full import FLOAT64_LIMIT, full_curvature
+from lightning_bayes.curvature.full import full_cost, full_curvature
 from lightning_bayes.curvature.kronecker import KroneckerCurvature
 
 __all__ = ["STRUCTURES", "choose_structure"]
@@ -19,7 +19,7 @@ STRUCTURES: dict[str, Callable[[Problem], Curvature]] = {
     "diag": DiagonalCurvature,
 }
 
-AUTO_MEMORY = 2 * 1024**3
+AUTO_MEMORY = 2e9
 """Bytes that "auto" lets the exact matrix and its rows take."""
 AUTO_FLOP = 1.5e12
 """Operations that "auto" lets the exact matrix take: about fifteen seconds on two CPU cores."""
@@ -41,12 +41,12 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
     memory, flop = full_cost(problem)
     sizes = (
         f"{problem.num_parameters:,} parameters, {problem.num_rows:,} rows: exact takes about "
-        f"{memory / 1024**3:.2g} GiB and {flop / 1e12:.2g} TFLOP"
+        f"{_readable(memory, 'B')} and {_readable(flop, 'FLOP')}"
     )
     cheaper = 'structure="kron", structure="diag" or max_examples='
     if structure == "auto":
         fits = memory <= AUTO_MEMORY and flop <= AUTO_FLOP
-        budget = f"the budget of {AUTO_MEMORY / 1024**3:.2g} GiB and {AUTO_FLOP / 1e12:.2g} TFLOP"
+        budget = f"the budget of {_readable(AUTO_MEMORY, 'B')} and {_readable(AUTO_FLOP, 'FLOP')}"
         verdict = (
             f"within {budget}" if fits else f'beyond {budget}; structure="full" or max_examples= overrides'
         )
@@ -58,15 +58,12 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
     return structure, sizes
 
 
-def full_cost(problem: Problem) -> tuple[float, float]:
-    """Bytes and floating-point operations of the exact structure."""
-    p, rows = problem.num_parameters, problem.num_rows
-    itemsize = problem.dtype.itemsize
-    if p <= rows:
-        return 4.0 * 8 * p**2, 2.0 * rows * p**2 + p**3
-    itemsize = 8 if rows <= FLOAT64_LIMIT else itemsize
-    width = problem.gram_width
-    return float(itemsize) * (rows**2 + rows * width), float(rows) ** 2 * width + rows**3 / 3
+def _readable(amount: float, unit: str) -> str:
+    for prefix in ("", "k", "M", "G"):
+        if amount < 1000:
+            return f"{amount:.3g} {prefix}{unit}"
+        amount /= 1000
+    return f"{amount:.3g} T{unit}"
 
 
 def _total_memory(device: torch.device) -> float:

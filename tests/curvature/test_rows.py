@@ -8,7 +8,7 @@ from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.isolation import throw_away_copy
 from lightning_bayes.curvature.likelihoods import Categorical, Gaussian
 from lightning_bayes.curvature.reader import RowReader
-from lightning_bayes.curvature.rows import DenseRows, OuterRows, gram_width
+from lightning_bayes.curvature.rows import DenseRows, OuterRows, kept_width
 from lightning_bayes.laplace import laplace_evidence
 from tests.cases import NETWORKS, make_case
 from tests.reference import per_example_jacobians
@@ -69,10 +69,14 @@ def test_gradient_is_that_of_the_summed_loss():
         torch.testing.assert_close(block.gradient[name], expected)
 
 
-def test_gram_width_counts_a_linear_layers_outputs_only():
-    case = make_case("conv", "classification")
-    assert gram_width(case.model, case.names) == 2 * 4 * 9 + 4 + 4 * 2 * 2 + 4
-    assert gram_width(nn.Linear(100, 3), ["weight", "bias"]) == 3
+def test_kept_width_counts_a_linear_layers_outputs_only():
+    # two convolutions' weights and biases as they are, the linear head by its outputs
+    assert kept_width(read(make_case("conv", "classification")).layers) == 2 * 4 * 9 + 4 + 4 * 2 * 2 + 4
+    assert kept_width(read(make_case("mlp", "classification")).layers) < 24
+    # a layer over a sequence has no factors: its rows are as long as its parameters
+    sequence = make_case("sequence", "classification")
+    inner = sum(p.numel() for name, p in sequence.model.named_parameters() if not name.startswith("head"))
+    assert kept_width(read(sequence).layers) == inner + 4
 
 
 class Functional(nn.Module):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lightning_bayes.curvature import structures
 from lightning_bayes.curvature.base import Problem
-from lightning_bayes.curvature.structures import STRUCTURES, choose_structure, full_cost
+from lightning_bayes.curvature.full import DualCurvature, PrimalCurvature, full_cost, full_curvature
+from lightning_bayes.curvature.structures import STRUCTURES, choose_structure
 from tests.cases import LOSSES, make_case
 
 networks = st.sampled_from(["linear", "mlp", "batch_norm", "called_twice"])
@@ -19,7 +20,7 @@ kinds = st.sampled_from(list(STRUCTURES))
 
 def problem(num_parameters, num_examples, rank=9, width=10, dtype=torch.float32):
     shapes = {"w": torch.Size([num_parameters])}
-    return Problem(shapes, num_examples, rank, width, dtype, torch.device("cpu"))
+    return Problem(shapes, num_examples, rank, 32, width, dtype, torch.device("cpu"))
 
 
 def test_sizes():
@@ -80,14 +81,21 @@ def test_repeated_examples_count_as_often_as_they_are_given(network, structure):
     assert twice.newton_decrement == pytest.approx(2 * once.newton_decrement, rel=1e-9)
 
 
-def test_full_cost_is_that_of_the_smaller_side():
+def test_full_cost_is_that_of_the_cheaper_side():
     memory, flop = full_cost(problem(24, 1000))
-    assert memory < 20 * 8 * 24**2
+    assert memory < 4 * 8 * 24**2 + 32 * 9 * 24 * 16 + 1
     assert flop < 4 * 9000 * 24**2
-    # the 784-800-10 net of the paper at N = 1000: one float32 matrix of 9,000 rows, 0.3 GiB
+    # the 784-800-10 net of the paper at N = 1000: one float32 matrix of 9,000 rows, and the rows' factors
     memory, flop = full_cost(problem(636_010, 1000, width=810))
-    assert 0.3 < memory / 1024**3 < 0.4
+    assert memory == 4 * 9000**2 + 9000 * 810 * 16
     assert flop == pytest.approx(9000**2 * 810 + 9000**3 / 3)
+
+
+def test_logistic_regression_goes_through_the_dual():
+    """Fewer parameters (7,850) than rows (9,000), but rows that are kept as their ten output gradients."""
+    assert type(full_curvature(problem(7850, 1000, width=10))) is DualCurvature
+    assert type(full_curvature(problem(785, 10_000, rank=1, width=1))) is PrimalCurvature
+    assert choose_structure("auto", problem(7850, 1000, width=10))[0] == "full"
 
 
 @pytest.mark.parametrize(
