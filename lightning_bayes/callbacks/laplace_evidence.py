@@ -221,9 +221,9 @@ class LaplaceEvidence(Callback):
             # The first batch has been read before the first step: what fails now is of this epoch or of the
             # user's code on another batch, and not worth the run.
             rank_zero_warn(
-                f"LaplaceEvidence: no evidence for epoch {trainer.current_epoch}, so NaN is logged; training goes on "
-                "(an EarlyStopping that monitors it stops on NaN unless check_finite=False). "
-                f"{type(error).__name__}: {error}"
+                f"LaplaceEvidence: no evidence for epoch {trainer.current_epoch}; training goes on. "
+                f"{type(error).__name__}: {error} (NaN is logged; an EarlyStopping that monitors it stops unless "
+                "check_finite=False.)"
             )
             return None
 

@@ -75,7 +75,9 @@ class ModuleReader:
         self._option = network
         target = original_network(module, network)
         # Datasets and loaders that a module keeps would be copied with it, each time.
-        data = (v for part in target.modules() for v in vars(part).values() if isinstance(v, Dataset | DataLoader))
+        data = (
+            v for part in target.modules() for v in vars(part).values() if isinstance(v, Dataset | DataLoader)
+        )
         self.network: nn.Module = throw_away_copy(target, shared=(trainer, *data))
         if is_lightning_module(self.network):
             _silence(self.network)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     DistributedSampler,
@@ -86,7 +87,9 @@ def examples_from_loader(
             "The DataLoader has batch_size=None, so its dataset yields batches rather than examples and they "
             "cannot be counted. Give it a batch_size, or pass the examples as tensors to laplace_evidence()."
         )
-    if type(loader).__iter__ is not DataLoader.__iter__:
+    # torchdata's StatefulDataLoader is another way to the same batches.
+    theirs = type(loader).__iter__ is not DataLoader.__iter__
+    if theirs and not type(loader).__module__.startswith("torchdata."):
         raise ValueError(
             f"{type(loader).__name__} iterates in its own way, which another loader over its dataset would not "
             "reproduce. Move what it does to the batches into collate_fn, or the hooks of batch transfer."
@@ -104,6 +107,13 @@ def examples_from_loader(
         num_examples = _length(dataset)
         if max_examples is not None and max_examples < num_examples:
             raise ValueError("`max_examples` needs a map-style dataset; an IterableDataset is read whole.")
+    elif batch_size is None and (own := _own_batches(loader)) is not None:
+        examples = sorted(index for batch in own for index in batch)
+        chosen = set(examples if max_examples is None else _subset(examples, max_examples))
+        own = [kept for batch in own if (kept := [index for index in batch if index in chosen])]
+        num_examples = len(chosen)
+        del arguments["batch_size"]
+        arguments["batch_sampler"] = own
     else:
         indices = _training_indices(loader)
         if num_batches is not None and own_size and _keeps_order(loader):
@@ -114,7 +124,25 @@ def examples_from_loader(
         arguments["sampler"] = indices
     if num_examples == 0:
         raise ValueError("The training DataLoader is empty: there is nothing to take the evidence of.")
-    return Examples(num_examples, lambda: DataLoader(dataset, **arguments), -(-num_examples // size))
+    reads = len(arguments["batch_sampler"]) if "batch_sampler" in arguments else -(-num_examples // size)
+    return Examples(num_examples, lambda: DataLoader(dataset, **arguments), reads)
+
+
+def _own_batches(loader: "DataLoader[Any]") -> list[list[int]] | None:
+    """Batches of a batch sampler of the user's own, each example once; None for the usual one.
+
+    It may put together what fits together (sequences of one length), so its batches are kept as they are.
+    """
+    batches: Any = loader.batch_sampler
+    if type(batches) is BatchSampler or isinstance(getattr(batches, "sampler", None), DistributedSampler):
+        return None
+    seen: set[int] = set()
+    once = []
+    for batch in _copied(batches, loader.dataset):
+        kept = [index for index in dict.fromkeys(batch) if index not in seen]
+        seen.update(kept)
+        once.append(kept)
+    return [batch for batch in once if batch]
 
 
 def _length(dataset: Dataset[Any]) -> int:
@@ -133,8 +161,9 @@ def _training_indices(loader: "DataLoader[Any]") -> Sequence[int]:
     size = _length(dataset)
     # A loader that was given a batch sampler keeps an idle sampler beside it; the batch sampler's counts.
     sampler = getattr(batches, "sampler", None)
-    if sampler is None:
-        return sorted({index for batch in _copied(batches, dataset) for index in batch})
+    own = _own_batches(loader)
+    if own is not None:
+        return sorted(index for batch in own for index in batch)
     if isinstance(sampler, SubsetRandomSampler):
         return list(dict.fromkeys(map(int, sampler.indices)))
     if isinstance(sampler, WeightedRandomSampler):  # repeats examples: the likelihood counts each once

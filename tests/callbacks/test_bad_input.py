@@ -201,7 +201,8 @@ def test_nan_inputs(tmp_path):
     with pytest.warns(UserWarning, match="are NaN or infinite") as warned:
         run = fit(tmp_path, Module(mlp(), cross_entropy), loader(data=(x, y)), callback, max_epochs=2)
     messages = "\n".join(str(w.message) for w in warned)
-    assert "first batch has no evidence. 3 of 24 entries of the network's outputs" in messages
+    assert "first batch has no evidence. 3 of " in messages
+    assert "entries of the network's outputs are NaN" in messages
     assert "no evidence for epoch 0; training goes on" in messages
     assert callback.history == [] and run.current_epoch == 2
     assert math.isnan(run.callback_metrics["bayes/log_evidence"].item())

@@ -196,7 +196,7 @@ def test_frozen_parameters_are_left_out_and_named_once(tmp_path, caplog):
     callback = LaplaceEvidence()
     with caplog.at_level(logging.INFO):
         fit(tmp_path, module, loader(), callback, max_epochs=2)
-    assert caplog.text.count("frozen parameters ['network.0.weight', 'network.0.bias'] are left out") == 1
+    assert caplog.text.count("['network.0.weight', 'network.0.bias'] are left out: frozen") == 1
     evidence = callback.history[1][1]
     assert evidence.num_parameters == 5 * 3 + 3
     assert evidence.fixed_parameters == ("network.0.weight", "network.0.bias")
