@@ -196,6 +196,15 @@ class LaplaceEvidence(Callback):
         for name, value in values.items():
             pl_module.log(f"{self.log_key_prefix}{name}", value, on_step=False, on_epoch=True, sync_dist=True)
 
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if the last evidence is not to be believed."""
+        if self.history and not self.history[-1][1].at_minimum:
+            rank_zero_info(
+                f"LaplaceEvidence: the last epoch is not at a minimum (Newton decrement "
+                f"{self.history[-1][1].newton_decrement:.4g} nats), so the expansion about it is in doubt."
+            )
+
     def should_evaluate(self, trainer: Trainer) -> bool:
         """Whether the epoch that ends now is evaluated; override for another policy."""
         if (trainer.current_epoch + 1) % self.every_n_epochs != 0:

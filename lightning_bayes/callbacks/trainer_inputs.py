@@ -11,7 +11,7 @@ from lightning_bayes.callbacks.reading import NetworkOption
 from lightning_bayes.curvature.data import Examples, examples_from_loader
 from lightning_bayes.curvature.likelihoods import resolve_likelihood
 from lightning_bayes.curvature.priors import Prior, fixed_prior, trainable_names, weight_decay_prior
-from lightning_bayes.functional._validation import count, positive
+from lightning_bayes.functional._validation import count, positive, string
 
 __all__ = [
     "check_arguments",
@@ -127,5 +127,4 @@ def check_arguments(
     count("every_n_epochs", every_n_epochs)
     if max_overhead is not None:
         positive("max_overhead", max_overhead)
-    if not isinstance(log_key_prefix, str):
-        raise ValueError(f"Expected argument `log_key_prefix` to be a string, got {log_key_prefix!r}.")
+    string("log_key_prefix", log_key_prefix)
