@@ -81,7 +81,9 @@ def main() -> None:
     print(evidence)
     for structure in ("kron", "diag"):
         other = laplace_evidence(net, (x, y), structure=structure, prior_precision=1.0).log_evidence
-        print(f"{structure}: log-evidence {other:,.1f}, {other - evidence.log_evidence:+,.1f} nats from exact")
+        print(
+            f"{structure}: log-evidence {other:,.1f}, {other - evidence.log_evidence:+,.1f} nats from exact"
+        )
 
     factors = torch.randn(ROWS, WIDTH)
     matrix = factors @ factors.T / WIDTH + torch.eye(ROWS)

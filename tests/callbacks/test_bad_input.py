@@ -45,7 +45,7 @@ OPTIONS = [
     ("max_overhead", 0, r"`max_overhead` to be a finite number above 0.*got 0"),
     ("max_overhead", float("nan"), r"`max_overhead`.*got nan"),
     ("max_overhead", "10%", r"`max_overhead`.*got '10%'"),
-    ("log_key_prefix", None, r"`log_key_prefix` to be a string, got None"),
+    ("log_key_prefix", None, r"`log_key_prefix` to be a string, but got None"),
 ]
 
 
