@@ -49,6 +49,12 @@ def test_evidence_is_that_of_one_process(results, case, scale):
     assert disagreements(evidence, reference(module.network, tensors(), scale=scale)) == {}
 
 
+def test_noise_scale_counts_the_replicas(results):
+    # B = 4 examples x 2 replicas, N the whole training set, learning rate 0.1
+    for rank in results("uneven"):
+        assert rank["logged"]["bayes/noise_scale"] == pytest.approx(0.1 * (N / 8 - 1))
+
+
 def test_ranks_agree_on_the_epochs_to_skip(results):
     first, second = results("overhead")
     assert [epoch for epoch, _ in first["history"]] == [0]

@@ -499,16 +499,6 @@ def test_csv_logger(tmp_path):
     assert "bayes/noise_scale" in text
 
 
-@pytest.mark.slow
-def test_two_processes(tmp_path):
-    run = trainer(
-        tmp_path, [SGDNoiseScale()], devices=2, strategy="ddp_fork", enable_checkpointing=False, logger=False
-    )
-    run.fit(Net(), loader())
-    # B = 10 x 2: 0.1 * (100/20 - 1)
-    assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(0.4, rel=FLOAT32)
-
-
 def test_noise_scales_follow_the_function(tmp_path):
     run, _ = fit(tmp_path, sgd(lr=0.03, momentum=0.7))
     expected = sgd_noise_scale(0.03, 10, 100, 0.7)
