@@ -9,6 +9,7 @@ throw-away copy all the same: BackPACK reads `input0` and `output` off the modul
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from lightning_bayes.curvature.errors import check_finite
 from lightning_bayes.curvature.likelihoods import Likelihood
 from lightning_bayes.curvature.rows import (
     CONVOLUTIONS,
-    DERIVATIVES,
     DenseRows,
     LayerUse,
     OuterRows,
@@ -26,10 +26,29 @@ from lightning_bayes.curvature.rows import (
     Rows,
     derivatives_of,
     pad_beforehand,
-    unsupported_parameters,
 )
 
-__all__ = ["RowReader"]
+__all__ = ["BatchRows", "RowReader", "forward_of"]
+
+CHUNK_BYTES = 5e8
+"""Gradients in layer outputs that are held at one time, one column of the root at least."""
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """Everything that one batch says about the evidence; sums over its examples."""
+
+    num_examples: int
+    num_terms: float
+    """What PyTorch's mean-reduced loss divides by."""
+    unit_loss: float
+    """In units of the dispersion."""
+    null_loss: float | None
+    """Of guessing."""
+    gradient: dict[str, Tensor]
+    """Of `unit_loss`, per parameter, in its shape."""
+    blocks: Iterator[RowBlock]
+    """To be consumed once, before the next batch is read."""
 
 
 class RowReader:
@@ -43,22 +62,14 @@ class RowReader:
         ValueError: If a parameter belongs to a layer whose rows cannot be formed.
     """
 
-    def __init__(self, network: nn.Module, parameters: Collection[str]) -> None:
-        unsupported = unsupported_parameters(network, parameters)
-        if unsupported:
-            listed = ", ".join(f"{name!r} ({layer})" for name, layer in sorted(unsupported.items()))
-            raise ValueError(
-                f"No per-example gradients for {listed}: supported layers are "
-                f"{', '.join(layer.__name__ for layer in DERIVATIVES)} with their own forward (not "
-                "transposed convolutions with output_padding, nor batch norm without running statistics). Hold "
-                "these parameters fixed (requires_grad=False, weight_decay 0 in their optimizer group, or a prior "
-                "precision of 0); other layers are not supported yet."
-            )
+    def __init__(self, network: nn.Module, parameters: Collection[str], num_samples: int | None = None) -> None:
         named = dict(network.named_parameters())
         self.parameters: dict[str, nn.Parameter] = {name: named[name] for name in parameters}
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._calls: list[tuple[nn.Module, Tensor, Tensor]] = []
         self._checked = False
+        self._num_samples = num_samples
+        self._generator: torch.Generator | None = None
         self._layers: dict[nn.Module, dict[str, str]] = {}
         for module in network.modules():
             local = {
@@ -71,7 +82,7 @@ class RowReader:
                 if isinstance(module, CONVOLUTIONS):
                     pad_beforehand(module)
 
-    def read(self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood) -> RowBlock:
+    def read(self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood) -> BatchRows:
         """Run one batch through the network and return its rows.
 
         Args:
@@ -84,41 +95,41 @@ class RowReader:
                 rows: a parameter is used outside its layer's forward, or examples are not independent.
         """
         with torch.enable_grad(), self._recording():
-            outputs, targets = forward()
-            if not isinstance(outputs, Tensor):
-                raise ValueError(
-                    f"The network returned {type(outputs).__name__}; the evidence needs one tensor of logits or "
-                    "means, [N, C] or [N]. Wrap it in a module that returns that tensor."
-                )
-            check_finite(outputs, "the network's outputs")
-            if targets.is_floating_point():
-                check_finite(targets, "the targets")
-            outputs, targets = likelihood.prepare(outputs, targets)
-            unit_loss = likelihood.unit_loss(outputs, targets)
-        if not unit_loss.requires_grad:
-            raise ValueError(
-                "The network's outputs carry no graph back to its parameters: they were detached or computed "
-                "under no_grad."
-            )
+            outputs, targets, unit_loss = forward_of(forward, likelihood)
         names = list(self.parameters)
         gradient = torch.autograd.grad(
             unit_loss, list(self.parameters.values()), retain_graph=True, materialize_grads=True
         )
         for name, part in zip(names, gradient, strict=True):
             check_finite(part, f"the gradient of the parameter {name!r}")
-        roots = likelihood.sqrt_hessian(outputs)
-        uses = self._backward(outputs, roots)
-        layers = self._assemble(uses)
-        if not self._checked:
-            self._check_one_example(outputs, roots, layers)
-            self._checked = True
-        return RowBlock(
+        return BatchRows(
             num_examples=len(outputs),
-            num_outputs=outputs.shape[1],
+            num_terms=likelihood.num_terms(outputs, targets),
             unit_loss=unit_loss.item(),
+            null_loss=likelihood.null_loss(outputs, targets),
             gradient=dict(zip(names, gradient, strict=True)),
-            layers=layers,
+            blocks=self._blocks(outputs, self._roots(outputs, targets, likelihood)),
         )
+
+    def _roots(self, outputs: Tensor, targets: Tensor, likelihood: Likelihood) -> Tensor:
+        if self._num_samples is None:
+            return likelihood.sqrt_hessian(outputs, targets)
+        if self._generator is None:  # one stream for all batches of a pass
+            self._generator = torch.Generator(device=outputs.device).manual_seed(0)
+        return likelihood.sample_columns(outputs, targets, self._num_samples, self._generator)
+
+    def _blocks(self, outputs: Tensor, roots: Tensor) -> Iterator[RowBlock]:
+        """The rows, as many columns at a time as `CHUNK_BYTES` hold gradients of."""
+        calls = self._calls
+        width = sum(output.numel() * output.element_size() for _, _, output in calls)
+        step = max(1, int(CHUNK_BYTES // max(width, 1)))
+        for start in range(0, len(roots), step):
+            columns = slice(start, min(start + step, len(roots)))
+            layers = self._assemble(self._backward(calls, outputs, roots[columns]))
+            if not self._checked:
+                self._check_one_example(outputs, roots[columns], layers)
+                self._checked = True
+            yield RowBlock(len(outputs), columns, len(roots), layers)
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -140,8 +151,10 @@ class RowReader:
         # In-place operations behind the layer then change the clone, and `output` keeps its gradient.
         return output.clone()
 
-    def _backward(self, outputs: Tensor, roots: Tensor) -> list[LayerUse]:
-        tensors = [output for _, _, output in self._calls]
+    def _backward(
+        self, calls: list[tuple[nn.Module, Tensor, Tensor]], outputs: Tensor, roots: Tensor
+    ) -> list[LayerUse]:
+        tensors = [output for _, _, output in calls]
         if not tensors:
             return []
         columns = [
@@ -149,7 +162,7 @@ class RowReader:
             for column in roots
         ]
         uses = []
-        for (module, inputs, output), grads in zip(self._calls, zip(*columns, strict=True), strict=True):
+        for (module, inputs, output), grads in zip(calls, zip(*columns, strict=True), strict=True):
             if grads[0] is None:  # called, but not on the way to the outputs
                 continue
             if len(output) != len(outputs):
@@ -160,7 +173,8 @@ class RowReader:
                     "parameters fixed (requires_grad=False)."
                 )
             derivatives = derivatives_of(module)
-            uses.append(LayerUse(module, derivatives, inputs, output.detach(), torch.stack(grads)))
+            if derivatives is not None:
+                uses.append(LayerUse(module, derivatives, inputs, output.detach(), torch.stack(grads)))
         return uses
 
     def _assemble(self, uses: list[LayerUse]) -> list[Rows]:
@@ -169,15 +183,19 @@ class RowReader:
             for local_name, name in self._layers[use.module].items():
                 by_parameter[name].append((local_name, use))
         layers: list[Rows] = []
-        for use in uses:
-            local = self._layers[use.module]
-            once = all(len(by_parameter.get(name, ())) == 1 for name in local.values())
-            if isinstance(use.module, nn.Linear) and use.input.dim() == 2 and once:
-                layers.append(OuterRows(local.get("weight"), local.get("bias"), use.input, use.grads))
-                for name in local.values():
-                    del by_parameter[name]
         for name, its_uses in by_parameter.items():
-            layers.append(DenseRows(name, self.parameters[name].shape, tuple(its_uses)))
+            local_names = {local_name for local_name, _ in its_uses}
+            if len(local_names) > 1 or not all(use.is_linear for _, use in its_uses):
+                layers.append(DenseRows(name, self.parameters[name].shape, tuple(its_uses)))
+        outer: dict[tuple[int, ...], dict[str, str]] = defaultdict(dict)
+        done = {layer.name for layer in layers if isinstance(layer, DenseRows)}
+        for name, its_uses in by_parameter.items():
+            if name not in done:
+                outer[tuple(id(use) for _, use in its_uses)][its_uses[0][0]] = name
+        found = {id(use): use for use in uses}
+        for key, local in outer.items():
+            its = tuple(found[i] for i in key)
+            layers.append(OuterRows(local.get("weight"), local.get("bias"), its))
         return layers
 
     def _check_one_example(self, outputs: Tensor, roots: Tensor, layers: list[Rows]) -> None:
@@ -211,3 +229,31 @@ class RowReader:
                 "examples of a batch, or its first dimension is not the batch. This is not supported yet; "
                 "hold these parameters fixed (requires_grad=False) or restructure the forward."
             )
+
+
+def forward_of(
+    forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prepared outputs, with their graph, targets, and the summed unit loss of one batch.
+
+    Raises:
+        EvidenceUnavailableError: If outputs or targets are not finite.
+        ValueError: If they do not fit the likelihood, or carry no graph.
+    """
+    outputs, targets = forward()
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            f"The network returned {type(outputs).__name__}; the evidence needs one tensor of logits or "
+            "means, [N, C] or [N]. Wrap it in a module that returns that tensor."
+        )
+    check_finite(outputs, "the network's outputs")
+    if targets.is_floating_point():
+        check_finite(targets, "the targets")
+    outputs, targets = likelihood.prepare(outputs, targets)
+    unit_loss = likelihood.unit_loss(outputs, targets)
+    if not unit_loss.requires_grad:
+        raise ValueError(
+            "The network's outputs carry no graph back to its parameters: they were detached or computed "
+            "under no_grad."
+        )
+    return outputs, targets, unit_loss
