@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_bayes.curvature.capture import WAY_OUT, CapturedLoss, capture_loss
 from lightning_bayes.curvature.isolation import throw_away_copy
 from lightning_bayes.curvature.likelihoods import Likelihood
+from lightning_bayes.curvature.loss_arguments import Rows
 
 __all__ = ["ModuleReader", "NetworkOption"]
 
@@ -125,9 +126,9 @@ class ModuleReader:
 
     def _read(self, batch: Any, batch_idx: int) -> CapturedLoss:
         if self._option is None:
-            captured = capture_loss(lambda: self._training_step(batch, batch_idx), self._likelihood)
-            _check_batch_size(batch, len(captured.outputs))
-            return captured
+            return capture_loss(
+                lambda: self._training_step(batch, batch_idx), self._likelihood, _rows_of(batch)
+            )
         if self._likelihood is None:
             raise ValueError("Argument `network` needs an explicit `likelihood`.")
         outputs, targets = self._call_network(batch)
@@ -247,13 +248,26 @@ def _nothing(*args: object, **kwargs: object) -> None:
     return None
 
 
-def _check_batch_size(batch: Any, num_outputs: int) -> None:
+def _rows_of(batch: Any) -> Callable[[Tensor], Rows] | None:
+    """How the rows that a loss sees make the examples of this batch; None where the batch does not say."""
     sizes: set[int] = set()
     apply_to_collection(batch, Tensor, lambda tensor: sizes.add(len(tensor)) if tensor.dim() else None)
     # A batch without tensors of one common size (graphs, ragged lists, class weights on board) says nothing.
-    if len(sizes) == 1 and num_outputs not in sizes:
-        raise ValueError(
-            f"The loss sees {num_outputs} rows of outputs, but the batch holds {sizes.pop()} examples. "
-            "Sequences whose tokens are flattened into rows are not supported yet, because the tokens of an "
-            f"example are not independent. {WAY_OUT}"
-        )
+    if len(sizes) != 1:
+        return None
+    num_examples = sizes.pop()
+
+    def rows_of(outputs: Tensor) -> Rows:
+        num_rows = len(outputs) if outputs.dim() else 1
+        if num_rows % num_examples or num_rows == 0:
+            raise ValueError(
+                f"The loss sees {num_rows} rows of outputs, but the batch holds {num_examples} examples, so the "
+                "tokens of an example cannot be told. Keep every token and mark those that do not count by "
+                f"ignore_index instead of selecting by a mask. {WAY_OUT}"
+            )
+        if num_rows == num_examples:
+            return lambda tensor: tensor
+        # Tokens flattened into rows, an example's one after another; the rows are held against autograd later.
+        return lambda tensor: tensor.unflatten(0, (num_examples, -1))
+
+    return rows_of

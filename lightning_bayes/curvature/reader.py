@@ -62,7 +62,9 @@ class RowReader:
         ValueError: If a parameter belongs to a layer whose rows cannot be formed.
     """
 
-    def __init__(self, network: nn.Module, parameters: Collection[str], num_samples: int | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, parameters: Collection[str], num_samples: int | None = None
+    ) -> None:
         named = dict(network.named_parameters())
         self.parameters: dict[str, nn.Parameter] = {name: named[name] for name in parameters}
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -247,7 +249,7 @@ def forward_of(
             "means, [N, C] or [N]. Wrap it in a module that returns that tensor."
         )
     check_finite(outputs, "the network's outputs")
-    if targets.is_floating_point():
+    if isinstance(targets, Tensor) and targets.is_floating_point():  # else they have been prepared
         check_finite(targets, "the targets")
     outputs, targets = likelihood.prepare(outputs, targets)
     unit_loss = likelihood.unit_loss(outputs, targets)
