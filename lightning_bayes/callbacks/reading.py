@@ -74,6 +74,7 @@ class ModuleReader:
         self._hooks = module
         self._likelihood = likelihood
         self._option = network
+        self._kind: type[Likelihood] | None = None
         target = original_network(module, network)
         # Datasets and loaders that a module keeps would be copied with it, each time.
         data = (
@@ -102,7 +103,14 @@ class ModuleReader:
         """
         batch = self._converted(batch if transferred else self._transferred(batch))
         with self._default_dtype():
-            return self._read(batch, batch_idx)
+            captured = self._read(batch, batch_idx)
+        self._kind = self._kind or type(captured.likelihood)
+        if type(captured.likelihood) is not self._kind:
+            raise ValueError(
+                f"The likelihood of this batch's loss is {type(captured.likelihood).__name__}, that of others is "
+                f"{self._kind.__name__}: the evidence needs one likelihood for all examples. {WAY_OUT}"
+            )
+        return captured
 
     def check_computed_by_copy(self, outputs: Tensor) -> None:
         """Raise unless the outputs were computed by the copy's parameters, and by no others.
