@@ -98,9 +98,15 @@ class ModuleUse(Use):
         tensors = [tensor for tensor, layout in self._apart() if layout is not None]
         if not tensors:
             raise ValueError("no argument that belongs to the examples")
-        with plain_kernels(), _without_fused_recurrence(), torch.no_grad():
-            made: list[Tensor] = vmap(self._outputs(self.parameters), randomness="same")(*tensors)
-        return made
+
+        def of_one(*tensors: Tensor) -> list[Tensor]:
+            # Under vjp as in `_pull_back`: vmap alone does not take recurrent layers apart.
+            made, _ = vjp(lambda parameters: self._outputs(parameters)(*tensors), dict(self.parameters))
+            return made  # type: ignore[no-any-return]
+
+        with plain_kernels(), _vectorised():
+            made: list[Tensor] = vmap(of_one, randomness="same")(*tensors)
+        return [tensor.detach() for tensor in made]
 
     def _pull_back(self, columns: slice) -> dict[str, Tensor]:
         """Rows [columns, N, *shape] of each parameter."""
@@ -117,7 +123,7 @@ class ModuleUse(Use):
 
         width = len(grads[0][0]) * sum(p.numel() for p in self.parameters.values())
         chunk = max(1, 4 * CHUNK // width)
-        with plain_kernels(), _without_fused_recurrence():
+        with plain_kernels(), _vectorised():
             rows = vmap(of_one, randomness="same", chunk_size=chunk)(grads, *tensors)
         return {name: value.transpose(0, 1).detach() for name, value in rows.items()}
 
@@ -150,8 +156,10 @@ class ModuleUse(Use):
 
 
 @contextmanager
-def _without_fused_recurrence() -> Iterator[None]:
+def _vectorised() -> Iterator[None]:
+    """Recurrent layers by operations that vmap knows, and loops inside vmap without its remark on them."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
         # torch mentions TF32 of other devices whenever a flag of oneDNN is set.
         warnings.filterwarnings("ignore", message="TF32 acceleration", category=UserWarning)
         with torch.backends.mkldnn.flags(enabled=False):

@@ -380,7 +380,8 @@ def _replays(use: ModuleUse, recorded: list[Tensor]) -> bool:
     """Whether each example by itself gives what it gave in the batch."""
     try:
         made = use.replayed()
-    except (RuntimeError, ValueError, IndexError, TypeError):  # the module refuses these shapes, or vmap it
+    except Exception:
+        # Somebody's module was given other shapes than it expects, or does what vmap cannot: anything may come.
         return False
     for layout, again, tensor in zip(use.output_layouts, made, recorded, strict=True):
         expected = layout.apart(tensor.detach(), use.num_examples)

@@ -261,12 +261,14 @@ class DenseRows:
 
     def dense(self) -> dict[str, Tensor]:
         """Rows [C, N, p]."""
-        return {self.name: self._columns(slice(None)).flatten(2)}
+        rows = self._columns(slice(None))
+        return {self.name: rows.reshape(*rows.shape[:2], -1)}  # a scalar's too
 
     def columns(self) -> Iterator[Tensor]:
         """Rows [N, p] of one column after the other: C times less memory than `dense`."""
         for column in range(self.uses[0][1].num_columns):
-            yield self._columns(slice(column, column + 1)).flatten(2).squeeze(0)
+            rows = self._columns(slice(column, column + 1))
+            yield rows.reshape(rows.shape[1], -1)
 
     def sum_squares(self) -> dict[str, Tensor]:
         """Σ over rows of v², in the parameter's shape."""
