@@ -231,9 +231,19 @@ class OuterRows:
 
     @staticmethod
     def _weight_squares(inputs: Tensor, grads: Tensor) -> Tensor:
-        if inputs.shape[1] == 1:  # (g aᵀ)² is g² (a²)ᵀ
-            return grads.square().sum((0, 2)).mT @ inputs.squeeze(1).square()
+        """Σ (Σₜ gₜ aₜᵀ)², as Σ over pairs of positions of (gₜ ∘ gₛ)(aₜ ∘ aₛ)ᵀ while that is less work."""
+        positions = inputs.shape[1]
         total = inputs.new_zeros(grads.shape[3], inputs.shape[2])
+        if positions < 2 * len(grads):
+            left, right = torch.triu_indices(positions, positions, device=inputs.device)
+            twice = torch.where(left == right, 1.0, 2.0).to(inputs).unsqueeze(1)
+            step = max(1, CHUNK // (len(left) * max(grads.shape[3] * len(grads), inputs.shape[2])))
+            for start in range(0, len(inputs), step):
+                some = slice(start, start + step)
+                g = (grads[:, some, left] * grads[:, some, right]).sum(0) * twice
+                a = inputs[some, left] * inputs[some, right]
+                total.addmm_(g.flatten(0, 1).mT, a.flatten(0, 1))
+            return total
         step = max(1, CHUNK // total.numel())
         for column in grads:
             for start in range(0, len(inputs), step):
