@@ -6,6 +6,7 @@ Each takes a layer's input and the gradients [C, N, ...] in its output to per-ex
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -87,13 +88,29 @@ class _Embedding:
 
     def rows(self, module: Any, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor) -> Tensor:
         """Per-example gradients [C, N, vocabulary, features]."""
+        tokens, grads = self._masked(module, inputs, grads)
+        rows = grads.new_zeros(*grads.shape[:2], *module.weight.shape)
+        return rows.scatter_add_(2, tokens.unsqueeze(2).expand(grads.shape), grads)
+
+    def sum_squares(self, module: Any, inputs: Tensor, grads: Tensor) -> Tensor:
+        """Σ over rows of v² [vocabulary, features], without rows as long as the vocabulary.
+
+        The gradients of one token are added over its places in an example, at its first place, then squared.
+        """
+        tokens, grads = self._masked(module, inputs, grads)
+        same = tokens.unsqueeze(1) == tokens.unsqueeze(2)  # [N, T, T]
+        first = ~same.tril(-1).any(2, keepdim=True)
+        collected = same.to(grads) @ grads * first
+        total = torch.zeros_like(module.weight)
+        return total.index_add_(0, tokens.flatten(), collected.square().sum(0).flatten(0, 1))
+
+    def _masked(self, module: Any, inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [N, T] and their gradients [C, N, T, features]."""
         tokens = inputs.reshape(len(inputs), -1)
         grads = grads.reshape(*grads.shape[:2], tokens.shape[1], -1)
         if module.padding_idx is not None:  # a constant by definition
             grads = grads.masked_fill((tokens == module.padding_idx).unsqueeze(2), 0.0)
-        rows = grads.new_zeros(*grads.shape[:2], *module.weight.shape)
-        index = tokens.unsqueeze(2).expand(grads.shape)
-        return rows.scatter_add_(2, index, grads)
+        return tokens, grads
 
 
 OWN_DERIVATIVES: dict[type[nn.Module], Any] = {

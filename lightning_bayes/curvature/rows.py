@@ -31,6 +31,8 @@ from torch.nn import functional as F
 from lightning_bayes.curvature.own_layers import OWN_DERIVATIVES
 
 __all__ = [
+    "AXIS_FREE",
+    "CHUNK",
     "CONVOLUTIONS",
     "DERIVATIVES",
     "DenseRows",
@@ -49,6 +51,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
+AXIS_FREE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
+"""Layers that do not ask which of the leading dimensions is the batch's."""
 CHUNK = 2**24
 """Numbers that a temporary of per-example gradients may hold where it can be made in pieces."""
 
@@ -105,6 +109,11 @@ class Use(ABC):
     def of_example(self, example: int) -> "Use":
         """The same use, of one example of the batch."""
 
+    def sum_squares(self, local_name: str) -> Tensor:
+        """Σ over rows of v², in the parameter's shape, one column after the other."""
+        columns = (slice(column, column + 1) for column in range(self.num_columns))
+        return torch.stack([self.rows(local_name, some).square().sum((0, 1)) for some in columns]).sum(0)
+
 
 @dataclass(frozen=True)
 class LayerUse(Use):
@@ -143,6 +152,14 @@ class LayerUse(Use):
         if isinstance(self.module, nn.Linear):
             return True
         return isinstance(self.module, CONVOLUTIONS) and self.module.groups == 1
+
+    def sum_squares(self, local_name: str) -> Tensor:
+        """See `Use`."""
+        sparse = getattr(self.derivatives, "sum_squares", None)
+        if sparse is None or self.entries != 1:
+            return super().sum_squares(local_name)
+        squares: Tensor = sparse(self.module, self.inputs, self.grads)
+        return squares
 
     def linear_inputs(self) -> Tensor:
         """What the linear map sees: [N, T, in]."""
@@ -214,9 +231,19 @@ class OuterRows:
 
     @staticmethod
     def _weight_squares(inputs: Tensor, grads: Tensor) -> Tensor:
-        if inputs.shape[1] == 1:  # (g aᵀ)² is g² (a²)ᵀ
-            return grads.square().sum((0, 2)).mT @ inputs.squeeze(1).square()
+        """Σ (Σₜ gₜ aₜᵀ)², as Σ over pairs of positions of (gₜ ∘ gₛ)(aₜ ∘ aₛ)ᵀ while that is less work."""
+        positions = inputs.shape[1]
         total = inputs.new_zeros(grads.shape[3], inputs.shape[2])
+        if positions < 2 * len(grads):
+            left, right = torch.triu_indices(positions, positions, device=inputs.device)
+            twice = torch.where(left == right, 1.0, 2.0).to(inputs).unsqueeze(1)
+            step = max(1, CHUNK // (len(left) * max(grads.shape[3] * len(grads), inputs.shape[2])))
+            for start in range(0, len(inputs), step):
+                some = slice(start, start + step)
+                g = (grads[:, some, left] * grads[:, some, right]).sum(0) * twice
+                a = inputs[some, left] * inputs[some, right]
+                total.addmm_(g.flatten(0, 1).mT, a.flatten(0, 1))
+            return total
         step = max(1, CHUNK // total.numel())
         for column in grads:
             for start in range(0, len(inputs), step):
@@ -244,15 +271,20 @@ class DenseRows:
 
     def dense(self) -> dict[str, Tensor]:
         """Rows [C, N, p]."""
-        return {self.name: self._columns(slice(None)).flatten(2)}
+        rows = self._columns(slice(None))
+        return {self.name: rows.reshape(*rows.shape[:2], -1)}  # a scalar's too
 
     def columns(self) -> Iterator[Tensor]:
         """Rows [N, p] of one column after the other: C times less memory than `dense`."""
         for column in range(self.uses[0][1].num_columns):
-            yield self._columns(slice(column, column + 1)).flatten(2).squeeze(0)
+            rows = self._columns(slice(column, column + 1))
+            yield rows.reshape(rows.shape[1], -1)
 
     def sum_squares(self) -> dict[str, Tensor]:
         """Σ over rows of v², in the parameter's shape."""
+        if len(self.uses) == 1:
+            local_name, use = self.uses[0]
+            return {self.name: use.sum_squares(local_name)}
         squares = torch.stack([rows.square().sum(0) for rows in self.columns()]).sum(0)
         return {self.name: squares.reshape(self.shape)}
 
