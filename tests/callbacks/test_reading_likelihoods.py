@@ -191,6 +191,12 @@ CASES = {
         labels,
         torch.numel,
     ),
+    "labels, sigmoid first": Case(
+        lambda m, b: F.binary_cross_entropy(m(b[0]).sigmoid(), b[1]),
+        Bernoulli(),
+        labels,
+        torch.numel,
+    ),
     "labels, flattened": Case(
         lambda m, b: F.binary_cross_entropy_with_logits(m(b[0]).flatten(), b[1].flatten()),
         Bernoulli(),
