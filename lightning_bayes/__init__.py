@@ -2,7 +2,13 @@
 
 from lightning_bayes.callbacks import LaplaceEvidence, ScalingAdvisor, SGDNoiseScale
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
-from lightning_bayes.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from lightning_bayes.curvature.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    HeteroscedasticGaussian,
+    Likelihood,
+)
 from lightning_bayes.evidence import Evidence
 from lightning_bayes.laplace import laplace_evidence
 
@@ -21,5 +27,6 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "Bernoulli",
     "Categorical",
     "Gaussian",
+    "HeteroscedasticGaussian",
     "Likelihood",
 ]

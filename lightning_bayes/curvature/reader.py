@@ -158,7 +158,7 @@ def forward_of(
             "means, [N, C] or [N]. Wrap it in a module that returns that tensor."
         )
     check_finite(outputs, "the network's outputs")
-    if targets.is_floating_point():
+    if isinstance(targets, Tensor) and targets.is_floating_point():  # else they have been prepared
         check_finite(targets, "the targets")
     outputs, targets = likelihood.prepare(outputs, targets)
     unit_loss = likelihood.unit_loss(outputs, targets)
