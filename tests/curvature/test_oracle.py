@@ -4,8 +4,11 @@ The reference knows nothing of layers, batches or square roots: see `tests.refer
 """
 
 import functools
+from dataclasses import replace
+from fnmatch import fnmatch
 
 import pytest
+import torch
 
 from lightning_bayes.curvature.full import DualCurvature, PrimalCurvature
 from lightning_bayes.curvature.structures import STRUCTURES
@@ -91,6 +94,49 @@ def test_classes_in_the_last_dimension_are_recognised_beside_indices(network, lo
     case = make_case(network, loss)
     evidence = case.evidence(likelihood=case.loss.likelihood(), prior_precision=0.3, structure="full")
     hold(evidence, network, loss, 0.3, "full")
+
+
+@pytest.mark.parametrize("class_dim", [1, -1])
+def test_where_either_dimension_could_hold_the_classes_the_second_does_unless_told(class_dim):
+    """[N, 4, 4] beside [N, 4]: PyTorch's cross-entropy takes the second."""
+    case = make_case("sequence_output")
+    inputs, targets = torch.randn(7, 4, 4, dtype=torch.float64), torch.randint(4, (7, 4))
+    case = replace(case, inputs=inputs, targets=targets, class_dim=class_dim)
+    assert_agrees(case.evidence(structure="full", prior_precision=0.3), case.reference(0.3))
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("network", HARD)
+def test_per_example_jacobians_alone(network, structure):
+    """Without a table of layers, the same numbers."""
+    case = make_case(network)
+    evidence = case.evidence(structure=structure, prior_precision=0.3, backend="autograd")
+    hold(evidence, network, "classification", 0.3, structure)
+
+
+@pytest.mark.parametrize("subset", ["last_layer", ["head.*"], ["*.weight", "*.bias"]], ids=str)
+@pytest.mark.parametrize("network", ["conv", "called_twice", "lstm", "attention", "bare_parameter"])
+def test_parts_of_a_network(network, subset, way):
+    """The rest is held fixed."""
+    case = make_case(network)
+    evidence = case.evidence(structure=way, prior_precision=0.3, subset_of_weights=subset)
+    patterns = ["head.*"] if subset == "last_layer" else subset
+    chosen = [name for name in case.names if any(fnmatch(name, pattern) for pattern in patterns)]
+    hold(evidence, network, "classification", dict.fromkeys(chosen, 0.3), way)
+    assert set(evidence.fixed_parameters) == set(case.names) - set(chosen)
+
+
+@pytest.mark.parametrize("tolerance", [0.05, 5.0])
+@pytest.mark.parametrize("loss", ["classification", "gaussian_nll"])
+@pytest.mark.parametrize("network", HARD)
+def test_a_bracket_holds_the_truth(network, loss, tolerance):
+    case = make_case(network, loss)
+    evidence = case.evidence(structure="full", prior_precision=0.05, tolerance=tolerance)
+    twin = slow_twin(network, loss)
+    truth = twin.evidence(dict.fromkeys(twin.names, 0.05)).log_evidence
+    assert evidence.lower - 1e-9 <= truth <= evidence.upper + 1e-9
+    assert evidence.lower <= evidence.log_evidence <= evidence.upper
+    assert evidence.upper - evidence.lower <= tolerance
 
 
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "gaussian_nll"])
