@@ -100,19 +100,13 @@ def _factors(
 
 
 def layer_uses(model: nn.Module, example: Tensor) -> list[LayerUse]:
-    """Calls of linear and ungrouped convolutional layers on the way to the outputs of one example."""
-    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    """Calls of linear and ungrouped convolutional layers on the way to the outputs of one example.
 
-    def hook(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        calls.append((layer, args[0].detach(), out))
-        return out.clone()  # which in-place operations may have
-
-    handles = [m.register_forward_hook(hook) for m in model.modules() if _kind(m) is not None]
-    try:
-        output = model(example.unsqueeze(0)).reshape(-1)
-    finally:
-        for handle in handles:
-            handle.remove()
+    A call whose input does not grow with the batch, over a parameter say, sees no example: it is none.
+    """
+    _, twice = _layer_calls(model, torch.stack([example, example]))
+    output, calls = _layer_calls(model, example.unsqueeze(0))
+    calls = [call for call, (_, a, _) in zip(calls, twice, strict=True) if a.numel() > call[1].numel()]
     uses = []
     for layer, a, out in calls:
         grads = [torch.autograd.grad(f, out, retain_graph=True, allow_unused=True)[0] for f in output]
@@ -124,6 +118,22 @@ def layer_uses(model: nn.Module, example: Tensor) -> list[LayerUse]:
         else:
             uses.append(LayerUse(layer, patches(layer, a), g.squeeze(1).flatten(2).mT))
     return uses
+
+
+def _layer_calls(model: nn.Module, batch: Tensor) -> tuple[Tensor, list[tuple[nn.Module, Tensor, Tensor]]]:
+    """The outputs, flat, and of each call the layer, its input and its output."""
+    calls = []
+
+    def hook(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        calls.append((layer, args[0].detach(), out))
+        return out.clone()  # which in-place operations may have
+
+    handles = [m.register_forward_hook(hook) for m in model.modules() if _kind(m) is not None]
+    try:
+        return model(batch).reshape(-1), calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def patches(layer: nn.Module, image: Tensor) -> Tensor:
