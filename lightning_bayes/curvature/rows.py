@@ -171,7 +171,7 @@ class LayerUse(Use):
     def linear_inputs(self) -> Tensor:
         """What the linear map sees: [N, T, in]."""
         if isinstance(self.module, CONVOLUTIONS):
-            inputs = unfold_input(self.module, self.inputs).mT
+            inputs: Tensor = unfold_input(self.module, self.inputs).mT
             return inputs.reshape(-1, self.entries * inputs.shape[1], inputs.shape[2])
         return self.inputs.reshape(len(self.inputs) // self.entries, -1, self.inputs.shape[-1])
 
