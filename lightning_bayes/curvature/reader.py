@@ -62,7 +62,14 @@ class RowReader:
         ValueError: If a parameter belongs to a layer whose rows cannot be formed.
     """
 
-    def __init__(self, network: nn.Module, parameters: Collection[str], num_samples: int | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        parameters: Collection[str],
+        num_samples: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self.backend = backend
         named = dict(network.named_parameters())
         self.parameters: dict[str, nn.Parameter] = {name: named[name] for name in parameters}
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -110,6 +117,10 @@ class RowReader:
             gradient=dict(zip(names, gradient, strict=True)),
             blocks=self._blocks(outputs, self._roots(outputs, targets, likelihood)),
         )
+
+    def split(self) -> str:
+        """Say how many layers go by which derivatives."""
+        return f"{len(self._layers)} layers by their derivatives"
 
     def _roots(self, outputs: Tensor, targets: Tensor, likelihood: Likelihood) -> Tensor:
         if self._num_samples is None:
