@@ -72,8 +72,8 @@ def test_only_what_needs_torch_func_pays():
     by_layer = {name for name, way in reader._plan.ways.items() if way == LAYER}
     assert any("norm" in name for name in by_layer)
     assert any("linear1" in name for name in by_layer)
-    assert "MultiheadAttention" in reader.split
-    assert "layers by their derivatives" in reader.split
+    assert "MultiheadAttention" in reader.split()
+    assert "layers by their derivatives" in reader.split()
     assert not any("in_proj" in name for name in by_layer)
 
 
@@ -97,7 +97,7 @@ def test_masks_and_sequences_of_the_batch_size_are_told_apart(length):
     torch.manual_seed(0)
     model, x = OtherShapes().double(), torch.randn(4, length, 4, dtype=torch.float64)
     batch, reader = dense(model, lambda network: (network(x), torch.zeros(4, 2)))
-    assert "attention.in_proj_weight" in reader.split
+    assert "attention.in_proj_weight" in reader.split()
     for n in range(4):
         alone, _ = dense(model, lambda network, n=n: (network(x[n : n + 1]), torch.zeros(1, 2)))
         for name, rows in batch.items():
