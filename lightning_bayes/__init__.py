@@ -9,6 +9,7 @@ from lightning_bayes.curvature.likelihoods import (
     HeteroscedasticGaussian,
     Likelihood,
 )
+from lightning_bayes.curve import EvidenceCurve, evidence_curve
 from lightning_bayes.evidence import Evidence
 from lightning_bayes.laplace import laplace_evidence
 
@@ -22,6 +23,8 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     # Without a Trainer
     "laplace_evidence",
     "Evidence",
+    "evidence_curve",
+    "EvidenceCurve",
     "EvidenceUnavailableError",
     # Likelihoods
     "Bernoulli",

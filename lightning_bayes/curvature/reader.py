@@ -75,7 +75,6 @@ class RowReader:
             if isinstance(module, CONVOLUTIONS):
                 pad_beforehand(module)
 
-    @property
     def split(self) -> str:
         """What is read in which way, after the first batch; one line."""
         return "" if self._plan is None else self._plan.summary()

@@ -32,6 +32,8 @@ class Likelihood(ABC):
     name: ClassVar[str]
     dispersion: float | None = 1.0
     """φ; None where it is to be estimated from the residuals."""
+    optimizes_dispersion: bool = False
+    """Whether φ is to maximise the log-evidence rather than the likelihood."""
 
     @abstractmethod
     def prepare(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Any]:

@@ -1,6 +1,7 @@
 """Real targets with Gaussian noise: of one variance, or of a variance that the network predicts."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,14 +19,17 @@ class Gaussian(DiagonalLikelihood):
 
     Args:
         sigma: Standard deviation of the noise, in the targets' units. None: the variance is the mean
-            squared residual at the weights in question, and the result reports it.
+            squared residual at the weights in question, and the result reports it. "optimize": the variance
+            that maximises the log-evidence, which pays for the parameters that the data determine.
     """
 
     name = "regression"
     _torch_terms = 2.0
 
-    def __init__(self, sigma: float | None = None) -> None:
-        self.dispersion = None if sigma is None else positive("sigma", sigma) ** 2
+    def __init__(self, sigma: float | Literal["optimize"] | None = None) -> None:
+        self.optimizes_dispersion = sigma == "optimize"
+        estimated = sigma is None or sigma == "optimize"
+        self.dispersion = None if estimated else positive("sigma", sigma) ** 2
 
     def prepare(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """See `Likelihood.prepare`: both become [N, K]."""
@@ -60,6 +64,8 @@ class Gaussian(DiagonalLikelihood):
         return -unit_loss / dispersion - 0.5 * num_terms * math.log(2 * math.pi * dispersion)
 
     def __repr__(self) -> str:
+        if self.optimizes_dispersion:
+            return "Gaussian(sigma='optimize')"
         return f"Gaussian(sigma={None if self.dispersion is None else math.sqrt(self.dispersion)!r})"
 
 
