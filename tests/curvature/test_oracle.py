@@ -60,6 +60,19 @@ def test_every_field_agrees_with_the_dense_matrix(network, loss, way):
         assert evidence.effective_parameters_stderr == 0.0
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 7])
+@pytest.mark.parametrize(
+    "network",
+    ["batch_norm", "called_twice", "lstm", "embedding", "attention_seq_first", "flattened_time_first"],
+)
+def test_any_batch_size(network, batch_size):
+    """Of one example, and of as many examples as there are steps, features or channels."""
+    case = make_case(network)
+    for structure in ("full", "kron", "diag"):
+        evidence = case.evidence(structure=structure, prior_precision=0.3, batch_size=batch_size)
+        hold(evidence, network, "classification", 0.3, structure)
+
+
 @pytest.mark.parametrize("precision", [1e-3, 1e2])
 @pytest.mark.parametrize("network", HARD)
 def test_broad_and_narrow_priors(network, precision, way):
