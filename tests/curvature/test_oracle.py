@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 import pytest
 import torch
 
+from lightning_bayes.curvature import likelihoods
 from lightning_bayes.curvature.full import DualCurvature, PrimalCurvature
 from lightning_bayes.curvature.structures import STRUCTURES
 from tests.cases import CASES, LOSSES, NETWORKS, make_case
@@ -110,12 +111,16 @@ def test_classes_in_the_last_dimension_are_recognised_beside_indices(network, lo
 
 
 @pytest.mark.parametrize("class_dim", [1, -1])
-def test_where_either_dimension_could_hold_the_classes_the_second_does_unless_told(class_dim):
-    """[N, 4, 4] beside [N, 4]: PyTorch's cross-entropy takes the second."""
+def test_where_either_dimension_could_hold_the_classes_the_user_says_which(class_dim):
+    """[N, 4, 4] beside [N, 4]."""
     case = make_case("sequence_output")
     inputs, targets = torch.randn(7, 4, 4, dtype=torch.float64), torch.randint(4, (7, 4))
     case = replace(case, inputs=inputs, targets=targets, class_dim=class_dim)
-    assert_agrees(case.evidence(structure="full", prior_precision=0.3), case.reference(0.3))
+    likelihood = likelihoods.Categorical(class_dim=class_dim)
+    evidence = case.evidence(likelihood=likelihood, structure="full", prior_precision=0.3)
+    assert_agrees(evidence, case.reference(0.3))
+    with pytest.raises(ValueError, match="class_dim"):
+        case.evidence(likelihood="classification")
 
 
 @pytest.mark.parametrize("structure", ["full", "diag"])
