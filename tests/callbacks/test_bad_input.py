@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_bayes import LaplaceEvidence
 
-from .evidence_models import Module, cross_entropy, fit, loader, mlp, optimizer, refused, tensors
+from .evidence_models import Module, cross_entropy, fit, loader, mlp, refused, tensors
 
 OPTIONS = [
     ("structure", "dense", r"`structure` to be 'auto', 'full', 'kron', 'diag', got 'dense'"),
