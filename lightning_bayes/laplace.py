@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader
 from lightning_bayes.curvature.base import Curvature, Problem, accumulation_dtype
 from lightning_bayes.curvature.data import Examples, examples_from_loader, examples_from_tensors
 from lightning_bayes.curvature.errors import EvidenceUnavailableError, check_finite
+from lightning_bayes.curvature.gram import kept_widths
 from lightning_bayes.curvature.isolation import isolated, throw_away_copy
 from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
 from lightning_bayes.curvature.priors import Prior, fixed_prior, require_prior_precision
 from lightning_bayes.curvature.reader import RowReader
-from lightning_bayes.curvature.rows import RowBlock, kept_width
+from lightning_bayes.curvature.rows import RowBlock
 from lightning_bayes.curvature.structures import STRUCTURES, choose_structure
 from lightning_bayes.evidence import Evidence
 from lightning_bayes.functional import evidence as terms
@@ -292,12 +293,14 @@ def _forward(network: nn.Module, batch: Any, device: torch.device) -> Forward:
 def problem_of(reader: RowReader, block: RowBlock, num_examples: int) -> Problem:
     """Sizes of an evidence, for the choice of a structure, from the rows of its first batch."""
     first = next(iter(reader.parameters.values()))
+    kept_width, gram_width = kept_widths(block)
     return Problem(
         shapes={name: parameter.shape for name, parameter in reader.parameters.items()},
         num_examples=num_examples,
         rank=block.num_columns,
         batch_size=block.num_examples,
-        kept_width=kept_width(block.layers),
+        kept_width=kept_width,
+        gram_width=gram_width,
         dtype=first.dtype,
         device=first.device,
     )

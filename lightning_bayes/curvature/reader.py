@@ -62,7 +62,9 @@ class RowReader:
         ValueError: If a parameter belongs to a layer whose rows cannot be formed.
     """
 
-    def __init__(self, network: nn.Module, parameters: Collection[str], num_samples: int | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, parameters: Collection[str], num_samples: int | None = None
+    ) -> None:
         named = dict(network.named_parameters())
         self.parameters: dict[str, nn.Parameter] = {name: named[name] for name in parameters}
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}

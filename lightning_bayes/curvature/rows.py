@@ -10,7 +10,7 @@ This module knows the layers; `reader` runs the passes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -41,7 +41,6 @@ __all__ = [
     "Rows",
     "Use",
     "derivatives_of",
-    "kept_width",
     "pad_beforehand",
 ]
 
@@ -56,7 +55,9 @@ CHUNK = 2**24
 class Derivatives(Protocol):
     """From a layer's input and the gradient in its output to per-example gradients of its parameters."""
 
-    def rows(self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor) -> Tensor:
+    def rows(
+        self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor
+    ) -> Tensor:
         """Per-example gradients [C, N, *parameter.shape] for gradients [C, N, ...] in the output."""
         ...
 
@@ -67,7 +68,9 @@ class _Backpack:
 
     derivatives: BaseParameterDerivatives
 
-    def rows(self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor) -> Tensor:
+    def rows(
+        self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor
+    ) -> Tensor:
         """See `Derivatives.rows`."""
         module.input0, module.output = inputs, output
         rows: Tensor = self.derivatives.param_mjp(local_name, module, (), (), grads, sum_batch=False)
@@ -279,17 +282,6 @@ class RowBlock:
     num_columns: int
     """Of the whole root, or the number of samples where columns are sampled."""
     layers: list[Rows]
-
-
-def kept_width(layers: Iterable[Rows]) -> int:
-    """Numbers that a row is kept as: its length, but only the outputs of a linear layer with factors."""
-    width = 0
-    for layer in layers:
-        if isinstance(layer, OuterRows):
-            width += layer.grads().shape[2:].numel()
-        else:
-            width += layer.shape.numel()
-    return width
 
 
 def derivatives_of(module: nn.Module) -> Derivatives | None:

@@ -8,7 +8,7 @@ from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.isolation import throw_away_copy
 from lightning_bayes.curvature.likelihoods import Categorical, Gaussian
 from lightning_bayes.curvature.reader import RowReader
-from lightning_bayes.curvature.rows import DenseRows, OuterRows, kept_width
+from lightning_bayes.curvature.rows import DenseRows, OuterRows
 from lightning_bayes.laplace import laplace_evidence
 from tests.cases import NETWORKS, make_case
 from tests.reference import per_example_jacobians
@@ -67,18 +67,6 @@ def test_gradient_is_that_of_the_summed_loss():
     assert block.unit_loss == pytest.approx(loss.item())
     for name, expected in zip(case.names, truth, strict=True):
         torch.testing.assert_close(block.gradient[name], expected)
-
-
-def test_kept_width_counts_a_linear_layers_outputs_only():
-    # two convolutions' weights and biases as they are, the linear head by its outputs
-    conv = make_case("conv", "regression")
-    features = sum(p.numel() for name, p in conv.model.named_parameters() if not name.startswith("head"))
-    assert kept_width(read(conv).layers) == features + 2
-    assert kept_width(read(make_case("linear", "regression")).layers) == 2
-    # a layer over a sequence has no factors: its rows are as long as its parameters
-    sequence = make_case("sequence", "regression")
-    inner = sum(p.numel() for name, p in sequence.model.named_parameters() if not name.startswith("head"))
-    assert kept_width(read(sequence).layers) == inner + 2
 
 
 class Functional(nn.Module):
