@@ -22,7 +22,7 @@ from lightning_bayes.curvature.rows import RowBlock
 from lightning_bayes.curvature.structures import STRUCTURES, choose_structure
 from lightning_bayes.evidence import Evidence
 from lightning_bayes.functional import evidence as terms
-from lightning_bayes.functional._validation import count
+from lightning_bayes.functional._validation import count, positive
 
 __all__ = ["accumulate_evidence", "check_options", "laplace_evidence", "problem_of"]
 
@@ -95,7 +95,9 @@ def laplace_evidence(
             network.to(place)
         where = next(network.parameters()).device
         forwards = (_forward(network, batch, where) for batch in _tracked(examples, progress))
-        return accumulate_evidence(network, forwards, resolved, prior, structure, examples.num_examples)
+        return accumulate_evidence(
+            network, forwards, resolved, prior, structure, examples.num_examples, tolerance=tolerance
+        )
 
 
 def accumulate_evidence(
@@ -106,6 +108,7 @@ def accumulate_evidence(
     structure: str,
     num_examples: int,
     loss_scale: Callable[[float, float], float] = lambda terms_per_example, dispersion: 1.0,
+    tolerance: float | None = None,
 ) -> Evidence:
     """One pass over the data: rows into a structure, a structure into the evidence.
 
@@ -117,12 +120,13 @@ def accumulate_evidence(
         structure: "auto" or a key of `STRUCTURES`.
         num_examples: Examples to expect, for the choice of a structure; the evidence counts those it sees.
         loss_scale: From the loss's terms per example and the dispersion to s of `Prior.precision`.
+        tolerance: Width in nats of the bracket that is accepted; None for exact.
     """
     start = time.perf_counter()
     reader = RowReader(network, prior.strengths)
     for name, parameter in reader.parameters.items():
         check_finite(parameter.detach(), f"the parameter {name!r}")
-    totals = _read_all(reader, forwards, likelihood, structure, num_examples)
+    totals = _read_all(reader, forwards, likelihood, structure, num_examples, tolerance)
     seen = totals.num_examples
     dispersion = likelihood.estimate_dispersion(totals.unit_loss, totals.num_terms)
     precision = prior.precision(seen, loss_scale(totals.num_terms / seen, dispersion))
@@ -185,6 +189,7 @@ def _read_all(
     likelihood: Likelihood,
     structure: str,
     num_examples: int,
+    tolerance: float | None,
 ) -> _Totals:
     curved = None
     seen, unit_loss, num_terms = 0, 0.0, 0.0
@@ -194,7 +199,7 @@ def _read_all(
         batch = reader.read(forward, likelihood)
         for block in batch.blocks:
             if curved is None:
-                problem = problem_of(reader, block, num_examples)
+                problem = problem_of(reader, block, num_examples, tolerance)
                 structure, _ = choose_structure(structure, problem)
                 curved = STRUCTURES[structure](problem)
             curved.update(block)
@@ -231,10 +236,7 @@ def check_options(
         if value is not None:
             count(name, value)
     if tolerance is not None:
-        raise ValueError(
-            f"Expected argument `tolerance` to be None, got {tolerance!r}: brackets are not supported yet. Use "
-            'structure="kron", whose error is not bounded, or max_examples=.'
-        )
+        positive("tolerance", tolerance)
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...], remark: str = "") -> None:
@@ -290,7 +292,9 @@ def _forward(network: nn.Module, batch: Any, device: torch.device) -> Forward:
     return lambda: (network(inputs.to(device)), targets.to(device))
 
 
-def problem_of(reader: RowReader, block: RowBlock, num_examples: int) -> Problem:
+def problem_of(
+    reader: RowReader, block: RowBlock, num_examples: int, tolerance: float | None = None
+) -> Problem:
     """Sizes of an evidence, for the choice of a structure, from the rows of its first batch."""
     first = next(iter(reader.parameters.values()))
     kept_width, gram_width = kept_widths(block)
@@ -303,4 +307,5 @@ def problem_of(reader: RowReader, block: RowBlock, num_examples: int) -> Problem
         gram_width=gram_width,
         dtype=first.dtype,
         device=first.device,
+        tolerance=tolerance,
     )

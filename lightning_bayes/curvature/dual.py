@@ -19,7 +19,7 @@ from lightning_bayes.curvature.kept import RowKeeper, fill_gram, tiles_of
 from lightning_bayes.curvature.newton import quadratic_form
 from lightning_bayes.curvature.rows import RowBlock
 
-__all__ = ["DualCurvature", "trace_of_shrinkage"]
+__all__ = ["DualCurvature", "System", "factorise", "trace_of_shrinkage"]
 
 FLOAT64_LIMIT = 4096
 """Up to this size the dual matrix is float64 whatever the model's type is, and the trace exact."""
@@ -45,9 +45,9 @@ class DualCurvature(Curvature):
 
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
         """See `Curvature.at`."""
-        layers = self._keeper.layers()
-        system = _factorise(layers, precision, self._accurate, self.problem.dtype)
-        gamma, stderr = trace_of_shrinkage(system.factor)
+        layers = self._layers(precision)
+        system = factorise(layers, precision, self._types(layers))
+        gamma, stderr = trace_of_shrinkage(system.factor, NUM_PROBES, FLOAT64_LIMIT)
         layers = [layer.to(self._accurate) for layer in layers]
         quadratic = quadratic_form(layers, system.solve, precision, gradient)
         log_det = log_det_of(system.factor)
@@ -57,17 +57,16 @@ class DualCurvature(Curvature):
 
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
         """See `Curvature.spectrum`: as many as rows; the others are zero."""
-        layers = self._keeper.layers()
-        small = layers[0].num_rows <= FLOAT64_LIMIT
-        dtype = self._accurate if small else self.problem.dtype
+        layers = self._layers(precision)
+        dtype = self._types(layers)[0]
         gram = _gram([layer.to(dtype) for layer in layers], precision)
         eigenvalues: Tensor = torch.linalg.eigvalsh(gram, UPLO="U")
         return eigenvalues.clamp_(min=0.0)
 
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
         """See `Curvature.log_det_and_traces`: γᵢ = tr (I + K)⁻¹Kᵢ with the share Kᵢ of one tensor, tile by tile."""
-        layers = self._keeper.layers()
-        system = _factorise(layers, precision, self._accurate, self.problem.dtype)
+        layers = self._layers(precision)
+        system = factorise(layers, precision, self._types(layers))
         log_det = log_det_of(system.factor)
         inverse = torch.cholesky_inverse(system.factor)
         traces = dict.fromkeys(self.problem.shapes, 0.0)
@@ -77,13 +76,21 @@ class DualCurvature(Curvature):
                 traces[name] = _trace_of_product(inverse, layer, system.tiles, alone)
         return log_det, traces
 
+    def _layers(self, precision: Mapping[str, float]) -> list[KeptRows]:
+        return self._keeper.layers()
+
+    def _types(self, layers: Sequence[KeptRows]) -> tuple[torch.dtype, ...]:
+        """To factorise in: the accurate one where that is cheap, else first the model's own."""
+        small = layers[0].num_rows <= FLOAT64_LIMIT
+        return (self._accurate,) if small else (self.problem.dtype, self._accurate)
+
     @property
     def _accurate(self) -> torch.dtype:
         return accumulation_dtype(self.problem.device)
 
 
 @dataclass(frozen=True)
-class _System:
+class System:
     """A factor of I + K, and the order in which its rows stand."""
 
     factor: Tensor  # [rows, rows], lower
@@ -98,16 +105,20 @@ class _System:
         return torch.cat([part.unflatten(0, (columns, -1)) for part in solved.split(sizes)], dim=1)
 
 
-def _factorise(
-    layers: Sequence[KeptRows], precision: Mapping[str, float], accurate: torch.dtype, fast: torch.dtype
-) -> _System:
-    """Factorise I + K in the accurate type where that is cheap, else in the fast one if it can be believed."""
-    size = layers[0].num_rows
-    for dtype in (accurate,) if size <= FLOAT64_LIMIT else dict.fromkeys((fast, accurate)):
+def factorise(
+    layers: Sequence[KeptRows], precision: Mapping[str, float], dtypes: Sequence[torch.dtype]
+) -> System:
+    """Factorise I + K in the first type that can be believed.
+
+    Raises:
+        EvidenceUnavailableError: If none can.
+    """
+    size, accurate = layers[0].num_rows, dtypes[-1]
+    for dtype in dict.fromkeys(dtypes):
         cast = [layer.to(dtype) for layer in layers]
         factor = cholesky_in_place(_gram(cast, precision))
         if factor is not None:
-            return _System(factor, _tiles(layers))
+            return System(factor, _tiles(layers))
         if dtype != accurate:
             warnings.warn(
                 f"The Cholesky factor of {size} rows lost its digits in {dtype}; it is "
@@ -134,14 +145,14 @@ def _gram(layers: Sequence[KeptRows], precision: Mapping[str, float]) -> Tensor:
     return buffer
 
 
-def trace_of_shrinkage(factor: Tensor, num_probes: int = NUM_PROBES) -> tuple[float, float]:
+def trace_of_shrinkage(factor: Tensor, num_probes: int, exact_limit: int) -> tuple[float, float]:
     """Trace of K(I + K)⁻¹ = rows − tr (I + K)⁻¹, and its standard error.
 
-    Exact where (I + K)⁻¹ is cheap beside the factor, else Hutchinson's estimate with random signs z:
+    Exact up to a size, from (I + K)⁻¹; beyond it Hutchinson's estimate with random signs z:
     E zᵀ(I + K)⁻¹z = tr (I + K)⁻¹.
     """
     size = len(factor)
-    if size <= FLOAT64_LIMIT:
+    if size <= exact_limit:
         return size - torch.cholesky_inverse(factor).diagonal().sum().item(), 0.0
     generator = torch.Generator(device=factor.device).manual_seed(0)
     signs = torch.randint(0, 2, (size, num_probes), generator=generator, device=factor.device).to(factor)

@@ -5,6 +5,7 @@ where it is cheaper still.
 """
 
 from lightning_bayes.curvature.base import Curvature, Problem
+from lightning_bayes.curvature.bracket import BracketCurvature
 from lightning_bayes.curvature.dual import FLOAT64_LIMIT, DualCurvature
 from lightning_bayes.curvature.primal import PrimalCurvature
 
@@ -12,9 +13,10 @@ __all__ = ["full_cost", "full_curvature"]
 
 
 def full_curvature(problem: Problem) -> Curvature:
-    """Return the exact structure that takes fewer operations."""
-    primal = _primal_cost(problem)[1] <= _dual_cost(problem)[1]
-    return PrimalCurvature(problem) if primal else DualCurvature(problem)
+    """Return the exact structure that takes fewer operations, or a bracket about it if one is accepted."""
+    if _primal_cost(problem)[1] <= _dual_cost(problem)[1]:
+        return PrimalCurvature(problem)
+    return DualCurvature(problem) if problem.tolerance is None else BracketCurvature(problem)
 
 
 def full_cost(problem: Problem) -> tuple[float, float]:
