@@ -240,6 +240,16 @@ def test_preparing_twice_is_preparing_once(name):
     assert loss.likelihood.num_terms(*again) == loss.likelihood.num_terms(*once)
 
 
+def test_preparing_predicted_variances_twice():
+    """Those below `eps` are raised once."""
+    likelihood, targets = HeteroscedasticGaussian(eps=0.1), real(N, 2)
+    outputs = torch.cat([real(N, 2), torch.rand(N, 2, dtype=F64).square()], dim=1)
+    once = likelihood.prepare(outputs, targets)
+    again = likelihood.prepare(*once)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    assert once[0][:, 2:].min() == 0.1
+
+
 @pytest.mark.parametrize(
     "name", ["classes", "sequence, everything", "weighted probabilities", "weighted labels", "means"]
 )
@@ -259,6 +269,22 @@ def test_sampled_columns_have_the_hessian_as_their_mean(name):
     assert ((products.mean(0) - exact).abs() <= 5 * error + 1e-12).all()
     repeated = loss.likelihood.sample_columns(*prepared, num_columns, torch.Generator().manual_seed(0))
     assert torch.equal(columns, repeated)
+
+
+def test_sampled_columns_of_a_predicted_variance():
+    likelihood = HeteroscedasticGaussian()
+    prepared = likelihood.prepare(
+        torch.cat([real(N, 2), 0.1 + torch.rand(N, 2, dtype=F64)], dim=1), real(N, 2)
+    )
+    columns = likelihood.sample_columns(*prepared, 10_000, torch.Generator().manual_seed(0))
+    found = torch.einsum("sni,snj->nij", columns, columns)
+    root = likelihood.sqrt_hessian(*prepared)
+    exact = torch.einsum("rni,rnj->nij", root, root)
+    # Random signs: the diagonal has no variance; off it, the product of two roots times ±1.
+    diagonal = exact.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(found.diagonal(dim1=1, dim2=2), diagonal, rtol=1e-10, atol=0)
+    scale = (diagonal.unsqueeze(1) * diagonal.unsqueeze(2)).sqrt()
+    assert ((found - exact).abs() <= 5 * scale / math.sqrt(10_000)).all()
 
 
 def test_sampled_columns_of_examples_do_not_correlate():
