@@ -10,7 +10,7 @@ This module knows the layers; `reader` runs the passes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -43,7 +43,6 @@ __all__ = [
     "Rows",
     "Use",
     "derivatives_of",
-    "kept_width",
     "pad_beforehand",
 ]
 
@@ -318,17 +317,6 @@ class RowBlock:
     num_columns: int
     """Of the whole root, or the number of samples where columns are sampled."""
     layers: list[Rows]
-
-
-def kept_width(layers: Iterable[Rows]) -> int:
-    """Numbers that a row is kept as: its length, but only the outputs of a linear layer with factors."""
-    width = 0
-    for layer in layers:
-        if isinstance(layer, OuterRows):
-            width += layer.grads().shape[2:].numel()
-        else:
-            width += layer.shape.numel()
-    return width
 
 
 def derivatives_of(module: nn.Module) -> Derivatives | None:
