@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, distributions
 from torch.nn import functional as F
@@ -177,6 +177,7 @@ def test_root_is_of_the_autograd_hessian(name):
     )
 
 
+@settings(max_examples=50)
 @given(
     seed=st.integers(0, 10**6),
     weight=st.none() | st.lists(st.floats(0, 100), min_size=4, max_size=4).filter(any),
@@ -238,6 +239,23 @@ def test_preparing_twice_is_preparing_once(name):
     assert torch.equal(once[0], again[0])
     assert loss.likelihood.unit_loss(*again) == loss.likelihood.unit_loss(*once)
     assert loss.likelihood.num_terms(*again) == loss.likelihood.num_terms(*once)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "shape", "columns"),
+    [
+        (Categorical(class_dim=-1), (8, 128, 1000), "127,872 columns an example and takes 524 GB"),
+        (Gaussian(), (32, 3, 64, 64), "12,288 columns an example and takes 19.3 GB"),
+    ],
+)
+def test_roots_that_would_not_fit(likelihood, shape, columns):
+    outputs = torch.zeros(1).expand(shape)
+    is_classes = isinstance(likelihood, Categorical)
+    targets = torch.zeros(shape[:2], dtype=torch.long) if is_classes else outputs
+    prepared = likelihood.prepare(outputs, targets)
+    with pytest.raises(ValueError, match=rf"{columns}.*batch_size=.*num_samples=64"):
+        likelihood.sqrt_hessian(*prepared)
+    assert likelihood.sample_columns(*prepared, 2, torch.Generator()).shape == (2, *prepared[0].shape)
 
 
 def test_preparing_predicted_variances_twice():
