@@ -58,8 +58,10 @@ def laplace_evidence(
             mode, gradients, hooks, buffers, random state.
         data: The training set: a DataLoader of (inputs, targets), read unshuffled and whole, or the two
             tensors.
-        likelihood: "classification" (C logits), "binary" (one logit per output), "regression" (means), or a
-            `Likelihood` such as `Gaussian(sigma=0.1)`.
+        likelihood: "classification" (C logits), "binary" (one logit per output), "regression" (means),
+            "gaussian_nll" (means, then variances), or a `Likelihood` with its own parameters, such as
+            `Gaussian(sigma=0.1)` or `Categorical(label_smoothing=0.1, ignore_index=0)`. Sequences are logits
+            [N, C, T] or [N, T, C] with targets [N, T].
         structure: "full" (exact, or a bracket of width `tolerance`), "kron", "diag"; "auto" takes "full"
             within the memory and time stated in `curvature.structures`, else "kron".
         subset_of_weights: "all"; "last_layer", the layer that is called last on the way to the outputs; or a

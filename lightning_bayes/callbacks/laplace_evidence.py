@@ -63,9 +63,10 @@ class LaplaceEvidence(Callback):
     Args:
         structure: "full" (exact), "kron", "diag"; "auto" takes "full" within the memory and time stated in
             `lightning_bayes.curvature.structures`, else "kron", and says which.
-        likelihood: "auto" reads it from the loss in training_step; "classification", "binary",
-            "regression" or a `Likelihood` such as `Gaussian(sigma=0.1)` must be of the loss's kind unless
-            `network` is given.
+        likelihood: "auto" reads it from the loss in training_step, with its class weights, label smoothing and
+            ignored targets; "classification", "binary", "regression", "gaussian_nll" or a `Likelihood` such as
+            `Gaussian(sigma=0.1)` must be of the loss's kind unless `network` is given, and its own parameters
+            replace those of the loss (the names stand for none).
         prior_precision: "auto" takes the optimizer's weight decay, λ = N · weight_decay for a mean
             cross-entropy and accordingly for other losses, or "optimize" where all weight decay is zero. A
             number, or a mapping from parameter-name patterns to numbers or "optimize", is λ itself.

@@ -236,6 +236,20 @@ def test_evidence_is_that_of_the_likelihood_written_out(tmp_path, name):
     assert expected.num_examples == N
 
 
+def test_a_sum_over_tokens_counts_sequences(tmp_path):
+    """The training loss of 8 sequences is 8 times the mean of a sequence's nll, so λ = N · weight_decay / 8."""
+
+    def step(module, batch):
+        return F.cross_entropy(module(batch[0]).flatten(0, 1), batch[1].flatten(), reduction="sum")
+
+    callback = LaplaceEvidence()
+    module = Module(mlp(), step, lambda m: torch.optim.SGD(m.parameters(), lr=0.01, weight_decay=DECAY))
+    fit(tmp_path, module, loader(data=tokens()), callback)
+    evidence = callback.history[0][1]
+    assert evidence.num_examples == N
+    assert evidence.prior_precision == pytest.approx(N * DECAY / 8)
+
+
 def test_weights_of_examples_belong_to_their_batch(tmp_path):
     """Three batches, each with weights of its own."""
     x, y = labels()

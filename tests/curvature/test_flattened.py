@@ -64,9 +64,9 @@ def test_order(name, dtype, major):
     assert torch.equal(rows_of_examples(layout, N)(rows), outputs)
 
 
-@pytest.mark.parametrize("name", ["rnn", "lstm", "attention", "embedding", "convolution"])
-def test_sizes_say_nothing(name):
-    """As many tokens as examples."""
+# Not a first layer that mixes the tokens in one kernel: no step behind it shows that, and either order will do.
+@pytest.mark.parametrize("name", ["rnn", "attention", "attention, time first", "embedding"])
+def test_as_many_tokens_as_examples(name):
     outputs = NETWORKS[name]()(torch.randn(T, T, 4))
     assert layout_of_rows(outputs.flatten(0, 1), T) == Layout(0, major=True)
     assert layout_of_rows(outputs.transpose(0, 1).flatten(0, 1), T) == Layout(0, major=False)

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, distributions
 from torch.nn import functional as F
@@ -177,6 +177,7 @@ def test_root_is_of_the_autograd_hessian(name):
     )
 
 
+@settings(max_examples=50)
 @given(
     seed=st.integers(0, 10**6),
     weight=st.none() | st.lists(st.floats(0, 100), min_size=4, max_size=4).filter(any),
@@ -241,6 +242,33 @@ def test_preparing_twice_is_preparing_once(name):
 
 
 @pytest.mark.parametrize(
+    ("likelihood", "shape", "columns"),
+    [
+        (Categorical(class_dim=-1), (8, 128, 1000), "127,872 columns an example and takes 524 GB"),
+        (Gaussian(), (32, 3, 64, 64), "12,288 columns an example and takes 19.3 GB"),
+    ],
+)
+def test_roots_that_would_not_fit(likelihood, shape, columns):
+    outputs = torch.zeros(1).expand(shape)
+    is_classes = isinstance(likelihood, Categorical)
+    targets = torch.zeros(shape[:2], dtype=torch.long) if is_classes else outputs
+    prepared = likelihood.prepare(outputs, targets)
+    with pytest.raises(ValueError, match=rf"{columns}.*batch_size=.*num_samples=64"):
+        likelihood.sqrt_hessian(*prepared)
+    assert likelihood.sample_columns(*prepared, 2, torch.Generator()).shape == (2, *prepared[0].shape)
+
+
+def test_preparing_predicted_variances_twice():
+    """Those below `eps` are raised once."""
+    likelihood, targets = HeteroscedasticGaussian(eps=0.1), real(N, 2)
+    outputs = torch.cat([real(N, 2), torch.rand(N, 2, dtype=F64).square()], dim=1)
+    once = likelihood.prepare(outputs, targets)
+    again = likelihood.prepare(*once)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    assert once[0][:, 2:].min() == 0.1
+
+
+@pytest.mark.parametrize(
     "name", ["classes", "sequence, everything", "weighted probabilities", "weighted labels", "means"]
 )
 def test_sampled_columns_have_the_hessian_as_their_mean(name):
@@ -259,6 +287,22 @@ def test_sampled_columns_have_the_hessian_as_their_mean(name):
     assert ((products.mean(0) - exact).abs() <= 5 * error + 1e-12).all()
     repeated = loss.likelihood.sample_columns(*prepared, num_columns, torch.Generator().manual_seed(0))
     assert torch.equal(columns, repeated)
+
+
+def test_sampled_columns_of_a_predicted_variance():
+    likelihood = HeteroscedasticGaussian()
+    prepared = likelihood.prepare(
+        torch.cat([real(N, 2), 0.1 + torch.rand(N, 2, dtype=F64)], dim=1), real(N, 2)
+    )
+    columns = likelihood.sample_columns(*prepared, 10_000, torch.Generator().manual_seed(0))
+    found = torch.einsum("sni,snj->nij", columns, columns)
+    root = likelihood.sqrt_hessian(*prepared)
+    exact = torch.einsum("rni,rnj->nij", root, root)
+    # Random signs: the diagonal has no variance; off it, the product of two roots times ±1.
+    diagonal = exact.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(found.diagonal(dim1=1, dim2=2), diagonal, rtol=1e-10, atol=0)
+    scale = (diagonal.unsqueeze(1) * diagonal.unsqueeze(2)).sqrt()
+    assert ((found - exact).abs() <= 5 * scale / math.sqrt(10_000)).all()
 
 
 def test_sampled_columns_of_examples_do_not_correlate():

@@ -13,7 +13,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["DiagonalLikelihood", "Likelihood", "check", "flatten_alike", "shape_of", "weights_of"]
+__all__ = [
+    "DiagonalLikelihood",
+    "Likelihood",
+    "check",
+    "check_root_fits",
+    "flatten_alike",
+    "shape_of",
+    "weights_of",
+]
+
+MAX_ROOT_BYTES = 8e9
+"""Of the square root of one batch; a larger one is refused rather than left to the operating system."""
 
 
 class Likelihood(ABC):
@@ -125,6 +136,7 @@ class DiagonalLikelihood(Likelihood):
 
     def sqrt_hessian(self, outputs: Tensor, targets: Any) -> Tensor:
         """See `Likelihood.sqrt_hessian`: [K, N, K] with output k alone in column k."""
+        check_root_fits(outputs.shape[1], outputs)
         return torch.diag_embed(self.sqrt_diagonal(outputs, targets)).transpose(0, 1)
 
     def sample_columns(
@@ -173,6 +185,17 @@ def weights_of(name: str, weights: object) -> Tensor | None:
             f"{tensor.max().item():g}."
         )
     return tensor
+
+
+def check_root_fits(rank: int, outputs: Tensor) -> None:
+    """Raise a ValueError if so many columns beside the outputs [N, ...] take more than `MAX_ROOT_BYTES`."""
+    size = float(rank) * outputs.numel() * outputs.element_size()
+    if size > MAX_ROOT_BYTES:
+        raise ValueError(
+            f"The square root of the loss Hessian has {rank:,} columns an example and takes {size / 1e9:.3g} GB for "
+            f"outputs {shape_of(outputs)}: read fewer examples at a time (batch_size=), or sample its columns "
+            '(num_samples=64 with structure="kron" or "diag").'
+        )
 
 
 def check(condition: bool, message: str) -> None:

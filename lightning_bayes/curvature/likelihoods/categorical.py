@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_bayes.curvature.likelihoods.base import Likelihood, check, shape_of, weights_of
+from lightning_bayes.curvature.likelihoods.base import (
+    Likelihood,
+    check,
+    check_root_fits,
+    shape_of,
+    weights_of,
+)
 from lightning_bayes.functional._validation import finite
 
 __all__ = ["Categorical", "ClassTargets"]
@@ -159,6 +165,7 @@ class Categorical(Likelihood):
 
     def sqrt_hessian(self, outputs: Tensor, targets: ClassTargets) -> Tensor:
         """Columns [C-1, N, C] or [T(C-1), N, T, C]: each token's square root, zero on the other tokens."""
+        check_root_fits((outputs.shape[-1] - 1) * outputs[0].numel() // outputs.shape[-1], outputs)
         root = sqrt_multinomial(outputs.detach().flatten(0, -2))  # [C-1, N·T, C]
         root *= targets.total.flatten().sqrt().unsqueeze(-1)
         if outputs.dim() == 2:
