@@ -252,7 +252,7 @@ def test_batches_of_different_lengths(structure):
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("structure", ["full", "diag"])
 def test_examples_that_take_different_roads(structure, batch_size):
-    """Among the last batch of three, of one example, a layer sees none."""
+    """In a batch of one example, one of the layers sees none."""
     model, inputs = Routed().double(), torch.randn(7, 5, dtype=torch.float64)
     inputs[:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0, -1.0, 1.0])
     targets = torch.randint(CLASSES, (7,))
