@@ -47,10 +47,43 @@ def test_minimum_is_one_nat_or_one_percent(decrement, ratio, evidence, expected)
     assert found.at_minimum is expected
 
 
-def test_one_screen():
-    lines = str(EVIDENCE).splitlines()
+EVERYTHING = replace(
+    EVIDENCE,
+    lower=-612_345.25,
+    upper=-511_111.75,
+    log_evidence_stderr=12.5,
+    effective_parameters_stderr=3.25,
+    noise_variance=0.5,
+    prior_optimized=True,
+    prior_precision={f"layers.{i}.weight": 1.0 / (1 + i) for i in range(40)},
+    fixed_parameters=tuple(f"layers.{i}.bias" for i in range(40)),
+    subset_of_weights=tuple(f"layers.{i}.*" for i in range(9)),
+    num_eigenvalues_below_prior=12,
+    num_negative_eigenvalues=3,
+    num_samples=64,
+)
+
+
+@pytest.mark.parametrize("evidence", [EVIDENCE, EVERYTHING], ids=["plain", "everything"])
+def test_one_screen(evidence):
+    lines = str(evidence).splitlines()
     assert len(lines) <= 20
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 110
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "at a minimum"),
+        ({"newton_decrement": 99.0}, "not at a minimum"),
+        ({"num_eigenvalues_below_prior": 5, "num_negative_eigenvalues": 0}, "at a minimum"),
+        ({"num_eigenvalues_below_prior": 5, "num_negative_eigenvalues": 1}, "negative curvature"),
+    ],
+)
+def test_status(changes, expected):
+    evidence = replace(EVIDENCE, **changes)
+    assert evidence.status == expected
+    assert evidence.at_minimum is (expected == "at a minimum")
 
 
 @pytest.mark.parametrize(
@@ -70,6 +103,24 @@ def test_one_screen():
         ({"noise_variance": 0.25}, "noise variance                  0.2500"),
         ({"prior_precision": {"a": 2.0, "b": 2.0, "c": 0.5}}, "2  a, b"),
         ({"fixed_parameters": tuple("abcdef")}, "a, b, c, d and 2 more"),
+        ({"structure": "kron", "lower": -math.inf, "upper": math.inf}, "kron; no bounds known"),
+        ({"lower": -601.0, "upper": -599.0}, "full; log-evidence in [-601.00, -599.00]"),
+        ({"log_evidence_stderr": 0.31}, "± 0.31 by sampling, -0.6000 per example"),
+        ({"structure": "diag", "upper": 0.0, "num_samples": 64}, "diag of 64 sampled columns"),
+        ({"prior_optimized": True}, "optimized prior                      1"),
+        (
+            {"prior_optimized": True, "prior_precision": {"a": 2.0, "b": 3.0}},
+            "optimized prior                      3  b",
+        ),
+        ({"subset_of_weights": "last_layer"}, "subset of weights     last_layer"),
+        ({"subset_of_weights": ("a.*", "b")}, "subset of weights     a.*, b"),
+        ({"curvature": "hessian"}, "exact Hessian"),
+        (
+            {"num_eigenvalues_below_prior": 12, "num_negative_eigenvalues": 0},
+            "12  below the prior's, 0 of them negative",
+        ),
+        ({"num_eigenvalues_below_prior": 12, "num_negative_eigenvalues": 2}, "NEGATIVE CURVATURE"),
+        ({"curvature": "hessian_positive", "upper": 0.0}, "a heuristic"),
     ],
 )
 def test_the_text_says(changes, expected):

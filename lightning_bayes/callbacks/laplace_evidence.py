@@ -14,10 +14,10 @@ from typing_extensions import override
 
 from lightning_bayes.callbacks.reading import ModuleReader, NetworkOption, original_network
 from lightning_bayes.callbacks.trainer_inputs import (
+    announce_prior,
     check_arguments,
     check_trainer,
     examples_of,
-    is_decoupled,
     prior_of,
     step_batch_size,
     subset_of,
@@ -151,7 +151,7 @@ class LaplaceEvidence(Callback):
         self._examples(trainer)
         self._resolved, self._last_layer, self._planned, self._logged_if_known = None, None, None, ()
         if self.method.subset_of_weights != "last_layer":  # which layer that is, the first batch tells
-            self._announce_prior(trainer, pl_module)
+            self._announce(trainer, pl_module)
         if trainer.global_step == 0:  # a new run, not one that goes on from a checkpoint
             self.history = []
         self._started, self._spent, self._last_took = time.monotonic(), 0.0, None
@@ -276,6 +276,7 @@ class LaplaceEvidence(Callback):
             rank_zero_info(
                 f"LaplaceEvidence: the last layer is {self._last_layer}; the rest is conditioned on."
             )
+            self._announce(trainer, pl_module)
         return self._plan(trainer, pl_module, reader, captured)
 
     def _plan(
@@ -300,31 +301,9 @@ class LaplaceEvidence(Callback):
         rank_zero_info(f"LaplaceEvidence: {split}.")
         return method
 
-    def _announce_prior(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        prior = self._prior(trainer, pl_module)
-        if prior.fixed_parameters:
-            rank_zero_info(
-                f"LaplaceEvidence: {list(prior.fixed_parameters)} have no weight decay, hence no proper prior, and "
-                "are held at their values."
-            )
-        if self.prior_precision == "auto" and prior.optimized:
-            rank_zero_info(
-                "LaplaceEvidence: all weight decay is 0, so prior_precision='auto' is 'optimize': one λ for all "
-                "parameters, which maximises the log-evidence at the weights of each epoch."
-            )
-        target = original_network(pl_module, self.network)
-        known = {*prior.strengths, *prior.fixed_parameters}
-        left_out = [name for name, _ in target.named_parameters() if name not in known]
-        if left_out:
-            why = "frozen, or in no optimizer"
-            if self.method.subset_of_weights != "all":
-                why += ", or outside subset_of_weights"
-            rank_zero_info(f"LaplaceEvidence: {left_out} are left out: {why}.")
-        if self.prior_precision == "auto" and any(is_decoupled(o) for o in trainer.optimizers):
-            rank_zero_warn(
-                "LaplaceEvidence: decoupled weight decay (AdamW) is not a Gaussian prior; λ = N·weight_decay is an "
-                "approximation. Give prior_precision= to choose the prior yourself."
-            )
+    def _announce(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        target, prior = original_network(pl_module, self.network), self._prior(trainer, pl_module)
+        announce_prior(trainer, target, prior, self.prior_precision, self.method.subset_of_weights)
 
     def _prior(self, trainer: Trainer, pl_module: LightningModule) -> Prior:
         target, subset = original_network(pl_module, self.network), self._last_layer

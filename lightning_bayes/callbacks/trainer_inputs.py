@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -18,10 +19,11 @@ from lightning_bayes.curvature.priors import (
     trainable_names,
     weight_decay_prior,
 )
-from lightning_bayes.curvature.subset import matching
+from lightning_bayes.curvature.subset import Subset, matching
 from lightning_bayes.functional._validation import count, positive, string
 
 __all__ = [
+    "announce_prior",
     "check_arguments",
     "check_trainer",
     "examples_of",
@@ -115,6 +117,32 @@ def subset_of(trainer: Trainer, network: nn.Module, patterns: Sequence[str]) -> 
         p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
     ]
     return matching(trainable_names(network, held), patterns)
+
+
+def announce_prior(
+    trainer: Trainer, network: nn.Module, prior: Prior, prior_precision: PriorPrecision, subset: Subset
+) -> None:
+    """Say which parameters are left out and why, and what "auto" has chosen."""
+    if prior.fixed_parameters:
+        rank_zero_info(
+            f"LaplaceEvidence: {list(prior.fixed_parameters)} have no weight decay, hence no proper prior, and are "
+            "held at their values."
+        )
+    if prior_precision == "auto" and prior.optimized:
+        rank_zero_info(
+            "LaplaceEvidence: all weight decay is 0, so prior_precision='auto' is 'optimize': one λ for all "
+            "parameters, which maximises the log-evidence at the weights of each epoch."
+        )
+    known = {*prior.strengths, *prior.fixed_parameters}
+    left_out = [name for name, _ in network.named_parameters() if name not in known]
+    if left_out:
+        outside = "" if subset == "all" else ", or outside subset_of_weights"
+        rank_zero_info(f"LaplaceEvidence: {left_out} are left out: frozen, or in no optimizer{outside}.")
+    if prior_precision == "auto" and any(is_decoupled(optimizer) for optimizer in trainer.optimizers):
+        rank_zero_warn(
+            "LaplaceEvidence: decoupled weight decay (AdamW) is not a Gaussian prior; λ = N·weight_decay is an "
+            "approximation. Give prior_precision= to choose the prior yourself."
+        )
 
 
 def is_decoupled(optimizer: Any) -> bool:

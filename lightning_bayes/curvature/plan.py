@@ -96,7 +96,9 @@ class Plan:
     def fits(self, calls: list[Call], num_examples: int) -> bool:
         """Whether the calls of a batch can be what the plan was made for."""
         for call in calls:
-            layouts = self.layouts.get(call.module, ())
+            if call.module not in self.layouts:  # not on the way to the outputs so far
+                continue
+            layouts = self.layouts[call.module]
             if len(layouts) != len(call.outputs):
                 return False
             for layout, tensor in zip(layouts, call.outputs, strict=True):
@@ -106,6 +108,7 @@ class Plan:
 
     def layers(self, batch: Batch) -> list[Rows]:
         """The rows of one batch."""
+        self._learn(batch)
         uses: dict[str, list[tuple[str, Use]]] = defaultdict(list)
         for module, local in self._layers().items():
             for call, grads in batch.of(module):
@@ -127,6 +130,17 @@ class Plan:
             if name not in taken
         ]
         return [*found, *dense]
+
+    def _learn(self, batch: Batch) -> None:
+        """Find the layouts of modules that the outputs depend on for the first time: experts, heads."""
+        new = {
+            call.module
+            for call, grads in zip(batch.calls, batch.grads, strict=True)
+            if call.module not in self.layouts and any(grad is not None for grad in grads)
+        }
+        if new:
+            found = _find_layouts(batch)
+            self.layouts |= {module: found[module] for module in new}
 
     def module_use(self, module: nn.Module, names: Mapping[str, str], call: Call, grads: list[Tensor | None],
                    num_examples: int) -> ModuleUse | None:  # fmt: skip
@@ -180,7 +194,11 @@ class Plan:
         layout, output, (grad,) = self.layouts[call.module][0], call.outputs[0], grads
         derivatives = derivatives_of(call.module)
         if layout is None or grad is None or derivatives is None:
-            raise TypeError(f"{type(call.module).__name__} was planned as a layer and is none")
+            raise ValueError(
+                f"{type(call.module).__name__} with parameters {sorted(self._layers()[call.module].values())} is used "
+                "by a later batch in a way in which its examples cannot be told apart. Hold these parameters fixed "
+                "(requires_grad=False), or give batches that take the same way through the network."
+            )
         return LayerUse(
             module=call.module,
             derivatives=derivatives,
@@ -253,11 +271,14 @@ def local_name(name: str, host: str) -> str:
 def _find_layouts(batch: Batch) -> dict[nn.Module, tuple[Layout | None, ...]]:
     pairs = iter(_example_gradients(batch))
     layouts: dict[nn.Module, tuple[Layout | None, ...]] = {}
-    for call in batch.calls:
+    for call, grads in zip(batch.calls, batch.grads, strict=True):
+        its_pairs = itertools.islice(pairs, len(call.outputs))
         found = tuple(
             None if plain is None or weighted is None else find_layout(plain, weighted, batch.num_examples)
-            for plain, weighted in itertools.islice(pairs, len(call.outputs))
+            for plain, weighted in its_pairs
         )
+        if all(grad is None for grad in grads):  # called for a metric, not on the way to the outputs
+            continue
         before = layouts.get(call.module, found)
         layouts[call.module] = found if before == found else (None,) * len(found)
     return layouts

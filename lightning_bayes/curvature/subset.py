@@ -1,6 +1,8 @@
 """Sub-networks: some parameters are integrated over, the others are conditioned on."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -59,36 +61,24 @@ def last_layer(network: nn.Module, run: Callable[[], Tensor]) -> list[str]:
     Raises:
         ValueError: If the layer is frozen, or no layer with parameters leads to the outputs.
     """
-    named = {id(parameter): name for name, parameter in network.named_parameters()}
-    called: list[nn.Module] = []
-
-    def note(module: nn.Module, args: Any) -> None:
-        called.append(module)
-
-    holders = [module for module in network.modules() if any(True for _ in module.parameters(recurse=False))]
-    handles = [module.register_forward_pre_hook(note) for module in holders]
     frozen = [parameter for parameter in network.parameters() if not parameter.requires_grad]
     for parameter in frozen:  # a frozen head is still the last layer
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), _noted_calls(network) as calls:
             outputs = run()
-        for module in reversed(called):
-            own = [p for p in module.parameters(recurse=False) if p.requires_grad]
-            if outputs.requires_grad and _depends(outputs, own):
-                found = _whole_layer(network, {named[id(parameter)] for parameter in own})
-                break
-        else:
-            raise ValueError(
-                f'subset_of_weights="last_layer": no layer of {type(network).__name__} with parameters leads to '
-                "the outputs. Name its parameters: subset_of_weights=['head.*']."
-            )
+        reached = _graph_of(outputs)
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter in frozen:
             parameter.requires_grad_(False)
+    layer = next((call.module for call in reversed(calls) if not reached.isdisjoint(call.nodes)), None)
+    if layer is None:
+        raise ValueError(
+            f'subset_of_weights="last_layer": no layer of {type(network).__name__} with parameters leads to '
+            "the outputs. Name its parameters: subset_of_weights=['head.*']."
+        )
+    found = _whole_layer(network, layer)
     trainable = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     if not trainable.intersection(found):
         raise ValueError(
@@ -98,15 +88,58 @@ def last_layer(network: nn.Module, run: Callable[[], Tensor]) -> list[str]:
     return [name for name in found if name in trainable]
 
 
-def _depends(outputs: Tensor, parameters: Sequence[nn.Parameter]) -> bool:
-    grads = torch.autograd.grad(
-        outputs, parameters, torch.ones_like(outputs), retain_graph=True, allow_unused=True
-    )
-    return any(grad is not None for grad in grads)
+@dataclass
+class _Call:
+    """One call of a module that holds parameters, and the graph nodes that its outputs came from."""
+
+    module: nn.Module
+    nodes: list[object] = field(default_factory=list)
 
 
-def _whole_layer(network: nn.Module, names: Collection[str]) -> list[str]:
+@contextmanager
+def _noted_calls(network: nn.Module) -> Iterator[list[_Call]]:
+    """Note calls in the order in which they begin, so that a head comes after the network that holds it."""
+    calls: list[_Call] = []
+    open_calls: list[_Call] = []
+
+    def begin(module: nn.Module, args: Any) -> None:
+        open_calls.append(_Call(module))
+        calls.append(open_calls[-1])
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        parts = output if isinstance(output, tuple | list) else [output]
+        tensors = (part for part in parts if isinstance(part, Tensor) and part.grad_fn is not None)
+        open_calls.pop().nodes.extend(tensor.grad_fn for tensor in tensors)
+
+    holders = [module for module in network.modules() if any(True for _ in module.parameters(recurse=False))]
+    handles = [
+        handle
+        for module in holders
+        for handle in (module.register_forward_pre_hook(begin), module.register_forward_hook(end))
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _graph_of(outputs: Tensor) -> set[object]:
+    """Every node that a backward pass from `outputs` goes through."""
+    visited: set[object] = set()
+    pending: list[Any] = [outputs.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in visited:
+            visited.add(node)
+            pending.extend(parent for parent, _ in node.next_functions)
+    return visited
+
+
+def _whole_layer(network: nn.Module, layer: nn.Module) -> list[str]:
     """The layer's names; of a parametrized one (weight_norm), also those its parametrization leaves alone."""
+    own = {id(parameter) for parameter in layer.parameters(recurse=False)}
+    names = {name for name, parameter in network.named_parameters() if id(parameter) in own}
     layers = {name.split(PARAMETRIZED)[0] for name in names if PARAMETRIZED in name}
     return [
         name

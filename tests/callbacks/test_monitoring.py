@@ -97,8 +97,10 @@ def test_every_key_is_logged_with_its_value(tmp_path):
         "log_evidence_ratio",
         "log_likelihood",
         "log_occam_factor",
+        "lower",
         "newton_decrement",
         "prior_precision",
+        "upper",
         "weight_penalty",
     ]
     assert logged == pytest.approx({name: getattr(evidence, name) for name in logged}, rel=1e-6)
