@@ -116,7 +116,7 @@ def layer_uses(model: nn.Module, example: Tensor) -> list[LayerUse]:
         if _kind(layer) is nn.Linear:
             uses.append(LayerUse(layer, a.reshape(-1, a.shape[-1]), g.reshape(len(g), -1, g.shape[-1])))
         else:
-            uses.append(LayerUse(layer, patches(layer, a), g.squeeze(1).flatten(2).mT))
+            uses.append(LayerUse(layer, patches(layer, a), g.movedim(2, -1).flatten(1, -2)))
     return uses
 
 
@@ -124,11 +124,12 @@ def _layer_calls(model: nn.Module, batch: Tensor) -> tuple[Tensor, list[tuple[nn
     """The outputs, flat, and of each call the layer, its input and its output."""
     calls = []
 
-    def hook(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        calls.append((layer, args[0].detach(), out))
+    def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> Tensor:
+        calls.append((layer, (args[0] if args else kwargs["input"]).detach(), out))
         return out.clone()  # which in-place operations may have
 
-    handles = [m.register_forward_hook(hook) for m in model.modules() if _kind(m) is not None]
+    layers = [module for module in model.modules() if _kind(module) is not None]
+    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
     try:
         return model(batch).reshape(-1), calls
     finally:
@@ -137,7 +138,7 @@ def _layer_calls(model: nn.Module, batch: Tensor) -> tuple[Tensor, list[tuple[nn
 
 
 def patches(layer: nn.Module, image: Tensor) -> Tensor:
-    """What a convolution multiplies its weight with: [positions, in · kernel] of one image [1, in, ...].
+    """What a convolution multiplies its weight with: [positions, in · kernel] of images [k, in, ...].
 
     As the layer's own convolution with weights that pick one entry of the patch each.
     """
@@ -146,7 +147,7 @@ def patches(layer: nn.Module, image: Tensor) -> Tensor:
     size = layer.weight[0].numel()
     pick = torch.eye(size).to(image).view(size, *layer.weight.shape[1:])
     found = CONVOLUTIONS[_kind(layer)](image, pick, None, layer.stride, 0, layer.dilation)
-    return found.squeeze(0).flatten(1).mT
+    return found.movedim(1, -1).flatten(0, -2)
 
 
 def _kind(module: nn.Module) -> type[nn.Module] | None:

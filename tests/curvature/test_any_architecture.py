@@ -102,6 +102,23 @@ class PaddedTokens(nn.Module):
         return self.head(torch.tanh(self.inner(self.embed(tokens))).sum(1))
 
 
+class Routed(nn.Module):
+    """Two layers that see some of the examples each; called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(5, 4)
+        self.right = nn.Linear(5, 4)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        to_left = x[:, 0] > 0
+        hidden = x.new_zeros(len(x), 4)
+        hidden[to_left] = torch.tanh(self.left(input=x[to_left]))
+        hidden[~to_left] = torch.tanh(self.right(input=x[~to_left]))
+        return self.head(input=hidden)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A factory, the shape of its inputs, and the size of its vocabulary where these are tokens."""
@@ -226,4 +243,21 @@ def test_batches_of_different_lengths(structure):
     loader = DataLoader(pairs, batch_size=3, collate_fn=padded)
     found = laplace_evidence(model, loader, structure=structure, prior_precision=PRECISION, batch_size=3)
     twin = SlowTwin(model, tokens, targets, "classification")
+    assert_agrees(found, twin.evidence(dict.fromkeys(twin.names, PRECISION), structure))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The per-example gradients of .* one backward pass for each row:UserWarning"
+)
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_examples_that_take_different_roads(structure, batch_size):
+    """In a batch of one example, one of the layers sees none."""
+    model, inputs = Routed().double(), torch.randn(7, 5, dtype=torch.float64)
+    inputs[:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0, -1.0, 1.0])
+    targets = torch.randint(CLASSES, (7,))
+    found = laplace_evidence(
+        model, (inputs, targets), structure=structure, prior_precision=PRECISION, batch_size=batch_size
+    )
+    twin = SlowTwin(model, inputs, targets, "classification")
     assert_agrees(found, twin.evidence(dict.fromkeys(twin.names, PRECISION), structure))

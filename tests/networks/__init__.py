@@ -61,6 +61,7 @@ NETWORKS: dict[str, Network] = {
     "lstm": Network(sequences.Recurrent, (3, 4)),
     "gru": Network(sequences.BidirectionalGRU, (3, 4)),
     "cell_in_loop": Network(sequences.CellInLoop, (3, 4)),
+    "frames": Network(sequences.Frames, (3, 1, 3, 3)),
     "attention": Network(sequences.Attention, (3, 4)),
     "attention_seq_first": Network(sequences.AttentionSequenceFirst, (3, 4)),
     "tied": Network(sequences.TiedFunctionally, (4,), tokens=True),

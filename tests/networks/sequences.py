@@ -84,6 +84,21 @@ class CellInLoop(nn.Module):
         return self.head(state)
 
 
+class Frames(nn.Module):
+    """Convolutions over the frames of a film, flattened into the batch, then an LSTM."""
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 2)
+        self.norm = perturbed(nn.BatchNorm2d(2))
+        self.lstm = nn.LSTM(8, 3, batch_first=True, proj_size=2)
+        self.head = nn.Linear(2, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = torch.tanh(self.norm(self.conv(x.flatten(0, 1))))
+        return self.head(self.lstm(frames.reshape(*x.shape[:2], -1))[0][:, -1])
+
+
 class Attention(nn.Module):
     """An encoder layer, whose projections are raw parameters."""
 
