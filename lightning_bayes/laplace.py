@@ -104,7 +104,7 @@ def accumulate_evidence(
     prior: Prior,
     structure: str,
     num_examples: int,
-    loss_scale: Callable[[int, float], float] = lambda num_outputs, dispersion: 1.0,
+    loss_scale: Callable[[float, float], float] = lambda terms_per_example, dispersion: 1.0,
 ) -> Evidence:
     """One pass over the data: rows into a structure, a structure into the evidence.
 
@@ -115,22 +115,22 @@ def accumulate_evidence(
         prior: Of the parameters of `network`, by name.
         structure: "auto" or a key of `STRUCTURES`.
         num_examples: Examples to expect, for the choice of a structure; the evidence counts those it sees.
-        loss_scale: From the number of outputs and the dispersion to s of `Prior.precision`.
+        loss_scale: From the loss's terms per example and the dispersion to s of `Prior.precision`.
     """
     start = time.perf_counter()
     reader = RowReader(network, prior.strengths)
     for name, parameter in reader.parameters.items():
         check_finite(parameter.detach(), f"the parameter {name!r}")
     totals = _read_all(reader, forwards, likelihood, structure, num_examples)
-    seen, num_outputs = totals.num_examples, totals.num_outputs
-    dispersion = likelihood.estimate_dispersion(totals.unit_loss, seen, num_outputs)
-    precision = prior.precision(seen, loss_scale(num_outputs, dispersion))
+    seen = totals.num_examples
+    dispersion = likelihood.estimate_dispersion(totals.unit_loss, totals.num_terms)
+    precision = prior.precision(seen, loss_scale(totals.num_terms / seen, dispersion))
     weights = {name: parameter.detach() for name, parameter in reader.parameters.items()}
     # In units of the dispersion φ the curvature is that of the unit loss and the prior is φλ.
     scaled = {name: dispersion * value for name, value in precision.items()}
     slope = {name: totals.gradient[name] + scaled[name] * weight for name, weight in weights.items()}
     summary = totals.curved.at(scaled, slope)
-    log_likelihood = likelihood.log_likelihood(totals.unit_loss, dispersion, seen, num_outputs)
+    log_likelihood = likelihood.log_likelihood(totals.unit_loss, dispersion, totals.num_terms)
     if not all(map(math.isfinite, (log_likelihood, summary.log_det, summary.quadratic))):
         raise EvidenceUnavailableError(
             f"The evidence overflows: log-likelihood {log_likelihood:g}, log-determinant {summary.log_det:g}, "
@@ -142,14 +142,12 @@ def accumulate_evidence(
     )
     occam = terms.log_occam_factor(summary.log_det)
     value = terms.log_evidence(log_likelihood, penalty, occam)
-    null = likelihood.log_null_evidence(seen, num_outputs)
     distinct = set(precision.values())
     return Evidence(
         log_evidence=value,
-        lower=value if totals.curved.lower_bounds_evidence else float("-inf"),
-        # Without curvature there would be no Occam factor, and no curvature gives a positive one.
-        upper=value if totals.curved.exact else log_likelihood - penalty,
-        log_evidence_ratio=None if null is None else value - null,
+        lower=terms.log_evidence(log_likelihood, penalty, terms.log_occam_factor(summary.bounds[1])),
+        upper=terms.log_evidence(log_likelihood, penalty, terms.log_occam_factor(summary.bounds[0])),
+        log_evidence_ratio=None if totals.null_loss is None else value + totals.null_loss,
         log_likelihood=log_likelihood,
         weight_penalty=penalty,
         log_occam_factor=occam,
@@ -175,8 +173,9 @@ class _Totals:
     structure: str
     gradient: dict[str, Tensor]
     unit_loss: float
+    null_loss: float | None
     num_examples: int
-    num_outputs: int
+    num_terms: float
 
 
 def _read_all(
@@ -187,23 +186,26 @@ def _read_all(
     num_examples: int,
 ) -> _Totals:
     curved = None
-    seen, unit_loss, num_outputs = 0, 0.0, 0
+    seen, unit_loss, num_terms = 0, 0.0, 0.0
+    null_loss: float | None = 0.0
     gradient = {name: torch.zeros_like(parameter) for name, parameter in reader.parameters.items()}
     for forward in forwards:
-        block = reader.read(forward, likelihood)
-        if curved is None:
-            num_outputs = block.num_outputs
-            problem = problem_of(reader, block, num_examples, likelihood)
-            structure, _ = choose_structure(structure, problem)
-            curved = STRUCTURES[structure](problem)
-        curved.update(block)
-        seen += block.num_examples
-        unit_loss += block.unit_loss
-        for name, part in block.gradient.items():
+        batch = reader.read(forward, likelihood)
+        for block in batch.blocks:
+            if curved is None:
+                problem = problem_of(reader, block, num_examples)
+                structure, _ = choose_structure(structure, problem)
+                curved = STRUCTURES[structure](problem)
+            curved.update(block)
+        seen += batch.num_examples
+        unit_loss += batch.unit_loss
+        num_terms += batch.num_terms
+        null_loss = None if null_loss is None or batch.null_loss is None else null_loss + batch.null_loss
+        for name, part in batch.gradient.items():
             gradient[name] += part
     if curved is None:
         raise ValueError("The training data are empty: there is nothing to take the evidence of.")
-    return _Totals(curved, structure, gradient, unit_loss, seen, num_outputs)
+    return _Totals(curved, structure, gradient, unit_loss, null_loss, seen, num_terms)
 
 
 def check_options(
@@ -287,13 +289,13 @@ def _forward(network: nn.Module, batch: Any, device: torch.device) -> Forward:
     return lambda: (network(inputs.to(device)), targets.to(device))
 
 
-def problem_of(reader: RowReader, block: RowBlock, num_examples: int, likelihood: Likelihood) -> Problem:
+def problem_of(reader: RowReader, block: RowBlock, num_examples: int) -> Problem:
     """Sizes of an evidence, for the choice of a structure, from the rows of its first batch."""
     first = next(iter(reader.parameters.values()))
     return Problem(
         shapes={name: parameter.shape for name, parameter in reader.parameters.items()},
         num_examples=num_examples,
-        rank=likelihood.rank(block.num_outputs),
+        rank=block.num_columns,
         batch_size=block.num_examples,
         kept_width=kept_width(block.layers),
         dtype=first.dtype,

@@ -1,11 +1,13 @@
 """Slow, literal, float64 twins of the evidence engine, written from the equations alone.
 
-Nothing here knows a closed form: the Jacobian of every single example comes from `torch.func.jacrev`, the
-Hessian of the loss in the output from autograd, log-densities from `torch.distributions`, determinants from
-`slogdet` of a dense [p, p] matrix.
+Nothing here knows a closed form or a batch: the Jacobian of every single example comes from one backward pass
+for each of its outputs, the Hessian of the loss in the outputs from autograd, log-densities from
+`torch.distributions` or PyTorch's own losses, determinants from `slogdet` of a dense [p, p] matrix.
 
     G = Σₙ JₙᵀΛₙJₙ
     ln P(y|x; M) = ln P(y|ω, x) − ½ Σ λω² − ½ ln det(I + Λ⁻¹ᐟ² G Λ⁻¹ᐟ²)    (Smith & Le 2018, eq. 9)
+
+An example may have any number of outputs: all K = T·C of a sequence belong to one Jₙ [K, p].
 """
 
 import math
@@ -15,10 +17,26 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Normal
-from torch.func import functional_call, jacrev
-from torch.nn import functional as F
 
-LogDensity = Callable[[Tensor, Tensor], Tensor]
+from tests.reference_kronecker import kronecker_ggn
+
+Nll = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Density:
+    """−ln p(target | output) of one example.
+
+    Attributes:
+        nll: From the network's output for a batch of one, and its targets, to a scalar.
+        guess: Whether outputs of zero are the null model.
+        targets_of_fisher: From outputs to targets over which the mean of the Hessian is its expectation under
+            the model; None where the Hessian at the targets themselves is meant.
+    """
+
+    nll: Nll
+    guess: bool = True
+    targets_of_fisher: Callable[[Tensor], list[Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,67 +59,52 @@ def reference_evidence(
     model: nn.Module,
     inputs: Tensor,
     targets: Tensor,
-    task: str,
+    task: str | Density,
     precision: Mapping[str, float],
     *,
     sigma: float | None = None,
     structure: str = "full",
+    curvature: str = "ggn",
 ) -> Reference:
     """Every term of the evidence, with a dense matrix for the curvature.
 
     Args:
         model: float64, any mode; it is put into eval mode.
         inputs: [N, ...].
-        targets: [N] or [N, K].
-        task: "classification", "binary" or "regression".
+        targets: [N, ...].
+        task: "classification" (classes in the second dimension), "binary", "regression", or a density.
         precision: λ > 0 of each parameter tensor that is integrated over; the others are conditioned on.
         sigma: Noise of a regression; None for the root mean squared residual.
-        structure: "full", "diag" or "kron".
+        structure: "full", "diag", "kron" or "kron_joint".
+        curvature: "ggn", or "hessian" of the summed loss in the parameters, where I + Λ⁻¹ᐟ² H Λ⁻¹ᐟ² is
+            positive definite.
     """
-    model.eval()
-    jacobians, outputs = per_example_jacobians(model, inputs, list(precision))
-    noise = None
-    if task == "regression":
-        residuals = outputs - targets.reshape(outputs.shape)
-        noise = residuals.square().mean().item() if sigma is None else sigma**2
-    log_density = log_density_of(task, noise)
-    hessians = output_hessians(outputs, targets, log_density)
-    ggn = sum(j.mT @ h @ j for j, h in zip(jacobians, hessians, strict=True))
-    if structure == "diag":
-        ggn = torch.diag(ggn.diagonal())
-    elif structure == "kron":
-        ggn = kronecker_ggn(model, inputs, hessians, list(precision), ggn)
+    density, noise = resolve_density(model, inputs, targets, task, sigma)
+    names = list(precision)
+    weights = torch.cat([model.get_parameter(name).detach().flatten() for name in names])
+    prior = torch.cat([torch.full_like(model.get_parameter(n).flatten(), v) for n, v in precision.items()])
+    if curvature == "hessian":
+        matrix = loss_hessian(model, inputs, targets, density, names)
+    else:
+        matrix = structured_ggn(model, inputs, targets, density, precision, structure)
+    whitened = torch.eye(len(prior)).to(matrix) + matrix / prior.sqrt() / prior.sqrt().unsqueeze(1)
+    assert torch.linalg.eigvalsh(whitened)[0] > 0
+    log_det = torch.linalg.slogdet(whitened).logabsdet.item()
 
-    parameters = dict(model.named_parameters())
-    weights = torch.cat([parameters[name].detach().flatten() for name in precision])
-    prior = torch.cat(
-        [torch.full_like(parameters[name].detach().flatten(), v) for name, v in precision.items()]
-    )
-    whitened = torch.eye(len(prior)).to(ggn) + ggn / prior.sqrt() / prior.sqrt().unsqueeze(1)
-    sign, log_det = torch.linalg.slogdet(whitened)
-    assert sign == 1
-
-    def cost(flat: Tensor) -> Tensor:
-        pieces = flat.split([parameters[name].numel() for name in precision])
-        changed = {n: piece.view_as(parameters[n]) for n, piece in zip(precision, pieces, strict=True)}
-        singly = [functional_call(model, changed, (x.unsqueeze(0),)).reshape(-1) for x in inputs]
-        fit = sum(log_density(f, y) for f, y in zip(singly, targets, strict=True))
-        return 0.5 * (prior * flat.square()).sum() - fit
-
-    flat = weights.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(cost(flat), flat)
-    posterior = ggn + torch.diag(prior)
-    log_likelihood = sum(log_density(f, y).item() for f, y in zip(outputs, targets, strict=True))
+    loss = summed_loss(model, inputs, targets, density)
+    slope = torch.cat([part.flatten() for part in gradients(loss, model, names)]) + prior * weights
+    posterior = matrix + torch.diag(prior)
+    log_likelihood = -loss.item()
     penalty = 0.5 * (prior * weights.square()).sum().item()
-    value = log_likelihood - penalty - 0.5 * log_det.item()
-    null = log_null(task, *outputs.shape)
+    value = log_likelihood - penalty - 0.5 * log_det
+    null = log_null(model, inputs, targets, density)
     return Reference(
         log_evidence=value,
         log_evidence_ratio=None if null is None else value - null,
         log_likelihood=log_likelihood,
         weight_penalty=penalty,
-        log_occam_factor=-0.5 * log_det.item(),
-        effective_parameters=torch.trace(torch.linalg.solve(posterior, ggn)).item(),
+        log_occam_factor=-0.5 * log_det,
+        effective_parameters=torch.trace(torch.linalg.solve(posterior, matrix)).item(),
         newton_decrement=0.5 * (slope @ torch.linalg.solve(posterior, slope)).item(),
         num_examples=len(inputs),
         num_parameters=len(prior),
@@ -119,121 +122,152 @@ def assert_agrees(evidence: object, reference: Reference, rel: float = 1e-8) -> 
             assert math.isclose(got, expected, rel_tol=rel, abs_tol=rel * 1e-3), (field.name, got, expected)
 
 
+def resolve_density(
+    model: nn.Module, inputs: Tensor, targets: Tensor, task: str | Density, sigma: float | None = None
+) -> tuple[Density, float | None]:
+    """What a task stands for, and the variance of its noise, of all residuals unless it is given."""
+    model.eval()
+    if isinstance(task, Density):
+        return task, None
+    if task != "regression":
+        return {"classification": Density(categorical()), "binary": Density(bernoulli)}[task], None
+    if sigma is not None:
+        return Density(normal(sigma**2), guess=False), sigma**2
+    pairs = zip(single_outputs(model, inputs), targets, strict=True)
+    residuals = torch.cat([f.detach().flatten() - y.flatten() for f, y in pairs])
+    noise = residuals.square().mean().item()
+    return Density(normal(noise), guess=False), noise
+
+
+def categorical(class_dim: int = 1) -> Nll:
+    """Minus the log-probability of class indices, or its mean under class probabilities."""
+
+    def nll(f: Tensor, y: Tensor) -> Tensor:
+        classes = Categorical(logits=f.movedim(class_dim, -1), validate_args=False)
+        if not y.is_floating_point():
+            return -classes.log_prob(y).sum()
+        shares = y.movedim(class_dim, -1)
+        return -sum(
+            (shares[..., c] * classes.log_prob(torch.tensor(c))).sum() for c in range(shares.shape[-1])
+        )
+
+    return nll
+
+
+def bernoulli(f: Tensor, y: Tensor) -> Tensor:
+    """Minus the log-probability of independent binary targets."""
+    return -Bernoulli(logits=f, validate_args=False).log_prob(y.reshape(f.shape).to(f)).sum()
+
+
+def normal(variance: float) -> Nll:
+    """Minus the log-density of real targets."""
+
+    def nll(f: Tensor, y: Tensor) -> Tensor:
+        return -Normal(f, math.sqrt(variance), validate_args=False).log_prob(y.reshape(f.shape)).sum()
+
+    return nll
+
+
+def single_outputs(model: nn.Module, inputs: Tensor) -> list[Tensor]:
+    """Outputs [1, ...] of each example by itself, with their graph."""
+    model.eval()
+    return [model(example.unsqueeze(0)) for example in inputs]
+
+
+def summed_loss(model: nn.Module, inputs: Tensor, targets: Tensor, density: Density) -> Tensor:
+    """−ln P(y | ω, x), one example after the other."""
+    singly = single_outputs(model, inputs)
+    return sum(density.nll(f, y.unsqueeze(0)) for f, y in zip(singly, targets, strict=True))
+
+
+def gradients(
+    value: Tensor, model: nn.Module, names: list[str], *, create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """Of a scalar, for each of the named parameters."""
+    return torch.autograd.grad(
+        value,
+        [model.get_parameter(name) for name in names],
+        retain_graph=True,
+        create_graph=create_graph,
+        materialize_grads=True,
+    )
+
+
 def per_example_jacobians(model: nn.Module, inputs: Tensor, names: list[str]) -> tuple[list[Tensor], Tensor]:
     """Jₙ [K, p] of each example by itself, and the outputs [N, K]."""
-    model.eval()
-    chosen = {name: p.detach() for name, p in model.named_parameters() if name in names}
-
-    def output(parameters: dict[str, Tensor], example: Tensor) -> Tensor:
-        return functional_call(model, parameters, (example.unsqueeze(0),)).reshape(-1)
-
-    jacobians, outputs = [], []
-    for example in inputs:
-        parts = jacrev(output)(chosen, example)
-        jacobians.append(torch.cat([parts[name].flatten(1) for name in names], dim=1))
-        outputs.append(output(chosen, example).detach())
-    return jacobians, torch.stack(outputs)
-
-
-def log_density_of(task: str, noise: float | None) -> LogDensity:
-    """ln p(y | f) of one example."""
-
-    def classification(f: Tensor, y: Tensor) -> Tensor:
-        classes = Categorical(logits=f, validate_args=False)
-        if y.dim() == 0:
-            return classes.log_prob(y)
-        return sum(share * classes.log_prob(torch.tensor(c)) for c, share in enumerate(y))
-
-    def binary(f: Tensor, y: Tensor) -> Tensor:
-        return Bernoulli(logits=f, validate_args=False).log_prob(y.reshape(f.shape).to(f)).sum()
-
-    def regression(f: Tensor, y: Tensor) -> Tensor:
-        return Normal(f, math.sqrt(noise), validate_args=False).log_prob(y.reshape(f.shape)).sum()
-
-    return {"classification": classification, "binary": binary, "regression": regression}[task]
-
-
-def output_hessians(outputs: Tensor, targets: Tensor, log_density: LogDensity) -> list[Tensor]:
-    """Λₙ [K, K]: minus the second derivative of the log-density in the outputs."""
-    return [
-        torch.autograd.functional.hessian(lambda f, y=y: -log_density(f, y), f)
-        for f, y in zip(outputs, targets, strict=True)
+    singly = [output.reshape(-1) for output in single_outputs(model, inputs)]
+    jacobians = [
+        torch.stack([torch.cat([g.flatten() for g in gradients(value, model, names)]) for value in output])
+        for output in singly
     ]
+    return jacobians, torch.stack(singly).detach()
 
 
-def log_null(task: str, num_examples: int, num_outputs: int) -> float | None:
-    """Log-evidence of guessing: every class, or either value of every output, equally often."""
-    if task == "classification":
-        return num_examples * math.log(1 / num_outputs)
-    return num_examples * num_outputs * math.log(1 / 2) if task == "binary" else None
-
-
-def kronecker_ggn(
-    model: nn.Module, inputs: Tensor, hessians: list[Tensor], names: list[str], ggn: Tensor
-) -> Tensor:
-    """KFLR as a dense matrix: B ⊗ A for weights of linear and ungrouped convolutional layers.
-
-    A = (1/N) Σ aaᵀ over the inputs of the layer, at every position where it has several; B = Σ ggᵀ with g
-    the columns of Jᵀ√Λ in the layer's output, summed over positions. All else, and a weight that is used
-    other than once, keeps its exact block.
-    """
-    parameters = dict(model.named_parameters())
-    blocks, start = [], 0
-    for name in names:
-        size = parameters[name].numel()
-        holders = [m for m in model.modules() if getattr(m, "weight", None) is parameters[name]]
-        factors = None
-        if len(holders) == 1 and getattr(holders[0], "groups", 1) == 1:
-            factors = _kronecker_factors(model, holders[0], inputs, hessians)
-        blocks.append(
-            ggn[start : start + size, start : start + size] if factors is None else torch.kron(*factors)
+def output_hessians(model: nn.Module, inputs: Tensor, targets: Tensor, density: Density) -> list[Tensor]:
+    """Λₙ [K, K]: the second derivative of the loss in the outputs, or its expectation."""
+    found = []
+    for output, y in zip(single_outputs(model, inputs), targets, strict=True):
+        f = output.detach()
+        points = density.targets_of_fisher(f) if density.targets_of_fisher else [y.unsqueeze(0)]
+        found.append(
+            sum(
+                torch.autograd.functional.hessian(
+                    lambda flat, f=f, point=point: density.nll(flat.view_as(f), point), f.flatten()
+                )
+                for point in points
+            )
+            / len(points)
         )
-        start += size
-    return torch.block_diag(*blocks)
+    return found
 
 
-def _kronecker_factors(
-    model: nn.Module, layer: nn.Module, inputs: Tensor, hessians: list[Tensor]
-) -> tuple[Tensor, Tensor] | None:
-    if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
+def structured_ggn(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    density: Density,
+    precision: Mapping[str, float],
+    structure: str,
+) -> Tensor:
+    """G [p, p], with what the structure leaves of it."""
+    names = list(precision)
+    jacobians, _ = per_example_jacobians(model, inputs, names)
+    hessians = output_hessians(model, inputs, targets, density)
+    ggn = sum(j.mT @ h @ j for j, h in zip(jacobians, hessians, strict=True))
+    if structure == "full":
+        return ggn
+    if structure == "diag":
+        return torch.diag(ggn.diagonal())
+    joint = {"kron": False, "kron_joint": True}[structure]
+    return kronecker_ggn(model, inputs, hessians, jacobians, precision, ggn, joint=joint)
+
+
+def loss_hessian(
+    model: nn.Module, inputs: Tensor, targets: Tensor, density: Density, names: list[str]
+) -> Tensor:
+    """H [p, p] of the summed loss, a second backward pass for each parameter."""
+    loss = summed_loss(model, inputs, targets, density)
+    slope = torch.cat([part.flatten() for part in gradients(loss, model, names, create_graph=True)])
+    hessian = torch.stack(
+        [torch.cat([part.flatten() for part in gradients(value, model, names)]) for value in slope]
+    )
+    return 0.5 * (hessian + hessian.mT)
+
+
+def whitened_hessian_eigenvalues(
+    model: nn.Module, inputs: Tensor, targets: Tensor, task: str | Density, precision: Mapping[str, float]
+) -> Tensor:
+    """Of I + Λ⁻¹ᐟ² H Λ⁻¹ᐟ²: λᵢ/λ of the paper, below 1 where the loss curves down."""
+    density, _ = resolve_density(model, inputs, targets, task)
+    hessian = loss_hessian(model, inputs, targets, density, list(precision))
+    scale = torch.cat([torch.full_like(model.get_parameter(n).flatten(), v) for n, v in precision.items()])
+    whitened = torch.eye(len(scale)).to(hessian) + hessian / scale.sqrt() / scale.sqrt().unsqueeze(1)
+    return torch.linalg.eigvalsh(whitened.detach())
+
+
+def log_null(model: nn.Module, inputs: Tensor, targets: Tensor, density: Density) -> float | None:
+    """Log-evidence of outputs that are all zero: every class, or either value, equally often."""
+    if not density.guess:
         return None
-    calls: list[tuple[Tensor, Tensor]] = []
-
-    def output(probe: Tensor | None, example: Tensor) -> Tensor:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            calls.append((args[0], out.clone()))
-            return out.clone() if probe is None else out + probe
-
-        calls.clear()
-        handle = layer.register_forward_hook(hook)
-        try:
-            return model(example.unsqueeze(0)).reshape(-1)
-        finally:
-            handle.remove()
-
-    factor_a, factor_b = torch.zeros(()), torch.zeros(())
-    for example, hessian in zip(inputs, hessians, strict=True):
-        output(None, example)
-        if len(calls) != 1:
-            return None
-        a, made = calls[0]
-        jacobian = jacrev(output)(torch.zeros_like(made), example).detach()
-        if isinstance(layer, nn.Linear):
-            a = a.reshape(-1, a.shape[-1])
-            jacobian = jacobian.reshape(len(jacobian), -1, jacobian.shape[-1]).sum(1)
-        else:
-            a = patches(layer, a.detach())
-            jacobian = jacobian.squeeze(1).flatten(2).sum(2)
-        factor_a = factor_a + a.detach().mT @ a.detach() / len(inputs)
-        factor_b = factor_b + jacobian.mT @ hessian @ jacobian
-    return factor_b, factor_a
-
-
-def patches(layer: nn.Conv1d | nn.Conv2d, image: Tensor) -> Tensor:
-    """What a convolution multiplies its weight with: [positions, in · kernel] of one image [1, in, ...]."""
-    pad = layer._reversed_padding_repeated_twice
-    image = F.pad(image, pad, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-    kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
-    if isinstance(layer, nn.Conv1d):
-        image, kernel, dilation, stride = image.unsqueeze(2), (1, *kernel), (1, *dilation), (1, *stride)
-    return F.unfold(image, kernel, dilation, 0, stride)[0].mT
+    pairs = zip(single_outputs(model, inputs), targets, strict=True)
+    return -sum(density.nll(torch.zeros_like(f), y.unsqueeze(0)).item() for f, y in pairs)

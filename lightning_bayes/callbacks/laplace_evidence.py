@@ -246,9 +246,9 @@ class LaplaceEvidence(Callback):
         captured = reader.read(_cloned(first[1]), first[0])
         training_batch_size = step_batch_size(trainer) or self._first_batch_size
 
-        def loss_scale(num_outputs: int, dispersion: float) -> float:
+        def loss_scale(terms_per_example: float, dispersion: float) -> float:
             return captured.likelihood.loss_scale(
-                captured.reduction, num_outputs, training_batch_size, dispersion
+                captured.reduction, terms_per_example, training_batch_size, dispersion
             )
 
         def forwards() -> Iterator[Forward]:
@@ -291,11 +291,11 @@ class LaplaceEvidence(Callback):
         # The evidence has a loader of its own: what cannot be read from that one must fail now as well.
         own = next(iter(examples.read()))
         try:
-            block = rows.read(_forward(reader, 0, own), captured.likelihood)
+            block = next(rows.read(_forward(reader, 0, own), captured.likelihood).blocks)
         except EvidenceUnavailableError as error:
             rank_zero_warn(f"LaplaceEvidence: the first batch has no evidence. {error}")
             return self.structure
-        problem = problem_of(rows, block, examples.num_examples, captured.likelihood)
+        problem = problem_of(rows, block, examples.num_examples)
         structure, reason = choose_structure(self.structure, problem)
         self._planned = (list(prior.strengths), examples.num_examples)
         rank_zero_info(f"LaplaceEvidence: structure={structure!r}. {reason}.")

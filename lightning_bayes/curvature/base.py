@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +28,10 @@ class Problem:
     """Numbers that a row is kept as beyond its batch, see `rows.kept_width`."""
     dtype: torch.dtype
     device: torch.device
+    tolerance: float | None = None
+    """Width in nats of the bracket about the log-evidence that is accepted; None for exact."""
+    sampled: bool = False
+    """Whether the columns of a batch are samples, of which G is the mean in expectation."""
 
     @property
     def num_parameters(self) -> int:
@@ -43,44 +46,57 @@ class Problem:
 
 @dataclass(frozen=True)
 class CurvatureSummary:
-    """Numbers of G at one prior Λ; the effective parameters with the standard error of their estimate."""
+    """Numbers of G at one prior Λ, each from the structure's own factor, estimates with standard errors."""
 
     log_det: float
-    """ln det(I + Λ⁻¹ᐟ² G Λ⁻¹ᐟ²), nats."""
+    """ln det(I + Λ⁻¹ᐟ² G Λ⁻¹ᐟ²) as the structure has it, nats."""
+    bounds: tuple[float, float]
+    """Certified bounds on the log-determinant of the *whole* G: equal where the structure is exact."""
     effective_parameters: float
     """tr G(G + Λ)⁻¹."""
-    effective_parameters_stderr: float
-    """0 where the trace is exact."""
     quadratic: float
     """gᵀ(G + Λ)⁻¹g for the gradient g that was given."""
+    log_det_stderr: float = 0.0
+    """0 where nothing is sampled."""
+    effective_parameters_stderr: float = 0.0
+    """0 where the trace is exact."""
 
 
 class Curvature(ABC):
     """One view of G = VᵀV, built from its rows block by block.
 
-    Laws: the order and the size of the blocks do not matter; `at` may be called for any number of priors
-    once all blocks are in.
+    Laws: the order and the size of the blocks do not matter; the other methods may be called for any number
+    of priors once all blocks are in. λ > 0 for each parameter tensor; a mapping from names holds them.
     """
-
-    exact: ClassVar[bool] = False
-    """Whether the structure keeps the whole G."""
-    lower_bounds_evidence: ClassVar[bool] = False
-    """Whether its log-determinant is never below that of the whole G."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
     @abstractmethod
     def update(self, block: RowBlock) -> None:
-        """Take in the rows of one batch."""
+        """Take in the rows of one batch, or of some columns of it."""
 
     @abstractmethod
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
         """Answer for one prior.
 
         Args:
-            precision: λ > 0 of each parameter tensor.
+            precision: λ of each parameter tensor.
             gradient: g of each parameter tensor, in its shape.
+        """
+
+    @abstractmethod
+    def spectrum(self, precision: Mapping[str, float]) -> Tensor:
+        """Eigenvalues of Λ⁻¹ᐟ² G Λ⁻¹ᐟ², in any order; zeros may be left out.
+
+        With them the log-determinant for the prior s·Λ is Σ ln(1 + e/s), for every s at no cost.
+        """
+
+    @abstractmethod
+    def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+        """Log-determinant for one prior, and γ of each parameter tensor.
+
+        γᵢ = pᵢ − λᵢ trᵢ (G + Λ)⁻¹, the trace over the entries of tensor i. ∂ ln det / ∂ ln λᵢ = −γᵢ.
         """
 
 

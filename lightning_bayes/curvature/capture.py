@@ -221,15 +221,17 @@ def _reduction(
 ) -> Reduction:
     """Which reduction of the likelihood's terms the returned value is; refuse if it is none."""
     unit_loss = likelihood.unit_loss(outputs.detach(), targets).item()
-    num_examples, num_outputs = outputs.shape
+    num_examples, num_terms = len(outputs), likelihood.num_terms(outputs, targets)
     values: dict[Reduction, float] = {
-        reduction: unit_loss / num_examples * likelihood.loss_scale(reduction, num_outputs, num_examples, 1.0)
+        reduction: unit_loss
+        / num_examples
+        * likelihood.loss_scale(reduction, num_terms / num_examples, num_examples, 1.0)
         for reduction in ("mean", "sum")
     }
     # Of one term; log-softmax outputs are rounded at the size of the logits, however small the loss.
     eps = min(torch.finfo(outputs.dtype).eps, torch.finfo(torch.float32).eps)
     rounding = 10 * eps * (1 + outputs.detach().abs().max().item())
-    terms = {"mean": 1, "sum": num_examples * likelihood.terms_per_example(num_outputs)}
+    terms = {"mean": 1, "sum": num_terms}
     declared = cast(Reduction, call.arguments.get("reduction", "mean"))
     # With one term both agree: the declared one is meant.
     for reduction in sorted(values, key=lambda name: name != declared):

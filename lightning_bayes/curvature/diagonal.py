@@ -19,8 +19,6 @@ class DiagonalCurvature(Curvature):
     never above.
     """
 
-    lower_bounds_evidence = True  # Hadamard: ln det(I + G/λ) ≤ Σ ln(1 + d/λ)
-
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         dtype = accumulation_dtype(problem.device)
@@ -42,4 +40,13 @@ class DiagonalCurvature(Curvature):
             log_det += log_det_from_eigenvalues(diagonal, precision[name]).item()
             gamma += effective_parameters(diagonal, precision[name]).item()
             quadratic += (gradient[name].square() / (diagonal + precision[name])).sum().item()
-        return CurvatureSummary(log_det, gamma, 0.0, quadratic)
+        # Hadamard: ln det(I + G/λ) ≤ Σ ln(1 + d/λ)
+        return CurvatureSummary(log_det, (0.0, log_det), gamma, quadratic)
+
+    def spectrum(self, precision: Mapping[str, float]) -> Tensor:
+        """See `Curvature.spectrum`."""
+        raise NotImplementedError
+
+    def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+        """See `Curvature.log_det_and_traces`."""
+        raise NotImplementedError

@@ -62,8 +62,6 @@ def _dual_cost(problem: Problem) -> tuple[float, float]:
 class PrimalCurvature(Curvature):
     """G [p, p] by accumulation over the batches, in float64."""
 
-    exact = lower_bounds_evidence = True
-
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         p, dtype = problem.num_parameters, accumulation_dtype(problem.device)
@@ -99,7 +97,18 @@ class PrimalCurvature(Curvature):
         vector = torch.cat([gradient[name].flatten() for name in shapes]).to(scale) * scale
         whitened = torch.linalg.solve_triangular(factor, vector.unsqueeze(1), upper=False)
         trace = torch.cholesky_inverse(factor).diagonal().sum().item()
-        return CurvatureSummary(_log_det(factor), len(scale) - trace, 0.0, whitened.square().sum().item())
+        log_det = _log_det(factor)
+        return CurvatureSummary(
+            log_det, (log_det, log_det), len(scale) - trace, whitened.square().sum().item()
+        )
+
+    def spectrum(self, precision: Mapping[str, float]) -> Tensor:
+        """See `Curvature.spectrum`."""
+        raise NotImplementedError
+
+    def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+        """See `Curvature.log_det_and_traces`."""
+        raise NotImplementedError
 
 
 class DualCurvature(Curvature):
@@ -108,15 +117,13 @@ class DualCurvature(Curvature):
     Memory: one rows × rows matrix, factorised in place, beside the rows' factors.
     """
 
-    exact = lower_bounds_evidence = True
-
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self._kept: dict[tuple[str, ...], list[KeptRows]] = {}
 
     def update(self, block: RowBlock) -> None:
         """See `Curvature.update`."""
-        layers = [keep(layer) for layer in block.layers]
+        layers = [kept for layer in block.layers for kept in keep(layer)]
         if self._kept and set(self._kept) != {layer.names for layer in layers}:
             raise ValueError(
                 "The network uses different layers for different batches; the exact evidence needs the same "
@@ -137,7 +144,18 @@ class DualCurvature(Curvature):
         gamma, stderr = _effective_parameters(system.factor)
         layers = [layer.to(accurate) for layer in layers]
         quadratic = _quadratic(layers, system, precision, gradient)
-        return CurvatureSummary(_log_det(system.factor), gamma, stderr, quadratic)
+        log_det = _log_det(system.factor)
+        return CurvatureSummary(
+            log_det, (log_det, log_det), gamma, quadratic, effective_parameters_stderr=stderr
+        )
+
+    def spectrum(self, precision: Mapping[str, float]) -> Tensor:
+        """See `Curvature.spectrum`."""
+        raise NotImplementedError
+
+    def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+        """See `Curvature.log_det_and_traces`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

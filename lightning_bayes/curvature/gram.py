@@ -121,13 +121,16 @@ class _KeptDense(KeptRows):
         return type(self)(self.rows.to(dtype), self.name, self.shape)
 
 
-def keep(layer: Rows) -> KeptRows:
+def keep(layer: Rows) -> list[KeptRows]:
     """Keep a layer's rows beyond their batch: factored where they have factors."""
-    if isinstance(layer, OuterRows):
-        return _KeptOuter(layer.grads, layer.inputs, layer.weight, layer.bias)
-    if isinstance(layer, DenseRows):
-        return _KeptDense(layer.dense()[layer.name], layer.name, layer.shape)
-    raise TypeError(f"No way to keep {type(layer).__name__}")
+    if isinstance(layer, OuterRows) and (inputs := layer.inputs()).shape[1] == 1:
+        return [_KeptOuter(layer.grads().squeeze(2), inputs.squeeze(1), layer.weight, layer.bias)]
+    shapes = (
+        {layer.weight: layer.weight_shape, layer.bias: layer.weight_shape[:1]}
+        if isinstance(layer, OuterRows)
+        else {layer.name: layer.shape}
+    )
+    return [_KeptDense(rows, name, shapes[name]) for name, rows in layer.dense().items()]
 
 
 def tiles_of(num_examples: int, columns: int, tile_rows: int) -> list[slice]:

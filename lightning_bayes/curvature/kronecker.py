@@ -5,6 +5,7 @@ Botev, Ritter & Barber, *Practical Gauss-Newton Optimisation for Deep Learning*,
 output factor that KFLR takes. Scales as BackPACK and laplace-torch have them.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -85,27 +86,27 @@ class KroneckerCurvature(Curvature):
 
     def update(self, block: RowBlock) -> None:
         """See `Curvature.update`."""
-        self._num_examples += block.num_examples
+        first = block.columns.start == 0
+        self._num_examples += block.num_examples if first else 0
         for layer in block.layers:
             if isinstance(layer, OuterRows):
-                self._update_outer(layer)
+                self._update_outer(layer, first)
             else:
                 self._update_dense(layer)
 
-    def _update_outer(self, layer: OuterRows) -> None:
-        grads = layer.grads.flatten(0, 1)
+    def _update_outer(self, layer: OuterRows, first: bool) -> None:
+        grads = layer.grads().sum(2).flatten(0, 1)
         output_factor = grads.mT @ grads
         if layer.weight is not None:
-            self._add(layer.weight, _KroneckerBlock, layer.inputs.mT @ layer.inputs, output_factor)
+            inputs = layer.inputs().flatten(0, 1)
+            # The inputs are those of all columns: they count with the first.
+            input_factor = inputs.mT @ inputs if first else inputs.new_zeros(inputs.shape[1], inputs.shape[1])
+            self._add(layer.weight, _KroneckerBlock, input_factor, output_factor)
         if layer.bias is not None:
             self._add(layer.bias, _ExactBlock, output_factor)
 
     def _update_dense(self, layer: DenseRows) -> None:
-        positions = layer.positions()
-        if positions is not None:
-            inputs, grads = positions[0].flatten(0, 1), positions[1].sum(2).flatten(0, 1)
-            self._add(layer.name, _KroneckerBlock, inputs.mT @ inputs, grads.mT @ grads)
-        elif layer.shape.numel() <= MAX_EXACT_BLOCK:
+        if layer.shape.numel() <= MAX_EXACT_BLOCK:
             rows = layer.dense()[layer.name].flatten(0, 1)
             self._add(layer.name, _ExactBlock, rows.mT @ rows)
         else:
@@ -125,4 +126,12 @@ class KroneckerCurvature(Curvature):
             log_det += log_det_from_eigenvalues(values, precision[name]).item()
             gamma += effective_parameters(values, precision[name]).item()
             quadratic += (rotated.square() / (values + precision[name])).sum().item()
-        return CurvatureSummary(log_det, gamma, 0.0, quadratic)
+        return CurvatureSummary(log_det, (0.0, math.inf), gamma, quadratic)
+
+    def spectrum(self, precision: Mapping[str, float]) -> Tensor:
+        """See `Curvature.spectrum`."""
+        raise NotImplementedError
+
+    def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+        """See `Curvature.log_det_and_traces`."""
+        raise NotImplementedError

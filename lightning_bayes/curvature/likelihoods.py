@@ -29,6 +29,9 @@ class Likelihood(ABC):
 
     - Σᵣ R[r, n, :] R[r, n, :]ᵀ is the Hessian of example n's `unit_loss` in f[n].
     - `log_likelihood(unit_loss(f, y), ...)` is the summed log-density of y, every constant included.
+
+    `prepare` brings what a network returned into the form that all other methods take: outputs [N, ...] and
+    targets of any form, the examples first.
     """
 
     name: ClassVar[str]
@@ -44,18 +47,35 @@ class Likelihood(ABC):
         """
 
     @abstractmethod
-    def rank(self, num_outputs: int) -> int:
-        """Number of columns of the Hessian's square root for C = `num_outputs`."""
-
-    @abstractmethod
     def unit_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Sum over examples of φ times the negative log-density, without constants; a scalar, nats · φ."""
 
     @abstractmethod
-    def sqrt_hessian(self, outputs: Tensor) -> Tensor:
-        """Columns [rank, N, C] of a square root of the Hessian of `unit_loss` in the outputs, detached."""
+    def sqrt_hessian(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Columns [rank, N, ...] of a square root of the Hessian of `unit_loss` in the outputs, detached."""
 
-    def estimate_dispersion(self, unit_loss: float, num_examples: int, num_outputs: int) -> float:
+    def sample_columns(
+        self, outputs: Tensor, targets: Tensor, num_columns: int, generator: torch.Generator
+    ) -> Tensor:
+        """Random columns [num_columns, N, ...] whose outer products sum to the Hessian in expectation.
+
+        R z/√S with independent standard normal z: each column of each example is a draw of its own.
+        """
+        root = self.sqrt_hessian(outputs, targets)
+        draws = torch.randn(
+            num_columns, *root.shape[:2], generator=generator, dtype=root.dtype, device=root.device
+        )
+        return torch.einsum("srn,rn...->sn...", draws, root) / math.sqrt(num_columns)
+
+    @abstractmethod
+    def num_terms(self, outputs: Tensor, targets: Tensor) -> float:
+        """What PyTorch's mean-reduced loss divides the sum over this batch by."""
+
+    def null_loss(self, outputs: Tensor, targets: Tensor) -> float | None:
+        """Summed unit loss of guessing, None where there is no guess to compare with."""
+        return None
+
+    def estimate_dispersion(self, unit_loss: float, num_terms: float) -> float:
         """Return φ: as given, or estimated from the summed unit loss of all examples.
 
         Raises:
@@ -65,22 +85,16 @@ class Likelihood(ABC):
             raise NotImplementedError(f"{type(self).__name__} has no estimate of its dispersion")
         return self.dispersion
 
-    def log_likelihood(
-        self, unit_loss: float, dispersion: float, num_examples: int, num_outputs: int
-    ) -> float:
+    def log_likelihood(self, unit_loss: float, dispersion: float, num_terms: float) -> float:
         """Summed log-density of the targets in nats, from the summed unit loss and φ."""
         return -unit_loss / dispersion
 
-    def log_null_evidence(self, num_examples: int, num_outputs: int) -> float | None:
-        """Log-evidence in nats of the model that guesses, None where there is none to compare with."""
-        return None
-
-    @abstractmethod
-    def terms_per_example(self, num_outputs: int) -> int:
-        """Terms that PyTorch's mean-reduced loss averages over for each example."""
-
     def loss_scale(
-        self, reduction: Literal["mean", "sum"], num_outputs: int, batch_size: int, dispersion: float
+        self,
+        reduction: Literal["mean", "sum"],
+        terms_per_example: float,
+        batch_size: int,
+        dispersion: float,
     ) -> float:
         """How many times the mean per-example nll the training loss is.
 
@@ -89,12 +103,12 @@ class Likelihood(ABC):
 
         Args:
             reduction: As in PyTorch's losses.
-            num_outputs: K.
+            terms_per_example: `num_terms` of the training set over N: K for K outputs.
             batch_size: B, the examples of one training_step; used by "sum" only.
             dispersion: φ.
         """
         scale = self._torch_terms * dispersion
-        return scale * batch_size if reduction == "sum" else scale / self.terms_per_example(num_outputs)
+        return scale * batch_size if reduction == "sum" else scale / terms_per_example
 
     # PyTorch's summed loss as a multiple of `unit_loss`: F.mse_loss has no ½.
     _torch_terms: ClassVar[float] = 1.0
@@ -139,15 +153,11 @@ class Categorical(Likelihood):
             )
         return outputs, targets.long()
 
-    def rank(self, num_outputs: int) -> int:
-        """C − 1: the softmax Hessian annihilates constants."""
-        return num_outputs - 1
-
     def unit_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """−Σₙ ln softmax(fₙ)[yₙ], or its expectation under class probabilities."""
         return F.cross_entropy(outputs, targets, reduction="sum")
 
-    def sqrt_hessian(self, outputs: Tensor) -> Tensor:
+    def sqrt_hessian(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Lower-triangular Cholesky factor of diag(p) − p pᵀ, without its last column of zeros.
 
         With tail sums q_k = Σ_{j>k} p_j, L_kk = √(p_k q_k / q_{k−1}) and L_ik = −L_kk p_i / q_k for i > k
@@ -163,13 +173,13 @@ class Categorical(Likelihood):
         root.diagonal(dim1=1, dim2=2).copy_(diagonal)
         return root.transpose(0, 1)
 
-    def log_null_evidence(self, num_examples: int, num_outputs: int) -> float:
-        """−N ln C."""
-        return log_null_evidence(num_examples, num_outputs)
+    def num_terms(self, outputs: Tensor, targets: Tensor) -> float:
+        """N, whatever the number of classes."""
+        return len(outputs)
 
-    def terms_per_example(self, num_outputs: int) -> int:
-        """One term, whatever the number of classes."""
-        return 1
+    def null_loss(self, outputs: Tensor, targets: Tensor) -> float:
+        """N ln C."""
+        return -log_null_evidence(len(outputs), outputs.shape[1])
 
 
 class Bernoulli(Likelihood):
@@ -184,26 +194,22 @@ class Bernoulli(Likelihood):
         _check(low >= 0.0 and high <= 1.0, f"Binary targets must lie in [0, 1], got {low:g} .. {high:g}.")
         return outputs, targets
 
-    def rank(self, num_outputs: int) -> int:
-        """K: the Hessian is diagonal."""
-        return num_outputs
-
     def unit_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """−Σ y ln σ(f) + (1 − y) ln(1 − σ(f)) over examples and outputs."""
         return F.binary_cross_entropy_with_logits(outputs, targets, reduction="sum")
 
-    def sqrt_hessian(self, outputs: Tensor) -> Tensor:
+    def sqrt_hessian(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Diag √(p(1 − p))."""
         outputs = outputs.detach()
         return _diagonal_columns((0.5 * (F.logsigmoid(outputs) + F.logsigmoid(-outputs))).exp())
 
-    def log_null_evidence(self, num_examples: int, num_outputs: int) -> float:
-        """−N K ln 2."""
-        return log_null_evidence(num_examples, 2, num_outputs)
+    def num_terms(self, outputs: Tensor, targets: Tensor) -> float:
+        """N K."""
+        return outputs.numel()
 
-    def terms_per_example(self, num_outputs: int) -> int:
-        """K."""
-        return num_outputs
+    def null_loss(self, outputs: Tensor, targets: Tensor) -> float:
+        """N K ln 2."""
+        return -log_null_evidence(len(outputs), 2, outputs.shape[1])
 
 
 class Gaussian(Likelihood):
@@ -224,23 +230,23 @@ class Gaussian(Likelihood):
         """See `Likelihood.prepare`."""
         return _flatten_alike(outputs, targets, self.name)
 
-    def rank(self, num_outputs: int) -> int:
-        """K: the Hessian is the identity over σ²."""
-        return num_outputs
-
     def unit_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """½ Σ (f − y)² over examples and outputs."""
         return 0.5 * F.mse_loss(outputs, targets, reduction="sum")
 
-    def sqrt_hessian(self, outputs: Tensor) -> Tensor:
+    def sqrt_hessian(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The identity for each example."""
         return _diagonal_columns(torch.ones_like(outputs))
 
-    def estimate_dispersion(self, unit_loss: float, num_examples: int, num_outputs: int) -> float:
+    def num_terms(self, outputs: Tensor, targets: Tensor) -> float:
+        """N K."""
+        return outputs.numel()
+
+    def estimate_dispersion(self, unit_loss: float, num_terms: float) -> float:
         """σ², the mean squared residual unless it was given."""
         if self.dispersion is not None:
             return self.dispersion
-        variance = 2.0 * unit_loss / (num_examples * num_outputs)
+        variance = 2.0 * unit_loss / num_terms
         if variance <= 0.0:
             raise EvidenceUnavailableError(
                 "The residuals are all zero, so the noise variance cannot be estimated from them; give it: "
@@ -248,15 +254,9 @@ class Gaussian(Likelihood):
             )
         return variance
 
-    def log_likelihood(
-        self, unit_loss: float, dispersion: float, num_examples: int, num_outputs: int
-    ) -> float:
+    def log_likelihood(self, unit_loss: float, dispersion: float, num_terms: float) -> float:
         """−Σ (f − y)²/(2σ²) − ½ N K ln(2πσ²)."""
-        return -unit_loss / dispersion - 0.5 * num_examples * num_outputs * math.log(2 * math.pi * dispersion)
-
-    def terms_per_example(self, num_outputs: int) -> int:
-        """K."""
-        return num_outputs
+        return -unit_loss / dispersion - 0.5 * num_terms * math.log(2 * math.pi * dispersion)
 
     def __repr__(self) -> str:
         return f"Gaussian(sigma={None if self.dispersion is None else math.sqrt(self.dispersion)!r})"

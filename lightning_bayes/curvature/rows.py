@@ -3,14 +3,16 @@
 With R[c, n] column c of a square root of the Hessian of the loss in output n, and Jₙ the Jacobian of that
 output, row (n, c) of V is v₍ₙ,c₎ = JₙᵀR[c, n] ∈ ℝᵖ. One backward pass of Σₙ ⟨f(xₙ), R[c, n]⟩ gives row c of
 every example at once: autograd takes it to the *output of each layer*, through whatever graph lies between,
-and BackPACK's parameter derivatives (those of its first-order extensions) take it from there to per-example
-gradients.
+and the derivatives of that one layer take it from there to per-example gradients: BackPACK's (those of its
+first-order extensions), our own, or torch.func's.
 
 This module knows the layers; `reader` runs the passes.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from backpack.core.derivatives.basederivatives import BaseParameterDerivatives
@@ -26,119 +28,237 @@ from backpack.utils.conv import unfold_input
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_bayes.curvature.own_layers import OWN_DERIVATIVES
+
 __all__ = [
+    "AXIS_FREE",
+    "CHUNK",
     "CONVOLUTIONS",
     "DERIVATIVES",
     "DenseRows",
+    "Derivatives",
     "LayerUse",
     "OuterRows",
     "RowBlock",
     "Rows",
+    "Use",
     "derivatives_of",
     "kept_width",
     "pad_beforehand",
-    "unsupported_parameters",
 ]
 
-DERIVATIVES: dict[type[nn.Module], BaseParameterDerivatives] = {
-    nn.Linear: LinearDerivatives(),
-    nn.Conv1d: Conv1DDerivatives(),
-    nn.Conv2d: Conv2DDerivatives(),
-    nn.Conv3d: Conv3DDerivatives(),
-    nn.ConvTranspose1d: ConvTranspose1DDerivatives(),
-    nn.ConvTranspose2d: ConvTranspose2DDerivatives(),
-    nn.ConvTranspose3d: ConvTranspose3DDerivatives(),
-    nn.BatchNorm1d: BatchNormNdDerivatives(),
-    nn.BatchNorm2d: BatchNormNdDerivatives(),
-    nn.BatchNorm3d: BatchNormNdDerivatives(),
-}
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
+AXIS_FREE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
+"""Layers that do not ask which of the leading dimensions is the batch's."""
+CHUNK = 2**24
+"""Numbers that a temporary of per-example gradients may hold where it can be made in pieces."""
+
+
+class Derivatives(Protocol):
+    """From a layer's input and the gradient in its output to per-example gradients of its parameters."""
+
+    def rows(self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor) -> Tensor:
+        """Per-example gradients [C, N, *parameter.shape] for gradients [C, N, ...] in the output."""
+        ...
+
 
 @dataclass(frozen=True)
-class LayerUse:
-    """One call of one layer: its parameters' contribution to the rows of one batch."""
+class _Backpack:
+    """Derivatives of BackPACK's first-order extensions."""
 
-    module: nn.Module
     derivatives: BaseParameterDerivatives
-    input: Tensor  # [N, ...]
-    output: Tensor  # [N, ...], as the layer made it
-    grads: Tensor  # [C, N, ...]: column c's gradient in the output
 
-    def column(self, local_name: str, column: slice) -> Tensor:
-        """Per-example gradients [columns, N, *parameter.shape]."""
-        self.module.input0, self.module.output = self.input, self.output
-        rows: Tensor = self.derivatives.param_mjp(
-            local_name, self.module, (), (), self.grads[column], sum_batch=False
-        )
+    def rows(self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor) -> Tensor:
+        """See `Derivatives.rows`."""
+        module.input0, module.output = inputs, output
+        rows: Tensor = self.derivatives.param_mjp(local_name, module, (), (), grads, sum_batch=False)
         return rows
 
-    def of_example(self, example: int) -> "LayerUse":
-        """The same use, of one example of the batch."""
-        one = slice(example, example + 1)
-        return replace(self, input=self.input[one], output=self.output[one], grads=self.grads[:, one])
 
-    def positions(self) -> tuple[Tensor, Tensor] | None:
-        """The layer as a linear map applied at T positions: inputs [N, T, in] and gradients [C, N, T, out]."""
+DERIVATIVES: dict[type[nn.Module], Derivatives] = {
+    nn.Linear: _Backpack(LinearDerivatives()),
+    nn.Conv1d: _Backpack(Conv1DDerivatives()),
+    nn.Conv2d: _Backpack(Conv2DDerivatives()),
+    nn.Conv3d: _Backpack(Conv3DDerivatives()),
+    nn.ConvTranspose1d: _Backpack(ConvTranspose1DDerivatives()),
+    nn.ConvTranspose2d: _Backpack(ConvTranspose2DDerivatives()),
+    nn.ConvTranspose3d: _Backpack(ConvTranspose3DDerivatives()),
+    nn.BatchNorm1d: _Backpack(BatchNormNdDerivatives()),
+    nn.BatchNorm2d: _Backpack(BatchNormNdDerivatives()),
+    nn.BatchNorm3d: _Backpack(BatchNormNdDerivatives()),
+    **OWN_DERIVATIVES,
+}
+
+
+class Use(ABC):
+    """One call of one module: its parameters' contribution to the rows of one batch."""
+
+    @property
+    @abstractmethod
+    def num_columns(self) -> int:
+        """C, columns of the root whose gradients are here."""
+
+    @abstractmethod
+    def rows(self, local_name: str, columns: slice) -> Tensor:
+        """Per-example gradients [columns, N, *parameter.shape]."""
+
+    @abstractmethod
+    def of_example(self, example: int) -> "Use":
+        """The same use, of one example of the batch."""
+
+    def sum_squares(self, local_name: str) -> Tensor:
+        """Σ over rows of v², in the parameter's shape, one column after the other."""
+        columns = (slice(column, column + 1) for column in range(self.num_columns))
+        return torch.stack([self.rows(local_name, some).square().sum((0, 1)) for some in columns]).sum(0)
+
+
+@dataclass(frozen=True)
+class LayerUse(Use):
+    """One call of a layer whose derivatives are known.
+
+    An example may take several consecutive entries of the first dimension: windows of an image, or the
+    tokens of a sequence that was flattened into the batch.
+    """
+
+    module: nn.Module
+    derivatives: Derivatives
+    inputs: Tensor  # [N·k, ...]
+    output: Tensor  # [N·k, ...], as the layer made it
+    grads: Tensor  # [C, N·k, ...]: column c's gradient in the output
+    entries: int = 1  # k
+
+    @property
+    def num_columns(self) -> int:
+        """See `Use`."""
+        return len(self.grads)
+
+    def rows(self, local_name: str, columns: slice) -> Tensor:
+        """See `Use`."""
+        grads = self.grads[columns]
+        rows = self.derivatives.rows(self.module, local_name, self.inputs, self.output, grads)
+        return rows if self.entries == 1 else rows.unflatten(1, (-1, self.entries)).sum(2)
+
+    def of_example(self, example: int) -> "LayerUse":
+        """See `Use`."""
+        its = slice(example * self.entries, (example + 1) * self.entries)
+        return replace(self, inputs=self.inputs[its], output=self.output[its], grads=self.grads[:, its])
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the layer is one linear map, applied at each of T positions of an example."""
         if isinstance(self.module, nn.Linear):
-            inputs = self.input.reshape(len(self.input), -1, self.input.shape[-1])
-            return inputs, self.grads.reshape(*self.grads.shape[:2], -1, self.grads.shape[-1])
-        if isinstance(self.module, CONVOLUTIONS) and self.module.groups == 1:
-            return unfold_input(self.module, self.input).mT, self.grads.flatten(3).mT
-        return None
+            return True
+        return isinstance(self.module, CONVOLUTIONS) and self.module.groups == 1
+
+    def sum_squares(self, local_name: str) -> Tensor:
+        """See `Use`."""
+        sparse = getattr(self.derivatives, "sum_squares", None)
+        if sparse is None or self.entries != 1:
+            return super().sum_squares(local_name)
+        squares: Tensor = sparse(self.module, self.inputs, self.grads)
+        return squares
+
+    def linear_inputs(self) -> Tensor:
+        """What the linear map sees: [N, T, in]."""
+        if isinstance(self.module, CONVOLUTIONS):
+            inputs = unfold_input(self.module, self.inputs).mT
+            return inputs.reshape(-1, self.entries * inputs.shape[1], inputs.shape[2])
+        return self.inputs.reshape(len(self.inputs) // self.entries, -1, self.inputs.shape[-1])
+
+    def linear_grads(self) -> Tensor:
+        """Gradients in what the linear map makes: [C, N, T, out]."""
+        grads = self.grads
+        if isinstance(self.module, CONVOLUTIONS):
+            grads = grads.flatten(3).mT
+        return grads.reshape(len(grads), grads.shape[1] // self.entries, -1, grads.shape[-1])
 
 
 @dataclass(frozen=True)
 class OuterRows:
-    """Rows of a linear layer that sees each example once: v₍ₙ,c₎ = (g₍ₙ,c₎ aₙᵀ, g₍ₙ,c₎).
+    """Rows of a linear map at T positions of each example: v₍ₙ,c₎ = (Σₜ g₍ₙ,c,t₎ aₙₜᵀ, Σₜ g₍ₙ,c,t₎).
 
-    Kept as their two factors: the p-long rows of the weight are never formed.
+    Kept as their factors: the p-long rows of the weight are formed only where somebody asks for them. The
+    positions of a weight that is used more than once are those of all its uses.
     """
 
     weight: str | None
     bias: str | None
-    inputs: Tensor  # aₙ [N, in]
-    grads: Tensor  # g [C, N, out]
+    uses: tuple[LayerUse, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
         """Parameters in the order of `dense`."""
         return tuple(name for name in (self.weight, self.bias) if name is not None)
 
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The weight's own shape: a convolution's is [out, in, *kernel]."""
+        weight: Tensor = self.uses[0].module.weight  # type: ignore[assignment]
+        return weight.shape
+
+    def inputs(self) -> Tensor:
+        """The a: [N, T, in]."""
+        return _joined([use.linear_inputs() for use in self.uses], 1)
+
+    def grads(self) -> Tensor:
+        """The g: [C, N, T, out]."""
+        return _joined([use.linear_grads() for use in self.uses], 2)
+
     def of_example(self, example: int) -> "OuterRows":
         """The rows of one example of the batch."""
-        one = slice(example, example + 1)
-        return replace(self, inputs=self.inputs[one], grads=self.grads[:, one])
+        return replace(self, uses=tuple(use.of_example(example) for use in self.uses))
 
     def dense(self) -> dict[str, Tensor]:
         """Rows [C, N, p] of each parameter."""
-        rows = {}
+        grads, rows = self.grads(), {}
         if self.weight is not None:
-            rows[self.weight] = (self.grads.unsqueeze(3) * self.inputs.unsqueeze(1)).flatten(2)
+            rows[self.weight] = (grads.mT @ self.inputs()).flatten(2)
         if self.bias is not None:
-            rows[self.bias] = self.grads
+            rows[self.bias] = grads.sum(2)
         return rows
 
     def sum_squares(self) -> dict[str, Tensor]:
         """Σ over rows of v², in the parameters' shapes."""
-        squares = self.grads.square().sum(0)  # [N, out]
-        sums = {}
+        grads, sums = self.grads(), {}
         if self.weight is not None:
-            sums[self.weight] = squares.mT @ self.inputs.square()
+            sums[self.weight] = self._weight_squares(self.inputs(), grads).reshape(self.weight_shape)
         if self.bias is not None:
-            sums[self.bias] = squares.sum(0)
+            sums[self.bias] = grads.sum(2).square().sum((0, 1))
         return sums
+
+    @staticmethod
+    def _weight_squares(inputs: Tensor, grads: Tensor) -> Tensor:
+        """Σ (Σₜ gₜ aₜᵀ)², as Σ over pairs of positions of (gₜ ∘ gₛ)(aₜ ∘ aₛ)ᵀ while that is less work."""
+        positions = inputs.shape[1]
+        total = inputs.new_zeros(grads.shape[3], inputs.shape[2])
+        if positions < 2 * len(grads):
+            left, right = torch.triu_indices(positions, positions, device=inputs.device)
+            twice = torch.where(left == right, 1.0, 2.0).to(inputs).unsqueeze(1)
+            step = max(1, CHUNK // (len(left) * max(grads.shape[3] * len(grads), inputs.shape[2])))
+            for start in range(0, len(inputs), step):
+                some = slice(start, start + step)
+                g = (grads[:, some, left] * grads[:, some, right]).sum(0) * twice
+                a = inputs[some, left] * inputs[some, right]
+                total.addmm_(g.flatten(0, 1).mT, a.flatten(0, 1))
+            return total
+        step = max(1, CHUNK // total.numel())
+        for column in grads:
+            for start in range(0, len(inputs), step):
+                some = slice(start, start + step)
+                total += torch.bmm(column[some].mT, inputs[some]).square_().sum(0)
+        return total
 
 
 @dataclass(frozen=True)
 class DenseRows:
-    """Rows of one parameter of any other layer, as per-example gradients summed over the parameter's uses."""
+    """Rows of one parameter of any other kind, as per-example gradients summed over the parameter's uses."""
 
     name: str
     shape: torch.Size
-    uses: tuple[tuple[str, LayerUse], ...]
+    uses: tuple[tuple[str, Use], ...]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -151,27 +271,27 @@ class DenseRows:
 
     def dense(self) -> dict[str, Tensor]:
         """Rows [C, N, p]."""
-        return {self.name: self._columns(slice(None)).flatten(2)}
+        rows = self._columns(slice(None))
+        return {self.name: rows.reshape(*rows.shape[:2], -1)}  # a scalar's too
 
     def columns(self) -> Iterator[Tensor]:
         """Rows [N, p] of one column after the other: C times less memory than `dense`."""
-        for column in range(len(self.uses[0][1].grads)):
-            yield self._columns(slice(column, column + 1)).flatten(2).squeeze(0)
+        for column in range(self.uses[0][1].num_columns):
+            rows = self._columns(slice(column, column + 1))
+            yield rows.reshape(rows.shape[1], -1)
 
     def sum_squares(self) -> dict[str, Tensor]:
         """Σ over rows of v², in the parameter's shape."""
+        if len(self.uses) == 1:
+            local_name, use = self.uses[0]
+            return {self.name: use.sum_squares(local_name)}
         squares = torch.stack([rows.square().sum(0) for rows in self.columns()]).sum(0)
         return {self.name: squares.reshape(self.shape)}
 
-    def positions(self) -> tuple[Tensor, Tensor] | None:
-        """See `LayerUse.positions`; only for a weight that is used once."""
-        local_name, use = self.uses[0]
-        return use.positions() if len(self.uses) == 1 and local_name == "weight" else None
-
-    def _columns(self, column: slice) -> Tensor:
-        total = self.uses[0][1].column(self.uses[0][0], column)
+    def _columns(self, columns: slice) -> Tensor:
+        total = self.uses[0][1].rows(self.uses[0][0], columns)
         for local_name, use in self.uses[1:]:
-            total = total + use.column(local_name, column)
+            total = total + use.rows(local_name, columns)
         return total
 
 
@@ -180,44 +300,38 @@ Rows = OuterRows | DenseRows
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Everything that one batch says about the evidence."""
+    """Rows of one batch of examples, for some columns of the root.
+
+    A batch of many columns comes in several blocks, one after the other; the first of them has
+    `columns.start == 0`. Every block of a batch has the same `layers` in the same order.
+    """
 
     num_examples: int
-    num_outputs: int
-    unit_loss: float
-    """Summed over the examples, in units of the dispersion."""
-    gradient: dict[str, Tensor]
-    """Of `unit_loss`, per parameter, in its shape."""
+    columns: slice
+    num_columns: int
+    """Of the whole root, or the number of samples where columns are sampled."""
     layers: list[Rows]
-
-
-def unsupported_parameters(network: nn.Module, names: Collection[str]) -> dict[str, str]:
-    """Those of `names` that no derivative is known for, each with the type of the layer that holds it."""
-    wanted = {id(parameter): name for name, parameter in network.named_parameters() if name in names}
-    unsupported = {}
-    for module in network.modules():
-        derivatives = derivatives_of(module)
-        for local_name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in wanted and (
-                derivatives is None or not hasattr(derivatives, f"_{local_name}_jac_t_mat_prod")
-            ):
-                unsupported[wanted[id(parameter)]] = type(module).__name__
-    return unsupported
 
 
 def kept_width(layers: Iterable[Rows]) -> int:
     """Numbers that a row is kept as: its length, but only the outputs of a linear layer with factors."""
-    return sum(
-        layer.grads.shape[2] if isinstance(layer, OuterRows) else layer.shape.numel() for layer in layers
-    )
+    width = 0
+    for layer in layers:
+        if isinstance(layer, OuterRows):
+            width += layer.grads().shape[2:].numel()
+        else:
+            width += layer.shape.numel()
+    return width
 
 
-def derivatives_of(module: nn.Module) -> BaseParameterDerivatives | None:
-    """BackPACK's derivatives of a layer, None where there are none or they are wrong."""
+def derivatives_of(module: nn.Module) -> Derivatives | None:
+    """Derivatives of a layer, None where there are none or they are wrong."""
     if isinstance(module, _TRANSPOSED) and any(module.output_padding):  # BackPACK gets the shape wrong
         return None
     if isinstance(module, _BATCH_NORMS) and module.running_mean is None:  # mixes examples even in eval mode
         return None
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
+        return None  # its forward changes the weight, or its gradient is not that of its forward
     # A subclass counts only while its forward is the layer's own: LoRA and the like are other functions.
     for layer, derivatives in DERIVATIVES.items():
         if isinstance(module, layer) and type(module).forward is layer.forward:
@@ -241,3 +355,7 @@ def pad_beforehand(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     module.register_forward_pre_hook(lambda _, args: (F.pad(args[0], widths, mode=mode), *args[1:]))
     module.padding, module.padding_mode = (0,) * len(module.kernel_size), "zeros"
+
+
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)

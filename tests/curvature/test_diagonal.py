@@ -1,18 +1,10 @@
 """The diagonal against the diagonal of the dense matrix."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cases import LOSSES, NETWORKS, make_case
+from tests.cases import LOSSES, make_case
 from tests.reference import assert_agrees
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("network", NETWORKS)
-def test_every_field_agrees_with_the_dense_diagonal(network, loss):
-    case = make_case(network, loss)
-    assert_agrees(case.evidence(structure="diag", prior_precision=0.3), case.reference(0.3, "diag"))
 
 
 def test_a_precision_for_each_tensor():

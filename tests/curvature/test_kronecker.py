@@ -3,15 +3,8 @@
 import pytest
 
 from lightning_bayes.curvature import kronecker
-from tests.cases import LOSSES, NETWORKS, make_case
+from tests.cases import make_case
 from tests.reference import assert_agrees
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("network", NETWORKS)
-def test_every_field_agrees_with_the_dense_kronecker_products(network, loss):
-    case = make_case(network, loss)
-    assert_agrees(case.evidence(structure="kron", prior_precision=0.3), case.reference(0.3, "kron"))
 
 
 def test_a_precision_for_each_tensor():

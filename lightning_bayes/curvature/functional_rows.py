@@ -1,0 +1,199 @@
+"""Per-example gradients of modules whose derivatives nobody has written down: attention, LSTM, bare parameters.
+
+The smallest module whose call holds every use of a parameter is run again on each example by itself, under
+`torch.func.vmap`, and pulled back. Where no module call does, autograd goes back from each output of each
+example in turn.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_bayes.curvature.layout import Layout, mapped, tensors_of
+from lightning_bayes.curvature.rows import CHUNK, Use
+
+__all__ = ["GraphUse", "ModuleUse", "plain_kernels"]
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Attention and recurrent layers by ordinary operations: fused ones bypass hooks and cannot be vmapped."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@dataclass(frozen=True)
+class ModuleUse(Use):
+    """One call of a module, replayed example by example.
+
+    Attributes:
+        module: The module; its own parameters serve as constants, except for `parameters`.
+        parameters: Names within the module whose gradients are wanted.
+        arguments: (args, kwargs) of the call.
+        layouts: Of each tensor among the arguments; None for one that all examples share.
+        outputs: Places, among the tensors of what it returns, of those that carry a gradient.
+        output_layouts: Of these.
+        grads: Gradients in these, [C, *shape].
+        num_examples: N.
+        chosen: The one example that is asked for, None for all.
+    """
+
+    module: nn.Module
+    parameters: Mapping[str, Tensor]
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    layouts: tuple[Layout | None, ...]
+    outputs: tuple[int, ...]
+    output_layouts: tuple[Layout, ...]
+    grads: tuple[Tensor, ...]
+    num_examples: int
+    chosen: int | None = None
+    _cache: dict[object, dict[str, Tensor]] = field(default_factory=dict, compare=False)
+
+    @property
+    def num_columns(self) -> int:
+        """See `Use`."""
+        return len(self.grads[0])
+
+    def of_example(self, example: int) -> "ModuleUse":
+        """See `Use`."""
+        return replace(self, chosen=example, _cache={})
+
+    def rows(self, local_name: str, columns: slice) -> Tensor:
+        """See `Use`. All parameters are done in one go, and kept for those that are asked for next."""
+        key = (columns.start, columns.stop)
+        if key not in self._cache:
+            self._cache.clear()
+            self._cache[key] = self._pull_back(columns)
+        return self._cache[key][local_name]
+
+    def sum_squares(self, local_name: str) -> Tensor:
+        """See `Use`."""
+        if "squares" not in self._cache:
+            sums: dict[str, Tensor] = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+            for column in range(self.num_columns):
+                for name, rows in self._pull_back(slice(column, column + 1)).items():
+                    sums[name] += rows.square().sum((0, 1))
+            self._cache["squares"] = sums
+        return self._cache["squares"][local_name]
+
+    def with_layouts(self, layouts: Sequence[Layout | None]) -> "ModuleUse":
+        """The same call with these layouts of its arguments."""
+        return replace(self, layouts=tuple(layouts), _cache={})
+
+    def replayed(self) -> list[Tensor]:
+        """The outputs again, each example by itself, as [N, ...]: to be held against the recorded ones."""
+        tensors = [tensor for tensor, layout in self._apart() if layout is not None]
+        if not tensors:
+            raise ValueError("no argument that belongs to the examples")
+
+        def of_one(*tensors: Tensor) -> list[Tensor]:
+            # Under vjp as in `_pull_back`: vmap alone does not take recurrent layers apart.
+            made, _ = vjp(lambda parameters: self._outputs(parameters)(*tensors), dict(self.parameters))
+            return made  # type: ignore[no-any-return]
+
+        with plain_kernels(), _vectorised():
+            made: list[Tensor] = vmap(of_one, randomness="same")(*tensors)
+        return [tensor.detach() for tensor in made]
+
+    def _pull_back(self, columns: slice) -> dict[str, Tensor]:
+        """Rows [columns, N, *shape] of each parameter."""
+        tensors = [tensor for tensor, layout in self._apart() if layout is not None]
+        grads = [
+            torch.stack([self._of_chosen(grad, layout) for grad in all_grads[columns]], 1)
+            for layout, all_grads in zip(self.output_layouts, self.grads, strict=True)
+        ]  # each [N, columns, ...]
+
+        def of_one(grads: list[Tensor], *tensors: Tensor) -> dict[str, Tensor]:
+            _, pull = vjp(lambda parameters: self._outputs(parameters)(*tensors), dict(self.parameters))
+            rows: dict[str, Tensor] = vmap(lambda cotangents: pull(cotangents)[0])(grads)
+            return rows
+
+        width = len(grads[0][0]) * sum(p.numel() for p in self.parameters.values())
+        chunk = max(1, 4 * CHUNK // width)
+        with plain_kernels(), _vectorised():
+            rows = vmap(of_one, randomness="same", chunk_size=chunk)(grads, *tensors)
+        return {name: value.transpose(0, 1).detach() for name, value in rows.items()}
+
+    def _apart(self) -> list[tuple[Tensor, Layout | None]]:
+        found = []
+        for tensor, layout in zip(tensors_of(self.arguments), self.layouts, strict=True):
+            found.append((tensor if layout is None else self._of_chosen(tensor, layout), layout))
+        return found
+
+    def _of_chosen(self, tensor: Tensor, layout: Layout) -> Tensor:
+        apart = layout.apart(tensor, self.num_examples)
+        return apart if self.chosen is None else apart[self.chosen : self.chosen + 1]
+
+    def _outputs(self, parameters: Mapping[str, Tensor]) -> Any:
+        """The function of one example's tensors to the outputs that carry a gradient."""
+
+        def outputs(*tensors: Tensor) -> list[Tensor]:
+            own = iter(tensors)
+            shared = iter(self._apart())
+
+            def fill(_: Tensor) -> Tensor:
+                tensor, layout = next(shared)
+                return tensor if layout is None else next(own)
+
+            args, kwargs = mapped(fill, self.arguments)
+            made = tensors_of(functional_call(self.module, dict(parameters), args, kwargs))
+            return [made[place] for place in self.outputs]
+
+        return outputs
+
+
+@contextmanager
+def _vectorised() -> Iterator[None]:
+    """Recurrent layers by operations that vmap knows, and loops inside vmap without its remark on them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+        # torch mentions TF32 of other devices whenever a flag of oneDNN is set.
+        warnings.filterwarnings("ignore", message="TF32 acceleration", category=UserWarning)
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
+
+
+@dataclass(frozen=True)
+class GraphUse(Use):
+    """A parameter's whole way to the outputs, by one backward pass for each row: right for anything, and slow."""
+
+    parameter: Tensor
+    outputs: Tensor
+    roots: Tensor  # [C, N, ...]
+    chosen: Sequence[int]
+
+    @property
+    def num_columns(self) -> int:
+        """See `Use`."""
+        return len(self.roots)
+
+    def of_example(self, example: int) -> "GraphUse":
+        """See `Use`."""
+        return replace(self, chosen=[self.chosen[example]])
+
+    def rows(self, local_name: str, columns: slice) -> Tensor:
+        """See `Use`."""
+        return torch.stack(
+            [torch.stack([self._row(root, n) for n in self.chosen]) for root in self.roots[columns]]
+        )
+
+    def _row(self, root: Tensor, example: int) -> Tensor:
+        seed = torch.zeros_like(self.outputs)
+        seed[example] = root[example]
+        (row,) = torch.autograd.grad(
+            self.outputs, self.parameter, seed, retain_graph=True, materialize_grads=True
+        )
+        return row
