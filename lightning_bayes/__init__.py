@@ -2,7 +2,14 @@
 
 from lightning_bayes.callbacks import LaplaceEvidence, ScalingAdvisor, SGDNoiseScale
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
-from lightning_bayes.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from lightning_bayes.curvature.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    HeteroscedasticGaussian,
+    Likelihood,
+)
+from lightning_bayes.curve import EvidenceCurve, evidence_curve
 from lightning_bayes.evidence import Evidence
 from lightning_bayes.laplace import laplace_evidence
 
@@ -16,10 +23,13 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     # Without a Trainer
     "laplace_evidence",
     "Evidence",
+    "evidence_curve",
+    "EvidenceCurve",
     "EvidenceUnavailableError",
     # Likelihoods
     "Bernoulli",
     "Categorical",
     "Gaussian",
+    "HeteroscedasticGaussian",
     "Likelihood",
 ]

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 __all__ = ["Evidence"]
 
+MOST_PRIOR_LINES = 6
+"""Of the one screen."""
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -30,11 +33,20 @@ class Evidence:
         num_examples: N.
         num_parameters: p, the parameters that carry a prior.
         structure: "full", "kron" or "diag".
-        curvature: "ggn".
+        curvature: "ggn", "hessian" or "hessian_positive" (the eigenvalues λᵢ ≥ λ of the cost's Hessian alone).
         seconds: What it took.
         effective_parameters_stderr: Standard error of `effective_parameters`; 0 where it is exact.
         noise_variance: σ² of a Gaussian likelihood, given or estimated; None otherwise.
-        fixed_parameters: Parameters held at their values: without a proper prior, or frozen.
+        fixed_parameters: Parameters held at their values: without a proper prior, frozen, or outside the
+            subset of weights.
+        log_evidence_stderr: Standard error of `log_evidence` where columns or blocks are sampled, else 0.
+        prior_optimized: Whether `prior_precision` holds a λ that maximises the log-evidence at these weights.
+        num_eigenvalues_below_prior: Eigenvalues λᵢ of the cost's true Hessian below λ, that is, negative ones
+            of the likelihood's; None for the GGN, which has none. (Where parameters differ in λ, of the
+            Hessian in units of the prior.)
+        num_negative_eigenvalues: Those at or below 0; above 0 there is no minimum.
+        num_samples: Columns of the loss Hessian's root that were sampled, None for all.
+        subset_of_weights: As it was asked for.
     """
 
     log_evidence: float
@@ -55,21 +67,37 @@ class Evidence:
     effective_parameters_stderr: float = 0.0
     noise_variance: float | None = None
     fixed_parameters: tuple[str, ...] = ()
+    log_evidence_stderr: float = 0.0
+    prior_optimized: bool = False
+    num_eigenvalues_below_prior: int | None = None
+    num_negative_eigenvalues: int | None = None
+    num_samples: int | None = None
+    subset_of_weights: str | tuple[str, ...] = "all"
 
     @property
     def at_minimum(self) -> bool:
-        """Whether the Newton decrement is small: at most 1 nat or 1 % of the log-evidence (ratio)."""
+        """Whether the cost is at a minimum, as far as is known.
+
+        The Newton decrement is at most 1 nat or 1 % of the log-evidence (ratio), and no eigenvalue of the
+        true Hessian, where it was computed, is negative.
+        """
         reference = self.log_evidence if self.log_evidence_ratio is None else self.log_evidence_ratio
-        return self.newton_decrement <= max(1.0, 0.01 * abs(reference))
+        return not self.num_negative_eigenvalues and self.newton_decrement <= max(1.0, 0.01 * abs(reference))
+
+    @property
+    def status(self) -> str:
+        """What the Laplace expansion stands on: "at a minimum", "not at a minimum" or "negative curvature"."""
+        if self.num_negative_eigenvalues:
+            return "negative curvature"
+        return "at a minimum" if self.at_minimum else "not at a minimum"
 
     def __str__(self) -> str:
         """One screen, in columns."""
-        exact = self.lower == self.upper
         rows = [
-            ("log-evidence", self.log_evidence, self._per_example(self.log_evidence)),
+            ("log-evidence", self.log_evidence, self._spread()),
             ("  log-likelihood", self.log_likelihood, ""),
             ("  - weight penalty", -self.weight_penalty, ""),
-            ("  + log Occam factor", self.log_occam_factor, "exact GGN" if exact else self._bounds()),
+            ("  + log Occam factor", self.log_occam_factor, self._matrix()),
         ]
         if self.log_evidence_ratio is not None:
             verdict = (
@@ -79,7 +107,7 @@ class Evidence:
         stderr = self.effective_parameters_stderr
         spread = f"± {stderr:.2g} of {self.num_parameters:,}" if stderr else f"of {self.num_parameters:,}"
         rows.append(("effective parameters", self.effective_parameters, spread))
-        doubt = "at a minimum" if self.at_minimum else "NOT AT A MINIMUM: the expansion is in doubt"
+        doubt = self.status if self.at_minimum else f"{self.status.upper()}: the expansion is in doubt"
         rows.append(("Newton decrement", self.newton_decrement, doubt))
         if self.noise_variance is not None:
             rows.append(("noise variance", self.noise_variance, ""))
@@ -87,30 +115,56 @@ class Evidence:
             f"Laplace evidence of {self.num_examples:,} examples, nats ({self.structure} {self.curvature})"
         ]
         lines += [f"{name:<22}{value:>16,.4f}  {remark}".rstrip() for name, value, remark in rows]
-        lines += self._prior_lines()
+        lines += [*self._eigenvalue_lines(), *self._prior_lines()]
+        if self.subset_of_weights != "all":
+            subset = self.subset_of_weights
+            lines.append(
+                f"{'subset of weights':<22}{subset if isinstance(subset, str) else _shorten(subset)}"
+            )
         if self.fixed_parameters:
             lines.append(f"{'held fixed':<22}{_shorten(self.fixed_parameters)}")
         lines.append(f"{'seconds':<22}{self.seconds:>16.2f}")
         return "\n".join(lines)
 
-    def _per_example(self, value: float) -> str:
-        return f"{value / self.num_examples:+.4f} per example"
+    def _spread(self) -> str:
+        per_example = f"{self.log_evidence / self.num_examples:+.4f} per example"
+        if not self.log_evidence_stderr:
+            return per_example
+        return f"± {self.log_evidence_stderr:.2g} by sampling, {per_example}"
 
-    def _bounds(self) -> str:
+    def _matrix(self) -> str:
+        """How near the matrix is to the whole one."""
+        if self.lower == self.upper == self.log_evidence:
+            return "exact GGN" if self.curvature == "ggn" else "exact Hessian"
+        columns = "" if self.num_samples is None else f" of {self.num_samples} sampled columns"
+        if self.curvature == "hessian_positive":
+            return "eigenvalues above the prior's alone, a heuristic"
+        if math.isinf(self.upper):
+            return f"{self.structure}{columns}; no bounds known"
         if math.isinf(self.lower):
-            return f"{self.structure}; log-evidence at most {self.upper:,.2f}"
-        return f"{self.structure}; log-evidence in [{self.lower:,.2f}, {self.upper:,.2f}]"
+            return f"{self.structure}{columns}; log-evidence at most {self.upper:,.2f}"
+        return f"{self.structure}{columns}; log-evidence in [{self.lower:,.2f}, {self.upper:,.2f}]"
+
+    def _eigenvalue_lines(self) -> list[str]:
+        if self.num_eigenvalues_below_prior is None:
+            return []
+        below = f"{self.num_eigenvalues_below_prior:,}"
+        return [
+            f"{'eigenvalues':<22}{below:>16}  below the prior's, {self.num_negative_eigenvalues:,} of them negative"
+        ]
 
     def _prior_lines(self) -> list[str]:
+        label = "optimized prior" if self.prior_optimized else "prior precision"
         if not isinstance(self.prior_precision, Mapping):
-            return [f"{'prior precision':<22}{self.prior_precision:>16,.4g}"]
+            return [f"{label:<22}{self.prior_precision:>16,.4g}"]
         groups: dict[float, list[str]] = {}
         for name, precision in self.prior_precision.items():
             groups.setdefault(precision, []).append(name)
-        return [
-            f"{'prior precision':<22}{precision:>16,.4g}  {_shorten(names)}"
-            for precision, names in groups.items()
-        ]
+        lines = [f"{label:<22}{precision:>16,.4g}  {_shorten(names)}" for precision, names in groups.items()]
+        if len(lines) > MOST_PRIOR_LINES:
+            rest = len(lines) - MOST_PRIOR_LINES + 1
+            lines[MOST_PRIOR_LINES - 1 :] = [f"{'':<22}{'...':>16}  and {rest} more"]
+        return lines
 
 
 def _shorten(names: tuple[str, ...] | list[str], at_most: int = 4) -> str:

@@ -1,31 +1,34 @@
 """The Laplace log-evidence of any module on any training set, without a Trainer."""
 
-import math
-import time
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+import logging
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_bayes.curvature.base import Curvature, Problem, accumulation_dtype
 from lightning_bayes.curvature.data import Examples, examples_from_loader, examples_from_tensors
-from lightning_bayes.curvature.errors import EvidenceUnavailableError, check_finite
 from lightning_bayes.curvature.isolation import isolated, throw_away_copy
 from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
-from lightning_bayes.curvature.priors import Prior, fixed_prior, require_prior_precision
-from lightning_bayes.curvature.reader import RowReader
-from lightning_bayes.curvature.rows import RowBlock, kept_width
-from lightning_bayes.curvature.structures import STRUCTURES, choose_structure
+from lightning_bayes.curvature.priors import (
+    Prior,
+    PriorPrecision,
+    prior_from,
+    require_prior_precision,
+    trainable_names,
+)
+from lightning_bayes.curvature.subset import Subset, last_layer, matching
+from lightning_bayes.evaluation import Forward, Totals, evidence_of, read_all
 from lightning_bayes.evidence import Evidence
-from lightning_bayes.functional import evidence as terms
-from lightning_bayes.functional._validation import count
+from lightning_bayes.options import Method, check_options, sampling_if_many_columns
 
-__all__ = ["accumulate_evidence", "check_options", "laplace_evidence", "problem_of"]
+__all__ = ["Computation", "laplace_evidence"]
 
-Forward = Callable[[], tuple[Tensor, Tensor]]
+_Result = TypeVar("_Result")
 
 
 def laplace_evidence(
@@ -34,13 +37,14 @@ def laplace_evidence(
     *,
     likelihood: str | Likelihood = "classification",
     structure: str = "auto",
-    subset_of_weights: str | list[str] = "all",
+    subset_of_weights: Subset = "all",
     curvature: str = "ggn",
-    prior_precision: float | Mapping[str, float] | str = 1.0,
+    prior_precision: PriorPrecision = 1.0,
     backend: str = "auto",
     batch_size: int | None = None,
     max_examples: int | None = None,
     tolerance: float | None = None,
+    num_samples: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Evidence:
@@ -56,16 +60,24 @@ def laplace_evidence(
             tensors.
         likelihood: "classification" (C logits), "binary" (one logit per output), "regression" (means), or a
             `Likelihood` such as `Gaussian(sigma=0.1)`.
-        structure: "full" (exact), "kron", "diag"; "auto" takes "full" within the memory and time stated in
-            `curvature.structures`, else "kron".
-        subset_of_weights: "all"; anything else is not supported yet. Freeze parameters to leave them out.
-        curvature: "ggn"; "hessian" is not supported yet.
-        prior_precision: λ of the Gaussian prior, one number or a mapping from parameter-name patterns
-            (`"*.bias"`) to numbers, 0 for parameters to hold fixed. "optimize" is not supported yet.
-        backend: "auto" or "backpack"; "autograd" is not supported yet.
+        structure: "full" (exact, or a bracket of width `tolerance`), "kron", "diag"; "auto" takes "full"
+            within the memory and time stated in `curvature.structures`, else "kron".
+        subset_of_weights: "all"; "last_layer", the layer that is called last on the way to the outputs; or a
+            list of parameter-name patterns (`["head.*"]`). The other parameters are conditioned on.
+        curvature: "ggn"; "hessian", the true Hessian, dense, for small models, an error where the cost has no
+            minimum; "hessian_positive", the paper's convention: the sum over the eigenvalues λᵢ ≥ λ alone,
+            a heuristic that leaves directions of negative curvature out.
+        prior_precision: λ of the Gaussian prior: one number; a mapping from parameter-name patterns
+            (`"*.bias"`) to numbers, 0 for parameters to hold fixed, or "optimize"; "optimize" for the one λ
+            that maximises the log-evidence at these weights; "optimize_per_layer", one for each module that
+            holds parameters; "optimize_per_parameter", one for each parameter tensor.
+        backend: "auto" takes the derivatives of each layer where they are known and torch.func for the rest;
+            "backpack" refuses the rest; "autograd" takes torch.func for everything.
         batch_size: Examples at a time; None for the loader's own (at least 32), or 256 for tensors.
         max_examples: A random subset of this size, the same at every call; N is then its size.
-        tolerance: None, exact; brackets are not supported yet.
+        tolerance: Width in nats of the bracket [lower, upper] that is accepted; None for the exact value.
+        num_samples: Columns of the loss Hessian's root to sample, for "kron" and "diag" of many classes;
+            None for all, or 64 where structure="auto" meets more than 512 outputs per example.
         device: Where to compute; None for the model's own device.
         progress: Whether to show a progress bar.
 
@@ -74,172 +86,113 @@ def laplace_evidence(
 
     Raises:
         ValueError: If an argument, the data or the network cannot be used; the message names the remedy.
-        EvidenceUnavailableError: (a ValueError) If weights or outputs are not finite.
+        EvidenceUnavailableError: (a ValueError) If weights or outputs are not finite, or the true Hessian has
+            no minimum there.
 
     Example:
         >>> evidence = laplace_evidence(model, (x, y), prior_precision=1.0)  # doctest: +SKIP
         >>> print(evidence)  # doctest: +SKIP
     """
-    check_options(structure, subset_of_weights, curvature, backend, batch_size, max_examples, tolerance)
-    require_prior_precision(prior_precision)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"Expected argument `model` to be a torch.nn.Module, got {type(model).__name__}.")
-    resolved = resolve_likelihood(likelihood)
-    place = _device(device)
-    prior = fixed_prior(model, prior_precision)  # type: ignore[arg-type]
-    with isolated(data):
-        examples = _examples(data, batch_size, max_examples)
-        network = throw_away_copy(model)
-        if place is not None:
-            network.to(place)
-        where = next(network.parameters()).device
-        forwards = (_forward(network, batch, where) for batch in _tracked(examples, progress))
-        return accumulate_evidence(network, forwards, resolved, prior, structure, examples.num_examples)
-
-
-def accumulate_evidence(
-    network: nn.Module,
-    forwards: Iterable[Forward],
-    likelihood: Likelihood,
-    prior: Prior,
-    structure: str,
-    num_examples: int,
-    loss_scale: Callable[[float, float], float] = lambda terms_per_example, dispersion: 1.0,
-) -> Evidence:
-    """One pass over the data: rows into a structure, a structure into the evidence.
-
-    Args:
-        network: A throw-away copy in eval mode.
-        forwards: One callable a batch, which runs the network and returns its outputs and the targets.
-        likelihood: Of the targets given the outputs.
-        prior: Of the parameters of `network`, by name.
-        structure: "auto" or a key of `STRUCTURES`.
-        num_examples: Examples to expect, for the choice of a structure; the evidence counts those it sees.
-        loss_scale: From the loss's terms per example and the dispersion to s of `Prior.precision`.
-    """
-    start = time.perf_counter()
-    reader = RowReader(network, prior.strengths)
-    for name, parameter in reader.parameters.items():
-        check_finite(parameter.detach(), f"the parameter {name!r}")
-    totals = _read_all(reader, forwards, likelihood, structure, num_examples)
-    seen = totals.num_examples
-    dispersion = likelihood.estimate_dispersion(totals.unit_loss, totals.num_terms)
-    precision = prior.precision(seen, loss_scale(totals.num_terms / seen, dispersion))
-    weights = {name: parameter.detach() for name, parameter in reader.parameters.items()}
-    # In units of the dispersion φ the curvature is that of the unit loss and the prior is φλ.
-    scaled = {name: dispersion * value for name, value in precision.items()}
-    slope = {name: totals.gradient[name] + scaled[name] * weight for name, weight in weights.items()}
-    summary = totals.curved.at(scaled, slope)
-    log_likelihood = likelihood.log_likelihood(totals.unit_loss, dispersion, totals.num_terms)
-    if not all(map(math.isfinite, (log_likelihood, summary.log_det, summary.quadratic))):
-        raise EvidenceUnavailableError(
-            f"The evidence overflows: log-likelihood {log_likelihood:g}, log-determinant {summary.log_det:g}, "
-            f"squared Newton step {summary.quadratic:g}."
-        )
-    penalty = sum(
-        terms.weight_penalty(weight.to(accumulation_dtype(weight.device)), precision[name]).item()
-        for name, weight in weights.items()
+    computation = Computation(
+        likelihood=likelihood,
+        structure=structure,
+        subset_of_weights=subset_of_weights,
+        curvature=curvature,
+        prior_precision=prior_precision,
+        backend=backend,
+        batch_size=batch_size,
+        max_examples=max_examples,
+        tolerance=tolerance,
+        num_samples=num_samples,
+        device=device,
+        progress=progress,
     )
-    occam = terms.log_occam_factor(summary.log_det)
-    value = terms.log_evidence(log_likelihood, penalty, occam)
-    distinct = set(precision.values())
-    return Evidence(
-        log_evidence=value,
-        lower=terms.log_evidence(log_likelihood, penalty, terms.log_occam_factor(summary.bounds[1])),
-        upper=terms.log_evidence(log_likelihood, penalty, terms.log_occam_factor(summary.bounds[0])),
-        log_evidence_ratio=None if totals.null_loss is None else value + totals.null_loss,
-        log_likelihood=log_likelihood,
-        weight_penalty=penalty,
-        log_occam_factor=occam,
-        effective_parameters=summary.effective_parameters,
-        newton_decrement=0.5 * summary.quadratic / dispersion,
-        prior_precision=distinct.pop() if len(distinct) == 1 else precision,
-        num_examples=seen,
-        num_parameters=totals.curved.problem.num_parameters,
-        structure=totals.structure,
-        curvature="ggn",
-        seconds=time.perf_counter() - start,
-        effective_parameters_stderr=summary.effective_parameters_stderr,
-        noise_variance=dispersion if likelihood.name == "regression" else None,
-        fixed_parameters=tuple(name for name, _ in network.named_parameters() if name not in precision),
-    )
+    return computation.run(model, data, evidence_of)
 
 
 @dataclass(frozen=True)
-class _Totals:
-    """What one pass over the data adds up to, in units of the dispersion."""
+class Computation:
+    """Arguments of `laplace_evidence`, checked; `run` reads the data once and concludes from the totals."""
 
-    curved: Curvature
-    structure: str
-    gradient: dict[str, Tensor]
-    unit_loss: float
-    null_loss: float | None
-    num_examples: int
-    num_terms: float
+    likelihood: str | Likelihood = "classification"
+    structure: str = "auto"
+    subset_of_weights: Subset = "all"
+    curvature: str = "ggn"
+    prior_precision: PriorPrecision = 1.0
+    backend: str = "auto"
+    batch_size: int | None = None
+    max_examples: int | None = None
+    tolerance: float | None = None
+    num_samples: int | None = None
+    device: torch.device | str | None = None
+    progress: bool = False
 
+    def __post_init__(self) -> None:
+        self._method()
+        check_options(self.batch_size, self.max_examples)
+        require_prior_precision(self.prior_precision)
+        resolve_likelihood(self.likelihood)
+        _device(self.device)
 
-def _read_all(
-    reader: RowReader,
-    forwards: Iterable[Forward],
-    likelihood: Likelihood,
-    structure: str,
-    num_examples: int,
-) -> _Totals:
-    curved = None
-    seen, unit_loss, num_terms = 0, 0.0, 0.0
-    null_loss: float | None = 0.0
-    gradient = {name: torch.zeros_like(parameter) for name, parameter in reader.parameters.items()}
-    for forward in forwards:
-        batch = reader.read(forward, likelihood)
-        for block in batch.blocks:
-            if curved is None:
-                problem = problem_of(reader, block, num_examples)
-                structure, _ = choose_structure(structure, problem)
-                curved = STRUCTURES[structure](problem)
-            curved.update(block)
-        seen += batch.num_examples
-        unit_loss += batch.unit_loss
-        num_terms += batch.num_terms
-        null_loss = None if null_loss is None or batch.null_loss is None else null_loss + batch.null_loss
-        for name, part in batch.gradient.items():
-            gradient[name] += part
-    if curved is None:
-        raise ValueError("The training data are empty: there is nothing to take the evidence of.")
-    return _Totals(curved, structure, gradient, unit_loss, null_loss, seen, num_terms)
+    def run(
+        self, model: nn.Module, data: object, conclude: Callable[[Totals, Likelihood, Prior], _Result]
+    ) -> _Result:
+        """Read the data once and return what `conclude` makes of the totals."""
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"Expected argument `model` to be a torch.nn.Module, got {type(model).__name__}."
+            )
+        likelihood, device = resolve_likelihood(self.likelihood), _device(self.device)
+        if self.subset_of_weights != "last_layer":  # a wrong prior is found before the data are read
+            prior_from(model, self.prior_precision, subset=self._named_subset(model))
+        with isolated(data):
+            examples = _examples(data, self.batch_size, self.max_examples)
+            network = throw_away_copy(model)
+            if device is not None:
+                network.to(device)
+            where = next(network.parameters()).device
+            batches = iter(_tracked(examples, self.progress))
+            first = next(batches, None)
+            method, subset = self._settled(network, first, where)
+            prior = prior_from(network, self.prior_precision, subset=subset)
+            whole = batches if first is None else itertools.chain([first], batches)
+            forwards = (_forward(network, batch, where) for batch in whole)
+            names, announce = prior.strengths, logging.getLogger("lightning_bayes").info
+            totals = read_all(network, forwards, likelihood, names, method, examples.num_examples, announce)
+            return conclude(totals, likelihood, prior)
 
-
-def check_options(
-    structure: object,
-    subset_of_weights: object,
-    curvature: object,
-    backend: object,
-    batch_size: object,
-    max_examples: object,
-    tolerance: object,
-) -> None:
-    """Check the options that `laplace_evidence` and `LaplaceEvidence` share.
-
-    Raises:
-        ValueError: Naming the argument, what was got, and the remedy.
-    """
-    _one_of("structure", structure, ("auto", *STRUCTURES))
-    _one_of("subset_of_weights", subset_of_weights, ("all",), "Freeze parameters to leave them out.")
-    _one_of("curvature", curvature, ("ggn",), "The Hessian is not supported yet.")
-    _one_of("backend", backend, ("auto", "backpack"), "torch.func is not supported yet.")
-    for name, value in (("batch_size", batch_size), ("max_examples", max_examples)):
-        if value is not None:
-            count(name, value)
-    if tolerance is not None:
-        raise ValueError(
-            f"Expected argument `tolerance` to be None, got {tolerance!r}: brackets are not supported yet. Use "
-            'structure="kron", whose error is not bounded, or max_examples=.'
+    def _method(self) -> Method:
+        return Method(
+            self.structure,
+            self.curvature,
+            self.backend,
+            self.tolerance,
+            self.num_samples,
+            self.subset_of_weights,
         )
 
+    def _named_subset(self, network: nn.Module) -> list[str] | None:
+        if isinstance(self.subset_of_weights, str):
+            return None
+        return matching(trainable_names(network), self.subset_of_weights)
 
-def _one_of(name: str, value: object, choices: tuple[str, ...], remark: str = "") -> None:
-    if not isinstance(value, str) or value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"Expected argument `{name}` to be {listed}, got {value!r}. {remark}".rstrip())
+    def _settled(
+        self, network: nn.Module, first: Any, device: torch.device
+    ) -> tuple[Method, list[str] | None]:
+        """What only outputs can tell: how many there are, and which layer comes last."""
+        method, subset = self._method(), self._named_subset(network)
+        if first is None or (method.structure != "auto" and self.subset_of_weights != "last_layer"):
+            return method, subset
+        few = _forward(network, _first_examples(first), device)
+        if self.subset_of_weights == "last_layer":
+            subset = last_layer(network, lambda: few()[0])
+        with torch.no_grad():
+            outputs = few()[0]
+        if isinstance(outputs, Tensor):
+            method, changed = sampling_if_many_columns(method, outputs)
+            if changed is not None:
+                warnings.warn(changed, stacklevel=4)
+        return method, subset
 
 
 def _examples(data: object, batch_size: int | None, max_examples: int | None) -> Examples:
@@ -262,6 +215,14 @@ def _device(device: object) -> torch.device | None:
         raise ValueError(
             f"Expected argument `device` to be a torch.device, its name or None, got {device!r}."
         ) from error
+
+
+def _first_examples(batch: Any) -> Any:
+    """A batch of two; a batch that is not a pair of tensors stays what it is, for `_forward` to refuse."""
+    if not isinstance(batch, tuple | list):
+        return batch
+    few = [part[:2] if isinstance(part, Tensor) else part for part in batch]
+    return few if isinstance(batch, list) else tuple(few)
 
 
 def _tracked(examples: Examples, progress: bool) -> Iterable[Any]:
@@ -287,17 +248,3 @@ def _forward(network: nn.Module, batch: Any, device: torch.device) -> Forward:
     if inputs.dtype in (torch.float16, torch.bfloat16):  # the copy of a half-precision model is float32
         inputs = inputs.to(next(network.parameters()).dtype)
     return lambda: (network(inputs.to(device)), targets.to(device))
-
-
-def problem_of(reader: RowReader, block: RowBlock, num_examples: int) -> Problem:
-    """Sizes of an evidence, for the choice of a structure, from the rows of its first batch."""
-    first = next(iter(reader.parameters.values()))
-    return Problem(
-        shapes={name: parameter.shape for name, parameter in reader.parameters.items()},
-        num_examples=num_examples,
-        rank=block.num_columns,
-        batch_size=block.num_examples,
-        kept_width=kept_width(block.layers),
-        dtype=first.dtype,
-        device=first.device,
-    )

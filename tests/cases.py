@@ -13,7 +13,7 @@ from lightning_bayes.evidence import Evidence
 from lightning_bayes.laplace import laplace_evidence
 from tests.losses import LOSSES, Loss
 from tests.networks import NETWORKS, VOCABULARY
-from tests.reference import Reference, reference_evidence
+from tests.reference import Reference, SlowTwin
 
 __all__ = ["CASES", "LOSSES", "NETWORKS", "Case", "make_case"]
 
@@ -62,16 +62,12 @@ class Case:
         """The literal answer."""
         if not isinstance(precision, dict):
             precision = dict.fromkeys(self.names, precision)
-        return reference_evidence(
-            self.model,
-            self.inputs,
-            self.targets,
-            self.loss.density(self.class_dim),
-            precision,
-            sigma=self.loss.sigma,
-            structure=structure,
-            curvature=curvature,
-        )
+        return self.slow_twin().evidence(precision, structure, curvature)
+
+    def slow_twin(self) -> SlowTwin:
+        """A new one at every call."""
+        density = self.loss.density(self.class_dim)
+        return SlowTwin(self.model, self.inputs, self.targets, density, self.loss.sigma)
 
 
 def make_case(network: str = "mlp", loss: str = "classification", num_examples: int = 7) -> Case:

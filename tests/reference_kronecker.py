@@ -22,7 +22,7 @@ CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
 @dataclass(frozen=True)
-class Use:
+class LayerUse:
     """One call of one layer for one example: its inputs a [T, in] and ∂f/∂(its output), [K, T, out]."""
 
     layer: nn.Module
@@ -32,7 +32,7 @@ class Use:
 
 def kronecker_ggn(
     model: nn.Module,
-    inputs: Tensor,
+    uses: list[list[LayerUse]],
     hessians: list[Tensor],
     jacobians: list[Tensor],
     precision: Mapping[str, float],
@@ -43,8 +43,8 @@ def kronecker_ggn(
     """KFLR as a dense [p, p] matrix.
 
     Args:
-        model: In eval mode.
-        inputs: [N, ...].
+        model: That holds the parameters.
+        uses: `layer_uses` of each example.
         hessians: Λₙ [K, K].
         jacobians: Jₙ [K, p].
         precision: λ of each parameter, in the order of p.
@@ -55,7 +55,6 @@ def kronecker_ggn(
     for name in precision:
         places[name] = slice(start, start + model.get_parameter(name).numel())
         start = places[name].stop
-    uses = [uses_of(model, example) for example in inputs]
     result = torch.zeros_like(ggn)
     done: set[str] = set()
     for name, place in places.items():
@@ -81,7 +80,7 @@ def kronecker_ggn(
 
 
 def _factors(
-    model: nn.Module, name: str, uses: list[list[Use]], hessians: list[Tensor], jacobians: list[Tensor]
+    model: nn.Module, name: str, uses: list[list[LayerUse]], hessians: list[Tensor], jacobians: list[Tensor]
 ) -> tuple[Tensor, Tensor] | None:
     """B and A, None where the uses of the weight do not add up to its Jacobian."""
     weight = model.get_parameter(name)
@@ -100,20 +99,14 @@ def _factors(
     return factor_b, factor_a
 
 
-def uses_of(model: nn.Module, example: Tensor) -> list[Use]:
-    """Calls of linear and ungrouped convolutional layers on the way to the outputs of one example."""
-    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+def layer_uses(model: nn.Module, example: Tensor) -> list[LayerUse]:
+    """Calls of linear and ungrouped convolutional layers on the way to the outputs of one example.
 
-    def hook(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        calls.append((layer, args[0].detach(), out))
-        return out.clone()  # which in-place operations may have
-
-    handles = [m.register_forward_hook(hook) for m in model.modules() if _kind(m) is not None]
-    try:
-        output = model(example.unsqueeze(0)).reshape(-1)
-    finally:
-        for handle in handles:
-            handle.remove()
+    A call whose input does not grow with the batch, over a parameter say, sees no example: it is none.
+    """
+    _, twice = _layer_calls(model, torch.stack([example, example]))
+    output, calls = _layer_calls(model, example.unsqueeze(0))
+    calls = [call for call, (_, a, _) in zip(calls, twice, strict=True) if a.numel() > call[1].numel()]
     uses = []
     for layer, a, out in calls:
         grads = [torch.autograd.grad(f, out, retain_graph=True, allow_unused=True)[0] for f in output]
@@ -121,10 +114,26 @@ def uses_of(model: nn.Module, example: Tensor) -> list[Use]:
             continue
         g = torch.stack([torch.zeros_like(out) if grad is None else grad for grad in grads])
         if _kind(layer) is nn.Linear:
-            uses.append(Use(layer, a.reshape(-1, a.shape[-1]), g.reshape(len(g), -1, g.shape[-1])))
+            uses.append(LayerUse(layer, a.reshape(-1, a.shape[-1]), g.reshape(len(g), -1, g.shape[-1])))
         else:
-            uses.append(Use(layer, patches(layer, a), g.squeeze(1).flatten(2).mT))
+            uses.append(LayerUse(layer, patches(layer, a), g.squeeze(1).flatten(2).mT))
     return uses
+
+
+def _layer_calls(model: nn.Module, batch: Tensor) -> tuple[Tensor, list[tuple[nn.Module, Tensor, Tensor]]]:
+    """The outputs, flat, and of each call the layer, its input and its output."""
+    calls = []
+
+    def hook(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        calls.append((layer, args[0].detach(), out))
+        return out.clone()  # which in-place operations may have
+
+    handles = [m.register_forward_hook(hook) for m in model.modules() if _kind(m) is not None]
+    try:
+        return model(batch).reshape(-1), calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def patches(layer: nn.Module, image: Tensor) -> Tensor:
@@ -173,5 +182,5 @@ def _partner(model: nn.Module, name: str, precision: Mapping[str, float]) -> str
     return None
 
 
-def _with_one(use: Use) -> Use:
-    return Use(use.layer, F.pad(use.inputs, (0, 1), value=1.0), use.grads)
+def _with_one(use: LayerUse) -> LayerUse:
+    return LayerUse(use.layer, F.pad(use.inputs, (0, 1), value=1.0), use.grads)

@@ -100,13 +100,17 @@ def test_likelihood_objects_and_names_agree():
 
 BAD_ARGUMENTS = {
     "structure": (["FULL", None, 3], "'auto', 'full', 'kron', 'diag'"),
-    "subset_of_weights": (["last_layer", ["*"], None], "Freeze parameters"),
-    "curvature": (["hessian", "fisher", None], "not supported yet"),
-    "backend": (["autograd", "curvlinops", None], "'auto', 'backpack'"),
+    "subset_of_weights": (["head", [], [3], None], "list of parameter-name patterns such as ['head.*']"),
+    "curvature": (["fisher", None, True], "'ggn', 'hessian', 'hessian_positive'"),
+    "backend": (["curvlinops", None], "'auto', 'backpack', 'autograd'"),
     "batch_size": ([0, -1, 2.5, True, "8"], "whole number of at least 1"),
     "max_examples": ([0, -1, 2.5, True, "8"], "whole number of at least 1"),
-    "tolerance": ([0.1, "tight"], "not supported yet"),
-    "prior_precision": ([0.0, -1.0, math.nan, "auto", None, {}], "positive, finite number"),
+    "tolerance": ([0.0, -1.0, math.inf, "tight", True], "finite number above 0"),
+    "num_samples": ([0, -1, 2.5, True, "8"], "whole number of at least 1"),
+    "prior_precision": (
+        [0.0, -1.0, math.nan, "auto", "optimize_per_group", None, {}],
+        "positive, finite number, 'optimize', 'optimize_per_layer'",
+    ),
     "likelihood": (["poisson", None], "Gaussian"),
     "device": (["nope", 3.5], "torch.device, its name or None"),
 }
@@ -121,6 +125,25 @@ def test_bad_arguments_are_named_with_what_was_got(name, value):
         make_case().evidence(**{name: value})
     assert BAD_ARGUMENTS[name][1] in str(caught.value)
     assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "remedy"),
+    [
+        ({"tolerance": 1.0, "structure": "kron"}, "tolerance", 'structure="full" and "auto"'),
+        ({"num_samples": 8, "structure": "full"}, "num_samples", 'structure="kron" or "diag"'),
+        ({"num_samples": 8, "tolerance": 1.0}, "num_samples", 'structure="kron" or "diag"'),
+        ({"curvature": "hessian", "structure": "kron"}, "structure", 'curvature="ggn"'),
+        ({"curvature": "hessian", "tolerance": 1.0}, "tolerance", 'curvature="ggn"'),
+        ({"curvature": "hessian_positive", "num_samples": 3}, "num_samples", 'curvature="ggn"'),
+        ({"curvature": "hessian", "backend": "backpack"}, "backend", 'curvature="ggn"'),
+    ],
+    ids=str,
+)
+def test_arguments_that_do_not_go_together(arguments, name, remedy):
+    with pytest.raises(ValueError, match=f"argument `{name}` to be .* beside .*, got") as caught:
+        make_case().evidence(**arguments)
+    assert remedy in str(caught.value)
 
 
 @pytest.mark.parametrize("model", [None, "net", torch.relu, nn.Linear])

@@ -14,28 +14,14 @@ from torch.nn import functional as F
 
 from tests.cases import CASES, LOSSES, make_case
 from tests.losses import CLASS_WEIGHTS
-from tests.reference import (
-    loss_hessian,
-    output_hessians,
-    per_example_jacobians,
-    resolve_density,
-    structured_ggn,
-    summed_loss,
-    whitened_hessian_eigenvalues,
-)
+from tests.reference import per_example_jacobians
 from tests.reference_kronecker import patches
 
 CONVEX = [loss for loss in LOSSES if loss != "gaussian_nll"]
 
 
-def density_of(case):
-    task = case.loss.density(case.class_dim)
-    return resolve_density(case.model, case.inputs, case.targets, task, case.loss.sigma)[0]
-
-
-def ggn_of(case, structure="full", precision=0.3):
-    names = dict.fromkeys(case.names, precision)
-    return structured_ggn(case.model, case.inputs, case.targets, density_of(case), names, structure)
+def ggn_of(case, structure="full", **changed):
+    return case.slow_twin().structured(structure, dict.fromkeys(case.names, 0.3) | changed)
 
 
 @pytest.mark.parametrize("network", ["mlp", "conv", "batch_norm", "layer_norm", "tied", "bare_parameter"])
@@ -53,9 +39,9 @@ def test_jacobians_are_those_of_torch_func(network):
 def test_the_loss_of_all_examples_at_once_is_the_sum(network, loss):
     """Examples do not see each other, and PyTorch's loss of the batch is what the users have."""
     case = make_case(network, loss)
-    density = density_of(case)
-    alone = summed_loss(case.model, case.inputs, case.targets, density).item()
-    assert density.nll(case.model(case.inputs), case.targets).item() == pytest.approx(alone, rel=1e-12)
+    twin = case.slow_twin()
+    together = twin.density.nll(case.model(case.inputs), case.targets).item()
+    assert together == pytest.approx(twin.loss.item(), rel=1e-12)
 
 
 def test_weighted_smoothed_cross_entropy_by_its_formula():
@@ -66,9 +52,7 @@ def test_weighted_smoothed_cross_entropy_by_its_formula():
         if y != -100:
             q = 0.9 * F.one_hot(y, 4).double() + 0.1 / 4
             total -= (CLASS_WEIGHTS * q * Categorical(logits=case.model(x)).logits).sum().item()
-    loss = summed_loss(case.model, case.inputs, case.targets, density_of(case)).item()
-    assert loss == pytest.approx(total, rel=1e-13)
-    assert case.reference(1.0).log_evidence_ratio is not None
+    assert case.slow_twin().loss.item() == pytest.approx(total, rel=1e-13)
 
 
 def test_the_null_model_counts_the_weights():
@@ -85,55 +69,49 @@ def test_predicted_variances_by_their_formulas():
     mean, variance = case.model.eval()(case.inputs).detach().chunk(2, dim=1)
     log_likelihood = Normal(mean, variance.sqrt()).log_prob(case.targets).sum().item()
     assert case.reference(1.0).log_likelihood == pytest.approx(log_likelihood, rel=1e-13)
-    found = output_hessians(case.model, case.inputs, case.targets, density_of(case))
+    found = case.slow_twin().output_hessians
     expected = torch.diag_embed(torch.cat([1 / variance, 0.5 / variance.square()], dim=1))
     torch.testing.assert_close(torch.stack(found), expected)
 
 
 @pytest.mark.parametrize("loss", CONVEX)
 def test_hessian_and_gauss_newton_agree_where_outputs_are_linear(loss):
-    case = make_case("linear", loss)
-    found = loss_hessian(case.model, case.inputs, case.targets, density_of(case), case.names)
-    torch.testing.assert_close(found, ggn_of(case))
+    twin = make_case("linear", loss).slow_twin()
+    torch.testing.assert_close(twin.hessian, twin.ggn)
 
 
 @pytest.mark.parametrize(("network", "loss"), [("mlp", "weighted_smoothed"), ("conv", "gaussian_nll")])
 def test_hessian_is_that_of_torch_func(network, loss):
     case = make_case(network, loss)
-    density = density_of(case)
+    twin = case.slow_twin()
     parameters = {name: p.detach() for name, p in case.model.named_parameters()}
 
     def cost(chosen):
-        return density.nll(functional_call(case.model, chosen, (case.inputs,)), case.targets)
+        return twin.density.nll(functional_call(case.model, chosen, (case.inputs,)), case.targets)
 
     parts = jacrev(jacrev(cost))(parameters)
     rows = [
         torch.cat([parts[a][b].reshape(parameters[a].numel(), -1) for b in case.names], dim=1)
         for a in case.names
     ]
-    found = loss_hessian(case.model, case.inputs, case.targets, density, case.names)
-    torch.testing.assert_close(found, torch.cat(rows))
-    values = whitened_hessian_eigenvalues(
-        case.model, case.inputs, case.targets, case.loss.density(), dict.fromkeys(case.names, 0.1)
-    )
-    torch.testing.assert_close(values, 1 + torch.linalg.eigvalsh(found) / 0.1)
+    torch.testing.assert_close(twin.hessian, torch.cat(rows))
+    values = twin.whitened_hessian_eigenvalues(dict.fromkeys(case.names, 0.1))
+    torch.testing.assert_close(values, 1 + torch.linalg.eigvalsh(twin.hessian) / 0.1)
     assert values[0] < 0 < values[-1]  # it does curve down somewhere
 
 
 @pytest.mark.parametrize(("network", "loss"), [("mlp", "weighted_smoothed"), ("pixels", "binary_3")])
 def test_log_determinant_by_the_other_side(network, loss):
     """Sylvester: ln det(I + G/λ) = ln det(I + VVᵀ/λ), V from symmetric roots of the output Hessians."""
-    case = make_case(network, loss)
-    jacobians, _ = per_example_jacobians(case.model, case.inputs, case.names)
-    rows = []
-    for j, h in zip(
-        jacobians, output_hessians(case.model, case.inputs, case.targets, density_of(case)), strict=True
-    ):
-        values, vectors = torch.linalg.eigh(h)
-        rows.append((vectors * values.clamp(min=0).sqrt()).mT @ j)
+    twin, rows = make_case(network, loss).slow_twin(), []
+    for jacobian, hessian in zip(twin.jacobians, twin.output_hessians, strict=True):
+        values, vectors = torch.linalg.eigh(hessian)
+        rows.append((vectors * values.clamp(min=0).sqrt()).mT @ jacobian)
     gram = torch.cat(rows) @ torch.cat(rows).mT
     log_det = torch.linalg.eigvalsh(gram / 0.3).clamp(min=0).log1p().sum().item()
-    assert -2 * case.reference(0.3).log_occam_factor == pytest.approx(log_det, rel=1e-10)
+    assert -2 * twin.evidence(dict.fromkeys(twin.names, 0.3)).log_occam_factor == pytest.approx(
+        log_det, rel=1e-10
+    )
 
 
 def second_order(case, extension):
@@ -183,17 +161,11 @@ def test_one_example_makes_the_factors_of_a_linear_layer_exact(joint):
 
 def test_joint_blocks_need_one_precision_and_one_layer():
     case = make_case("shared_weight")
-    alike = dict.fromkeys(case.names, 0.3)
-    density = density_of(case)
-
-    def found(precision, structure):
-        return structured_ggn(case.model, case.inputs, case.targets, density, precision, structure)
-
-    separate, joint = found(alike, "kron"), found(alike, "kron_joint")
+    separate, joint = ggn_of(case, "kron"), ggn_of(case, "kron_joint")
     head = slice(-4 * 6, None)  # four outputs of five inputs and a bias
     assert not torch.allclose(separate[head, head], joint[head, head])
     assert torch.equal(separate[: -4 * 6], joint[: -4 * 6])  # two layers, one weight: no single bias to join
-    apart = found(alike | {"head.bias": 0.1}, "kron_joint")
+    apart = ggn_of(case, "kron_joint", **{"head.bias": 0.1})
     torch.testing.assert_close(apart, separate, rtol=0, atol=0)
 
 
@@ -206,6 +178,9 @@ def test_joint_blocks_need_one_precision_and_one_layer():
         ("conv3d", {"0.weight", "4.weight"}),
         ("conv", {"first.weight", "head.weight"}),
         ("tied", {"inner.weight"}),
+        ("functional_reuse", {"head.weight"}),
+        ("mixed_positions", {"inner.weight", "head.weight"}),
+        ("broadcast", {"head.weight"}),
         ("language_model", {"inner.weight"}),
         ("attention", {"encoder.linear1.weight", "encoder.linear2.weight", "head.weight"}),
         ("custom_layer", {"2.weight"}),

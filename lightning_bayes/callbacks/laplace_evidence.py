@@ -20,20 +20,18 @@ from lightning_bayes.callbacks.trainer_inputs import (
     is_decoupled,
     prior_of,
     step_batch_size,
+    subset_of,
 )
 from lightning_bayes.callbacks.untouched import untouched
 from lightning_bayes.curvature.capture import CapturedLoss
 from lightning_bayes.curvature.data import Examples
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
-from lightning_bayes.curvature.priors import (
-    Prior,
-    require_prior_precision,
-)
-from lightning_bayes.curvature.reader import RowReader
-from lightning_bayes.curvature.structures import choose_structure
+from lightning_bayes.curvature.priors import Prior, PriorPrecision, require_prior_precision
+from lightning_bayes.curvature.subset import Subset, last_layer
+from lightning_bayes.evaluation import Forward, evidence_of, read_all, rehearse
 from lightning_bayes.evidence import Evidence
-from lightning_bayes.laplace import Forward, accumulate_evidence, check_options, problem_of
+from lightning_bayes.options import Method, check_options, sampling_if_many_columns
 
 __all__ = ["LaplaceEvidence"]
 
@@ -54,9 +52,10 @@ class LaplaceEvidence(Callback):
     The Laplace log-evidence of Smith & Le (ICLR 2018, arXiv:1710.06451), eqs. 9-10, and its parts, in nats
     for the whole training set, under the prefix: `log_evidence`, `log_evidence_ratio` (against guessing),
     `log_likelihood`, `weight_penalty`, `log_occam_factor`, `effective_parameters`, `newton_decrement`,
-    `prior_precision` (one key per value where parameters differ), and `noise_variance` for regression. They
-    are there for `ModelCheckpoint(monitor=...)` and `EarlyStopping(monitor=...)`; with
-    `val_check_interval < 1` give these `save_on_train_epoch_end=True` and `check_on_train_epoch_end=True`.
+    `prior_precision` (one key per value where parameters differ), `noise_variance` for regression, the bounds
+    `lower` and `upper` where they are finite, and `log_evidence_stderr` where it is not 0. They are there for
+    `ModelCheckpoint(monitor=...)` and `EarlyStopping(monitor=...)`; with `val_check_interval < 1` give these
+    `save_on_train_epoch_end=True` and `check_on_train_epoch_end=True`.
 
     The training_step runs on a copy in eval mode, over the whole training set, unshuffled, with its own
     random state. Training is not disturbed: weights are bit-identical with and without the callback.
@@ -68,11 +67,13 @@ class LaplaceEvidence(Callback):
             "regression" or a `Likelihood` such as `Gaussian(sigma=0.1)` must be of the loss's kind unless
             `network` is given.
         prior_precision: "auto" takes the optimizer's weight decay, λ = N · weight_decay for a mean
-            cross-entropy and accordingly for other losses. A number, or a mapping from parameter-name
-            patterns to numbers, is λ itself.
-        subset_of_weights: "all"; freeze parameters to leave them out.
-        curvature: "ggn".
-        backend: "auto" or "backpack".
+            cross-entropy and accordingly for other losses, or "optimize" where all weight decay is zero. A
+            number, or a mapping from parameter-name patterns to numbers or "optimize", is λ itself.
+            "optimize", "optimize_per_layer", "optimize_per_parameter" and "optimize_per_group" (of the
+            optimizer) take the λ that maximise the log-evidence at the weights of each epoch.
+        subset_of_weights: "all", "last_layer" or a list of parameter-name patterns, see `laplace_evidence`.
+        curvature: "ggn", "hessian" or "hessian_positive", see `laplace_evidence`.
+        backend: "auto", "backpack" or "autograd", see `laplace_evidence`.
         network: For a training_step that cannot be read: the name of the submodule that maps `batch[0]` to
             outputs, or a function (module, batch) -> (outputs, targets). Needs an explicit `likelihood`;
             weight decay is then taken to go with the loss's mean.
@@ -80,7 +81,9 @@ class LaplaceEvidence(Callback):
             EarlyStopping `strict=False`, because the key does not exist before the first evaluation.
         max_examples: A fixed random subset of this size; N is then its size.
         batch_size: Examples at a time; None for the loader's own, at least 32.
-        tolerance: None; brackets are not supported yet.
+        tolerance: Width in nats of the bracket [lower, upper] that is accepted; None for the exact value.
+        num_samples: Columns of the loss Hessian's root to sample, for "kron" and "diag"; None for all, or 64
+            where structure="auto" meets more than 512 outputs per example.
         max_overhead: Largest share of the training time that the callback may take, 0.1 for a tenth: epochs
             are skipped until an evaluation as long as the last fits. The first is always made. A key of a
             skipped epoch keeps its last value for monitors.
@@ -99,8 +102,8 @@ class LaplaceEvidence(Callback):
         structure: str = "auto",
         *,
         likelihood: str | Likelihood = "auto",
-        prior_precision: float | Mapping[str, float] | str = "auto",
-        subset_of_weights: str | list[str] = "all",
+        prior_precision: PriorPrecision = "auto",
+        subset_of_weights: Subset = "all",
         curvature: str = "ggn",
         backend: str = "auto",
         network: NetworkOption = None,
@@ -108,14 +111,15 @@ class LaplaceEvidence(Callback):
         max_examples: int | None = None,
         batch_size: int | None = None,
         tolerance: float | None = None,
+        num_samples: int | None = None,
         max_overhead: float | None = None,
         log_key_prefix: str = "bayes/",
     ) -> None:
         super().__init__()
-        check_options(structure, subset_of_weights, curvature, backend, batch_size, max_examples, tolerance)
-        require_prior_precision(prior_precision, also=("auto",))
+        self.method = Method(structure, curvature, backend, tolerance, num_samples, subset_of_weights)
+        check_options(batch_size, max_examples)
+        require_prior_precision(prior_precision, also=("auto", "optimize_per_group"))
         check_arguments(likelihood, network, every_n_epochs, max_overhead, log_key_prefix)
-        self.structure = structure
         self.likelihood = None if likelihood == "auto" else resolve_likelihood(likelihood)
         self.prior_precision = prior_precision
         self.network = network
@@ -125,7 +129,8 @@ class LaplaceEvidence(Callback):
         self.max_overhead = max_overhead
         self.log_key_prefix = log_key_prefix
         self.history: list[tuple[int, Evidence]] = []
-        self._resolved_structure: str | None = None
+        self._resolved: Method | None = None
+        self._last_layer: list[str] | None = None
         self._first_batch_size = 1
         self._planned: tuple[list[str], int] | None = None
         self._logged_if_known: tuple[str, ...] = ()
@@ -136,7 +141,7 @@ class LaplaceEvidence(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(structure=self.structure, log_key_prefix=self.log_key_prefix)
+        return self._generate_state_key(structure=self.method.structure, log_key_prefix=self.log_key_prefix)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -144,25 +149,11 @@ class LaplaceEvidence(Callback):
         check_trainer(trainer, pl_module, self.network)
         self._check_prefix(trainer)
         self._examples(trainer)
-        prior = self._prior(trainer, pl_module)
-        if prior.fixed_parameters:
-            rank_zero_info(
-                f"LaplaceEvidence: {list(prior.fixed_parameters)} have no weight decay, hence no proper prior, and "
-                "are held at their values."
-            )
-        target = original_network(pl_module, self.network)
-        known = {*prior.strengths, *prior.fixed_parameters}
-        left_out = [name for name, _ in target.named_parameters() if name not in known]
-        if left_out:
-            rank_zero_info(f"LaplaceEvidence: {left_out} are left out: frozen, or in no optimizer.")
-        if self.prior_precision == "auto" and any(is_decoupled(o) for o in trainer.optimizers):
-            rank_zero_warn(
-                "LaplaceEvidence: decoupled weight decay (AdamW) is not a Gaussian prior; λ = N·weight_decay is an "
-                "approximation. Give prior_precision= to choose the prior yourself."
-            )
+        self._resolved, self._last_layer, self._planned, self._logged_if_known = None, None, None, ()
+        if self.method.subset_of_weights != "last_layer":  # which layer that is, the first batch tells
+            self._announce_prior(trainer, pl_module)
         if trainer.global_step == 0:  # a new run, not one that goes on from a checkpoint
             self.history = []
-        self._resolved_structure, self._planned, self._logged_if_known = None, None, ()
         self._started, self._spent, self._last_took = time.monotonic(), 0.0, None
 
     @override
@@ -170,11 +161,11 @@ class LaplaceEvidence(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Read the first batch before the first step, so that what cannot be read fails now."""
-        if self._resolved_structure is not None:
+        if self._resolved is not None:
             return
         start = time.monotonic()
         with untouched(trainer):
-            self._resolved_structure = self._rehearse(trainer, pl_module, batch, batch_idx)
+            self._resolved = self._rehearse(trainer, pl_module, batch, batch_idx)
         self._spent += time.monotonic() - start
 
     @override
@@ -256,20 +247,14 @@ class LaplaceEvidence(Callback):
             for index, batch in batches:
                 yield _forward(reader, index, batch)
 
-        return accumulate_evidence(
-            reader.network,
-            forwards(),
-            captured.likelihood,
-            prior,
-            # Parameters are unfrozen and datasets grow during a run: then the choice is made again.
-            self._resolved_structure
-            if self._planned == plan and self._resolved_structure
-            else self.structure,
-            examples.num_examples,
-            loss_scale,
+        # Parameters are unfrozen and datasets grow during a run: then the choice is made again.
+        method = self._resolved if self._planned == plan and self._resolved else self.method
+        totals = read_all(
+            reader.network, forwards(), captured.likelihood, prior.strengths, method, examples.num_examples
         )
+        return evidence_of(totals, captured.likelihood, prior, loss_scale)
 
-    def _rehearse(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> str:
+    def _rehearse(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Method:
         """Read one batch all the way and choose the structure."""
         reader = ModuleReader(trainer, pl_module, self.likelihood, self.network)
 
@@ -277,8 +262,6 @@ class LaplaceEvidence(Callback):
             # A training_step may work on its batch in place, and the real one comes next.
             return reader.read(_cloned(batch), batch_idx, transferred=True)
 
-        examples, prior = self._examples(trainer), self._prior(trainer, pl_module)
-        rows = RowReader(reader.network, prior.strengths)
         captured, again = read(), read()
         reader.check_computed_by_copy(captured.outputs)
         self._first_batch_size = len(captured.outputs)
@@ -288,21 +271,66 @@ class LaplaceEvidence(Callback):
                 "eval mode: it draws random numbers (a functional dropout without training=self.training?) or "
                 "keeps state. The evidence is that of one draw."
             )
+        if self.method.subset_of_weights == "last_layer":
+            self._last_layer = last_layer(reader.network, lambda: read().outputs)
+            rank_zero_info(
+                f"LaplaceEvidence: the last layer is {self._last_layer}; the rest is conditioned on."
+            )
+        return self._plan(trainer, pl_module, reader, captured)
+
+    def _plan(
+        self, trainer: Trainer, pl_module: LightningModule, reader: ModuleReader, captured: CapturedLoss
+    ) -> Method:
+        """Choose the structure and say why; the one place that announces how the evidence is computed."""
+        method, changed = sampling_if_many_columns(self.method, captured.outputs)
+        if changed is not None:
+            rank_zero_warn(f"LaplaceEvidence: {changed}")
+        examples, prior = self._examples(trainer), self._prior(trainer, pl_module)
         # The evidence has a loader of its own: what cannot be read from that one must fail now as well.
-        own = next(iter(examples.read()))
+        own = _forward(reader, 0, next(iter(examples.read())))
         try:
-            block = next(rows.read(_forward(reader, 0, own), captured.likelihood).blocks)
+            method, reason, split = rehearse(
+                reader.network, own, captured.likelihood, prior.strengths, method, examples.num_examples
+            )
         except EvidenceUnavailableError as error:
             rank_zero_warn(f"LaplaceEvidence: the first batch has no evidence. {error}")
-            return self.structure
-        problem = problem_of(rows, block, examples.num_examples)
-        structure, reason = choose_structure(self.structure, problem)
+            return method
         self._planned = (list(prior.strengths), examples.num_examples)
-        rank_zero_info(f"LaplaceEvidence: structure={structure!r}. {reason}.")
-        return structure
+        rank_zero_info(f"LaplaceEvidence: structure={method.structure!r}. {reason}.")
+        rank_zero_info(f"LaplaceEvidence: {split}.")
+        return method
+
+    def _announce_prior(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        prior = self._prior(trainer, pl_module)
+        if prior.fixed_parameters:
+            rank_zero_info(
+                f"LaplaceEvidence: {list(prior.fixed_parameters)} have no weight decay, hence no proper prior, and "
+                "are held at their values."
+            )
+        if self.prior_precision == "auto" and prior.optimized:
+            rank_zero_info(
+                "LaplaceEvidence: all weight decay is 0, so prior_precision='auto' is 'optimize': one λ for all "
+                "parameters, which maximises the log-evidence at the weights of each epoch."
+            )
+        target = original_network(pl_module, self.network)
+        known = {*prior.strengths, *prior.fixed_parameters}
+        left_out = [name for name, _ in target.named_parameters() if name not in known]
+        if left_out:
+            why = "frozen, or in no optimizer"
+            if self.method.subset_of_weights != "all":
+                why += ", or outside subset_of_weights"
+            rank_zero_info(f"LaplaceEvidence: {left_out} are left out: {why}.")
+        if self.prior_precision == "auto" and any(is_decoupled(o) for o in trainer.optimizers):
+            rank_zero_warn(
+                "LaplaceEvidence: decoupled weight decay (AdamW) is not a Gaussian prior; λ = N·weight_decay is an "
+                "approximation. Give prior_precision= to choose the prior yourself."
+            )
 
     def _prior(self, trainer: Trainer, pl_module: LightningModule) -> Prior:
-        return prior_of(trainer, original_network(pl_module, self.network), self.prior_precision)
+        target, subset = original_network(pl_module, self.network), self._last_layer
+        if not isinstance(self.method.subset_of_weights, str):
+            subset = subset_of(trainer, target, self.method.subset_of_weights)
+        return prior_of(trainer, target, self.prior_precision, subset)
 
     def _examples(self, trainer: Trainer) -> Examples:
         return examples_of(trainer, self.batch_size, self.max_examples)
@@ -331,6 +359,9 @@ def _outputs_and_targets(captured: CapturedLoss) -> tuple[Tensor, Tensor]:
 def _logged_values(evidence: Evidence) -> dict[str, float]:
     names = (*UNAVAILABLE, "log_evidence_ratio", "noise_variance")
     values = {name: getattr(evidence, name) for name in names if getattr(evidence, name) is not None}
+    values |= {name: bound for name in ("lower", "upper") if math.isfinite(bound := getattr(evidence, name))}
+    if evidence.log_evidence_stderr > 0.0:
+        values["log_evidence_stderr"] = evidence.log_evidence_stderr
     if isinstance(evidence.prior_precision, Mapping):
         distinct = dict.fromkeys(evidence.prior_precision.values())
         values |= {f"prior_precision/{i}": value for i, value in enumerate(distinct, start=1)}

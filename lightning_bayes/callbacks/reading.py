@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_bayes.curvature.capture import WAY_OUT, CapturedLoss, capture_loss
 from lightning_bayes.curvature.isolation import throw_away_copy
 from lightning_bayes.curvature.likelihoods import Likelihood
+from lightning_bayes.curvature.loss_arguments import Rows
 
 __all__ = ["ModuleReader", "NetworkOption"]
 
@@ -73,6 +74,7 @@ class ModuleReader:
         self._hooks = module
         self._likelihood = likelihood
         self._option = network
+        self._kind: type[Likelihood] | None = None
         target = original_network(module, network)
         # Datasets and loaders that a module keeps would be copied with it, each time.
         data = (
@@ -101,7 +103,14 @@ class ModuleReader:
         """
         batch = self._converted(batch if transferred else self._transferred(batch))
         with self._default_dtype():
-            return self._read(batch, batch_idx)
+            captured = self._read(batch, batch_idx)
+        self._kind = self._kind or type(captured.likelihood)
+        if type(captured.likelihood) is not self._kind:
+            raise ValueError(
+                f"The likelihood of this batch's loss is {type(captured.likelihood).__name__}, that of others is "
+                f"{self._kind.__name__}: the evidence needs one likelihood for all examples. {WAY_OUT}"
+            )
+        return captured
 
     def check_computed_by_copy(self, outputs: Tensor) -> None:
         """Raise unless the outputs were computed by the copy's parameters, and by no others.
@@ -125,9 +134,9 @@ class ModuleReader:
 
     def _read(self, batch: Any, batch_idx: int) -> CapturedLoss:
         if self._option is None:
-            captured = capture_loss(lambda: self._training_step(batch, batch_idx), self._likelihood)
-            _check_batch_size(batch, len(captured.outputs))
-            return captured
+            return capture_loss(
+                lambda: self._training_step(batch, batch_idx), self._likelihood, _rows_of(batch)
+            )
         if self._likelihood is None:
             raise ValueError("Argument `network` needs an explicit `likelihood`.")
         outputs, targets = self._call_network(batch)
@@ -247,13 +256,26 @@ def _nothing(*args: object, **kwargs: object) -> None:
     return None
 
 
-def _check_batch_size(batch: Any, num_outputs: int) -> None:
+def _rows_of(batch: Any) -> Callable[[Tensor], Rows] | None:
+    """How the rows that a loss sees make the examples of this batch; None where the batch does not say."""
     sizes: set[int] = set()
     apply_to_collection(batch, Tensor, lambda tensor: sizes.add(len(tensor)) if tensor.dim() else None)
     # A batch without tensors of one common size (graphs, ragged lists, class weights on board) says nothing.
-    if len(sizes) == 1 and num_outputs not in sizes:
-        raise ValueError(
-            f"The loss sees {num_outputs} rows of outputs, but the batch holds {sizes.pop()} examples. "
-            "Sequences whose tokens are flattened into rows are not supported yet, because the tokens of an "
-            f"example are not independent. {WAY_OUT}"
-        )
+    if len(sizes) != 1:
+        return None
+    num_examples = sizes.pop()
+
+    def rows_of(outputs: Tensor) -> Rows:
+        num_rows = len(outputs) if outputs.dim() else 1
+        if num_rows % num_examples or num_rows == 0:
+            raise ValueError(
+                f"The loss sees {num_rows} rows of outputs, but the batch holds {num_examples} examples, so the "
+                "tokens of an example cannot be told. Keep every token and mark those that do not count by "
+                f"ignore_index instead of selecting by a mask. {WAY_OUT}"
+            )
+        if num_rows == num_examples:
+            return lambda tensor: tensor
+        # Tokens flattened into rows, an example's one after another; the rows are held against autograd later.
+        return lambda tensor: tensor.unflatten(0, (num_examples, -1))
+
+    return rows_of

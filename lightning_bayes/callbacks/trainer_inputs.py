@@ -1,6 +1,6 @@
 """What the evidence takes from a Trainer: the training set, the prior, and what it cannot take."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,7 +10,15 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_bayes.callbacks.reading import NetworkOption
 from lightning_bayes.curvature.data import Examples, examples_from_loader
 from lightning_bayes.curvature.likelihoods import resolve_likelihood
-from lightning_bayes.curvature.priors import Prior, fixed_prior, trainable_names, weight_decay_prior
+from lightning_bayes.curvature.priors import (
+    Prior,
+    PriorPrecision,
+    optimized_prior,
+    prior_from,
+    trainable_names,
+    weight_decay_prior,
+)
+from lightning_bayes.curvature.subset import matching
 from lightning_bayes.functional._validation import count, positive, string
 
 __all__ = [
@@ -21,6 +29,7 @@ __all__ = [
     "num_batches",
     "prior_of",
     "step_batch_size",
+    "subset_of",
 ]
 
 DECOUPLED = ("AdamW", "Adafactor", "Lion", "Muon", "SGDW")
@@ -67,23 +76,45 @@ def step_batch_size(trainer: Trainer) -> int | None:
 
 
 def prior_of(
-    trainer: Trainer, network: nn.Module, prior_precision: float | Mapping[str, float] | str
+    trainer: Trainer,
+    network: nn.Module,
+    prior_precision: PriorPrecision,
+    subset: Collection[str] | None = None,
 ) -> Prior:
     """The prior that was asked for, or under "auto" the one that the optimizer's weight decay is.
+
+    Where all weight decay is zero, "auto" is "optimize". Only parameters that an optimizer holds count, and
+    of these only `subset` where it is given.
 
     Raises:
         ValueError: If no parameter has a proper prior, or patterns do not fit the parameters.
     """
-    decays = {
-        parameter: float(group.get("weight_decay", 0.0))
-        for optimizer in trainer.optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    if prior_precision != "auto":
-        return fixed_prior(network, prior_precision, decays)  # type: ignore[arg-type]
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    group_of = {parameter: index for index, group in enumerate(groups) for parameter in group["params"]}
+    if prior_precision not in ("auto", "optimize_per_group"):
+        return prior_from(network, prior_precision, group_of, subset)
     named = dict(network.named_parameters())
-    return weight_decay_prior({name: decays[named[name]] for name in trainable_names(network, decays)})
+    its_group = {name: group_of[named[name]] for name in trainable_names(network, group_of)}
+    if subset is not None:
+        its_group = {name: index for name, index in its_group.items() if name in subset}
+    if prior_precision == "optimize_per_group":
+        return optimized_prior(its_group)
+    decays = {name: float(groups[index].get("weight_decay", 0.0)) for name, index in its_group.items()}
+    if not any(decays.values()):
+        return optimized_prior(dict.fromkeys(decays, "all"))
+    return weight_decay_prior(decays)
+
+
+def subset_of(trainer: Trainer, network: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Names of the parameters that some optimizer holds and some pattern matches.
+
+    Raises:
+        ValueError: If a pattern matches none.
+    """
+    held = [
+        p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
+    ]
+    return matching(trainable_names(network, held), patterns)
 
 
 def is_decoupled(optimizer: Any) -> bool:

@@ -6,6 +6,7 @@ call losses of their own. It must also *be* the value returned; a regulariser, a
 training loss something else than a negative log-likelihood, and that is an error rather than a guess.
 """
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -17,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_bayes.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from lightning_bayes.curvature.likelihoods import Categorical, Likelihood
+from lightning_bayes.curvature.loss_arguments import READERS, WAY_OUT, Reading, Rows
 
-__all__ = ["CapturedLoss", "capture_loss"]
+__all__ = ["KNOWN", "WAY_OUT", "CapturedLoss", "capture_loss"]
 
 Reduction = Literal["mean", "sum"]
 
@@ -34,28 +36,11 @@ RELATIVE_TOLERANCE = {
 
 A small regulariser must not pass: once the loss has fallen it is no longer small."""
 
-NEUTRAL_ARGUMENTS: dict[str, object] = {
-    "weight": None,
-    "pos_weight": None,
-    "label_smoothing": 0.0,
-    "size_average": None,
-    "reduce": None,
-}
-"""Arguments of losses that the likelihoods do not express yet, with the values that do nothing."""
-
-READABLE: dict[Callable[..., Any], Callable[[], Likelihood]] = {
-    F.cross_entropy: Categorical,
-    # On log-softmax outputs. Log-probabilities serve as logits: the softmax of them is itself.
-    F.nll_loss: Categorical,
-    F.binary_cross_entropy_with_logits: Bernoulli,
-    F.mse_loss: Gaussian,
-}
 KNOWN = (
-    *READABLE,
+    *READERS,
     F.binary_cross_entropy,
     F.cosine_embedding_loss,
     F.ctc_loss,
-    F.gaussian_nll_loss,
     F.hinge_embedding_loss,
     F.huber_loss,
     F.kl_div,
@@ -70,19 +55,16 @@ KNOWN = (
     F.triplet_margin_loss,
 )
 
-WAY_OUT = (
-    "LaplaceEvidence(likelihood=..., network=...) reads the network directly: network= the name of the "
-    "submodule that maps batch[0] to logits or means, with batch[1] as targets, or a function "
-    "(module, batch) -> (outputs, targets)."
-)
-
 
 @dataclass(frozen=True)
 class CapturedLoss:
-    """A loss that is the negative log-likelihood of `targets` given `outputs`, up to its reduction."""
+    """A loss that is the negative log-likelihood of `targets` given `outputs`, up to its reduction.
+
+    Both are as `likelihood.prepare` returns them: the weights of this call are in the targets.
+    """
 
     outputs: Tensor
-    targets: Tensor
+    targets: Any
     likelihood: Likelihood
     reduction: Reduction
     value: float
@@ -118,13 +100,19 @@ class _LossCalls(TorchFunctionMode):
         return result
 
 
-def capture_loss(step: Callable[[], object], likelihood: Likelihood | None = None) -> CapturedLoss:
+def capture_loss(
+    step: Callable[[], object],
+    likelihood: Likelihood | None = None,
+    rows_of: Callable[[Tensor], Rows] | None = None,
+) -> CapturedLoss:
     """Run a training step and read the likelihood from the loss that it returns.
 
     Args:
         step: Returns the loss, or a mapping that holds it under "loss".
         likelihood: Overrides the likelihood of the loss found, e.g. a Gaussian with its own noise; it must
-            be of the same kind.
+            be of the same kind, and its own parameters count, not those of the call.
+        rows_of: Finds from the outputs that the loss saw how their rows make examples; None where each row is
+            one.
 
     Raises:
         ValueError: If there is no loss that can be read, more than one, or the value returned is not
@@ -140,9 +128,13 @@ def capture_loss(step: Callable[[], object], likelihood: Likelihood | None = Non
             f"'loss', can be read. {WAY_OUT}"
         )
     call = _the_call(recorder.calls, loss)
-    found = _likelihood_of(call, likelihood)
-    outputs, targets = found.prepare(call.arguments["input"], call.arguments["target"])
-    reduction = _reduction(call, found, outputs, targets, loss.item())
+    reading = _reading_of(call, rows_of)
+    found = reading.likelihood
+    outputs, targets = found.prepare(reading.outputs, reading.targets)
+    reduction = _reduction(call, reading, outputs.detach(), targets, loss.item())
+    if likelihood is not None:
+        found = _overridden(call, reading, likelihood)
+        outputs, targets = found.prepare(reading.outputs, reading.targets)
     return CapturedLoss(outputs, targets, found, reduction, loss.item())
 
 
@@ -159,7 +151,7 @@ def _the_call(calls: list[_Call], loss: Tensor) -> _Call:
         )
     unused = sorted({call.name for call in calls})
     remark = f" {', '.join(unused)} was called, but the loss does not depend on it." if unused else ""
-    listed = ", ".join(f"F.{function.__name__}" for function in READABLE)
+    listed = ", ".join(f"F.{function.__name__}" for function in READERS)
     raise ValueError(
         f"No loss that can be read was found in training_step.{remark} Losses that can be read, as functions or "
         f"modules: {listed}. Losses written out by hand leave nothing to read. {WAY_OUT}"
@@ -182,55 +174,48 @@ def _calls_in_graph(loss: Tensor, calls: list[_Call]) -> list[_Call]:
     return found
 
 
-def _likelihood_of(call: _Call, given: Likelihood | None) -> Likelihood:
-    if call.function not in READABLE:
+def _reading_of(call: _Call, rows_of: Callable[[Tensor], Rows] | None) -> Reading:
+    if call.function not in READERS:
         raise ValueError(f"training_step uses {call.name}, which is not supported yet. {WAY_OUT}")
-    for name, neutral in NEUTRAL_ARGUMENTS.items():
-        value = call.arguments.get(name, neutral)
-        if value is not neutral and not (isinstance(value, float | int) and value == neutral):
-            shown = "a tensor" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(
-                f"training_step calls {call.name} with {name}={shown}, which the likelihood does not express "
-                f"yet. Leave it out of the training loss, or score the plain likelihood: {WAY_OUT}"
-            )
-    outputs, targets = call.arguments["input"], call.arguments["target"]
-    if call.function in (F.mse_loss, F.binary_cross_entropy_with_logits) and outputs.shape != targets.shape:
+    legacy = [name for name in ("size_average", "reduce") if call.arguments.get(name) is not None]
+    if legacy:
         raise ValueError(
-            f"training_step calls {call.name} with outputs {list(outputs.shape)} and targets "
-            f"{list(targets.shape)}: PyTorch broadcasts them against each other, which is hardly meant. Give "
-            "both one shape, for instance by outputs.squeeze(-1)."
+            f"training_step calls {call.name} with {legacy[0]}=, which PyTorch has deprecated. Give reduction=."
         )
-    if outputs.dim() > 1 and 0 <= call.arguments.get("ignore_index", -1) < outputs.shape[1]:
-        raise ValueError(
-            f"training_step calls {call.name} with ignore_index={call.arguments['ignore_index']}, a class that "
-            "the loss leaves out. This is not supported yet: take these examples out of the dataset."
-        )
-    found = READABLE[call.function]()
-    if given is None:
-        return found
+    rows = _one_row_each if rows_of is None else rows_of(call.arguments["input"])
+    return READERS[call.function](call.name, call.arguments, rows)
+
+
+def _one_row_each(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _overridden(call: _Call, reading: Reading, given: Likelihood) -> Likelihood:
+    """The likelihood that was given, for outputs in the layout of the call."""
+    found = reading.likelihood
     if given.name != found.name:
         raise ValueError(
             f"likelihood={given!r} was given, but training_step uses {call.name}, which is "
             f"{type(found).__name__}. Leave likelihood='auto', or name the network: {WAY_OUT}"
         )
+    if isinstance(given, Categorical) and isinstance(found, Categorical):
+        given = copy.copy(given)
+        given.class_dim = found.class_dim
     return given
 
 
-def _reduction(
-    call: _Call, likelihood: Likelihood, outputs: Tensor, targets: Tensor, value: float
-) -> Reduction:
+def _reduction(call: _Call, reading: Reading, outputs: Tensor, targets: Any, value: float) -> Reduction:
     """Which reduction of the likelihood's terms the returned value is; refuse if it is none."""
-    unit_loss = likelihood.unit_loss(outputs.detach(), targets).item()
+    likelihood = reading.likelihood
+    unit_loss = likelihood.unit_loss(outputs, targets).item()
     num_examples, num_terms = len(outputs), likelihood.num_terms(outputs, targets)
-    values: dict[Reduction, float] = {
-        reduction: unit_loss
-        / num_examples
-        * likelihood.loss_scale(reduction, num_terms / num_examples, num_examples, 1.0)
-        for reduction in ("mean", "sum")
-    }
+    total = unit_loss * likelihood.loss_scale("sum", num_terms / num_examples, 1, 1.0)
+    total += reading.constant * num_terms
+    # As in PyTorch, the mean over no token at all is not a number.
+    values: dict[Reduction, float] = {"mean": total / num_terms if num_terms else math.nan, "sum": total}
     # Of one term; log-softmax outputs are rounded at the size of the logits, however small the loss.
     eps = min(torch.finfo(outputs.dtype).eps, torch.finfo(torch.float32).eps)
-    rounding = 10 * eps * (1 + outputs.detach().abs().max().item())
+    rounding = 10 * eps * (1 + outputs.abs().max().item())
     terms = {"mean": 1, "sum": num_terms}
     declared = cast(Reduction, call.arguments.get("reduction", "mean"))
     # With one term both agree: the declared one is meant.

@@ -45,8 +45,9 @@ class DiagonalCurvature(Curvature):
 
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
         """See `Curvature.spectrum`."""
-        raise NotImplementedError
+        return torch.cat([d.flatten() / precision[name] for name, d in self._diagonal.items()])
 
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
         """See `Curvature.log_det_and_traces`."""
-        raise NotImplementedError
+        log_det = log_det_from_eigenvalues(self.spectrum(precision), 1.0).item()
+        return log_det, {n: effective_parameters(d, precision[n]).item() for n, d in self._diagonal.items()}

@@ -5,6 +5,7 @@ ln det(I + Λ⁻¹ᐟ² VᵀV Λ⁻¹ᐟ²) = ln det(I + V Λ⁻¹ Vᵀ) (Sylves
 so that its p-long rows are never formed.
 """
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,11 +105,20 @@ class PrimalCurvature(Curvature):
 
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
         """See `Curvature.spectrum`."""
-        raise NotImplementedError
+        return torch.linalg.eigvalsh(self._scaled(precision)).clamp(min=0)
 
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
         """See `Curvature.log_det_and_traces`."""
-        raise NotImplementedError
+        factor = _cholesky(self._scaled(precision) + torch.eye(len(self._matrix)).to(self._matrix))
+        shares = 1.0 - torch.cholesky_inverse(factor).diagonal()
+        sizes = [shape.numel() for shape in self.problem.shapes.values()]
+        traces = [part.sum().item() for part in shares.split(sizes)]
+        return _log_det(factor), dict(zip(self.problem.shapes, traces, strict=True))
+
+    def _scaled(self, precision: Mapping[str, float]) -> Tensor:
+        shapes = self.problem.shapes.items()
+        scale = torch.cat([self._matrix.new_full((s.numel(),), precision[n] ** -0.5) for n, s in shapes])
+        return scale.unsqueeze(1) * self._matrix * scale
 
 
 class DualCurvature(Curvature):
@@ -151,11 +161,27 @@ class DualCurvature(Curvature):
 
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
         """See `Curvature.spectrum`."""
-        raise NotImplementedError
+        return torch.linalg.eigvalsh(self._gram(precision)).clamp(min=0)
 
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
         """See `Curvature.log_det_and_traces`."""
-        raise NotImplementedError
+        whole = self._gram(precision)
+        identity = torch.eye(len(whole)).to(whole)
+        factor = _cholesky(whole + identity)
+        traces = dict.fromkeys(self.problem.shapes, 0.0)
+        for name in traces:
+            only = {other: v if other == name else math.inf for other, v in precision.items()}
+            traces[name] = torch.cholesky_solve(self._gram(only), factor).trace().item()
+        return _log_det(factor), traces
+
+    def _gram(self, precision: Mapping[str, float]) -> Tensor:
+        accurate = accumulation_dtype(self.problem.device)
+        layers = [blocks[0].merge(blocks).to(accurate) for blocks in self._kept.values()]
+        columns, num_examples = layers[0].rows.shape[:2]
+        size = columns * num_examples
+        buffer = torch.zeros(size, size, dtype=accurate, device=self.problem.device)
+        fill_gram(buffer, layers, tiles_of(num_examples, columns, TILE_ROWS), precision)
+        return buffer.triu() + buffer.triu(1).mT
 
 
 @dataclass(frozen=True)

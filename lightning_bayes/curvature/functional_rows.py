@@ -101,8 +101,10 @@ class ModuleUse(Use):
 
         def of_one(*tensors: Tensor) -> list[Tensor]:
             # Under vjp as in `_pull_back`: vmap alone does not take recurrent layers apart.
-            made, _ = vjp(lambda parameters: self._outputs(parameters)(*tensors), dict(self.parameters))
-            return made  # type: ignore[no-any-return]
+            made: list[Tensor] = vjp(
+                lambda parameters: self._outputs(parameters)(*tensors), dict(self.parameters)
+            )[0]
+            return made
 
         with plain_kernels(), _vectorised():
             made: list[Tensor] = vmap(of_one, randomness="same")(*tensors)
@@ -117,9 +119,10 @@ class ModuleUse(Use):
         ]  # each [N, columns, ...]
 
         def of_one(grads: list[Tensor], *tensors: Tensor) -> dict[str, Tensor]:
-            _, pull = vjp(lambda parameters: self._outputs(parameters)(*tensors), dict(self.parameters))
-            rows: dict[str, Tensor] = vmap(lambda cotangents: pull(cotangents)[0])(grads)
-            return rows
+            pull = vjp(lambda parameters: self._outputs(parameters)(*tensors), dict(self.parameters))[1]
+            # Column by column: not every operation's backward pass can be vmapped twice.
+            rows = [pull([grad[column] for grad in grads])[0] for column in range(len(grads[0]))]
+            return {name: torch.stack([row[name] for row in rows]) for name in self.parameters}
 
         width = len(grads[0][0]) * sum(p.numel() for p in self.parameters.values())
         chunk = max(1, 4 * CHUNK // width)

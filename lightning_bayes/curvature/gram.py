@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lightning_bayes.curvature.rows import DenseRows, OuterRows, Rows
+from lightning_bayes.curvature.rows import OuterRows, Rows
 
 __all__ = ["KeptRows", "combine_all", "dot_all", "fill_gram", "keep", "tiles_of"]
 

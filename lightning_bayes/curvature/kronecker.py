@@ -130,8 +130,21 @@ class KroneckerCurvature(Curvature):
 
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
         """See `Curvature.spectrum`."""
-        raise NotImplementedError
+        return torch.cat([values.flatten() / precision[name] for name, values in self._values().items()])
 
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
         """See `Curvature.log_det_and_traces`."""
-        raise NotImplementedError
+        log_det = log_det_from_eigenvalues(self.spectrum(precision), 1.0).item()
+        gammas = dict.fromkeys(self.problem.shapes, 0.0)
+        return log_det, gammas | {
+            name: effective_parameters(values, precision[name]).item()
+            for name, values in self._values().items()
+        }
+
+    def _values(self) -> dict[str, Tensor]:
+        like = next(iter(self._blocks.values()))._sums[0]
+        shapes = self.problem.shapes
+        return {
+            name: block.spectrum(like.new_zeros(shapes[name]), self._num_examples)[0]
+            for name, block in self._blocks.items()
+        }

@@ -39,19 +39,21 @@ class Layout:
         moved = tensor.movedim(self.axis, 0)
         if self.major or moved.shape[0] == num_examples:
             return moved
-        return moved.unflatten(0, (-1, num_examples)).transpose(0, 1).flatten(0, 1)
+        grouped: Tensor = moved.unflatten(0, (-1, num_examples))
+        return grouped.transpose(0, 1).flatten(0, 1)
 
     def columns_first(self, tensor: Tensor, num_examples: int) -> Tensor:
         """`examples_first` of each column of a tensor [C, ...]: [C, N·k, ...]."""
         moved = tensor.movedim(self.axis + 1, 1)
         if self.major or moved.shape[1] == num_examples:
             return moved
-        return moved.unflatten(1, (-1, num_examples)).transpose(1, 2).flatten(1, 2)
+        grouped: Tensor = moved.unflatten(1, (-1, num_examples))
+        return grouped.transpose(1, 2).flatten(1, 2)
 
     def apart(self, tensor: Tensor, num_examples: int) -> Tensor:
         """The tensor as [N, ...] in which each [...] has the original's dimensions, of one example."""
-        first = self.examples_first(tensor, num_examples)
-        return first.unflatten(0, (num_examples, -1)).movedim(1, self.axis + 1)
+        first: Tensor = self.examples_first(tensor, num_examples).unflatten(0, (num_examples, -1))
+        return first.movedim(1, self.axis + 1)
 
 
 def example_weights(num_examples: int, like: Tensor) -> Tensor:

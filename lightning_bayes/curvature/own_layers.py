@@ -19,7 +19,9 @@ class _Affine:
     ∂/∂γ = Σ g ∘ x̂ and ∂/∂β = Σ g, over the dimensions that γ is spread over.
     """
 
-    def rows(self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor) -> Tensor:
+    def rows(
+        self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor
+    ) -> Tensor:
         """Per-example gradients [C, N, *parameter.shape]."""
         products = grads if local_name == "bias" else grads * self.normalised(module, inputs)
         return self.summed(module, products)

@@ -57,10 +57,7 @@ class Batch:
         """Take each column of the root back to the outputs of the calls."""
         tensors = [tensor for call in calls for tensor in call.outputs]
         columns = [_gradients(outputs, tensors, column) for column in roots]
-        stacked = [
-            None if grads[0] is None else torch.stack(grads)  # type: ignore[arg-type]
-            for grads in zip(*columns, strict=True)
-        ]
+        stacked = [None if grads[0] is None else torch.stack(grads) for grads in zip(*columns, strict=True)]
         found = iter(stacked)
         return cls(calls, outputs, roots, [[next(found) for _ in call.outputs] for call in calls])
 
@@ -119,8 +116,8 @@ class Plan:
         taken = {name for rows in found for name in rows.names}
         for name in self.parameters:
             if self.ways[name] == GRAPH:
-                use = GraphUse(self.parameters[name], batch.outputs, batch.roots, range(batch.num_examples))
-                uses[name].append(("", use))
+                rows = GraphUse(self.parameters[name], batch.outputs, batch.roots, range(batch.num_examples))
+                uses[name].append(("", rows))
         for host in dict.fromkeys(way for way in self.ways.values() if way not in (LAYER, GRAPH)):
             for local_name, name, its in self._module_uses(host, batch):
                 uses[name].append((local_name, its))
@@ -220,9 +217,7 @@ class Plan:
         return None if layouts is None else use.with_layouts(layouts)
 
 
-def make_plan(
-    network: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, backend: str
-) -> Plan:
+def make_plan(network: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, backend: str) -> Plan:
     """Find a way for each parameter and prove it on one example.
 
     Raises:
@@ -302,7 +297,8 @@ def _next_way(plan: Plan, name: str, batch: Batch, before: str | None, backend: 
         calls = batch.of(module)
         names = {local_name(name, host): name}
         if calls and all(
-            plan.module_use(module, names, call, grads, batch.num_examples) is not None for call, grads in calls
+            plan.module_use(module, names, call, grads, batch.num_examples) is not None
+            for call, grads in calls
         ):
             return host
     if any(
@@ -400,7 +396,11 @@ def _with_state(call: Call) -> tuple[tuple[object, ...], dict[str, object]]:
     """
     args, kwargs = call.arguments
     module = call.module
-    if not isinstance(module, nn.RNNBase) or len(args) + len(kwargs) != 1 or not isinstance(call.input, Tensor):
+    if (
+        not isinstance(module, nn.RNNBase)
+        or len(args) + len(kwargs) != 1
+        or not isinstance(call.input, Tensor)
+    ):
         return call.arguments
     inputs = call.input
     batched = inputs.shape[0 if module.batch_first else 1 : 1 if module.batch_first else 2]

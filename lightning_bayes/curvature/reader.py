@@ -75,7 +75,6 @@ class RowReader:
             if isinstance(module, CONVOLUTIONS):
                 pad_beforehand(module)
 
-    @property
     def split(self) -> str:
         """What is read in which way, after the first batch; one line."""
         return "" if self._plan is None else self._plan.summary()
@@ -158,7 +157,7 @@ def forward_of(
             "means, [N, C] or [N]. Wrap it in a module that returns that tensor."
         )
     check_finite(outputs, "the network's outputs")
-    if targets.is_floating_point():
+    if isinstance(targets, Tensor) and targets.is_floating_point():  # else they have been prepared
         check_finite(targets, "the targets")
     outputs, targets = likelihood.prepare(outputs, targets)
     unit_loss = likelihood.unit_loss(outputs, targets)

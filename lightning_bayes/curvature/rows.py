@@ -60,7 +60,9 @@ CHUNK = 2**24
 class Derivatives(Protocol):
     """From a layer's input and the gradient in its output to per-example gradients of its parameters."""
 
-    def rows(self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor) -> Tensor:
+    def rows(
+        self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor
+    ) -> Tensor:
         """Per-example gradients [C, N, *parameter.shape] for gradients [C, N, ...] in the output."""
         ...
 
@@ -71,7 +73,9 @@ class _Backpack:
 
     derivatives: BaseParameterDerivatives
 
-    def rows(self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor) -> Tensor:
+    def rows(
+        self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor
+    ) -> Tensor:
         """See `Derivatives.rows`."""
         module.input0, module.output = inputs, output
         rows: Tensor = self.derivatives.param_mjp(local_name, module, (), (), grads, sum_batch=False)
@@ -139,7 +143,10 @@ class LayerUse(Use):
         """See `Use`."""
         grads = self.grads[columns]
         rows = self.derivatives.rows(self.module, local_name, self.inputs, self.output, grads)
-        return rows if self.entries == 1 else rows.unflatten(1, (-1, self.entries)).sum(2)
+        if self.entries == 1:
+            return rows
+        grouped: Tensor = rows.unflatten(1, (-1, self.entries))
+        return grouped.sum(2)
 
     def of_example(self, example: int) -> "LayerUse":
         """See `Use`."""
@@ -164,7 +171,7 @@ class LayerUse(Use):
     def linear_inputs(self) -> Tensor:
         """What the linear map sees: [N, T, in]."""
         if isinstance(self.module, CONVOLUTIONS):
-            inputs = unfold_input(self.module, self.inputs).mT
+            inputs: Tensor = unfold_input(self.module, self.inputs).mT
             return inputs.reshape(-1, self.entries * inputs.shape[1], inputs.shape[2])
         return self.inputs.reshape(len(self.inputs) // self.entries, -1, self.inputs.shape[-1])
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_bayes import LaplaceEvidence
 
-from .evidence_models import Module, cross_entropy, fit, loader, mlp, optimizer, refused, tensors
+from .evidence_models import Module, cross_entropy, fit, loader, mlp, refused, tensors
 
 OPTIONS = [
     ("structure", "dense", r"`structure` to be 'auto', 'full', 'kron', 'diag', got 'dense'"),
@@ -26,13 +26,13 @@ OPTIONS = [
     ("prior_precision", True, r"`prior_precision`.*got True"),
     ("prior_precision", None, r"`prior_precision`.*'auto'.*got None"),
     ("prior_precision", {}, r"`prior_precision`.*non-empty mapping"),
-    ("prior_precision", {"*": -1.0}, r"non-negative, finite numbers, got \{'\*': -1.0\}"),
+    ("prior_precision", {"*": -1.0}, r"non-negative, finite numbers or 'optimize', got \{'\*': -1.0\}"),
     ("prior_precision", {3: 1.0}, r"parameter-name patterns.*got \{3: 1.0\}"),
-    ("prior_precision", "optimize", r'prior_precision="optimize" is not supported yet.*weight_decay'),
-    ("subset_of_weights", "last_layer", r"`subset_of_weights`.*got 'last_layer'.*Freeze parameters"),
-    ("subset_of_weights", ["head.*"], r"`subset_of_weights`.*Freeze parameters"),
-    ("curvature", "hessian", r"`curvature` to be 'ggn', got 'hessian'.*not supported yet"),
-    ("backend", "autograd", r"`backend` to be 'auto', 'backpack', got 'autograd'.*not supported yet"),
+    ("prior_precision", "optimise", r"'auto', 'optimize_per_group', 'optimize'.*got 'optimise'"),
+    ("subset_of_weights", "head", r"`subset_of_weights` to be 'all', 'last_layer' or a list.*got 'head'"),
+    ("subset_of_weights", [], r"`subset_of_weights`.*got \[\]"),
+    ("curvature", "fisher", r"`curvature` to be 'ggn', 'hessian', 'hessian_positive', got 'fisher'"),
+    ("backend", "jax", r"`backend` to be 'auto', 'backpack', 'autograd', got 'jax'"),
     ("network", 3, r"`network` to be None, the name of a submodule, or a function.*got 3"),
     ("every_n_epochs", 0, r"`every_n_epochs` to be a whole number of at least 1.*got 0"),
     ("every_n_epochs", 1.5, r"`every_n_epochs`.*got 1.5"),
@@ -41,7 +41,8 @@ OPTIONS = [
     ("max_examples", "all", r"`max_examples`.*got 'all'"),
     ("batch_size", -1, r"`batch_size` to be a whole number.*got -1"),
     ("batch_size", 2.5, r"`batch_size`.*got 2.5"),
-    ("tolerance", 0.5, r"`tolerance` to be None, got 0.5.*structure=\"kron\""),
+    ("tolerance", 0.0, r"`tolerance` to be a finite number above 0.*got 0.0"),
+    ("num_samples", 0, r"`num_samples` to be a whole number of at least 1.*got 0"),
     ("max_overhead", 0, r"`max_overhead` to be a finite number above 0.*got 0"),
     ("max_overhead", float("nan"), r"`max_overhead`.*got nan"),
     ("max_overhead", "10%", r"`max_overhead`.*got '10%'"),
@@ -68,12 +69,29 @@ def test_likelihood_of_another_kind_than_the_loss(tmp_path):
     )
 
 
-def test_no_weight_decay_at_all(tmp_path):
-    module = Module(mlp(), cross_entropy, optimizer(weight_decay=0.0))
+def test_frozen_last_layer(tmp_path):
+    module = Module(mlp(), cross_entropy)
+    module.network[2].requires_grad_(False)
+    callback = LaplaceEvidence(subset_of_weights="last_layer")
+    message = r"the last layer, \['network.2.weight', 'network.2.bias'\], is frozen.*Unfreeze it"
+    refused(tmp_path, message, module, callback=callback)
+
+
+def test_pattern_that_matches_nothing(tmp_path):
+    callback = LaplaceEvidence(subset_of_weights=["network.0.*", "head.*"])
     message = (
-        r"Every parameter has weight decay 0.*the optimizer a positive weight_decay, or.*prior_precision=1.0"
+        r"patterns \['head.\*'\] of subset_of_weights match no trainable parameter; there are \['network.0"
     )
-    refused(tmp_path, message, module)
+    refused(tmp_path, message, Module(mlp(), cross_entropy), callback=callback)
+
+
+def test_hessian_of_a_large_network(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_bayes.curvature.hessian.MAX_MEMORY", 1e4)
+    callback = LaplaceEvidence(curvature="hessian")
+    message = (
+        r"Hessian of 43 parameters takes.*up to 17 are accepted.*curvature=\"ggn\", or subset_of_weights="
+    )
+    refused(tmp_path, message, Module(mlp(), cross_entropy), callback=callback)
 
 
 PRECISIONS = [

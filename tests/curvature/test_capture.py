@@ -5,10 +5,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_bayes.curvature.capture import KNOWN, READABLE, capture_loss
-from lightning_bayes.curvature.likelihoods import Bernoulli, Categorical, Gaussian
+from lightning_bayes.curvature.capture import KNOWN, capture_loss
+from lightning_bayes.curvature.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    HeteroscedasticGaussian,
+)
+from lightning_bayes.curvature.loss_arguments import READERS
 
 N = 6
+WEIGHT = torch.tensor([1.0, 2.0, 0.5])
 
 
 @pytest.fixture
@@ -47,9 +54,43 @@ FOUND = {
     "mse sum": (lambda f, y: nn.MSELoss(reduction="sum")(f, F.one_hot(y, 3).float()), Gaussian, "sum"),
     "in a dict": (lambda f, y: {"loss": F.cross_entropy(f, y), "logits": f}, Categorical, "mean"),
     "one element": (lambda f, y: F.cross_entropy(f, y).reshape(1), Categorical, "mean"),
-    "neutral arguments": (
-        lambda f, y: F.cross_entropy(f, y, weight=None, label_smoothing=0.0),
+    "weights and smoothing": (
+        lambda f, y: F.cross_entropy(f, y, weight=WEIGHT, label_smoothing=0.1),
         Categorical,
+        "mean",
+    ),
+    "ignored": (lambda f, y: F.cross_entropy(f, y, ignore_index=int(y[0])), Categorical, "mean"),
+    "weighted, none, then sum": (
+        lambda f, y: F.cross_entropy(f, y, weight=WEIGHT, reduction="none").sum(),
+        Categorical,
+        "sum",
+    ),
+    "weighted nll": (lambda f, y: nn.NLLLoss(weight=WEIGHT)(f.log_softmax(1), y), Categorical, "mean"),
+    "weighted bce": (
+        lambda f, y: F.binary_cross_entropy_with_logits(
+            f, F.one_hot(y, 3).float(), pos_weight=WEIGHT, weight=torch.arange(N).unsqueeze(1)
+        ),
+        Bernoulli,
+        "mean",
+    ),
+    "gaussian_nll": (
+        lambda f, y: F.gaussian_nll_loss(f, F.one_hot(y, 3).float(), f.exp()),
+        HeteroscedasticGaussian,
+        "mean",
+    ),
+    "gaussian_nll in full": (
+        lambda f, y: nn.GaussianNLLLoss(full=True, reduction="sum")(f, F.one_hot(y, 3).float(), f.exp()),
+        HeteroscedasticGaussian,
+        "sum",
+    ),
+    "gaussian_nll with one variance an example": (
+        lambda f, y: F.gaussian_nll_loss(f, F.one_hot(y, 3).float(), f[:, 0].exp(), eps=0.9),
+        HeteroscedasticGaussian,
+        "mean",
+    ),
+    "gaussian_nll with known noise": (
+        lambda f, y: F.gaussian_nll_loss(f, F.one_hot(y, 3).float(), 0.3),
+        HeteroscedasticGaussian,
         "mean",
     ),
     "other losses beside": (
@@ -67,8 +108,20 @@ def test_found(net, x, y, name):
     captured = capture_loss(lambda: step(net(x), y))
     assert type(captured.likelihood) is likelihood
     assert captured.reduction == reduction
-    assert captured.outputs.shape == (N, 3) and captured.outputs.requires_grad
-    assert len(captured.targets) == N
+    width = 6 if likelihood is HeteroscedasticGaussian else 3
+    assert captured.outputs.shape == (N, width) and captured.outputs.requires_grad
+    # The likelihood's own mean nll, scaled, falls as fast as the loss returned.
+    found = captured.likelihood
+    unit_loss, terms = (
+        method(captured.outputs, captured.targets) for method in (found.unit_loss, found.num_terms)
+    )
+    dispersion = found.dispersion or 1.0
+    scale = found.loss_scale(reduction, terms / N, N, dispersion)
+    loss = step(net(x), y)
+    loss = loss["loss"] if isinstance(loss, dict) else loss
+    (theirs,) = torch.autograd.grad(loss.sum(), net.weight)
+    (ours,) = torch.autograd.grad(scale / N / dispersion * unit_loss, net.weight)
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_outputs_keep_their_graph(net, x, y):
@@ -76,6 +129,60 @@ def test_outputs_keep_their_graph(net, x, y):
     assert torch.equal(captured.outputs, net(x))
     (gradient,) = torch.autograd.grad(captured.outputs.sum(), net.bias)
     assert torch.equal(gradient, torch.full((3,), float(N)))
+
+
+def test_classes_are_in_dimension_one_whatever_the_sizes():
+    f, y = torch.randn(N, 3, 3, requires_grad=True), torch.randint(3, (N, 3))
+    for given in (None, Categorical(), Categorical(class_dim=-1)):
+        captured = capture_loss(lambda: F.cross_entropy(f, y), given)
+        assert torch.equal(captured.outputs, f.mT)
+
+
+def test_rows_that_are_tokens():
+    """Flattened, [N·T, C], with weights that go with the flat rows."""
+    f, y = torch.randn(N, 2, 3, requires_grad=True), torch.randint(3, (N, 2))
+
+    def rows_of(outputs):
+        assert len(outputs) == 2 * N
+        return lambda tensor: tensor.unflatten(0, (N, 2))
+
+    captured = capture_loss(lambda: F.cross_entropy(f.flatten(0, 1), y.flatten()), None, rows_of)
+    assert torch.equal(captured.outputs, f)
+    captured = capture_loss(lambda: F.mse_loss(f.flatten(0, 1)[:, 0], y.flatten().float()), None, rows_of)
+    assert torch.equal(captured.outputs, f[..., 0])
+    weight = torch.arange(2.0 * N)
+    captured = capture_loss(
+        lambda: F.binary_cross_entropy_with_logits(
+            f.flatten(0, 1)[:, 0], y.flatten() / 2, weight=weight, pos_weight=torch.tensor(1.0)
+        ),
+        None,
+        rows_of,
+    )
+    assert torch.equal(captured.targets.positive + captured.targets.negative, weight.unflatten(0, (N, 2)))
+    both = f.flatten(0, 1)
+    captured = capture_loss(
+        lambda: F.gaussian_nll_loss(both[:, 0], y.flatten(), both[:, 1].exp()), None, rows_of
+    )
+    assert torch.equal(captured.outputs, torch.cat([f[..., 0], f[..., 1].exp()], dim=1))
+
+
+def test_parameters_of_a_likelihood_that_is_given_win(net, x, y):
+    def step():
+        return F.cross_entropy(net(x), y, weight=WEIGHT)
+
+    plain = capture_loss(step, Categorical())
+    assert plain.likelihood.weight is None
+    assert plain.likelihood.num_terms(plain.outputs, plain.targets) == N
+    own = Categorical(label_smoothing=0.2)
+    captured = capture_loss(step, own)
+    expected = F.cross_entropy(net(x), y, label_smoothing=0.2, reduction="sum")
+    torch.testing.assert_close(own.unit_loss(captured.outputs, captured.targets), expected)
+
+
+def test_all_tokens_ignored(net, x):
+    captured = capture_loss(lambda: F.cross_entropy(net(x), torch.full((N,), -100)))
+    assert captured.value != captured.value and captured.reduction == "mean"
+    assert captured.likelihood.unit_loss(captured.outputs, captured.targets) == 0.0
 
 
 def test_a_likelihood_of_the_same_kind_overrides(net, x):
@@ -121,7 +228,36 @@ def test_autocast_inside_a_step(net, x, y):
     assert isinstance(capture_loss(step).likelihood, Categorical)
 
 
-@pytest.mark.parametrize("function", [f for f in KNOWN if f not in READABLE], ids=lambda f: f.__name__)
+MISUSED = {
+    "mse with weights": (
+        lambda f, y: F.mse_loss(f, F.one_hot(y, 3).float(), weight=torch.ones(N, 3)),
+        r"F.mse_loss with weight=a tensor.*F.gaussian_nll_loss",
+    ),
+    "legacy reduction": (
+        lambda f, y: F.mse_loss(f, F.one_hot(y, 3).float(), size_average=False),
+        r"F.mse_loss with size_average=, which PyTorch has deprecated. Give reduction=",
+    ),
+    "negative class weight": (lambda f, y: F.cross_entropy(f, y, weight=-WEIGHT), r"`weight` to be finite"),
+    "weighted mean by hand": (
+        lambda f, y: F.cross_entropy(f, y, weight=2 * WEIGHT, reduction="none").mean(),
+        r"a factor, a mask or a further term",
+    ),
+    "broadcast targets": (
+        lambda f, y: F.gaussian_nll_loss(f, y.float().unsqueeze(1), f.exp()),
+        r"outputs \[6, 3\] and targets \[6, 1\].*broadcasts them",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")
+@pytest.mark.parametrize("name", MISUSED)
+def test_calls_that_no_likelihood_expresses(net, x, y, name):
+    step, message = MISUSED[name]
+    with pytest.raises(ValueError, match=message):
+        capture_loss(lambda: step(net(x), y))
+
+
+@pytest.mark.parametrize("function", [f for f in KNOWN if f not in READERS], ids=lambda f: f.__name__)
 def test_losses_that_are_known_but_not_read_are_named(function):
     # Each with arguments that it takes: outputs of shape [N, 3].
     f = torch.rand(N, 3, requires_grad=True)
@@ -129,7 +265,6 @@ def test_losses_that_are_known_but_not_read_are_named(function):
     arguments = {
         "cosine_embedding_loss": (f, one, sign),
         "ctc_loss": (f.unsqueeze(1).log_softmax(2), torch.ones(1, 2, dtype=int), [N], [2]),
-        "gaussian_nll_loss": (f, one, one),
         "hinge_embedding_loss": (f, sign[:, None]),
         "margin_ranking_loss": (f, one, sign[:, None]),
         "multi_margin_loss": (f, torch.zeros(N, dtype=int)),

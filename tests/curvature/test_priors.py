@@ -10,6 +10,7 @@ from torch import nn
 from lightning_bayes.curvature.priors import (
     Prior,
     fixed_prior,
+    prior_from,
     require_prior_precision,
     trainable_names,
     weight_decay_prior,
@@ -117,9 +118,44 @@ def test_mappings_that_hold_no_precision(value):
 
 
 def test_words_are_for_those_who_know_them():
-    require_prior_precision("auto", also=("auto",))
-    with pytest.raises(ValueError, match=r'"optimize" is not supported yet'):
-        require_prior_precision("optimize")
+    for word in ("auto", "optimize", "optimize_per_layer", "optimize_per_parameter"):
+        require_prior_precision(word, also=("auto",))
+    with pytest.raises(ValueError, match="'optimize', 'optimize_per_layer'.*got 'auto'"):
+        require_prior_precision("auto")
+    with pytest.raises(ValueError, match="numbers or 'optimize', got {'b': 'optimize_per_layer'}"):
+        require_prior_precision({"a": "optimize", "b": "optimize_per_layer", "*": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("argument", "groups"),
+    [
+        ("optimize", (("0.weight", "0.bias", "1.weight", "1.bias"),)),
+        ("optimize_per_layer", (("0.weight", "0.bias"), ("1.weight", "1.bias"))),
+        ("optimize_per_parameter", (("0.weight",), ("0.bias",), ("1.weight",), ("1.bias",))),
+        ({"*.weight": "optimize", "*": 2.0}, (("0.weight", "1.weight"),)),
+        (
+            {"0.bias": 0.0, "*.bias": "optimize", "*": "optimize"},
+            (("1.bias",), ("0.weight", "1.weight")),
+        ),
+        ({"*": 2.0}, ()),
+    ],
+    ids=str,
+)
+def test_groups_whose_precision_is_to_be_found(argument, groups):
+    prior = prior_from(network(), argument)
+    assert set(prior.optimized) == set(groups)
+    assert not set(prior.fixed_parameters) & {name for group in groups for name in group}
+    assert set(prior.strengths) | set(prior.fixed_parameters) == set(trainable_names(network()))
+
+
+def test_a_subset_needs_no_patterns_for_the_rest():
+    prior = prior_from(network(), {"1.weight": 2.0, "1.bias": "optimize"}, subset=["1.weight", "1.bias"])
+    assert prior == Prior({"1.weight": 2.0, "1.bias": 1.0}, optimized=(("1.bias",),))
+    # A pattern that decides parameters outside the subset alone is not idle.
+    prior = prior_from(network(), {"0.*": 3.0, "*": "optimize"}, subset=["0.weight"])
+    assert prior == Prior({"0.weight": 3.0})
+    with pytest.raises(ValueError, match=r"No parameter of the subset \['0.weight'\] has a prior above 0"):
+        prior_from(network(), {"0.*": 0.0, "*": 1.0}, subset=["0.weight"])
 
 
 @pytest.mark.parametrize("value", [1, 0.5, np.float64(2.0), {"*": 0}])

@@ -69,6 +69,32 @@ class CalledTwice(nn.Module):
         return self.head(torch.tanh(self.step(torch.tanh(self.step(x)))))
 
 
+class FunctionalReuse(nn.Module):
+    """A layer's weight, used by a functional call as well."""
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(5, 5)
+        self.head = nn.Linear(5, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(F.linear(torch.tanh(self.inner(x)), self.inner.weight)))
+
+
+class Broadcast(nn.Module):
+    """A layer that sees a parameter, not the examples: its output has no batch."""
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(2, 3))
+        self.project = nn.Linear(3, 5)
+        self.head = nn.Linear(5, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = torch.tanh(self.project(self.query)).sum(0)
+        return self.head(x * gates)
+
+
 class Unpooled(nn.Module):
     """A layer whose output misses the loss beside one that makes it."""
 
@@ -168,6 +194,17 @@ def conv1d(num_outputs: int) -> nn.Module:
     )
 
 
+def one_position(num_outputs: int) -> nn.Module:
+    """Convolutions that see each image at one place only."""
+    return nn.Sequential(
+        nn.Conv2d(2, 3, (2, 3)),
+        nn.Tanh(),
+        nn.Conv2d(3, 3, 1, bias=False),
+        nn.Flatten(),
+        nn.Linear(3, num_outputs),
+    )
+
+
 def conv3d(num_outputs: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv3d(2, 2, 2, stride=(1, 2, 1), padding=(0, 1, 0)),
@@ -185,6 +222,15 @@ def transposed(num_outputs: int) -> nn.Module:
         nn.AdaptiveAvgPool2d(2),
         nn.Flatten(),
         nn.Linear(16, num_outputs),
+    )
+
+
+def output_padding(num_outputs: int) -> nn.Module:
+    return nn.Sequential(
+        nn.ConvTranspose1d(2, 2, 2, stride=2, output_padding=1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(14, num_outputs),
     )
 
 

@@ -19,6 +19,18 @@ class Sequence(nn.Module):
         return self.head(torch.tanh(self.embed(x)).mean(1))
 
 
+class WithAndWithoutPositions(nn.Module):
+    """One layer for a sequence and for its sum."""
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.head = nn.Linear(4, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(torch.tanh(self.inner(x)).sum(1)))
+
+
 class Embedded(nn.Module):
     """The mean of embedded tokens."""
 

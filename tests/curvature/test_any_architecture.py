@@ -1,0 +1,195 @@
+"""Architectures as they are published, against one backward pass for each output of each example.
+
+The matrices are too large to write down: `diag` is held against the sum of squares of the dense rows, the
+exact structure against the Gram matrix of those rows, by the formulas of MacKay and Smith & Le alone.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+from lightning_bayes.evidence import Evidence
+from lightning_bayes.laplace import laplace_evidence
+from tests.reference import SlowTwin, assert_agrees
+
+CLASSES = 3
+PRECISION = 0.5
+
+
+class DigitRows(nn.Module):
+    """A transformer that reads an image row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 6)
+        self.position = nn.Parameter(torch.randn(1, 8, 6))
+        layer = nn.TransformerEncoderLayer(6, 2, 10, dropout=0.1, activation="gelu", batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(6))
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(x) + self.position).mean(1))
+
+
+class RowsByLSTM(nn.Module):
+    """An LSTM of two layers over the rows of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 5, num_layers=2, batch_first=True, dropout=0.2)
+        self.head = nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, (hidden, _) = self.lstm(x)
+        return self.head(hidden[-1])
+
+
+class CausalLanguageModel(nn.Module):
+    """Tokens to tokens, [N, T, V]: a mask, pre-norm, the head tied to the embedding."""
+
+    def __init__(self, vocabulary: int = 7) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, 4)
+        layer = nn.TransformerEncoderLayer(4, 2, 6, norm_first=True, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(4, vocabulary, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], dtype=torch.float64)
+        return self.head(self.encoder(self.embed(tokens), mask=mask, is_causal=True)).transpose(1, 2)
+
+
+def convnext() -> nn.Module:
+    setting = [CNBlockConfig(4, 6, 1), CNBlockConfig(6, None, 1)]
+    return ConvNeXt(setting, stochastic_depth_prob=0.5, layer_scale=0.3, num_classes=CLASSES)
+
+
+def vision_transformer() -> nn.Module:
+    net = torchvision.models.VisionTransformer(8, 4, 1, 2, 6, 10, num_classes=CLASSES)
+    nn.init.normal_(net.heads.head.weight)  # zero in a new one, which leaves the body no gradient
+    return net
+
+
+def resnet() -> nn.Module:
+    return torchvision.models.resnet18(num_classes=CLASSES)
+
+
+def mobilenet() -> nn.Module:
+    """Inverted residuals, ReLU6, depthwise convolutions, narrow."""
+    settings = [[1, 4, 1, 1], [2, 6, 1, 2], [2, 6, 1, 1]]
+    return torchvision.models.MobileNetV2(CLASSES, 0.25, settings)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A factory, the shape of its inputs, and the size of its vocabulary where these are tokens."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    tokens: int = 0
+
+
+SMALL = {
+    "transformer": Architecture(DigitRows, (8, 8)),
+    "lstm": Architecture(RowsByLSTM, (8, 8)),
+    "language_model": Architecture(CausalLanguageModel, (5,), tokens=7),
+    "vision_transformer": Architecture(vision_transformer, (3, 8, 8)),
+    "convnext": Architecture(convnext, (3, 16, 16)),
+}
+"""Up to about 1,500 parameters: a dense matrix is possible."""
+
+LARGE = {"resnet": Architecture(resnet, (3, 32, 32)), "mobilenet": Architecture(mobilenet, (3, 16, 16))}
+
+
+def twin_of(name: str) -> SlowTwin:
+    """The network with its data, in float64."""
+    architecture = (SMALL | LARGE)[name]
+    num_examples = 3 if name in SMALL else 2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        model = architecture.make()
+        for module in model.modules():  # norms at the identity, biases at zero, would hide mistakes
+            for local, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 1:
+                    nn.init.normal_(parameter, 0.2 if local == "bias" else 1.0, 0.3)
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.running_var, 0.5, 2.0)
+        if architecture.tokens:
+            inputs = torch.randint(architecture.tokens, (num_examples, *architecture.shape))
+            targets = torch.randint(architecture.tokens, inputs.shape)
+        else:
+            inputs = torch.randn(num_examples, *architecture.shape, dtype=torch.float64)
+            targets = torch.randint(CLASSES, (num_examples,))
+        return SlowTwin(model.double(), inputs, targets, "classification")
+
+
+small_twin = functools.cache(twin_of)
+
+
+def evidence_of(twin: SlowTwin, structure: str) -> Evidence:
+    """The engine's, in batches of two."""
+    model = twin.model.train()  # as in a training run
+    evidence = laplace_evidence(
+        model, (twin.inputs, twin.targets), structure=structure, prior_precision=PRECISION, batch_size=2
+    )
+    model.eval()
+    return evidence
+
+
+def rows_of(twin: SlowTwin) -> Tensor:
+    """V [N·K, p] with G = VᵀV, from symmetric roots of the output Hessians."""
+    rows = []
+    for jacobian, hessian in zip(twin.jacobians, twin.output_hessians, strict=True):
+        values, vectors = torch.linalg.eigh(hessian)
+        rows.append((vectors * values.clamp(min=0).sqrt()).mT @ jacobian)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("structure", ["full", "kron", "diag"])
+@pytest.mark.parametrize("name", SMALL)
+def test_every_field_agrees_with_the_dense_matrix(name, structure):
+    twin = small_twin(name)
+    expected = twin.evidence(dict.fromkeys(twin.names, PRECISION), structure)
+    assert_agrees(evidence_of(twin, structure), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("name", LARGE)
+def test_every_field_agrees_with_rows_of_plain_autograd(name, structure):
+    twin = twin_of(name)
+    rows = rows_of(twin)
+    weights = torch.cat([twin.model.get_parameter(name).detach().flatten() for name in twin.names])
+    slope = twin.slope + PRECISION * weights
+    if structure == "diag":
+        curvature = rows.square().sum(0)
+        log_det = (curvature / PRECISION).log1p().sum().item()
+        gamma = (curvature / (curvature + PRECISION)).sum().item()
+        quadratic = (slope.square() / (curvature + PRECISION)).sum().item()
+    else:  # the nonzero eigenvalues of VVᵀ are those of G, and Vᵀu/√μ its eigenvectors
+        values, vectors = torch.linalg.eigh(rows @ rows.mT)
+        kept = values > 1e-10 * values[-1]
+        values, along = values[kept], (rows.mT @ vectors[:, kept] / values[kept].sqrt()).mT @ slope
+        log_det = (values / PRECISION).log1p().sum().item()
+        gamma = (values / (values + PRECISION)).sum().item()
+        rest = (slope.square().sum() - along.square().sum()) / PRECISION
+        quadratic = ((along.square() / (values + PRECISION)).sum() + rest).item()
+    found = evidence_of(twin, structure)
+    penalty = 0.5 * PRECISION * weights.square().sum().item()
+    assert found.log_occam_factor == pytest.approx(-0.5 * log_det, rel=1e-8)
+    assert found.effective_parameters == pytest.approx(gamma, rel=1e-8)
+    assert found.newton_decrement == pytest.approx(0.5 * quadratic, rel=1e-8)
+    assert found.log_likelihood == pytest.approx(-twin.loss.item(), rel=1e-10)
+    assert found.log_evidence == pytest.approx(-twin.loss.item() - penalty - 0.5 * log_det, rel=1e-8)
+    assert found.num_parameters == len(weights)
+    if name == "resnet":
+        assert found.num_parameters == 11_178_051  # the published network
+    assert math.isfinite(found.log_evidence_ratio)
