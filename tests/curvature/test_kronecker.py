@@ -30,9 +30,9 @@ def test_kron_claims_no_bound_but_the_likelihood():
 
 
 def test_large_blocks_without_a_kronecker_form_keep_their_diagonal(monkeypatch):
-    """Grouped convolutions and shared weights beyond the limit: never an approximation above `diag`."""
+    """Normalisation and recurrent weights beyond the limit: never an approximation above `diag`."""
     monkeypatch.setattr(kronecker, "MAX_EXACT_BLOCK", 0)
-    for network in ("batch_norm", "called_twice"):
+    for network in ("batch_norm", "lstm"):
         case = make_case(network, "class_probabilities")
         fallback = case.evidence(structure="kron").log_occam_factor
         monkeypatch.setattr(kronecker, "MAX_EXACT_BLOCK", 1024)
