@@ -12,6 +12,7 @@ from lightning_bayes.curvature.likelihoods import (
 from lightning_bayes.curve import EvidenceCurve, evidence_curve
 from lightning_bayes.evidence import Evidence
 from lightning_bayes.laplace import laplace_evidence
+from lightning_bayes.refitting import refit_prior_precision
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "Evidence",
     "evidence_curve",
     "EvidenceCurve",
+    "refit_prior_precision",
     "EvidenceUnavailableError",
     # Likelihoods
     "Bernoulli",

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from lightning_bayes.curvature.base import Curvature, Problem
 from lightning_bayes.curvature.errors import EvidenceUnavailableError, check_finite
+from lightning_bayes.curvature.gram import kept_widths
 from lightning_bayes.curvature.hessian import BatchHessian, HessianCurvature, HessianReader
 from lightning_bayes.curvature.likelihoods import Likelihood
 from lightning_bayes.curvature.prior_search import FixedWeights, maximize_evidence, squared_norms
 from lightning_bayes.curvature.priors import Prior
 from lightning_bayes.curvature.reader import BatchRows, RowReader
-from lightning_bayes.curvature.rows import RowBlock, kept_width
+from lightning_bayes.curvature.rows import RowBlock
 from lightning_bayes.curvature.structures import STRUCTURES, choose_structure
 from lightning_bayes.evidence import Evidence
 from lightning_bayes.functional import evidence as terms
@@ -204,12 +205,14 @@ class _RowIntake:
 
     def _settle(self, block: RowBlock) -> tuple[Problem, str]:
         first = next(iter(self.parameters.values()))
+        kept_width, gram_width = kept_widths(block)
         problem = Problem(
             shapes={name: parameter.shape for name, parameter in self.parameters.items()},
             num_examples=self._num_examples,
             rank=block.num_columns,
             batch_size=block.num_examples,
-            kept_width=kept_width(block.layers),
+            kept_width=kept_width,
+            gram_width=gram_width,
             dtype=first.dtype,
             device=first.device,
             tolerance=self.method.tolerance,

@@ -16,6 +16,7 @@ RANKS = {
     "evaluation": 2,
     "laplace": 2,
     "curve": 2,
+    "refitting": 2,
     "callbacks": 3,
     "examples": 4,
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_bayes.curvature.capture import WAY_OUT, CapturedLoss, capture_loss
+from lightning_bayes.curvature.flattened import layout_of_rows, rows_of_examples
 from lightning_bayes.curvature.isolation import throw_away_copy
+from lightning_bayes.curvature.layout import Layout
 from lightning_bayes.curvature.likelihoods import Likelihood
 from lightning_bayes.curvature.loss_arguments import Rows
 
@@ -75,6 +78,7 @@ class ModuleReader:
         self._likelihood = likelihood
         self._option = network
         self._kind: type[Likelihood] | None = None
+        self._layout: Layout | None = None
         target = original_network(module, network)
         # Datasets and loaders that a module keeps would be copied with it, each time.
         data = (
@@ -135,7 +139,9 @@ class ModuleReader:
     def _read(self, batch: Any, batch_idx: int) -> CapturedLoss:
         if self._option is None:
             return capture_loss(
-                lambda: self._training_step(batch, batch_idx), self._likelihood, _rows_of(batch)
+                lambda: self._training_step(batch, batch_idx),
+                self._likelihood,
+                partial(self._rows_of, _size_of(batch)),
             )
         if self._likelihood is None:
             raise ValueError("Argument `network` needs an explicit `likelihood`.")
@@ -156,6 +162,22 @@ class ModuleReader:
         if is_param_in_hook_signature(step, "batch_idx", min_args=2):
             arguments = (batch, batch_idx)
         return step(*arguments)
+
+    def _rows_of(self, num_examples: int | None, outputs: Tensor) -> Rows:
+        """How the rows that a loss sees make examples."""
+        num_rows = len(outputs) if outputs.dim() else 1
+        if num_examples in (None, num_rows):
+            return lambda tensor: tensor
+        if not num_examples or num_rows == 0 or num_rows % num_examples:
+            raise ValueError(
+                f"The loss sees {num_rows} rows of outputs, but the batch holds {num_examples} examples, so the "
+                "tokens of an example cannot be told. Keep every token and mark those that do not count by "
+                f"ignore_index instead of selecting by a mask. {WAY_OUT}"
+            )
+        layout = self._layout or layout_of_rows(outputs, num_examples)
+        if num_examples > 1:  # one example does not tell
+            self._layout = layout
+        return rows_of_examples(layout, num_examples)
 
     def _call_network(self, batch: Any) -> tuple[Tensor, Tensor]:
         if callable(self._option):
@@ -256,26 +278,8 @@ def _nothing(*args: object, **kwargs: object) -> None:
     return None
 
 
-def _rows_of(batch: Any) -> Callable[[Tensor], Rows] | None:
-    """How the rows that a loss sees make the examples of this batch; None where the batch does not say."""
+def _size_of(batch: Any) -> int | None:
+    """The examples of a batch; None where its tensors do not agree (graphs, ragged lists, class weights)."""
     sizes: set[int] = set()
     apply_to_collection(batch, Tensor, lambda tensor: sizes.add(len(tensor)) if tensor.dim() else None)
-    # A batch without tensors of one common size (graphs, ragged lists, class weights on board) says nothing.
-    if len(sizes) != 1:
-        return None
-    num_examples = sizes.pop()
-
-    def rows_of(outputs: Tensor) -> Rows:
-        num_rows = len(outputs) if outputs.dim() else 1
-        if num_rows % num_examples or num_rows == 0:
-            raise ValueError(
-                f"The loss sees {num_rows} rows of outputs, but the batch holds {num_examples} examples, so the "
-                "tokens of an example cannot be told. Keep every token and mark those that do not count by "
-                f"ignore_index instead of selecting by a mask. {WAY_OUT}"
-            )
-        if num_rows == num_examples:
-            return lambda tensor: tensor
-        # Tokens flattened into rows, an example's one after another; the rows are held against autograd later.
-        return lambda tensor: tensor.unflatten(0, (num_examples, -1))
-
-    return rows_of
+    return sizes.pop() if len(sizes) == 1 else None

@@ -25,7 +25,9 @@ class Problem:
     batch_size: int
     """Examples whose rows exist at one time before a structure has taken them in."""
     kept_width: int
-    """Numbers that a row is kept as beyond its batch, see `rows.kept_width`."""
+    """Numbers that a row is kept as beyond its batch, see `gram.kept_widths`."""
+    gram_width: int
+    """Multiplications of the inner product of two kept rows."""
     dtype: torch.dtype
     device: torch.device
     tolerance: float | None = None

@@ -132,7 +132,8 @@ class LinearBlock(Block):
 
     def add(self, layer: OuterRows, groups: Sequence[Sequence[int]], first: bool) -> None:
         """Add the rows of one batch; its inputs belong to all columns and count with the first."""
-        self._grads.add(layer.grads().sum(2), groups)
+        grads = layer.grads()
+        self._grads.add(grads.squeeze(2) if grads.shape[2] == 1 else grads.sum(2), groups)
         if first and self.weight is not None:
             inputs = layer.inputs()
             self._num_examples += len(inputs)

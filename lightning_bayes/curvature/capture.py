@@ -38,7 +38,6 @@ A small regulariser must not pass: once the loss has fallen it is no longer smal
 
 KNOWN = (
     *READERS,
-    F.binary_cross_entropy,
     F.cosine_embedding_loss,
     F.ctc_loss,
     F.hinge_embedding_loss,
@@ -54,6 +53,10 @@ KNOWN = (
     F.soft_margin_loss,
     F.triplet_margin_loss,
 )
+
+SIGMOIDS = (torch.sigmoid, Tensor.sigmoid, torch.special.expit)
+RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", *(f"SqueezeBackward{i}" for i in range(3)))
+"""Steps of a graph that keep numbers and their order."""
 
 
 @dataclass(frozen=True)
@@ -87,17 +90,33 @@ class _LossCalls(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[_Call] = []
+        self._sigmoids: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if func in SIGMOIDS and result.grad_fn is not None:
+            self._sigmoids[result.grad_fn] = (args[0] if args else kwargs["input"], result)
         if func in KNOWN and isinstance(result, Tensor) and result.grad_fn is not None:
             bound = inspect.signature(func).bind(*args, **kwargs)
             bound.apply_defaults()
+            if func is F.binary_cross_entropy:
+                bound.arguments["logits"] = self._logits_of(bound.arguments["input"])
             self.calls.append(_Call(func, bound.arguments, result))
         return result
+
+    def _logits_of(self, probabilities: Tensor) -> Tensor | None:
+        """Logits in the shape of their sigmoid, None if something else was made of it."""
+        node = probabilities.grad_fn
+        while node is not None and node.name() in RESHAPES:
+            node = node.next_functions[0][0]
+        logits, result = self._sigmoids.get(node, (None, None))
+        if logits is None or result is None or result.numel() != probabilities.numel():
+            return None
+        same = torch.equal(logits.detach().sigmoid().reshape(probabilities.shape), probabilities.detach())
+        return logits.reshape(probabilities.shape) if same else None
 
 
 def capture_loss(
@@ -210,7 +229,7 @@ def _reduction(call: _Call, reading: Reading, outputs: Tensor, targets: Any, val
     unit_loss = likelihood.unit_loss(outputs, targets).item()
     num_examples, num_terms = len(outputs), likelihood.num_terms(outputs, targets)
     total = unit_loss * likelihood.loss_scale("sum", num_terms / num_examples, 1, 1.0)
-    total += reading.constant * num_terms
+    total = total if reading.total is None else reading.total
     # As in PyTorch, the mean over no token at all is not a number.
     values: dict[Reduction, float] = {"mean": total / num_terms if num_terms else math.nan, "sum": total}
     # Of one term; log-softmax outputs are rounded at the size of the logits, however small the loss.

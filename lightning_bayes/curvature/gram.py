@@ -1,29 +1,43 @@
-"""Rows that are kept for the dual: inner products between them without ever writing V down.
+"""Rows that are kept for the dual: inner products between them, where possible without writing V down.
 
-A kept layer holds the rows of all N examples, indexed [column, example]. Its share of K = V Λ⁻¹ Vᵀ is
+A kept layer holds rows of many examples, indexed [column, example]. Its share of K = V Λ⁻¹ Vᵀ is
 
-- linear layer: ⟨v₍ₙ,c₎, v₍ₘ,d₎⟩ = ⟨g₍ₙ,c₎, g₍ₘ,d₎⟩ (⟨aₙ, aₘ⟩/λ_weight + 1/λ_bias),
-- any other:    ⟨v₍ₙ,c₎, v₍ₘ,d₎⟩/λ from the rows themselves.
+- linear map at T positions: Σₜₛ ⟨g₍ₙ,c,t₎, g₍ₘ,d,s₎⟩ (⟨a₍ₙ,t₎, a₍ₘ,s₎⟩/λ_weight + 1/λ_bias),
+- any other:                 ⟨v₍ₙ,c₎, v₍ₘ,d₎⟩/λ from the rows themselves.
+
+The pairs of positions are worth their T² only at few positions; `keep` decides. Where they are not, a linear
+map still keeps its factors if they are smaller than its rows, which are then formed some output channels at a
+time.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from lightning_bayes.curvature.rows import OuterRows, Rows
+from lightning_bayes.curvature.rows import OuterRows, RowBlock, Rows
 
-__all__ = ["KeptRows", "combine_all", "dot_all", "fill_gram", "keep", "tiles_of"]
+__all__ = ["KeptDense", "KeptOuter", "KeptRows", "keep", "keep_block", "kept_widths"]
+
+PAIR_OVERHEAD = 16
+"""Multiplications that one product of two position-wise inner products counts as: it is bound by memory."""
+PART_NUMBERS = 2**25
+"""Numbers of rows, or of products of positions, that are formed at one time."""
 
 
 @dataclass(frozen=True)
 class KeptRows(ABC):
-    """The rows of one layer for all examples seen."""
+    """The rows of one layer for all examples seen, or a selection of them."""
 
-    rows: Tensor  # [C, N, p] or, for a linear layer, its output gradients [C, N, out]
+    rows: Tensor  # [C, N, p] or, for a linear map, its output gradients [C, N, T, out]
+
+    @property
+    def num_rows(self) -> int:
+        """C·N."""
+        return self.rows.shape[0] * self.rows.shape[1]
 
     @property
     @abstractmethod
@@ -31,8 +45,16 @@ class KeptRows(ABC):
         """Parameters that the rows belong to."""
 
     @abstractmethod
-    def gram_factor(self, left: slice, right: slice, precision: Mapping[str, float]) -> Tensor | float:
-        """What multiplies ⟨rows, rows⟩: a number, or one for each pair of examples [left, right]."""
+    def parts(self, num_rows: int) -> Iterator["KeptRows"]:
+        """The rows in pieces of their length, for so many rows at a time; the shares of K add up."""
+
+    @abstractmethod
+    def cross(self, other: Any, precision: Mapping[str, float]) -> Tensor:
+        """Share of K between these rows and others of the same layer: [C·N, C'·N'], column by column."""
+
+    @abstractmethod
+    def example_grams(self, precision: Mapping[str, float]) -> Tensor:
+        """Share of K between the rows of each single example: [N, C, C]."""
 
     @abstractmethod
     def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:
@@ -42,137 +64,270 @@ class KeptRows(ABC):
     def combine(self, coefficients: Tensor) -> dict[str, Tensor]:
         """Σ over rows of coefficient × row for coefficients [C, N], in the parameters' shapes."""
 
-    @classmethod
     @abstractmethod
-    def merge(cls, blocks: Sequence[Self]) -> Self:
-        """One layer's rows of several batches, put together."""
+    def examples(self, some: slice) -> Self:
+        """A range of the second dimension."""
+
+    @abstractmethod
+    def select(self, columns: Tensor, examples: Tensor) -> Self:
+        """Single rows as [1, R], their examples in ascending order."""
+
+    @abstractmethod
+    def merge(self, others: Sequence[Self], dim: int) -> Self:
+        """These rows followed by others: of other columns (0) or of other examples (1)."""
 
     @abstractmethod
     def to(self, dtype: torch.dtype) -> Self:
         """The same rows in another floating type."""
 
+    def rotate(self, rotations: Tensor) -> Self:
+        """Rows Σ_c R[n, c, d] v₍ₙ,c₎ for orthogonal R [N, C, C]: K only changes its basis."""
+        flat = self.rows.flatten(2).transpose(0, 1)  # [N, C, ...]
+        rotated = (rotations.to(flat).mT @ flat).transpose(0, 1)
+        return replace(self, rows=rotated.reshape(self.rows.shape))
+
 
 @dataclass(frozen=True)
-class _KeptOuter(KeptRows):
-    inputs: Tensor  # [N, in]
+class KeptOuter(KeptRows):
+    """A linear map at T positions, kept as its factors."""
+
+    inputs: Tensor  # [n, T, in]
     weight: str | None
     bias: str | None
+    weight_shape: torch.Size
+    paired: bool
+    """Whether inner products go by pairs of positions."""
+    owners: Tensor | None = None
+    """[N] into `inputs` where single rows were selected; None where the examples are those of `inputs`."""
 
     @property
     def names(self) -> tuple[str, ...]:
+        """See `KeptRows`."""
         return tuple(name for name in (self.weight, self.bias) if name is not None)
 
-    def gram_factor(self, left: slice, right: slice, precision: Mapping[str, float]) -> Tensor | float:
-        from_bias = 0.0 if self.bias is None else 1.0 / precision[self.bias]
+    def parts(self, num_rows: int) -> Iterator[KeptRows]:
+        """See `KeptRows`: some output channels at a time, then the bias."""
+        if self.paired:
+            yield self
+            return
+        if self.weight is not None:
+            inputs = self.inputs if self.owners is None else self.inputs[self.owners]
+            step = max(1, PART_NUMBERS // (num_rows * inputs.shape[2]))
+            for start in range(0, self.rows.shape[3], step):
+                some = self.rows[..., start : start + step]
+                yield KeptDense((some.mT @ inputs).flatten(2), self.weight, self.weight_shape)
+        if self.bias is not None:
+            yield KeptDense(self.rows.sum(2), self.bias, self.weight_shape[:1])
+
+    def cross(self, other: Self, precision: Mapping[str, float]) -> Tensor:
+        """See `KeptRows`."""
+        if not self.paired:
+            larger = max(self.num_rows, other.num_rows)
+            both = zip(self.parts(larger), other.parts(larger), strict=True)
+            return _sum(left.cross(right, precision) for left, right in both)
+        positions = self.rows.shape[2]
+        if positions == 1:
+            return self._paired(other, precision).flatten(2, 3).flatten(0, 1)
+        step = max(1, PART_NUMBERS // (self.num_rows * len(other.rows) * positions**2))
+        pieces = [
+            self._paired(other.examples(slice(start, start + step)), precision)
+            for start in range(0, other.rows.shape[1], step)
+        ]
+        return torch.cat(pieces, dim=3).flatten(2, 3).flatten(0, 1)
+
+    def _paired(self, other: Self, precision: Mapping[str, float]) -> Tensor:
+        """Share of K as [C, N, C', N']."""
+        (c, n, t, _), (d, m, s, _) = self.rows.shape, other.rows.shape
+        share = (self.rows.flatten(0, 2) @ other.rows.flatten(0, 2).mT).view(c, n * t, d, m * s)
         if self.weight is None:
-            return from_bias
-        return (self.inputs[left] @ self.inputs[right].mT).div_(precision[self.weight]).add_(from_bias)
+            share.mul_(self._from_bias(precision))
+        else:
+            factor = (self.inputs.flatten(0, 1) @ other.inputs.flatten(0, 1).mT).div_(precision[self.weight])
+            if self.bias is not None:
+                factor.add_(self._from_bias(precision))
+            factor = _picked(_picked(factor, self.owners, t, 0), other.owners, s, 1)
+            share.mul_(factor.unsqueeze(1))
+        return share if t == s == 1 else share.view(c, n, t, d, m, s).sum((2, 5))
+
+    def _from_bias(self, precision: Mapping[str, float]) -> float:
+        return 0.0 if self.bias is None else 1.0 / precision[self.bias]
+
+    def example_grams(self, precision: Mapping[str, float]) -> Tensor:
+        """See `KeptRows`."""
+        c, n, t, out = self.rows.shape
+        pieces = []
+        numbers = (c * t) ** 2 if self.paired else c * out * self.inputs.shape[2]
+        step = max(1, PART_NUMBERS // numbers)
+        for start in range(0, n, step):
+            some = self.examples(slice(start, start + step))
+            pieces.append(some._paired_grams(precision) if self.paired else some._formed_grams(precision))
+        return torch.cat(pieces)
+
+    def _paired_grams(self, precision: Mapping[str, float]) -> Tensor:
+        c, n, t, _ = self.rows.shape
+        rows = self.rows.transpose(0, 1).flatten(1, 2)
+        share = (rows @ rows.mT).view(n, c, t, c, t)
+        factor = self.inputs.new_tensor(self._from_bias(precision))
+        if self.weight is not None:
+            factor = factor + (self.inputs @ self.inputs.mT / precision[self.weight]).view(n, 1, t, 1, t)
+        return (share * factor).sum((2, 4))
+
+    def _formed_grams(self, precision: Mapping[str, float]) -> Tensor:
+        return _sum(part.example_grams(precision) for part in self.parts(self.num_rows))
 
     def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:
+        """See `KeptRows`."""
         outputs = self.inputs.new_zeros(())
         if self.weight is not None:
-            outputs = outputs + self.inputs @ vectors[self.weight].mT  # [N, out]
+            outputs = outputs + self.inputs @ vectors[self.weight].flatten(1).mT  # [N, T, out]
         if self.bias is not None:
             outputs = outputs + vectors[self.bias]
-        return (self.rows * outputs).sum(2)
+        return (self.rows * outputs).sum((2, 3))
 
     def combine(self, coefficients: Tensor) -> dict[str, Tensor]:
-        weighted = torch.einsum("cn,cno->no", coefficients, self.rows)
+        """See `KeptRows`."""
+        weighted = torch.einsum("cn,cnto->nto", coefficients, self.rows).flatten(0, 1)
         sums = {}
         if self.weight is not None:
-            sums[self.weight] = weighted.mT @ self.inputs
+            sums[self.weight] = (weighted.mT @ self.inputs.flatten(0, 1)).reshape(self.weight_shape)
         if self.bias is not None:
             sums[self.bias] = weighted.sum(0)
         return sums
 
-    @classmethod
-    def merge(cls, blocks: Sequence[Self]) -> Self:
-        rows = torch.cat([block.rows for block in blocks], dim=1)
-        inputs = torch.cat([block.inputs for block in blocks])
-        return cls(rows, inputs, blocks[0].weight, blocks[0].bias)
+    def examples(self, some: slice) -> Self:
+        """See `KeptRows`."""
+        if self.owners is None:
+            return replace(self, rows=self.rows[:, some], inputs=self.inputs[some])
+        owners = self.owners[some]
+        first, last = int(owners[0]), int(owners[-1])
+        inputs = self.inputs[first : last + 1]
+        return replace(self, rows=self.rows[:, some], inputs=inputs, owners=owners - first)
+
+    def select(self, columns: Tensor, examples: Tensor) -> Self:
+        """See `KeptRows`."""
+        return replace(self, rows=self.rows[columns, examples].unsqueeze(0), owners=examples)
+
+    def merge(self, others: Sequence[Self], dim: int) -> Self:
+        """See `KeptRows`."""
+        rows = torch.cat([self.rows, *(other.rows for other in others)], dim=dim)
+        if dim == 0:
+            return replace(self, rows=rows)
+        return replace(self, rows=rows, inputs=torch.cat([self.inputs, *(other.inputs for other in others)]))
 
     def to(self, dtype: torch.dtype) -> Self:
-        return type(self)(self.rows.to(dtype), self.inputs.to(dtype), self.weight, self.bias)
+        """See `KeptRows`."""
+        return replace(self, rows=self.rows.to(dtype), inputs=self.inputs.to(dtype))
 
 
 @dataclass(frozen=True)
-class _KeptDense(KeptRows):
+class KeptDense(KeptRows):
+    """The rows of one parameter as they are."""
+
     name: str
     shape: torch.Size
 
     @property
     def names(self) -> tuple[str, ...]:
+        """See `KeptRows`."""
         return (self.name,)
 
-    def gram_factor(self, left: slice, right: slice, precision: Mapping[str, float]) -> Tensor | float:
-        return 1.0 / precision[self.name]
+    def parts(self, num_rows: int) -> Iterator[KeptRows]:
+        """See `KeptRows`: one."""
+        yield self
+
+    def cross(self, other: Self, precision: Mapping[str, float]) -> Tensor:
+        """See `KeptRows`."""
+        return (self.rows.flatten(0, 1) @ other.rows.flatten(0, 1).mT).div_(precision[self.name])
+
+    def example_grams(self, precision: Mapping[str, float]) -> Tensor:
+        """See `KeptRows`."""
+        rows = self.rows.transpose(0, 1)
+        return rows @ rows.mT / precision[self.name]
 
     def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:
+        """See `KeptRows`."""
         return self.rows @ vectors[self.name].flatten()
 
     def combine(self, coefficients: Tensor) -> dict[str, Tensor]:
+        """See `KeptRows`."""
         return {self.name: torch.einsum("cn,cnp->p", coefficients, self.rows).reshape(self.shape)}
 
-    @classmethod
-    def merge(cls, blocks: Sequence[Self]) -> Self:
-        return cls(torch.cat([block.rows for block in blocks], dim=1), blocks[0].name, blocks[0].shape)
+    def examples(self, some: slice) -> Self:
+        """See `KeptRows`."""
+        return replace(self, rows=self.rows[:, some])
+
+    def select(self, columns: Tensor, examples: Tensor) -> Self:
+        """See `KeptRows`."""
+        return replace(self, rows=self.rows[columns, examples].unsqueeze(0))
+
+    def merge(self, others: Sequence[Self], dim: int) -> Self:
+        """See `KeptRows`."""
+        return replace(self, rows=torch.cat([self.rows, *(other.rows for other in others)], dim=dim))
 
     def to(self, dtype: torch.dtype) -> Self:
-        return type(self)(self.rows.to(dtype), self.name, self.shape)
+        """See `KeptRows`."""
+        return replace(self, rows=self.rows.to(dtype))
 
 
-def keep(layer: Rows) -> list[KeptRows]:
-    """Keep a layer's rows beyond their batch: factored where they have factors."""
-    if isinstance(layer, OuterRows) and (inputs := layer.inputs()).shape[1] == 1:
-        return [_KeptOuter(layer.grads().squeeze(2), inputs.squeeze(1), layer.weight, layer.bias)]
-    shapes = (
-        {layer.weight: layer.weight_shape, layer.bias: layer.weight_shape[:1]}
-        if isinstance(layer, OuterRows)
-        else {layer.name: layer.shape}
-    )
-    return [_KeptDense(rows, name, shapes[name]) for name, rows in layer.dense().items()]
+def keep(layer: Rows, num_columns: int) -> list[KeptRows]:
+    """Keep a layer's rows beyond their batch: factored where that takes fewer operations or less memory.
 
-
-def tiles_of(num_examples: int, columns: int, tile_rows: int) -> list[slice]:
-    """Ranges of examples whose rows make tiles of about `tile_rows`."""
-    step = max(1, tile_rows // columns)
-    return [slice(start, min(start + step, num_examples)) for start in range(0, num_examples, step)]
-
-
-def fill_gram(
-    buffer: Tensor, layers: Sequence[KeptRows], tiles: Sequence[slice], precision: Mapping[str, float]
-) -> None:
-    """Write the upper triangle of K = V Λ⁻¹ Vᵀ into `buffer` [rows, rows], tile by tile.
-
-    The rows of a tile stand column by column, each over the tile's examples, so that the factor of a
-    linear layer broadcasts over contiguous memory. The order of rows is immaterial to every answer.
+    Args:
+        layer: Rows of some columns of a batch.
+        num_columns: C of the whole root, which decides.
     """
-    columns = layers[0].rows.shape[0]
-    per_tile = [[layer.rows[:, tile].flatten(0, 1) for tile in tiles] for layer in layers]
-    for i, left in enumerate(tiles):
-        for j in range(i, len(tiles)):
-            right = tiles[j]
-            target = buffer[_row_range(left, columns), _row_range(right, columns)]
-            for k, (layer, rows) in enumerate(zip(layers, per_tile, strict=True)):
-                share = torch.mm(rows[i], rows[j].mT, out=target) if k == 0 else rows[i] @ rows[j].mT
-                factor = layer.gram_factor(left, right, precision)
-                if isinstance(factor, Tensor):
-                    factor = factor.unsqueeze(1)  # [left, 1, right] against [C, left, C, right]
-                share.unflatten(1, (columns, -1)).unflatten(0, (columns, -1)).mul_(factor)
-                if k > 0:
-                    target += share
+    if not isinstance(layer, OuterRows):
+        return [KeptDense(rows, name, layer.shape) for name, rows in layer.dense().items()]
+    inputs, grads = layer.inputs(), layer.grads()
+    paired, factored, _, _ = _plan(layer, grads.shape[2], grads.shape[3], inputs.shape[2], num_columns)
+    if factored:
+        return [KeptOuter(grads, inputs, layer.weight, layer.bias, layer.weight_shape, paired)]
+    shapes = {layer.weight: layer.weight_shape, layer.bias: layer.weight_shape[:1]}
+    return [KeptDense(rows, name, shapes[name]) for name, rows in layer.dense().items()]
 
 
-def _row_range(tile: slice, columns: int) -> slice:
-    return slice(tile.start * columns, tile.stop * columns)
+def keep_block(block: RowBlock) -> list[KeptRows]:
+    """All layers of a block, kept."""
+    return [kept for layer in block.layers for kept in keep(layer, block.num_columns)]
 
 
-def dot_all(layers: Sequence[KeptRows], vectors: Mapping[str, Tensor]) -> Tensor:
-    """V times a vector, as [C, N]."""
-    return torch.stack([layer.dot(vectors) for layer in layers]).sum(0)
+def kept_widths(block: RowBlock) -> tuple[int, int]:
+    """Numbers that a row is kept as, and multiplications of an inner product of two rows; both rounded up."""
+    kept, product = 0, 0
+    for layer in block.layers:
+        if isinstance(layer, OuterRows):
+            positions, out = layer.grads().shape[2:]
+            width = layer.inputs().shape[2]
+            _, _, numbers, operations = _plan(layer, positions, out, width, block.num_columns)
+            kept, product = kept + numbers, product + operations
+        else:
+            kept, product = kept + layer.shape.numel(), product + layer.shape.numel()
+    return kept, product
 
 
-def combine_all(layers: Sequence[KeptRows], coefficients: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Vᵀ times coefficients [C, N], parameter by parameter."""
-    for layer in layers:
-        yield from layer.combine(coefficients).items()
+def _plan(layer: OuterRows, t: int, out: int, width: int, columns: int) -> tuple[bool, bool, int, int]:
+    """Whether to pair positions, whether to keep factors, numbers of a row, operations of a pair of rows."""
+    length = out * (width * (layer.weight is not None) + (layer.bias is not None))
+    by_pairs = t**2 * (out + -(-width // columns**2)) + (t**2 * PAIR_OVERHEAD if t > 1 else 0)
+    factors = t * (out + -(-width // columns))
+    paired = t == 1 or by_pairs < length
+    if paired:
+        return True, True, factors, by_pairs
+    return False, factors < length, min(factors, length), length
+
+
+def _picked(factor: Tensor, owners: Tensor | None, positions: int, dim: int) -> Tensor:
+    """Entries of the examples that own the rows: [n·T, ...] -> [N·T, ...] along `dim`."""
+    if owners is None:
+        return factor
+    if positions > 1:
+        offsets = torch.arange(positions, device=owners.device)
+        owners = (owners.unsqueeze(1) * positions + offsets).flatten()
+    return factor.index_select(dim, owners)
+
+
+def _sum(shares: Iterator[Tensor]) -> Tensor:
+    total = next(shares)
+    for share in shares:
+        total = total + share
+    return total

@@ -107,9 +107,15 @@ class HessianReader:
         if not self._one_by_one:
             try:
                 parts = torch.autograd.grad(
-                    flat, parameters, seeds, retain_graph=True, is_grads_batched=True, materialize_grads=True
+                    flat, parameters, seeds, retain_graph=True, is_grads_batched=True, allow_unused=True
                 )
-                return torch.cat([part.flatten(1) for part in parts], dim=1)
+                return torch.cat(
+                    [
+                        seeds.new_zeros(len(seeds), parameter.numel()) if part is None else part.flatten(1)
+                        for parameter, part in zip(parameters, parts, strict=True)
+                    ],
+                    dim=1,
+                )
             except RuntimeError as error:  # an operation that vmap does not know
                 self._one_by_one = True
                 logging.getLogger("lightning_bayes").info(

@@ -3,9 +3,8 @@
 Weights are data of the call: those of classes are the same in every batch, those of examples are not.
 """
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,8 +38,8 @@ class Reading:
     likelihood: Likelihood
     outputs: Tensor
     targets: Tensor
-    constant: float = 0.0
-    """What PyTorch adds to each term of the loss, which `Likelihood.unit_loss` leaves out."""
+    total: float | None = None
+    """PyTorch's sum of the loss where that is not the likelihood's: by a constant, or by its rounding."""
 
 
 def _cross_entropy(name: str, arguments: Mapping[str, Any], rows: Rows) -> Reading:
@@ -61,11 +60,26 @@ def _binary_cross_entropy(name: str, arguments: Mapping[str, Any], rows: Rows) -
     outputs, targets = arguments["input"], arguments["target"]
     _one_shape(name, outputs, targets)
     # Broadcast before the rows are put together: [K] goes with the last dimension of what the loss saw.
-    weight, pos_weight = (
-        None if arguments[key] is None else rows(arguments[key].broadcast_to(outputs.shape))
+    weights = {
+        key: rows(arguments[key].broadcast_to(outputs.shape))
         for key in ("weight", "pos_weight")
-    )
-    return Reading(Bernoulli(weight=weight, pos_weight=pos_weight), rows(outputs), rows(targets))
+        if arguments.get(key) is not None
+    }
+    return Reading(Bernoulli(**weights), rows(outputs), rows(targets))
+
+
+def _binary_cross_entropy_of_probabilities(name: str, arguments: Mapping[str, Any], rows: Rows) -> Reading:
+    logits = arguments["logits"]
+    if logits is None:
+        raise ValueError(
+            f"training_step calls {name} on probabilities that are not the sigmoid of logits, or no longer just "
+            f"that. Use F.binary_cross_entropy_with_logits on the logits, which is more exact as well. {WAY_OUT}"
+        )
+    reading = _binary_cross_entropy(name, {**arguments, "input": logits}, rows)
+    # 1 - p has lost the digits that the logits still have, and PyTorch cuts logarithms off at -100.
+    probabilities, targets, weight = (arguments[key] for key in ("input", "target", "weight"))
+    total = F.binary_cross_entropy(probabilities.detach(), targets, weight, reduction="sum")
+    return replace(reading, total=total.item())
 
 
 def _mse(name: str, arguments: Mapping[str, Any], rows: Rows) -> Reading:
@@ -89,8 +103,11 @@ def _gaussian_nll(name: str, arguments: Mapping[str, Any], rows: Rows) -> Readin
     # A variance without a graph is noise that is known: its columns of the root then meet no parameter.
     both = [rows(part).reshape(len(rows(mean)), -1) for part in (mean, variance.expand_as(mean))]
     targets = rows(targets).reshape(both[0].shape)
-    constant = 0.5 * math.log(2 * math.pi) if arguments["full"] else 0.0
-    return Reading(HeteroscedasticGaussian(arguments["eps"]), torch.cat(both, dim=1), targets, constant)
+    total = F.gaussian_nll_loss(
+        mean.detach(), arguments["target"], variance.detach(), arguments["full"], arguments["eps"], "sum"
+    )
+    likelihood = HeteroscedasticGaussian(arguments["eps"])
+    return Reading(likelihood, torch.cat(both, dim=1), targets, total.item() if arguments["full"] else None)
 
 
 READERS: dict[Callable[..., Any], Callable[[str, Mapping[str, Any], Rows], Reading]] = {
@@ -98,6 +115,7 @@ READERS: dict[Callable[..., Any], Callable[[str, Mapping[str, Any], Rows], Readi
     # On log-softmax outputs. Log-probabilities serve as logits: the softmax of them is itself.
     F.nll_loss: _cross_entropy,
     F.binary_cross_entropy_with_logits: _binary_cross_entropy,
+    F.binary_cross_entropy: _binary_cross_entropy_of_probabilities,
     F.mse_loss: _mse,
     F.gaussian_nll_loss: _gaussian_nll,
 }

@@ -31,9 +31,10 @@ class Spectrum:
         """Rows [m, n] in the eigenvectors' coordinates [m, r], and the squared norm of what these leave out."""
         rows, rest = rows.to(self.basis), 0.0
         if self.active is not None:
-            kept = rows[:, self.active]
-            rest += (rows.square().sum() - kept.square().sum()).clamp(min=0).item()
-            rows = kept
+            dead = torch.ones(rows.shape[1], dtype=torch.bool, device=rows.device)
+            dead[self.active] = False
+            rest += rows[:, dead].square().sum().item()
+            rows = rows[:, self.active]
         rotated = rows @ self.basis
         if len(self.values) < len(self.basis):
             rest += (rows - rotated @ self.basis.mT).square().sum().item()
@@ -134,12 +135,13 @@ class SecondMoment:
         if matrix is None:
             raise ValueError("A second moment of no vectors has no matrix.")
         active = _indices(matrix.diagonal() != 0)
+        matrix = matrix.to(dtype)
         if active is not None:
             matrix = matrix[active][:, active]
         if scale is not None:
             scale = (scale if active is None else scale[active]).to(matrix)
             matrix = scale.unsqueeze(1) * matrix * scale
-        return matrix.to(dtype), active
+        return matrix, active
 
 
 def _indices(mask: Tensor) -> Tensor | None:

@@ -83,9 +83,10 @@ def maximize_evidence(weights: FixedWeights, prior: Prior) -> Optimum:
     Raises:
         EvidenceUnavailableError: If the residuals are all zero and φ is to be found.
     """
+    if not prior.optimized and not weights.likelihood.optimizes_dispersion:
+        dispersion = weights.likelihood.estimate_dispersion(weights.unit_loss, weights.num_terms)
+        return Optimum(weights.precision_at(dispersion), dispersion)
     search = _Search(weights, prior)
-    if search.size == 0:
-        return search.optimum(np.empty(0))
     start, low, high = search.box()
     if search.size == 1:
         found = np.array([_root(lambda x: search(np.array([x]))[1][0], low[0], high[0])])

@@ -10,7 +10,7 @@ This module knows the layers; `reader` runs the passes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -43,7 +43,6 @@ __all__ = [
     "Rows",
     "Use",
     "derivatives_of",
-    "kept_width",
     "pad_beforehand",
 ]
 
@@ -218,6 +217,12 @@ class OuterRows:
         """The rows of one example of the batch."""
         return replace(self, uses=tuple(use.of_example(example) for use in self.uses))
 
+    def summed(self) -> "OuterRows":
+        """Sum over the columns, as rows of one column."""
+        return replace(
+            self, uses=tuple(replace(use, grads=use.grads.sum(0, keepdim=True)) for use in self.uses)
+        )
+
     def dense(self) -> dict[str, Tensor]:
         """Rows [C, N, p] of each parameter."""
         grads, rows = self.grads(), {}
@@ -230,6 +235,14 @@ class OuterRows:
     def sum_squares(self) -> dict[str, Tensor]:
         """Σ over rows of v², in the parameters' shapes."""
         grads, sums = self.grads(), {}
+        if grads.shape[2] == 1:
+            squares = grads.squeeze(2).square().sum(0)
+            if self.weight is not None:
+                weight = squares.mT @ self.inputs().squeeze(1).square()
+                sums[self.weight] = weight.reshape(self.weight_shape)
+            if self.bias is not None:
+                sums[self.bias] = squares.sum(0)
+            return sums
         if self.weight is not None:
             sums[self.weight] = self._weight_squares(self.inputs(), grads).reshape(self.weight_shape)
         if self.bias is not None:
@@ -276,6 +289,10 @@ class DenseRows:
         """The rows of one example of the batch."""
         return replace(self, uses=tuple((name, use.of_example(example)) for name, use in self.uses))
 
+    def summed(self) -> "DenseRows":
+        """Rows of which nothing can be summed before they are formed."""
+        return self
+
     def dense(self) -> dict[str, Tensor]:
         """Rows [C, N, p]."""
         rows = self._columns(slice(None))
@@ -318,17 +335,6 @@ class RowBlock:
     num_columns: int
     """Of the whole root, or the number of samples where columns are sampled."""
     layers: list[Rows]
-
-
-def kept_width(layers: Iterable[Rows]) -> int:
-    """Numbers that a row is kept as: its length, but only the outputs of a linear layer with factors."""
-    width = 0
-    for layer in layers:
-        if isinstance(layer, OuterRows):
-            width += layer.grads().shape[2:].numel()
-        else:
-            width += layer.shape.numel()
-    return width
 
 
 def derivatives_of(module: nn.Module) -> Derivatives | None:

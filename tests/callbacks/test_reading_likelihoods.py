@@ -67,6 +67,31 @@ class Positive(nn.Module):
         return torch.cat([mean, F.softplus(raw)], dim=1)
 
 
+class Recurrent(nn.Module):
+    """Mixes the tokens of an example; [N, T, 4] to [N, T, C], or to [T, N, C] as recurrent layers have it."""
+
+    def __init__(self, time_first: bool) -> None:
+        super().__init__()
+        self.time_first = time_first
+        self.cell = nn.RNN(4, 3)
+        self.head = nn.Linear(3, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.head(self.cell(x.transpose(0, 1))[0])
+        return outputs if self.time_first else outputs.transpose(0, 1)
+
+
+class ExamplesFirst(nn.Module):
+    """The outputs as [N, T, C]."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x).transpose(0, 1)
+
+
 def gaussian_nll(module: nn.Module, batch: list[Tensor]) -> Tensor:
     mean, raw = module(batch[0]).chunk(2, dim=1)
     return F.gaussian_nll_loss(mean, batch[1], F.softplus(raw), full=True)
@@ -90,7 +115,7 @@ class Case:
     """Σ over the data of what PyTorch's mean divides by."""
     module: type[Module] = Module
     targets: Callable[[Tensor], Tensor] = lambda y: y
-    num_outputs: int = C
+    network: Callable[[], nn.Module] = mlp
     outputs: Callable[[nn.Module], nn.Module] = lambda network: network
 
 
@@ -126,6 +151,27 @@ CASES = {
         tokens,
         counted,
     ),
+    "tokens of a recurrent network, flattened": Case(
+        lambda m, b: F.cross_entropy(m(b[0]).reshape(-1, C), b[1].reshape(-1)),
+        Categorical(),
+        tokens,
+        counted,
+        network=lambda: Recurrent(time_first=False),
+    ),
+    "tokens of a recurrent network, flattened time first": Case(
+        lambda m, b: F.cross_entropy(m(b[0]).view(-1, C), b[1].t().reshape(-1)),
+        Categorical(),
+        tokens,
+        counted,
+        network=lambda: Recurrent(time_first=True),
+        outputs=ExamplesFirst,
+    ),
+    "tokens by themselves, flattened time first": Case(
+        lambda m, b: F.cross_entropy(m(b[0]).transpose(0, 1).flatten(0, 1), b[1].t().flatten()),
+        Categorical(),
+        tokens,
+        counted,
+    ),
     "next token": Case(
         lambda m, b: F.cross_entropy(m(b[0])[:, :-1].reshape(-1, C), b[1][:, 1:].reshape(-1)),
         Categorical(),
@@ -145,6 +191,12 @@ CASES = {
         labels,
         torch.numel,
     ),
+    "labels, sigmoid first": Case(
+        lambda m, b: F.binary_cross_entropy(m(b[0]).sigmoid(), b[1]),
+        Bernoulli(),
+        labels,
+        torch.numel,
+    ),
     "labels, flattened": Case(
         lambda m, b: F.binary_cross_entropy_with_logits(m(b[0]).flatten(), b[1].flatten()),
         Bernoulli(),
@@ -156,7 +208,7 @@ CASES = {
         HeteroscedasticGaussian(),
         lambda: (random(N, 4), random(N, 2)),
         torch.numel,
-        num_outputs=4,
+        network=lambda: mlp(4),
         outputs=Positive,
     ),
 }
@@ -166,7 +218,7 @@ CASES = {
 def test_evidence_is_that_of_the_likelihood_written_out(tmp_path, name):
     case = CASES[name]
     x, y = case.data()
-    module = case.module(mlp(case.num_outputs), case.step)
+    module = case.module(case.network(), case.step)
     # As many ignored tokens in one batch as in another is chance: batches of the training loader do not matter.
     callback = LaplaceEvidence(batch_size=8)
     fit(tmp_path, module, loader(data=(x, y)), callback)

@@ -60,9 +60,9 @@ STEPS = {
     ),
     "raw logits in nll_loss": (call(F.nll_loss), r"F.nll_loss expects log-probabilities.*log_softmax"),
     "L1": (one_hot(F.l1_loss), r"training_step uses F.l1_loss, which is not supported yet" + DIRECTLY),
-    "sigmoid first": (
-        lambda m, b: F.binary_cross_entropy(m(b[0]).sigmoid(), F.one_hot(b[1], 3).double()),
-        r"uses F.binary_cross_entropy, which is not supported yet" + DIRECTLY,
+    "probabilities": (
+        lambda m, b: F.binary_cross_entropy(m(b[0]).softmax(1), F.one_hot(b[1], 3).double()),
+        r"F.binary_cross_entropy on probabilities that are not the sigmoid" + DIRECTLY,
     ),
     "none returned": (lambda m, b: None, r"training_step returned NoneType; a scalar loss" + DIRECTLY),
     "no loss in the dict": (lambda m, b: {"nll": 1}, r"training_step returned dict;.*'loss'" + DIRECTLY),

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 from lightning_bayes.evidence import Evidence
@@ -86,6 +87,19 @@ def mobilenet() -> nn.Module:
     """Inverted residuals, ReLU6, depthwise convolutions, narrow."""
     settings = [[1, 4, 1, 1], [2, 6, 1, 2], [2, 6, 1, 1]]
     return torchvision.models.MobileNetV2(CLASSES, 0.25, settings)
+
+
+class PaddedTokens(nn.Module):
+    """Sequences of any length: a padding token embeds as zero and stays zero up to the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4, padding_idx=0)
+        self.inner = nn.Linear(4, 4, bias=False)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.inner(self.embed(tokens))).sum(1))
 
 
 @dataclass(frozen=True)
@@ -193,3 +207,23 @@ def test_every_field_agrees_with_rows_of_plain_autograd(name, structure):
     if name == "resnet":
         assert found.num_parameters == 11_178_051  # the published network
     assert math.isfinite(found.log_evidence_ratio)
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])  # kron sums gradients over padded places too
+def test_batches_of_different_lengths(structure):
+    """Each batch is padded to its own longest sequence; the reference takes each example as it is."""
+    model = PaddedTokens().double()
+    assert not model.embed.weight[0].any()
+    lengths = [2, 1, 2, 5, 3, 4, 1]
+    tokens = [torch.randint(1, 9, (length,)) for length in lengths]
+    targets = torch.randint(CLASSES, (len(lengths),))
+
+    def padded(examples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        sequences, labels = zip(*examples, strict=True)
+        return nn.utils.rnn.pad_sequence(list(sequences), batch_first=True), torch.stack(labels)
+
+    pairs = list(zip(tokens, targets, strict=True))
+    loader = DataLoader(pairs, batch_size=3, collate_fn=padded)
+    found = laplace_evidence(model, loader, structure=structure, prior_precision=PRECISION, batch_size=3)
+    twin = SlowTwin(model, tokens, targets, "classification")
+    assert_agrees(found, twin.evidence(dict.fromkeys(twin.names, PRECISION), structure))

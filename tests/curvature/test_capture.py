@@ -1,5 +1,7 @@
 """The loss that counts is found, whatever surrounds it, and held against the value returned."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -92,6 +94,18 @@ FOUND = {
         lambda f, y: F.gaussian_nll_loss(f, F.one_hot(y, 3).float(), 0.3),
         HeteroscedasticGaussian,
         "mean",
+    ),
+    "bce of a sigmoid": (
+        lambda f, y: F.binary_cross_entropy(f.sigmoid(), F.one_hot(y, 3).float()),
+        Bernoulli,
+        "mean",
+    ),
+    "weighted bce of a reshaped sigmoid": (
+        lambda f, y: nn.BCELoss(weight=WEIGHT, reduction="sum")(
+            nn.Sigmoid()(f.unsqueeze(2)).squeeze(2), F.one_hot(y, 3).float()
+        ),
+        Bernoulli,
+        "sum",
     ),
     "other losses beside": (
         lambda f, y: (F.l1_loss(f, f + 1), F.cross_entropy(f, y), F.mse_loss(f, f + 1))[1],
@@ -228,7 +242,28 @@ def test_autocast_inside_a_step(net, x, y):
     assert isinstance(capture_loss(step).likelihood, Categorical)
 
 
+@pytest.mark.parametrize("logit", [12.0, 30.0])
+def test_probabilities_that_have_lost_their_digits(net, logit):
+    """1 - p in float32 is a few units of the last place, or 0, when the logits still tell."""
+    f = (logit * torch.ones(N, 3)).requires_grad_()
+    captured = capture_loss(lambda: F.binary_cross_entropy(f.sigmoid(), torch.zeros(N, 3)))
+    unit_loss = captured.likelihood.unit_loss(captured.outputs, captured.targets)
+    torch.testing.assert_close(unit_loss.item() / (3 * N), math.log1p(math.exp(logit)))
+
+
 MISUSED = {
+    "probabilities that are no sigmoid": (
+        lambda f, y: F.binary_cross_entropy(f.softmax(1), F.one_hot(y, 3).float()),
+        r"F.binary_cross_entropy on probabilities that are not the sigmoid.*binary_cross_entropy_with_logits",
+    ),
+    "a sigmoid that was changed": (
+        lambda f, y: F.binary_cross_entropy(f.sigmoid().clamp(0.1, 0.9), F.one_hot(y, 3).float()),
+        r"no longer just that",
+    ),
+    "a sigmoid that was changed in place": (
+        lambda f, y: F.binary_cross_entropy(f.sigmoid().mul_(0.9), F.one_hot(y, 3).float()),
+        r"no longer just that",
+    ),
     "mse with weights": (
         lambda f, y: F.mse_loss(f, F.one_hot(y, 3).float(), weight=torch.ones(N, 3)),
         r"F.mse_loss with weight=a tensor.*F.gaussian_nll_loss",

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_bayes.curvature import full
+from lightning_bayes.curvature import dual
+from lightning_bayes.curvature.dual import DualCurvature
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
-from lightning_bayes.curvature.full import DualCurvature, PrimalCurvature
+from lightning_bayes.curvature.primal import PrimalCurvature
 from lightning_bayes.curvature.structures import STRUCTURES
 from tests.cases import make_case
 from tests.reference import assert_agrees
@@ -50,7 +51,7 @@ def test_a_precision_for_each_tensor(side):
 @pytest.mark.parametrize("tile_rows", [1, 5, 9])
 def test_tiles_of_the_dual_do_not_matter(tile_rows, monkeypatch):
     monkeypatch.setitem(STRUCTURES, "full", DualCurvature)
-    monkeypatch.setattr(full, "TILE_ROWS", tile_rows)
+    monkeypatch.setattr(dual, "TILE_ROWS", tile_rows)
     evidence = make_case("conv", "classification").evidence(structure="full", prior_precision=1e-3)
     assert_agrees(evidence, reference("conv", "classification", 1e-3))
 
@@ -79,7 +80,7 @@ def test_one_curvature_answers_for_several_priors(side):
 def in_single_precision(monkeypatch):
     """The engine's float32 answer where the dual matrix counts as large, beside the float64 reference."""
     monkeypatch.setitem(STRUCTURES, "full", DualCurvature)
-    monkeypatch.setattr(full, "FLOAT64_LIMIT", 8)
+    monkeypatch.setattr(dual, "FLOAT64_LIMIT", 8)
 
     def answer(network, precision):
         case = make_case(network, "classification", 12)

@@ -3,6 +3,7 @@
 import pytest
 
 from lightning_bayes.curvature import kronecker
+from tests import reference_kronecker
 from tests.cases import make_case
 from tests.reference import assert_agrees
 
@@ -29,13 +30,11 @@ def test_kron_claims_no_bound_but_the_likelihood():
     assert evidence.upper == evidence.log_likelihood - evidence.weight_penalty
 
 
-def test_large_blocks_without_a_kronecker_form_keep_their_diagonal(monkeypatch):
-    """Normalisation and recurrent weights beyond the limit: never an approximation above `diag`."""
-    monkeypatch.setattr(kronecker, "MAX_EXACT_BLOCK", 0)
-    for network in ("batch_norm", "lstm"):
-        case = make_case(network, "class_probabilities")
-        fallback = case.evidence(structure="kron").log_occam_factor
-        monkeypatch.setattr(kronecker, "MAX_EXACT_BLOCK", 1024)
-        assert case.evidence(structure="diag").log_occam_factor != fallback
-        assert fallback < case.evidence(structure="kron").log_occam_factor  # Hadamard, block by block
-        monkeypatch.setattr(kronecker, "MAX_EXACT_BLOCK", 0)
+@pytest.mark.parametrize("limit", [0, 5, 40])
+@pytest.mark.parametrize("network", ["conv", "batch_norm", "called_twice", "lstm", "tied", "convnext_block"])
+def test_large_blocks_without_a_kronecker_form_keep_their_diagonal(network, limit, monkeypatch):
+    """Other tensors beyond the limit, but the biases of layers that have the form stay exact."""
+    monkeypatch.setattr(kronecker, "MAX_EXACT_BLOCK", limit)
+    monkeypatch.setattr(reference_kronecker, "MAX_EXACT_BLOCK", limit)
+    case = make_case(network, "class_probabilities")
+    assert_agrees(case.evidence(structure="kron", prior_precision=0.3), case.reference(0.3, "kron"))

@@ -68,6 +68,10 @@ def classes_last(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda f, y, **kwargs: function(f.movedim(-1, 1), y, **kwargs)
 
 
+def classes_last_of_both(f: Tensor, y: Tensor, **kwargs) -> Tensor:
+    return F.cross_entropy(f.movedim(-1, 1), y.movedim(-1, 1), **kwargs)
+
+
 W3 = torch.tensor([0.5, 2.0, 0.0], dtype=F64)
 
 
@@ -107,8 +111,11 @@ LOSSES: dict[str, Callable[[], Loss]] = {
         real(N, 3, 3), classes(N, 3, ignored=-100), last=True, weight=W3
     ),
     "image": lambda: cross_entropy_case(real(2, 3, 2, 4), classes(2, 2, 4, ignored=-100), weight=W3),
+    "probabilities, classes last": lambda: Loss(
+        Categorical(), classes_last_of_both, real(N, 3, 3), real(N, 3, 3).softmax(-1)
+    ),
     "image of probabilities": lambda: Loss(
-        Categorical(class_dim=1), F.cross_entropy, real(2, 3, 2, 2), probabilities(2, 3, 2, 2)
+        Categorical(), F.cross_entropy, real(2, 3, 2, 2), probabilities(2, 3, 2, 2)
     ),
     "binary": lambda: binary_case(real(N), binary(N)),
     "soft binary": lambda: binary_case(real(N, 2), torch.rand(N, 2, dtype=F64)),
@@ -426,8 +433,8 @@ def test_predicted_variance_has_the_fisher_information(seed):
         ),
         (
             "classification",
-            (4, 3, 2),
-            torch.full((4, 3, 2), 0.5),
+            (4, 2, 2),
+            torch.full((4, 2, 2), 0.5),
             r"in dimension 1 or in the last.*class_dim",
         ),
         ("classification", (4, 3, 2), torch.zeros(4, 4).long(), r"logits \[4, 3, 2\]; got \[4, 4\]"),

@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 import pytest
 import torch
 
+from lightning_bayes.curvature import likelihoods
 from lightning_bayes.curvature.full import DualCurvature, PrimalCurvature
 from lightning_bayes.curvature.structures import STRUCTURES
 from tests.cases import CASES, LOSSES, NETWORKS, make_case
@@ -60,6 +61,19 @@ def test_every_field_agrees_with_the_dense_matrix(network, loss, way):
         assert evidence.effective_parameters_stderr == 0.0
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 7])
+@pytest.mark.parametrize(
+    "network",
+    ["batch_norm", "called_twice", "lstm", "embedding", "attention_seq_first", "flattened_time_first"],
+)
+def test_any_batch_size(network, batch_size):
+    """Of one example, and of as many examples as there are steps, features or channels."""
+    case = make_case(network)
+    for structure in ("full", "kron", "diag"):
+        evidence = case.evidence(structure=structure, prior_precision=0.3, batch_size=batch_size)
+        hold(evidence, network, "classification", 0.3, structure)
+
+
 @pytest.mark.parametrize("precision", [1e-3, 1e2])
 @pytest.mark.parametrize("network", HARD)
 def test_broad_and_narrow_priors(network, precision, way):
@@ -97,12 +111,16 @@ def test_classes_in_the_last_dimension_are_recognised_beside_indices(network, lo
 
 
 @pytest.mark.parametrize("class_dim", [1, -1])
-def test_where_either_dimension_could_hold_the_classes_the_second_does_unless_told(class_dim):
-    """[N, 4, 4] beside [N, 4]: PyTorch's cross-entropy takes the second."""
+def test_where_either_dimension_could_hold_the_classes_the_user_says_which(class_dim):
+    """[N, 4, 4] beside [N, 4]."""
     case = make_case("sequence_output")
     inputs, targets = torch.randn(7, 4, 4, dtype=torch.float64), torch.randint(4, (7, 4))
     case = replace(case, inputs=inputs, targets=targets, class_dim=class_dim)
-    assert_agrees(case.evidence(structure="full", prior_precision=0.3), case.reference(0.3))
+    likelihood = likelihoods.Categorical(class_dim=class_dim)
+    evidence = case.evidence(likelihood=likelihood, structure="full", prior_precision=0.3)
+    assert_agrees(evidence, case.reference(0.3))
+    with pytest.raises(ValueError, match="class_dim"):
+        case.evidence(likelihood="classification")
 
 
 @pytest.mark.parametrize("structure", ["full", "diag"])

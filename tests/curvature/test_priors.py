@@ -120,9 +120,9 @@ def test_mappings_that_hold_no_precision(value):
 def test_words_are_for_those_who_know_them():
     for word in ("auto", "optimize", "optimize_per_layer", "optimize_per_parameter"):
         require_prior_precision(word, also=("auto",))
-    with pytest.raises(ValueError, match="'optimize', 'optimize_per_layer'.*got 'auto'"):
+    with pytest.raises(ValueError, match=r"'optimize', 'optimize_per_layer'.*got 'auto'"):
         require_prior_precision("auto")
-    with pytest.raises(ValueError, match="numbers or 'optimize', got {'b': 'optimize_per_layer'}"):
+    with pytest.raises(ValueError, match=r"numbers or 'optimize', got {'b': 'optimize_per_layer'}"):
         require_prior_precision({"a": "optimize", "b": "optimize_per_layer", "*": 1.0})
 
 

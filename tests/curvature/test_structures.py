@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from lightning_bayes.curvature import structures
 from lightning_bayes.curvature.base import Problem
-from lightning_bayes.curvature.full import DualCurvature, PrimalCurvature, full_cost, full_curvature
+from lightning_bayes.curvature.dual import DualCurvature
+from lightning_bayes.curvature.full import full_cost, full_curvature
+from lightning_bayes.curvature.primal import PrimalCurvature
 from lightning_bayes.curvature.structures import STRUCTURES, choose_structure
 from tests.cases import LOSSES, make_case
 
@@ -20,7 +22,7 @@ kinds = st.sampled_from(list(STRUCTURES))
 
 def problem(num_parameters, num_examples, rank=9, width=10, dtype=torch.float32):
     shapes = {"w": torch.Size([num_parameters])}
-    return Problem(shapes, num_examples, rank, 32, width, dtype, torch.device("cpu"))
+    return Problem(shapes, num_examples, rank, 32, width, width, dtype, torch.device("cpu"))
 
 
 def test_sizes():

@@ -88,30 +88,28 @@ class Categorical(Likelihood):
         return logits, (self._soft if soft else self._hard)(logits, classes)
 
     def _class_dim(self, outputs: Tensor, targets: Tensor) -> int:
-        def fits(dim: int) -> bool:
-            rest = list(outputs.shape)
-            rest.pop(dim)
-            return shape_of(targets) == (shape_of(outputs) if targets.is_floating_point() else rest)
-
         if outputs.dim() < 2:
             raise ValueError(
                 f"A categorical likelihood needs logits of shape [N, C], [N, C, T] or [N, T, C], got "
                 f'{shape_of(outputs)}. For one logit per output use likelihood="binary".'
             )
-        choices = (1, -1) if self.class_dim is None else (self.class_dim,)
-        found = [dim for dim in choices if fits(dim)]
-        if not found:
+        choices = (1, -1) if self.class_dim is None and outputs.dim() > 2 else (self.class_dim or 1,)
+        fitting = [dim for dim in choices if _fits(outputs, targets, dim)]
+        if not fitting:
             raise ValueError(
                 f"Targets of a categorical likelihood are class indices [N] or [N, T] (integers), or class "
                 f"probabilities of the logits' shape, beside logits {shape_of(outputs)}; got {shape_of(targets)} "
                 f'of {targets.dtype}. For real-valued targets use likelihood="regression".'
             )
-        if len(found) > 1 and outputs.dim() > 2:
+        if len(fitting) > 1 and targets.is_floating_point():
+            normalised = [dim for dim in fitting if _sum_to_one(targets.sum(dim))]
+            fitting = normalised or fitting[:1]
+        if len(fitting) > 1:
             raise ValueError(
                 f"Logits {shape_of(outputs)} beside targets {shape_of(targets)} hold their classes in dimension 1 "
                 "or in the last one: say which, likelihood=Categorical(class_dim=1) or Categorical(class_dim=-1)."
             )
-        return found[0]
+        return fitting[0]
 
     def _hard(self, logits: Tensor, targets: Tensor) -> ClassTargets:
         num_classes = logits.shape[-1]
@@ -140,7 +138,7 @@ class Categorical(Likelihood):
         check(bool((targets >= 0).all()), "Class probabilities must not be negative.")
         sums = targets.sum(-1)
         check(
-            torch.allclose(sums, torch.ones_like(sums), atol=1e-4),
+            _sum_to_one(sums),
             f"Class probabilities must sum to 1 in each row, got sums between "
             f"{sums.min().item():.6g} and {sums.max().item():.6g}.",
         )
@@ -203,6 +201,17 @@ class Categorical(Likelihood):
         )
         given = zip(names, values, plain, strict=True)
         return f"Categorical({', '.join(f'{n}={v!r}' for n, v, default in given if v != default)})"
+
+
+def _fits(outputs: Tensor, targets: Tensor, class_dim: int) -> bool:
+    """Whether the shapes are those of logits with their classes in this dimension, and of targets."""
+    tokens = shape_of(outputs)
+    tokens.pop(class_dim)
+    return shape_of(targets) == (shape_of(outputs) if targets.is_floating_point() else tokens)
+
+
+def _sum_to_one(sums: Tensor) -> bool:
+    return torch.allclose(sums, torch.ones_like(sums), atol=1e-4)
 
 
 def sqrt_multinomial(logits: Tensor) -> Tensor:

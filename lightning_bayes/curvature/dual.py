@@ -1,0 +1,177 @@
+"""K = V Λ⁻¹ Vᵀ [rows, rows]: the exact structure where rows are fewer than parameters, or cheaper.
+
+ln det(I + Λ⁻¹ᐟ² VᵀV Λ⁻¹ᐟ²) = ln det(I + V Λ⁻¹ Vᵀ) (Sylvester).
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+from lightning_bayes.curvature.base import Curvature, CurvatureSummary, Problem, accumulation_dtype
+from lightning_bayes.curvature.cholesky import cholesky_in_place, log_det_of, solve
+from lightning_bayes.curvature.errors import EvidenceUnavailableError
+from lightning_bayes.curvature.gram import KeptRows
+from lightning_bayes.curvature.kept import RowKeeper, fill_gram, tiles_of
+from lightning_bayes.curvature.newton import quadratic_form
+from lightning_bayes.curvature.rows import RowBlock
+
+__all__ = ["DualCurvature", "System", "factorise", "trace_of_shrinkage"]
+
+FLOAT64_LIMIT = 4096
+"""Up to this size the dual matrix is float64 whatever the model's type is, and the trace exact."""
+NUM_PROBES = 256
+"""Random vectors of the trace estimate beyond `FLOAT64_LIMIT`."""
+TILE_ROWS = 1024
+"""Rows of one tile of the dual matrix: large enough for the matrix product, small beside the matrix."""
+
+
+class DualCurvature(Curvature):
+    """K from rows that are kept in their factored form where that is cheaper.
+
+    Memory: one rows × rows matrix, factorised in place, beside the rows' factors.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self._keeper = RowKeeper()
+
+    def update(self, block: RowBlock) -> None:
+        """See `Curvature.update`."""
+        self._keeper.add(block)
+
+    def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
+        """See `Curvature.at`."""
+        layers = self._layers(precision)
+        system = factorise(layers, precision, self._types(layers))
+        gamma, stderr = trace_of_shrinkage(system.factor, NUM_PROBES, FLOAT64_LIMIT)
+        layers = [layer.to(self._accurate) for layer in layers]
+        quadratic = quadratic_form(layers, system.solve, precision, gradient)
+        log_det = log_det_of(system.factor)
+        return CurvatureSummary(
+            log_det, (log_det, log_det), gamma, quadratic, effective_parameters_stderr=stderr
+        )
+
+    def spectrum(self, precision: Mapping[str, float]) -> Tensor:
+        """See `Curvature.spectrum`: as many as rows; the others are zero."""
+        layers = self._layers(precision)
+        dtype = self._types(layers)[0]
+        gram = _gram([layer.to(dtype) for layer in layers], precision)
+        eigenvalues: Tensor = torch.linalg.eigvalsh(gram, UPLO="U")
+        return eigenvalues.clamp_(min=0.0)
+
+    def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+        """See `Curvature.log_det_and_traces`: γᵢ = tr (I + K)⁻¹Kᵢ with the share Kᵢ of one tensor, tile by tile."""
+        layers = self._layers(precision)
+        system = factorise(layers, precision, self._types(layers))
+        log_det = log_det_of(system.factor)
+        inverse = torch.cholesky_inverse(system.factor)
+        traces = dict.fromkeys(self.problem.shapes, 0.0)
+        for layer in (layer.to(inverse.dtype) for layer in layers):
+            for name in layer.names:
+                alone = dict.fromkeys(layer.names, inf) | {name: precision[name]}
+                traces[name] = _trace_of_product(inverse, layer, system.tiles, alone)
+        return log_det, traces
+
+    def _layers(self, precision: Mapping[str, float]) -> list[KeptRows]:
+        return self._keeper.layers()
+
+    def _types(self, layers: Sequence[KeptRows]) -> tuple[torch.dtype, ...]:
+        """To factorise in: the accurate one where that is cheap, else first the model's own."""
+        small = layers[0].num_rows <= FLOAT64_LIMIT
+        return (self._accurate,) if small else (self.problem.dtype, self._accurate)
+
+    @property
+    def _accurate(self) -> torch.dtype:
+        return accumulation_dtype(self.problem.device)
+
+
+@dataclass(frozen=True)
+class System:
+    """A factor of I + K, and the order in which its rows stand."""
+
+    factor: Tensor  # [rows, rows], lower
+    tiles: list[slice]
+
+    def solve(self, coefficients: Tensor) -> Tensor:
+        """(I + K)⁻¹ times coefficients [C, N], in their type."""
+        columns = len(coefficients)
+        ordered = torch.cat([coefficients[:, tile].flatten() for tile in self.tiles]).to(self.factor)
+        solved = solve(self.factor, ordered.unsqueeze(1)).squeeze(1).to(coefficients)
+        sizes = [columns * (tile.stop - tile.start) for tile in self.tiles]
+        return torch.cat([part.unflatten(0, (columns, -1)) for part in solved.split(sizes)], dim=1)
+
+
+def factorise(
+    layers: Sequence[KeptRows], precision: Mapping[str, float], dtypes: Sequence[torch.dtype]
+) -> System:
+    """Factorise I + K in the first type that can be believed.
+
+    Raises:
+        EvidenceUnavailableError: If none can.
+    """
+    size, accurate = layers[0].num_rows, dtypes[-1]
+    for dtype in dict.fromkeys(dtypes):
+        cast = [layer.to(dtype) for layer in layers]
+        factor = cholesky_in_place(_gram(cast, precision))
+        if factor is not None:
+            return System(factor, _tiles(layers))
+        if dtype != accurate:
+            warnings.warn(
+                f"The Cholesky factor of {size} rows lost its digits in {dtype}; it is "
+                f"computed again in {accurate}, which takes about twice as long and twice the memory. A larger "
+                "prior precision avoids this.",
+                stacklevel=2,
+            )
+    raise EvidenceUnavailableError(
+        f"I + K of {size} rows is not positive definite even in {accurate}: the rows are of "
+        "extreme scale. Raise the prior precision."
+    )
+
+
+def _tiles(layers: Sequence[KeptRows]) -> list[slice]:
+    columns, num_examples = layers[0].rows.shape[:2]
+    return tiles_of(num_examples, columns, TILE_ROWS)
+
+
+def _gram(layers: Sequence[KeptRows], precision: Mapping[str, float]) -> Tensor:
+    """The upper triangle of K, in the order of `_tiles`."""
+    size = layers[0].num_rows
+    buffer = layers[0].rows.new_empty(size, size)
+    fill_gram(buffer, layers, _tiles(layers), precision)
+    return buffer
+
+
+def trace_of_shrinkage(factor: Tensor, num_probes: int, exact_limit: int) -> tuple[float, float]:
+    """Trace of K(I + K)⁻¹ = rows − tr (I + K)⁻¹, and its standard error.
+
+    Exact up to a size, from (I + K)⁻¹; beyond it Hutchinson's estimate with random signs z:
+    E zᵀ(I + K)⁻¹z = tr (I + K)⁻¹.
+    """
+    size = len(factor)
+    if size <= exact_limit:
+        return size - torch.cholesky_inverse(factor).diagonal().sum().item(), 0.0
+    generator = torch.Generator(device=factor.device).manual_seed(0)
+    signs = torch.randint(0, 2, (size, num_probes), generator=generator, device=factor.device).to(factor)
+    whitened = torch.linalg.solve_triangular(factor, signs.mul_(2).sub_(1), upper=False)
+    samples = size - whitened.square().sum(0, dtype=accumulation_dtype(factor.device))
+    return samples.mean().item(), (samples.std() / num_probes**0.5).item()
+
+
+def _trace_of_product(
+    matrix: Tensor, layer: KeptRows, tiles: list[slice], precision: Mapping[str, float]
+) -> float:
+    """Trace of a symmetric matrix, its rows in the order of the tiles, times the layer's share of K."""
+    columns, total = len(layer.rows), 0.0
+    ranges = [slice(tile.start * columns, tile.stop * columns) for tile in tiles]
+    for part in layer.parts(layer.num_rows):
+        pieces = [part.examples(tile) for tile in tiles]
+        for i, left in enumerate(pieces):
+            for j in range(i, len(pieces)):
+                share = left.cross(pieces[j], precision)
+                product = (share * matrix[ranges[i], ranges[j]]).sum(dtype=accumulation_dtype(matrix.device))
+                total += (1.0 if i == j else 2.0) * product.item()
+    return total

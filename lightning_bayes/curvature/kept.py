@@ -1,0 +1,101 @@
+"""All layers of the kept rows together: V, its products with vectors, and tiles of K = V Λ⁻¹ Vᵀ."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_bayes.curvature.gram import KeptRows, keep_block
+from lightning_bayes.curvature.rows import RowBlock
+
+__all__ = ["RowKeeper", "combine_all", "cross_all", "dot_all", "fill_gram", "tiles_of"]
+
+
+class RowKeeper:
+    """Collects the blocks of a pass: columns of one batch side by side, then batch after batch."""
+
+    def __init__(self) -> None:
+        self._batches: dict[tuple[str, ...], list[list[KeptRows]]] = {}
+
+    def add(self, block: RowBlock) -> None:
+        """Take in one block.
+
+        Raises:
+            ValueError: If its layers are not those of the blocks before.
+        """
+        layers = keep_block(block)
+        if self._batches and set(self._batches) != {layer.names for layer in layers}:
+            raise ValueError(
+                "The network uses different layers for different batches; the exact evidence needs the same "
+                'ones for all. Use structure="kron" or structure="diag".'
+            )
+        for layer in layers:
+            batches = self._batches.setdefault(layer.names, [])
+            if block.columns.start == 0:
+                batches.append([])
+            batches[-1].append(layer)
+
+    def layers(self) -> list[KeptRows]:
+        """One entry a layer, over all examples.
+
+        Raises:
+            ValueError: If nothing was kept.
+        """
+        if not self._batches:
+            raise ValueError("No parameter that carries a prior has an influence on the network's outputs.")
+        for names, batches in self._batches.items():
+            whole = [_merged(chunks, 0) for chunks in batches]
+            batches.clear()  # each layer's pieces go before the next layer is put together
+            self._batches[names] = [[_merged(whole, 1)]]
+        return [batches[0][0] for batches in self._batches.values()]
+
+
+def _merged(pieces: Sequence[KeptRows], dim: int) -> KeptRows:
+    return pieces[0] if len(pieces) == 1 else pieces[0].merge(pieces[1:], dim)
+
+
+def tiles_of(num_examples: int, columns: int, tile_rows: int) -> list[slice]:
+    """Ranges of examples whose rows make tiles of about `tile_rows`."""
+    step = max(1, tile_rows // columns)
+    return [slice(start, min(start + step, num_examples)) for start in range(0, num_examples, step)]
+
+
+def fill_gram(
+    buffer: Tensor, layers: Sequence[KeptRows], tiles: Sequence[slice], precision: Mapping[str, float]
+) -> None:
+    """Write the upper triangle of K = V Λ⁻¹ Vᵀ into `buffer` [rows, rows], tile by tile.
+
+    The rows of a tile stand column by column, each over the tile's examples, so that the factor of a
+    linear layer broadcasts over contiguous memory. The order of rows is immaterial to every answer.
+    """
+    columns = len(layers[0].rows)
+    ranges = [slice(tile.start * columns, tile.stop * columns) for tile in tiles]
+    first = True
+    for layer in layers:
+        for part in layer.parts(layer.num_rows):
+            pieces = [part.examples(tile) for tile in tiles]
+            for i, left in enumerate(pieces):
+                for j in range(i, len(pieces)):
+                    target = buffer[ranges[i], ranges[j]]
+                    share = left.cross(pieces[j], precision)
+                    target.copy_(share) if first else target.add_(share)
+            first = False
+
+
+def cross_all(left: Sequence[KeptRows], right: Sequence[KeptRows], precision: Mapping[str, float]) -> Tensor:
+    """K between two sets of rows, [C·N, C'·N']."""
+    total = left[0].cross(right[0], precision)
+    for one, other in zip(left[1:], right[1:], strict=True):
+        total += one.cross(other, precision)
+    return total
+
+
+def dot_all(layers: Sequence[KeptRows], vectors: Mapping[str, Tensor]) -> Tensor:
+    """V times a vector, as [C, N]."""
+    return torch.stack([layer.dot(vectors) for layer in layers]).sum(0)
+
+
+def combine_all(layers: Sequence[KeptRows], coefficients: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Vᵀ times coefficients [C, N], parameter by parameter."""
+    for layer in layers:
+        yield from layer.combine(coefficients).items()
