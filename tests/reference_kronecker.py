@@ -49,7 +49,7 @@ def kronecker_ggn(
         jacobians: Jₙ [K, p].
         precision: λ of each parameter, in the order of p.
         ggn: The exact matrix.
-        joint: Whether weight and bias of one layer with equal λ make one block, with a 1 after each a.
+        joint: Whether weight and bias of one layer make one block, with a 1 after each a.
     """
     places, start = {}, 0
     for name in precision:
@@ -175,8 +175,8 @@ def _is_bias(model: nn.Module, name: str) -> bool:
 def _partner(model: nn.Module, name: str, precision: Mapping[str, float]) -> str | None:
     """The bias that one layer, and no other, has together with this weight."""
     holders = _holders(model, name)
-    for other, value in precision.items():
-        if other != name and value == precision[name] and len(holders) == 1:
+    for other in precision:
+        if other != name and len(holders) == 1:
             found = _holders(model, other)
             if len(found) == 1 and found[0][1] == "bias" and found[0][0] is holders[0][0]:
                 return other

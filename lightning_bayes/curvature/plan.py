@@ -358,7 +358,7 @@ def _wrong_parameters(plan: Plan, batch: Batch) -> list[str]:
     found = {
         name: rows.sum((0, 1))
         for layer in plan.layers(batch)
-        for name, rows in layer.of_example(example).dense().items()
+        for name, rows in layer.of_example(example).summed().dense().items()
     }
     scale = max((truth.abs().max().item() for truth in truths.values() if truth is not None), default=0.0)
     tolerance = 1e3 * torch.finfo(batch.outputs.dtype).eps * scale

@@ -217,6 +217,12 @@ class OuterRows:
         """The rows of one example of the batch."""
         return replace(self, uses=tuple(use.of_example(example) for use in self.uses))
 
+    def summed(self) -> "OuterRows":
+        """Sum over the columns, as rows of one column."""
+        return replace(
+            self, uses=tuple(replace(use, grads=use.grads.sum(0, keepdim=True)) for use in self.uses)
+        )
+
     def dense(self) -> dict[str, Tensor]:
         """Rows [C, N, p] of each parameter."""
         grads, rows = self.grads(), {}
@@ -229,6 +235,14 @@ class OuterRows:
     def sum_squares(self) -> dict[str, Tensor]:
         """Σ over rows of v², in the parameters' shapes."""
         grads, sums = self.grads(), {}
+        if grads.shape[2] == 1:
+            squares = grads.squeeze(2).square().sum(0)
+            if self.weight is not None:
+                weight = squares.mT @ self.inputs().squeeze(1).square()
+                sums[self.weight] = weight.reshape(self.weight_shape)
+            if self.bias is not None:
+                sums[self.bias] = squares.sum(0)
+            return sums
         if self.weight is not None:
             sums[self.weight] = self._weight_squares(self.inputs(), grads).reshape(self.weight_shape)
         if self.bias is not None:
@@ -274,6 +288,10 @@ class DenseRows:
     def of_example(self, example: int) -> "DenseRows":
         """The rows of one example of the batch."""
         return replace(self, uses=tuple((name, use.of_example(example)) for name, use in self.uses))
+
+    def summed(self) -> "DenseRows":
+        """Rows of which nothing can be summed before they are formed."""
+        return self
 
     def dense(self) -> dict[str, Tensor]:
         """Rows [C, N, p]."""

@@ -9,13 +9,14 @@ import torch
 from lightning_bayes.curvature.base import Curvature, Problem
 from lightning_bayes.curvature.diagonal import DiagonalCurvature
 from lightning_bayes.curvature.full import full_cost, full_curvature
-from lightning_bayes.curvature.kronecker import KroneckerCurvature
+from lightning_bayes.curvature.kronecker import KroneckerCurvature, joint_kronecker_curvature
 
 __all__ = ["STRUCTURES", "choose_structure"]
 
 STRUCTURES: dict[str, Callable[[Problem], Curvature]] = {
     "full": full_curvature,
     "kron": KroneckerCurvature,
+    "kron_joint": joint_kronecker_curvature,
     "diag": DiagonalCurvature,
 }
 

@@ -1,0 +1,186 @@
+"""The evidence by this package, laplace-torch, curvlinops and dense torch: value, error, time and memory.
+
+    python benchmarks/evidence.py [--models logistic lenet] [--repeats 3] [--mnist-root DIR]
+                                  [--output-dir docs/benchmarks] [--summary]
+
+Same model, data, prior (λ = 1) and batches for all, in one run. Every candidate has a process of its own, so
+that peak memory is its own and what it raises is a row of the table; the candidates take turns over the
+repeats. Time is given in gradient passes: forward and backward of the summed loss over the whole training
+set in the same batches, measured around the candidate in its own process. Imports and first calls are warmed
+up on 16 examples and do not count. Each value is computed once in float64 as well, untimed in the summary.
+
+Writes evidence.csv and evidence.png to the output folder; models that were not run keep their rows.
+`--summary` reads the CSV and prints the tables alone. Needs `.[examples,test]`, curvlinops, torchvision.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from figure import draw
+from models import MODELS, SEED, trained
+from peers import CANDIDATES, PRIOR_PRECISION, candidates_of
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from summary import print_summary
+from table import Row, add_errors, read_rows, versions, write_rows
+from worker import work
+
+# Each process is forked from one that has imported the libraries but computed nothing: own memory, no waiting.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["torch.func", "lightning_bayes", "laplace", "curvlinops", "backpack.custom_module.graph_utils"]
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one candidate."""
+
+    model: str
+    candidate: str
+    dtype: str
+    repeat: int
+
+
+def main() -> None:
+    """Run, write, and print."""
+    arguments = parse()
+    folder = Path(arguments.output_dir)
+    table = folder / "evidence.csv"
+    rows = read_rows(table) if table.exists() else []
+    if arguments.run:
+        # One pattern of the models' names may be run again without the others.
+        rows = [row for row in rows if row["model"] not in arguments.models]
+        rows = add_errors(rows + run_all(arguments))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_rows(table, rows)
+    draw(rows, folder / "evidence.png")
+    print_summary(rows)
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = list(MODELS)
+    parser.add_argument("--models", nargs="+", choices=names, help="default: all that there are data for")
+    parser.add_argument("--candidates", nargs="+", choices=list(CANDIDATES), help="default: all")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--limit", type=float, default=600, help="seconds that a candidate may take")
+    parser.add_argument("--memory", type=float, default=0.8 * memory_gb(), help="GiB of address space")
+    parser.add_argument("--mnist-root", help="60,000 digits, in torchvision's MNIST layout")
+    parser.add_argument("--output-dir", default="docs/benchmarks")
+    parser.add_argument(
+        "--summary", dest="run", action="store_false", help="only print and draw what is there"
+    )
+    arguments = parser.parse_args()
+    if arguments.models is None:
+        arguments.models = [n for n in names if MODELS[n].num_examples <= 5000 or arguments.mnist_root]
+    return arguments
+
+
+def memory_gb() -> float:
+    """The machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def run_all(arguments: argparse.Namespace) -> list[Row]:
+    """Every job, with a line of progress."""
+    jobs = list(jobs_of(arguments))
+    constant = versions() | {
+        "seed": SEED,
+        "threads": arguments.threads,
+        "prior_precision": PRIOR_PRECISION,
+        "limit_seconds": arguments.limit,
+        "memory_limit_gb": round(arguments.memory, 1),
+    }
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    rows: list[Row] = []
+    hopeless: set[tuple[str, str, str]] = set()
+    with Progress(*columns) as progress:
+        task = progress.add_task("evidence", total=len(jobs))
+        for job in jobs:
+            line = f"{job.model}: {job.candidate} {job.dtype} ({job.repeat + 1}/{arguments.repeats})"
+            progress.update(task, description=line)
+            key = (job.model, job.candidate, job.dtype)
+            if job.repeat == 0:  # so that no candidate's first run contains the training
+                trained(MODELS[job.model], arguments.mnist_root)
+            if key not in hopeless:  # what raises once raises again
+                result = run_job(job, arguments)
+                if result["status"] != "ok":
+                    hopeless.add(key)
+                    progress.console.print(f"{line} {result['status']}", markup=False, highlight=False)
+                rows.append(settings(job) | constant | result)
+            progress.advance(task)
+    return rows
+
+
+def jobs_of(arguments: argparse.Namespace) -> Iterator[Job]:
+    """Model by model; within one the candidates take turns, then each once in float64."""
+    for name in arguments.models:
+        chosen = [
+            candidate.name
+            for candidate in candidates_of(MODELS[name])
+            if arguments.candidates is None or candidate.name in arguments.candidates
+        ]
+        for repeat in range(arguments.repeats):
+            # Back and forth: a machine that becomes slower does not always meet the same ones last.
+            for candidate in chosen if repeat % 2 == 0 else reversed(chosen):
+                yield Job(name, candidate, "float32", repeat)
+        if MODELS[name].float64:
+            for candidate in chosen:
+                if CANDIDATES[candidate].structure != "GEMM + Cholesky":
+                    yield Job(name, candidate, "float64", 0)
+
+
+def settings(job: Job) -> Row:
+    """What was run."""
+    candidate = CANDIDATES[job.candidate]
+    return {
+        "model": job.model,
+        "library": candidate.library,
+        "backend": candidate.backend,
+        "structure": candidate.structure,
+        "dtype": job.dtype,
+        "repeat": job.repeat,
+        "batch_size": MODELS[job.model].batch_size,
+        "note": candidate.note,
+    }
+
+
+def run_job(job: Job, arguments: argparse.Namespace) -> Row:
+    """Run the worker; whatever becomes of it is a result."""
+    request = {
+        "model": job.model,
+        "candidate": job.candidate,
+        "dtype": job.dtype,
+        "threads": arguments.threads,
+        "mnist_root": arguments.mnist_root,
+        "memory_gb": arguments.memory,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        answer, log = Path(folder) / "answer.json", Path(folder) / "log.txt"
+        process = PROCESSES.Process(target=work, args=(request, str(answer), str(log)))
+        process.start()
+        process.join(arguments.limit)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            return {"status": "over the limit"}
+        if answer.exists():
+            return dict(json.loads(answer.read_text()))
+        if process.exitcode is not None and process.exitcode < 0:
+            return {"status": f"raises: killed by signal {-process.exitcode}"}
+        raise RuntimeError(f"The worker failed outside its candidate: {log.read_text()[-2000:]}")
+
+
+if __name__ == "__main__":
+    main()
