@@ -71,7 +71,7 @@ class Batch:
         return [
             (call, grads)
             for call, grads in zip(self.calls, self.grads, strict=True)
-            if call.module is module and any(grad is not None for grad in grads)
+            if call.module is module and any(grad is not None and grad.numel() > 0 for grad in grads)
         ]
 
 
@@ -102,9 +102,13 @@ class Plan:
             if len(layouts) != len(call.outputs):
                 return False
             for layout, tensor in zip(layouts, call.outputs, strict=True):
-                if layout is not None and not layout.fits(tensor, num_examples):
+                if layout is not None and tensor.numel() > 0 and not layout.fits(tensor, num_examples):
                     return False
         return True
+
+    def is_right(self, batch: Batch) -> bool:
+        """Whether the rows of some examples of a batch are autograd's."""
+        return not _wrong_parameters(self, batch)
 
     def layers(self, batch: Batch) -> list[Rows]:
         """The rows of one batch."""
@@ -236,7 +240,7 @@ class Plan:
 
 
 def make_plan(network: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, backend: str) -> Plan:
-    """Find a way for each parameter and prove it on one example.
+    """Find a way for each parameter and prove it on two examples.
 
     Raises:
         ValueError: If examples depend on each other, or if `backend` does not have the way that is needed.
@@ -348,26 +352,26 @@ def _ancestors(name: str) -> list[str]:
 
 
 def _wrong_parameters(plan: Plan, batch: Batch) -> list[str]:
-    """Parameters whose rows of one example, summed over the columns, are not autograd's."""
-    example = batch.num_examples // 2
-    seed = torch.zeros_like(batch.outputs)
-    seed[example] = batch.roots[:, example].sum(0)
-    truths = dict(
-        zip(plan.parameters, _gradients(batch.outputs, list(plan.parameters.values()), seed), strict=True)
-    )
-    found = {
-        name: rows.sum((0, 1))
-        for layer in plan.layers(batch)
-        for name, rows in layer.of_example(example).summed().dense().items()
-    }
-    scale = max((truth.abs().max().item() for truth in truths.values() if truth is not None), default=0.0)
-    tolerance = 1e3 * torch.finfo(batch.outputs.dtype).eps * scale
-    wrong = []
-    for name, truth in truths.items():
-        difference = found.get(name, 0.0) - (0.0 if truth is None else truth.flatten())
-        if isinstance(difference, Tensor) and not bool((difference.abs() <= tolerance).all()):
-            wrong.append(name)
-    return wrong
+    """Parameters whose rows, summed over the columns, are not autograd's for the first or the middle example."""
+    layers, wrong = plan.layers(batch), set()
+    for example in {0, batch.num_examples // 2}:
+        seed = torch.zeros_like(batch.outputs)
+        seed[example] = batch.roots[:, example].sum(0)
+        truths = dict(
+            zip(plan.parameters, _gradients(batch.outputs, list(plan.parameters.values()), seed), strict=True)
+        )
+        found = {
+            name: rows.sum((0, 1))
+            for layer in layers
+            for name, rows in layer.of_example(example).dense().items()
+        }
+        scale = max((truth.abs().max().item() for truth in truths.values() if truth is not None), default=0.0)
+        tolerance = 1e3 * torch.finfo(batch.outputs.dtype).eps * scale
+        for name, truth in truths.items():
+            difference = found.get(name, 0.0) - (0.0 if truth is None else truth.flatten())
+            if isinstance(difference, Tensor) and not bool((difference.abs() <= tolerance).all()):
+                wrong.add(name)
+    return [name for name in plan.parameters if name in wrong]
 
 
 def _joined_linear(uses: Mapping[str, list[tuple[str, Use]]]) -> list[Rows]:

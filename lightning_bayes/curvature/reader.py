@@ -67,6 +67,7 @@ class RowReader:
         self._backend = backend
         self._generator: torch.Generator | None = None
         self._plan: Plan | None = None
+        self._planned = 0  # batches since the first
         wanted = {id(parameter) for parameter in self.parameters.values()}
         self._holders = [
             module for module in network.modules() if any(id(p) in wanted for p in module.parameters())
@@ -99,7 +100,7 @@ class RowReader:
         for name, part in zip(names, gradient, strict=True):
             check_finite(part, f"the gradient of the parameter {name!r}")
         roots = self._roots(outputs, targets, likelihood)
-        if self._plan is not None and not self._plan.fits(calls, len(outputs)):
+        if self._plan is not None and not self._still_holds(self._plan, calls, outputs, roots):
             self._plan = None  # its modules are called in another way: plan again, with all calls
             outputs, _, _, calls = self._run(forward, likelihood, None)
         return BatchRows(
@@ -118,6 +119,17 @@ class RowReader:
         with torch.enable_grad(), plain_kernels(), recorded_calls(modules) as calls:
             outputs, targets, unit_loss = forward_of(forward, likelihood)
         return outputs, targets, unit_loss, calls
+
+    def _still_holds(self, plan: Plan, calls: list[Call], outputs: Tensor, roots: Tensor) -> bool:
+        """Whether the plan is that of this batch too; tried at the batches 2, 4, 8, ...
+
+        A network that sorts its examples, or routes them, may have left them in place in the first batch.
+        """
+        self._planned += 1
+        if not plan.fits(calls, len(outputs)):
+            return False
+        due = self._planned & (self._planned - 1) == 0
+        return not due or plan.is_right(Batch.backward(calls, outputs, roots[:1]))
 
     def _roots(self, outputs: Tensor, targets: Tensor, likelihood: Likelihood) -> Tensor:
         if self._num_samples is None:
