@@ -111,7 +111,9 @@ class HessianReader:
                 )
                 return torch.cat(
                     [
-                        seeds.new_zeros(len(seeds), parameter.numel()) if part is None else part.flatten(1)
+                        seeds.new_zeros(len(seeds), parameter.numel())
+                        if part is None
+                        else part.reshape(len(seeds), -1)
                         for parameter, part in zip(parameters, parts, strict=True)
                     ],
                     dim=1,
