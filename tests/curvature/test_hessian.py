@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
 
 from lightning_bayes import EvidenceUnavailableError, laplace_evidence
@@ -34,7 +35,8 @@ def dense_hessian(model, inputs, targets, loss):
         changed = {n: piece.view_as(named[n]) for n, piece in zip(named, pieces, strict=True)}
         return loss(functional_call(model, changed, (inputs,)), targets)
 
-    return hessian(cost, flat)
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        return hessian(cost, flat)
 
 
 class Attention(nn.Module):
@@ -73,8 +75,11 @@ class Unbatchable(nn.Module):
         return self.head(OneByOne.apply(self.stem(x)))
 
 
+SEQUENCES = ("language_model", "sequence_output")  # outputs of other shapes than the plain losses here take
+
+
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", [name for name in NETWORKS if name not in SEQUENCES])
 def test_it_is_the_second_derivative_whatever_the_batches(network, loss):
     case = make_case(network, loss)
     model = case.model.eval()
