@@ -163,10 +163,10 @@ class LinearBlock(Block):
             return total
         inputs = self._input_spectrum(precision)
         values = torch.outer(outputs.values.to(self.accurate), self._input_values(precision))
-        inverse = 1 / (1 + values)
-        total.log_det += torch.log1p(values).sum().item()
+        inverse = (1 + values).reciprocal_()
         per_input = (values * inverse).sum(0)
         gamma = per_input.sum().item()
+        total.log_det += values.log1p_().sum().item()
         if self.joint and self.bias is not None:
             width = self._width
             share = inputs.shares(width, slice(width - 1, width)).to(per_input)

@@ -46,11 +46,12 @@ class DiagonalCurvature(Curvature):
         log_det = gamma = quadratic = log_det_stderr = gamma_stderr = 0.0
         whole = self._whole()
         for name, diagonal in whole.items():
-            values = diagonal / precision[name]
-            inverse = 1 / (1 + values)
-            log_det += torch.log1p(values).sum().item()
-            gamma += (values * inverse).sum().item()
-            quadratic += (gradient[name].to(inverse).square() * inverse).sum().item() / precision[name]
+            values = (diagonal / precision[name]).flatten()
+            inverse = (1 + values).reciprocal_()
+            gamma += torch.dot(values, inverse).item()
+            squares = gradient[name].flatten().to(inverse, copy=True).square_()
+            quadratic += torch.dot(squares, inverse).item() / precision[name]
+            log_det += values.log1p_().sum().item()
         if self.problem.sampled:
             number = self._groups.number
             left_out = [

@@ -236,7 +236,9 @@ class OuterRows:
         """Σ over rows of v², in the parameters' shapes."""
         grads, sums = self.grads(), {}
         if grads.shape[2] == 1:
-            squares = grads.squeeze(2).square().sum(0)
+            squares = torch.zeros_like(grads[0, :, 0])
+            for column in grads.squeeze(2):
+                squares.addcmul_(column, column)  # without a second tensor of their size
             if self.weight is not None:
                 weight = squares.mT @ self.inputs().squeeze(1).square()
                 sums[self.weight] = weight.reshape(self.weight_shape)
