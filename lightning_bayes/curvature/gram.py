@@ -70,7 +70,7 @@ class KeptRows(ABC):
 
     @abstractmethod
     def select(self, columns: Tensor, examples: Tensor) -> Self:
-        """Single rows as [1, R], their examples in ascending order."""
+        """Single rows as [1, R]."""
 
     @abstractmethod
     def merge(self, others: Sequence[Self], dim: int) -> Self:
@@ -198,14 +198,14 @@ class KeptOuter(KeptRows):
         """See `KeptRows`."""
         if self.owners is None:
             return replace(self, rows=self.rows[:, some], inputs=self.inputs[some])
-        owners = self.owners[some]
-        first, last = int(owners[0]), int(owners[-1])
-        inputs = self.inputs[first : last + 1]
-        return replace(self, rows=self.rows[:, some], inputs=inputs, owners=owners - first)
+        needed, owners = self.owners[some].unique(return_inverse=True)
+        return replace(self, rows=self.rows[:, some], inputs=self.inputs[needed], owners=owners)
 
     def select(self, columns: Tensor, examples: Tensor) -> Self:
         """See `KeptRows`."""
-        return replace(self, rows=self.rows[columns, examples].unsqueeze(0), owners=examples)
+        needed, owners = examples.unique(return_inverse=True)
+        rows = self.rows[columns, examples].unsqueeze(0)
+        return replace(self, rows=rows, inputs=self.inputs[needed], owners=owners)
 
     def merge(self, others: Sequence[Self], dim: int) -> Self:
         """See `KeptRows`."""
