@@ -126,7 +126,7 @@ def accumulate_evidence(
     reader = RowReader(network, prior.strengths)
     for name, parameter in reader.parameters.items():
         check_finite(parameter.detach(), f"the parameter {name!r}")
-    totals = _read_all(reader, forwards, likelihood, structure, num_examples, tolerance)
+    totals = _read_all(reader, forwards, likelihood, structure, num_examples, tolerance, prior.strengths)
     seen = totals.num_examples
     dispersion = likelihood.estimate_dispersion(totals.unit_loss, totals.num_terms)
     precision = prior.precision(seen, loss_scale(totals.num_terms / seen, dispersion))
@@ -190,6 +190,7 @@ def _read_all(
     structure: str,
     num_examples: int,
     tolerance: float | None,
+    strengths: Mapping[str, float],
 ) -> _Totals:
     curved = None
     seen, unit_loss, num_terms = 0, 0.0, 0.0
@@ -199,7 +200,7 @@ def _read_all(
         batch = reader.read(forward, likelihood)
         for block in batch.blocks:
             if curved is None:
-                problem = problem_of(reader, block, num_examples, tolerance)
+                problem = problem_of(reader, block, num_examples, tolerance, strengths)
                 structure, _ = choose_structure(structure, problem)
                 curved = STRUCTURES[structure](problem)
             curved.update(block)
@@ -293,7 +294,11 @@ def _forward(network: nn.Module, batch: Any, device: torch.device) -> Forward:
 
 
 def problem_of(
-    reader: RowReader, block: RowBlock, num_examples: int, tolerance: float | None = None
+    reader: RowReader,
+    block: RowBlock,
+    num_examples: int,
+    tolerance: float | None = None,
+    strengths: Mapping[str, float] | None = None,
 ) -> Problem:
     """Sizes of an evidence, for the choice of a structure, from the rows of its first batch."""
     first = next(iter(reader.parameters.values()))
@@ -308,4 +313,5 @@ def problem_of(
         dtype=first.dtype,
         device=first.device,
         tolerance=tolerance,
+        strengths=strengths,
     )

@@ -84,7 +84,7 @@ class KeptRows(ABC):
         """Rows Σ_c R[n, c, d] v₍ₙ,c₎ for orthogonal R [N, C, C]: K only changes its basis."""
         flat = self.rows.flatten(2).transpose(0, 1)  # [N, C, ...]
         rotated = (rotations.to(flat).mT @ flat).transpose(0, 1)
-        return replace(self, rows=rotated.reshape(self.rows.shape))
+        return replace(self, rows=rotated.contiguous().view(self.rows.shape))
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class KeptOuter(KeptRows):
             yield self
             return
         if self.weight is not None:
-            inputs = self.inputs if self.owners is None else self.inputs[self.owners]
+            inputs = self._own_inputs()
             step = max(1, PART_NUMBERS // (num_rows * inputs.shape[2]))
             for start in range(0, self.rows.shape[3], step):
                 some = self.rows[..., start : start + step]
@@ -149,6 +149,10 @@ class KeptOuter(KeptRows):
             share.mul_(factor.unsqueeze(1))
         return share if t == s == 1 else share.view(c, n, t, d, m, s).sum((2, 5))
 
+    def _own_inputs(self) -> Tensor:
+        """[N, T, in], also of selected rows."""
+        return self.inputs if self.owners is None else self.inputs[self.owners]
+
     def _from_bias(self, precision: Mapping[str, float]) -> float:
         return 0.0 if self.bias is None else 1.0 / precision[self.bias]
 
@@ -169,7 +173,8 @@ class KeptOuter(KeptRows):
         share = (rows @ rows.mT).view(n, c, t, c, t)
         factor = self.inputs.new_tensor(self._from_bias(precision))
         if self.weight is not None:
-            factor = factor + (self.inputs @ self.inputs.mT / precision[self.weight]).view(n, 1, t, 1, t)
+            inputs = self._own_inputs()
+            factor = factor + (inputs @ inputs.mT / precision[self.weight]).view(n, 1, t, 1, t)
         return (share * factor).sum((2, 4))
 
     def _formed_grams(self, precision: Mapping[str, float]) -> Tensor:
@@ -179,7 +184,7 @@ class KeptOuter(KeptRows):
         """See `KeptRows`."""
         outputs = self.inputs.new_zeros(())
         if self.weight is not None:
-            outputs = outputs + self.inputs @ vectors[self.weight].flatten(1).mT  # [N, T, out]
+            outputs = outputs + self._own_inputs() @ vectors[self.weight].flatten(1).mT  # [N, T, out]
         if self.bias is not None:
             outputs = outputs + vectors[self.bias]
         return (self.rows * outputs).sum((2, 3))
@@ -189,7 +194,7 @@ class KeptOuter(KeptRows):
         weighted = torch.einsum("cn,cnto->nto", coefficients, self.rows).flatten(0, 1)
         sums = {}
         if self.weight is not None:
-            sums[self.weight] = (weighted.mT @ self.inputs.flatten(0, 1)).reshape(self.weight_shape)
+            sums[self.weight] = (weighted.mT @ self._own_inputs().flatten(0, 1)).reshape(self.weight_shape)
         if self.bias is not None:
             sums[self.bias] = weighted.sum(0)
         return sums

@@ -14,7 +14,7 @@ __all__ = ["PrincipalRows", "principal_rows"]
 
 BLOCK = 128
 """Rows by which the diagonal of K is deflated at a time."""
-DEFLATION_SHARE = 0.1
+DEFLATION_SHARE = 0.06
 """Operations of one such block, relative to those that are left to do, up to which it is tried."""
 
 
