@@ -1,6 +1,6 @@
 """Bounds on the exact evidence from rows that are dropped batch by batch: linear in N, memory of one batch.
 
-A few hundred *landmark* rows S, the largest of the first few thousand in their examples' eigenbasis, span W. With
+Some *landmark* rows S, the largest of the first few thousand in their examples' eigenbasis, span W. With
 H = (K_SS + ν)⁻¹ᐟ² K_S: for all rows, HᵀH ≤ K, and
 
     ln det(I + HHᵀ) ≤ ln det(I + K) ≤ ln det(I + HHᵀ) + Σₙ ln det(I + (K − HᵀH)ₙₙ)
@@ -24,8 +24,12 @@ from lightning_bayes.curvature.rows import RowBlock
 
 __all__ = ["BlockCurvature", "blocks_cost"]
 
-NUM_LANDMARKS = 512
-"""Landmark rows."""
+MAX_LANDMARKS = 2048
+"""Landmark rows where the data are few; halved until the pass fits `LANDMARK_FLOP`."""
+MIN_LANDMARKS = 128
+"""Landmark rows where the data are many."""
+LANDMARK_FLOP = 1e12
+"""Operations that the choice of the number of landmarks goes by."""
 POOL_ROWS = 8192
 """Rows of the first batches that are held back to choose the landmarks from."""
 SHIFT = 16
@@ -36,12 +40,22 @@ ROUNDING_FACTOR = 64
 
 def blocks_cost(problem: Problem) -> tuple[float, float]:
     """Bytes and floating-point operations of `BlockCurvature`."""
-    landmarks = min(NUM_LANDMARKS, problem.num_rows)
+    landmarks = _num_landmarks(problem)
     pool = min(problem.num_rows, max(POOL_ROWS, problem.batch_size * problem.rank))
     memory = 3.0 * pool * (problem.kept_width + landmarks) * problem.dtype.itemsize
-    return memory + 16.0 * problem.num_parameters, float(problem.num_rows) * (
-        2 * landmarks * problem.gram_width + 4 * landmarks**2 + problem.rank * problem.gram_width
-    )
+    return memory + 16.0 * problem.num_parameters + 40.0 * landmarks**2, _flop(problem, landmarks)
+
+
+def _flop(problem: Problem, landmarks: int) -> float:
+    to_landmarks = 2 * landmarks * problem.gram_width + 4 * landmarks**2
+    return float(problem.num_rows) * (to_landmarks + 2 * problem.rank * problem.gram_width)
+
+
+def _num_landmarks(problem: Problem) -> int:
+    landmarks = MAX_LANDMARKS
+    while landmarks > MIN_LANDMARKS and _flop(problem, landmarks) > LANDMARK_FLOP:
+        landmarks //= 2
+    return min(landmarks, problem.num_rows)
 
 
 class BlockCurvature(Curvature):
@@ -124,7 +138,7 @@ class BlockCurvature(Curvature):
 
     def _choose_landmarks(self, layers: list[KeptRows], own: Tensor) -> None:
         rows = principal_rows(layers, own)
-        number = min(NUM_LANDMARKS, len(rows.eigenvalues))
+        number = min(_num_landmarks(self.problem), len(rows.eigenvalues))
         self._landmarks = rows.pick(rows.eigenvalues.topk(number).indices)
         gram = cross_all(self._landmarks, self._landmarks, self._unit).to(own)
         shift = SHIFT * torch.finfo(self.problem.dtype).eps * gram.diagonal().mean()

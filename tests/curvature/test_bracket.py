@@ -60,7 +60,7 @@ def test_bracket_holds_the_truth_in_float32(network, precision, tolerance):
 @given(networks, losses, precisions, st.integers(1, 12), st.integers(1, 8), st.integers(1, 40))
 def test_blocks_hold_the_truth(network, loss, precision, landmarks, batch_size, pool):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "NUM_LANDMARKS", landmarks)
+        patch.setattr(blocks, "MAX_LANDMARKS", landmarks)
         patch.setattr(blocks, "POOL_ROWS", pool)
         evidence = make_case(network, loss).evidence(
             structure="blocks", prior_precision=precision, batch_size=batch_size
@@ -75,7 +75,7 @@ def test_blocks_hold_the_truth_in_float32(network, landmarks):
     case = make_case(network, "classification", 12)
     single = replace(case, model=case.model.float(), inputs=case.inputs.float())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "NUM_LANDMARKS", landmarks)
+        patch.setattr(blocks, "MAX_LANDMARKS", landmarks)
         evidence = single.evidence(structure="blocks")
     expected = reference(network, "classification", 1.0, 12)
     slack = 1e-5 * abs(expected.log_evidence)
@@ -139,7 +139,14 @@ def test_a_tolerance_below_the_rounding_of_float32_takes_float64():
 
 def problem(**changes):
     shapes = {"w": torch.Size([3]), "b": torch.Size([1])}
-    return Problem(shapes, 5, 2, 5, 4, 4, torch.float64, torch.device("cpu"), **changes)
+    sizes = {"num_examples": 5, "rank": 2, "batch_size": 5, "kept_width": 4, "gram_width": 4}
+    place = {"dtype": torch.float64, "device": torch.device("cpu")}
+    return Problem(shapes, **(sizes | place | changes))
+
+
+def test_more_data_get_fewer_landmarks():
+    numbers = [blocks._num_landmarks(problem(num_examples=n)) for n in (10, 10**5, 10**6, 10**8)]
+    assert numbers == [20, 1024, 256, 128]
 
 
 def test_blocks_answer_only_in_the_proportions_they_were_made_for():

@@ -79,14 +79,7 @@ def test_products_with_vectors_of_selected_rows(columns, examples, positions, ou
     order = torch.randperm(columns * examples)
     for rows in (kept, kept.select(order // examples, order % examples)):
         inputs = rows.inputs if rows.owners is None else rows.inputs[rows.owners]
-        flat = {
-            "w": torch.einsum(
-                "cnto,nti->cnoi",
-                rows.rows,
-                rows.inputs[rows.owners] if rows.owners is not None else rows.inputs,
-            ),
-            "b": rows.rows.sum(2),
-        }
+        flat = {"w": torch.einsum("cnto,nti->cnoi", rows.rows, inputs), "b": rows.rows.sum(2)}
         vectors = {"w": torch.randn(out, width).double(), "b": torch.randn(out).double()}
         expected = (flat["w"] * vectors["w"]).sum((2, 3)) + (flat["b"] * vectors["b"]).sum(2)
         torch.testing.assert_close(rows.dot(vectors), expected)
