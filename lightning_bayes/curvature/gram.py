@@ -283,7 +283,8 @@ def keep(layer: Rows, num_columns: int) -> list[KeptRows]:
     """
     if not isinstance(layer, OuterRows):
         return [KeptDense(rows, name, layer.shape) for name, rows in layer.dense().items()]
-    inputs, grads = layer.inputs(), layer.grads()
+    # Not the views that a convolution's factors come as: every product would copy them.
+    inputs, grads = layer.inputs().contiguous(), layer.grads().contiguous()
     paired, factored, _, _ = _plan(layer, grads.shape[2], grads.shape[3], inputs.shape[2], num_columns)
     if factored:
         return [KeptOuter(grads, inputs, layer.weight, layer.bias, layer.weight_shape, paired)]
