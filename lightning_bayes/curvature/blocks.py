@@ -124,7 +124,8 @@ class BlockCurvature(Curvature):
         return spectrum.log1p().sum().item(), traces
 
     def _empty_keeper(self) -> None:
-        layers, self._keeper = self._keeper.layers(), RowKeeper()
+        layers = self._keeper.layers()
+        self._keeper = RowKeeper(self._keeper)
         own = torch.stack([layer.example_grams(self._unit) for layer in layers]).sum(0)
         own = own.to(accumulation_dtype(self.problem.device))
         if not self._landmarks:

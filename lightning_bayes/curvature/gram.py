@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_bayes.curvature.rows import OuterRows, RowBlock, Rows
 
@@ -75,6 +76,10 @@ class KeptRows(ABC):
     @abstractmethod
     def merge(self, others: Sequence[Self], dim: int) -> Self:
         """These rows followed by others: of other columns (0) or of other examples (1)."""
+
+    @abstractmethod
+    def blank(self, num_examples: int) -> Self:
+        """Rows of zeros of so many other examples, for a batch that does not use the layer."""
 
     @abstractmethod
     def to(self, dtype: torch.dtype) -> Self:
@@ -213,11 +218,22 @@ class KeptOuter(KeptRows):
         return replace(self, rows=rows, inputs=self.inputs[needed], owners=owners)
 
     def merge(self, others: Sequence[Self], dim: int) -> Self:
-        """See `KeptRows`."""
-        rows = torch.cat([self.rows, *(other.rows for other in others)], dim=dim)
+        """See `KeptRows`. Shorter examples get positions whose gradient and input are zero."""
+        every = [self, *others]
         if dim == 0:
-            return replace(self, rows=rows)
-        return replace(self, rows=rows, inputs=torch.cat([self.inputs, *(other.inputs for other in others)]))
+            return replace(self, rows=torch.cat([kept.rows for kept in every]))
+        longest = max(kept.rows.shape[2] for kept in every)
+        rows, inputs = zip(*(kept._padded(longest) for kept in every), strict=True)
+        return replace(self, rows=torch.cat(rows, dim=1), inputs=torch.cat(inputs))
+
+    def _padded(self, positions: int) -> tuple[Tensor, Tensor]:
+        missing = (0, 0, 0, positions - self.rows.shape[2])
+        return F.pad(self.rows, missing), F.pad(self.inputs, missing)
+
+    def blank(self, num_examples: int) -> Self:
+        """See `KeptRows`."""
+        rows = self.rows.new_zeros(len(self.rows), num_examples, *self.rows.shape[2:])
+        return replace(self, rows=rows, inputs=self.inputs.new_zeros(num_examples, *self.inputs.shape[1:]))
 
     def to(self, dtype: torch.dtype) -> Self:
         """See `KeptRows`."""
@@ -265,6 +281,10 @@ class KeptDense(KeptRows):
         """See `KeptRows`."""
         return replace(self, rows=self.rows[columns, examples].unsqueeze(0))
 
+    def blank(self, num_examples: int) -> Self:
+        """See `KeptRows`."""
+        return replace(self, rows=self.rows.new_zeros(len(self.rows), num_examples, self.rows.shape[2]))
+
     def merge(self, others: Sequence[Self], dim: int) -> Self:
         """See `KeptRows`."""
         return replace(self, rows=torch.cat([self.rows, *(other.rows for other in others)], dim=dim))
@@ -274,27 +294,33 @@ class KeptDense(KeptRows):
         return replace(self, rows=self.rows.to(dtype))
 
 
-def keep(layer: Rows, num_columns: int) -> list[KeptRows]:
+Form = tuple[bool, bool]
+"""Of a linear map's rows: whether inner products go by pairs of positions, and whether factors are kept."""
+
+
+def keep(layer: Rows, num_columns: int, forms: dict[tuple[str, ...], Form]) -> list[KeptRows]:
     """Keep a layer's rows beyond their batch: factored where that takes fewer operations or less memory.
 
     Args:
         layer: Rows of some columns of a batch.
         num_columns: C of the whole root, which decides.
+        forms: Of the layers seen before, by their names: later batches, of other lengths, keep to the first's.
     """
     if not isinstance(layer, OuterRows):
         return [KeptDense(rows, name, layer.shape) for name, rows in layer.dense().items()]
     # Not the views that a convolution's factors come as: every product would copy them.
     inputs, grads = layer.inputs().contiguous(), layer.grads().contiguous()
-    paired, factored, _, _ = _plan(layer, grads.shape[2], grads.shape[3], inputs.shape[2], num_columns)
+    plan = _plan(layer, grads.shape[2], grads.shape[3], inputs.shape[2], num_columns)
+    paired, factored = forms.setdefault(layer.names, plan[:2])
     if factored:
         return [KeptOuter(grads, inputs, layer.weight, layer.bias, layer.weight_shape, paired)]
     shapes = {layer.weight: layer.weight_shape, layer.bias: layer.weight_shape[:1]}
     return [KeptDense(rows, name, shapes[name]) for name, rows in layer.dense().items()]
 
 
-def keep_block(block: RowBlock) -> list[KeptRows]:
-    """All layers of a block, kept."""
-    return [kept for layer in block.layers for kept in keep(layer, block.num_columns)]
+def keep_block(block: RowBlock, forms: dict[tuple[str, ...], Form]) -> list[KeptRows]:
+    """All layers of a block, kept; see `keep`."""
+    return [kept for layer in block.layers for kept in keep(layer, block.num_columns, forms)]
 
 
 def kept_widths(block: RowBlock) -> tuple[int, int]:
