@@ -199,8 +199,8 @@ class Plan:
         derivatives = derivatives_of(call.module)
         if layout is None or grad is None or derivatives is None:
             raise ValueError(
-                f"{type(call.module).__name__} with parameters {sorted(self._layers()[call.module].values())} is used "
-                "by a later batch in a way in which its examples cannot be told apart. Hold these parameters fixed "
+                f"{type(call.module).__name__} with parameters {sorted(self._layers()[call.module].values())} is "
+                "used by a later batch in a way in which its examples cannot be told apart. Hold these parameters fixed "
                 "(requires_grad=False), or give batches that take the same way through the network."
             )
         return LayerUse(
