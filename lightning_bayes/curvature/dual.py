@@ -18,6 +18,7 @@ from lightning_bayes.curvature.gram import KeptRows
 from lightning_bayes.curvature.kept import RowKeeper, fill_gram, tiles_of
 from lightning_bayes.curvature.newton import quadratic_form
 from lightning_bayes.curvature.rows import RowBlock
+from lightning_bayes.functional.evidence import effective_parameters, log_det_from_eigenvalues
 
 __all__ = ["DualCurvature", "System", "factorise", "trace_of_shrinkage"]
 
@@ -38,19 +39,27 @@ class DualCurvature(Curvature):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self._keeper = RowKeeper()
+        self._known: _Known | None = None
 
     def update(self, block: RowBlock) -> None:
         """See `Curvature.update`."""
         self._keeper.add(block)
+        self._known = None
 
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
         """See `Curvature.at`."""
         layers = self._layers(precision)
-        system = factorise(layers, precision, self._types(layers))
-        gamma, stderr = trace_of_shrinkage(system.factor, NUM_PROBES, FLOAT64_LIMIT)
+        rescaled = None if self._known is None else self._known.at(precision)
+        if rescaled is not None:
+            system, stderr = System(rescaled[0], _tiles(layers)), 0.0
+            log_det = log_det_from_eigenvalues(rescaled[1], 1.0).item()
+            gamma = effective_parameters(rescaled[1], 1.0).item()
+        else:
+            system = factorise(layers, precision, self._types(layers))
+            log_det = log_det_of(system.factor)
+            gamma, stderr = trace_of_shrinkage(system.factor, NUM_PROBES, FLOAT64_LIMIT)
         layers = [layer.to(self._accurate) for layer in layers]
         quadratic = quadratic_form(layers, system.solve, precision, gradient)
-        log_det = log_det_of(system.factor)
         return CurvatureSummary(
             log_det, (log_det, log_det), gamma, quadratic, effective_parameters_stderr=stderr
         )
@@ -60,8 +69,10 @@ class DualCurvature(Curvature):
         layers = self._layers(precision)
         dtype = self._types(layers)[0]
         gram = _gram([layer.to(dtype) for layer in layers], precision)
-        eigenvalues: Tensor = torch.linalg.eigvalsh(gram, UPLO="U")
-        return eigenvalues.clamp_(min=0.0)
+        eigenvalues: Tensor = torch.linalg.eigvalsh(gram, UPLO="U").clamp_(min=0.0)
+        if len(gram) <= FLOAT64_LIMIT:
+            self._known = _Known(dict(precision), gram, eigenvalues)
+        return eigenvalues
 
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
         """See `Curvature.log_det_and_traces`: γᵢ = tr (I + K)⁻¹Kᵢ with the share Kᵢ of one tensor, tile by tile."""
@@ -87,6 +98,26 @@ class DualCurvature(Curvature):
     @property
     def _accurate(self) -> torch.dtype:
         return accumulation_dtype(self.problem.device)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """K and its eigenvalues at one prior: for a multiple s of it they are K/s and its eigenvalues over s.
+
+    A search for one λ asks for the spectrum first and then for everything at the λ that it has found.
+    """
+
+    precision: Mapping[str, float]
+    gram: Tensor  # the upper triangle of K
+    eigenvalues: Tensor
+
+    def at(self, precision: Mapping[str, float]) -> tuple[Tensor, Tensor] | None:
+        """Factor of I + K and eigenvalues of K, None for no multiple or where rounding has spoilt the factor."""
+        scales = [value / self.precision[name] for name, value in precision.items()]
+        if max(scales) > min(scales) * (1.0 + 1e-12):
+            return None
+        factor = cholesky_in_place(self.gram / scales[0])
+        return None if factor is None else (factor, self.eigenvalues / scales[0])
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_bayes import EvidenceUnavailableError, laplace_evidence
 from lightning_bayes.curvature.hessian import HessianReader
@@ -34,7 +35,8 @@ def dense_hessian(model, inputs, targets, loss):
         changed = {n: piece.view_as(named[n]) for n, piece in zip(named, pieces, strict=True)}
         return loss(functional_call(model, changed, (inputs,)), targets)
 
-    return hessian(cost, flat)
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        return hessian(cost, flat)
 
 
 class Attention(nn.Module):
