@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_bayes.curvature.rows import OuterRows, RowBlock, Rows
 
@@ -70,11 +71,15 @@ class KeptRows(ABC):
 
     @abstractmethod
     def select(self, columns: Tensor, examples: Tensor) -> Self:
-        """Single rows as [1, R], their examples in ascending order."""
+        """Single rows as [1, R]."""
 
     @abstractmethod
     def merge(self, others: Sequence[Self], dim: int) -> Self:
         """These rows followed by others: of other columns (0) or of other examples (1)."""
+
+    @abstractmethod
+    def blank(self, num_examples: int) -> Self:
+        """Rows of zeros of so many other examples, for a batch that does not use the layer."""
 
     @abstractmethod
     def to(self, dtype: torch.dtype) -> Self:
@@ -84,7 +89,7 @@ class KeptRows(ABC):
         """Rows Σ_c R[n, c, d] v₍ₙ,c₎ for orthogonal R [N, C, C]: K only changes its basis."""
         flat = self.rows.flatten(2).transpose(0, 1)  # [N, C, ...]
         rotated = (rotations.to(flat).mT @ flat).transpose(0, 1)
-        return replace(self, rows=rotated.reshape(self.rows.shape))
+        return replace(self, rows=rotated.contiguous().view(self.rows.shape))
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ class KeptOuter(KeptRows):
             yield self
             return
         if self.weight is not None:
-            inputs = self.inputs if self.owners is None else self.inputs[self.owners]
+            inputs = self._own_inputs()
             step = max(1, PART_NUMBERS // (num_rows * inputs.shape[2]))
             for start in range(0, self.rows.shape[3], step):
                 some = self.rows[..., start : start + step]
@@ -149,6 +154,10 @@ class KeptOuter(KeptRows):
             share.mul_(factor.unsqueeze(1))
         return share if t == s == 1 else share.view(c, n, t, d, m, s).sum((2, 5))
 
+    def _own_inputs(self) -> Tensor:
+        """[N, T, in], also of selected rows."""
+        return self.inputs if self.owners is None else self.inputs[self.owners]
+
     def _from_bias(self, precision: Mapping[str, float]) -> float:
         return 0.0 if self.bias is None else 1.0 / precision[self.bias]
 
@@ -169,7 +178,8 @@ class KeptOuter(KeptRows):
         share = (rows @ rows.mT).view(n, c, t, c, t)
         factor = self.inputs.new_tensor(self._from_bias(precision))
         if self.weight is not None:
-            factor = factor + (self.inputs @ self.inputs.mT / precision[self.weight]).view(n, 1, t, 1, t)
+            inputs = self._own_inputs()
+            factor = factor + (inputs @ inputs.mT / precision[self.weight]).view(n, 1, t, 1, t)
         return (share * factor).sum((2, 4))
 
     def _formed_grams(self, precision: Mapping[str, float]) -> Tensor:
@@ -179,7 +189,7 @@ class KeptOuter(KeptRows):
         """See `KeptRows`."""
         outputs = self.inputs.new_zeros(())
         if self.weight is not None:
-            outputs = outputs + self.inputs @ vectors[self.weight].flatten(1).mT  # [N, T, out]
+            outputs = outputs + self._own_inputs() @ vectors[self.weight].flatten(1).mT  # [N, T, out]
         if self.bias is not None:
             outputs = outputs + vectors[self.bias]
         return (self.rows * outputs).sum((2, 3))
@@ -189,7 +199,7 @@ class KeptOuter(KeptRows):
         weighted = torch.einsum("cn,cnto->nto", coefficients, self.rows).flatten(0, 1)
         sums = {}
         if self.weight is not None:
-            sums[self.weight] = (weighted.mT @ self.inputs.flatten(0, 1)).reshape(self.weight_shape)
+            sums[self.weight] = (weighted.mT @ self._own_inputs().flatten(0, 1)).reshape(self.weight_shape)
         if self.bias is not None:
             sums[self.bias] = weighted.sum(0)
         return sums
@@ -198,21 +208,32 @@ class KeptOuter(KeptRows):
         """See `KeptRows`."""
         if self.owners is None:
             return replace(self, rows=self.rows[:, some], inputs=self.inputs[some])
-        owners = self.owners[some]
-        first, last = int(owners[0]), int(owners[-1])
-        inputs = self.inputs[first : last + 1]
-        return replace(self, rows=self.rows[:, some], inputs=inputs, owners=owners - first)
+        needed, owners = self.owners[some].unique(return_inverse=True)
+        return replace(self, rows=self.rows[:, some], inputs=self.inputs[needed], owners=owners)
 
     def select(self, columns: Tensor, examples: Tensor) -> Self:
         """See `KeptRows`."""
-        return replace(self, rows=self.rows[columns, examples].unsqueeze(0), owners=examples)
+        needed, owners = examples.unique(return_inverse=True)
+        rows = self.rows[columns, examples].unsqueeze(0)
+        return replace(self, rows=rows, inputs=self.inputs[needed], owners=owners)
 
     def merge(self, others: Sequence[Self], dim: int) -> Self:
-        """See `KeptRows`."""
-        rows = torch.cat([self.rows, *(other.rows for other in others)], dim=dim)
+        """See `KeptRows`. Shorter examples get positions whose gradient and input are zero."""
+        every = [self, *others]
         if dim == 0:
-            return replace(self, rows=rows)
-        return replace(self, rows=rows, inputs=torch.cat([self.inputs, *(other.inputs for other in others)]))
+            return replace(self, rows=torch.cat([kept.rows for kept in every]))
+        longest = max(kept.rows.shape[2] for kept in every)
+        rows, inputs = zip(*(kept._padded(longest) for kept in every), strict=True)
+        return replace(self, rows=torch.cat(rows, dim=1), inputs=torch.cat(inputs))
+
+    def _padded(self, positions: int) -> tuple[Tensor, Tensor]:
+        missing = (0, 0, 0, positions - self.rows.shape[2])
+        return F.pad(self.rows, missing), F.pad(self.inputs, missing)
+
+    def blank(self, num_examples: int) -> Self:
+        """See `KeptRows`."""
+        rows = self.rows.new_zeros(len(self.rows), num_examples, *self.rows.shape[2:])
+        return replace(self, rows=rows, inputs=self.inputs.new_zeros(num_examples, *self.inputs.shape[1:]))
 
     def to(self, dtype: torch.dtype) -> Self:
         """See `KeptRows`."""
@@ -260,6 +281,10 @@ class KeptDense(KeptRows):
         """See `KeptRows`."""
         return replace(self, rows=self.rows[columns, examples].unsqueeze(0))
 
+    def blank(self, num_examples: int) -> Self:
+        """See `KeptRows`."""
+        return replace(self, rows=self.rows.new_zeros(len(self.rows), num_examples, self.rows.shape[2]))
+
     def merge(self, others: Sequence[Self], dim: int) -> Self:
         """See `KeptRows`."""
         return replace(self, rows=torch.cat([self.rows, *(other.rows for other in others)], dim=dim))
@@ -269,26 +294,33 @@ class KeptDense(KeptRows):
         return replace(self, rows=self.rows.to(dtype))
 
 
-def keep(layer: Rows, num_columns: int) -> list[KeptRows]:
+Form = tuple[bool, bool]
+"""Of a linear map's rows: whether inner products go by pairs of positions, and whether factors are kept."""
+
+
+def keep(layer: Rows, num_columns: int, forms: dict[tuple[str, ...], Form]) -> list[KeptRows]:
     """Keep a layer's rows beyond their batch: factored where that takes fewer operations or less memory.
 
     Args:
         layer: Rows of some columns of a batch.
         num_columns: C of the whole root, which decides.
+        forms: Of the layers seen before, by their names: later batches, of other lengths, keep to the first's.
     """
     if not isinstance(layer, OuterRows):
         return [KeptDense(rows, name, layer.shape) for name, rows in layer.dense().items()]
-    inputs, grads = layer.inputs(), layer.grads()
-    paired, factored, _, _ = _plan(layer, grads.shape[2], grads.shape[3], inputs.shape[2], num_columns)
+    # Not the views that a convolution's factors come as: every product would copy them.
+    inputs, grads = layer.inputs().contiguous(), layer.grads().contiguous()
+    plan = _plan(layer, grads.shape[2], grads.shape[3], inputs.shape[2], num_columns)
+    paired, factored = forms.setdefault(layer.names, plan[:2])
     if factored:
         return [KeptOuter(grads, inputs, layer.weight, layer.bias, layer.weight_shape, paired)]
     shapes = {layer.weight: layer.weight_shape, layer.bias: layer.weight_shape[:1]}
     return [KeptDense(rows, name, shapes[name]) for name, rows in layer.dense().items()]
 
 
-def keep_block(block: RowBlock) -> list[KeptRows]:
-    """All layers of a block, kept."""
-    return [kept for layer in block.layers for kept in keep(layer, block.num_columns)]
+def keep_block(block: RowBlock, forms: dict[tuple[str, ...], Form]) -> list[KeptRows]:
+    """All layers of a block, kept; see `keep`."""
+    return [kept for layer in block.layers for kept in keep(layer, block.num_columns, forms)]
 
 
 def kept_widths(block: RowBlock) -> tuple[int, int]:

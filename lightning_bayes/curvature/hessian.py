@@ -72,7 +72,7 @@ class HessianReader:
 
         Raises:
             EvidenceUnavailableError: If the outputs, targets or gradients are not finite.
-            ValueError: If outputs and targets do not fit the likelihood.
+            ValueError: If outputs and targets do not fit the likelihood, or the second derivative is wrong.
         """
         parameters = list(self.parameters.values())
         with torch.enable_grad(), _twice_differentiable():
@@ -82,6 +82,7 @@ class HessianReader:
                 check_finite(part.detach(), f"the gradient of the parameter {name!r}")
             flat = torch.cat([part.flatten() for part in gradient])
             matrix = torch.cat(list(self._rows(flat, parameters)))
+            _check_symmetric(matrix, flat.dtype)
         return BatchHessian(
             num_examples=len(outputs),
             num_terms=likelihood.num_terms(outputs, targets),
@@ -238,6 +239,17 @@ class HessianCurvature:
         """Eigenvalues with what is rounding set to zero."""
         tiny = len(values) * self._rounding * values.abs().max()
         return torch.where(values.abs() <= tiny, 0.0, values)
+
+
+def _check_symmetric(matrix: Tensor, dtype: torch.dtype) -> None:
+    """Refuse what is no second derivative: autograd's formulas for some fused kernels are wrong."""
+    difference, largest = (matrix - matrix.mT).abs().max(), matrix.abs().max()
+    if bool(difference > torch.finfo(dtype).eps ** 0.5 * largest):
+        raise ValueError(
+            f"The Hessian that autograd gives is not symmetric, by {difference:g} of {largest:g}: some operation of "
+            "this network has a wrong second derivative in PyTorch (torch.nn.utils.parametrizations.weight_norm is "
+            'known for it). Use curvature="ggn".'
+        )
 
 
 @contextmanager

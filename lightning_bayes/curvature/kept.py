@@ -5,49 +5,61 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_bayes.curvature.gram import KeptRows, keep_block
+from lightning_bayes.curvature.gram import Form, KeptRows, keep_block
 from lightning_bayes.curvature.rows import RowBlock
 
 __all__ = ["RowKeeper", "combine_all", "cross_all", "dot_all", "fill_gram", "tiles_of"]
 
 
 class RowKeeper:
-    """Collects the blocks of a pass: columns of one batch side by side, then batch after batch."""
+    """Collects the blocks of a pass: columns of one batch side by side, then batch after batch.
 
-    def __init__(self) -> None:
-        self._batches: dict[tuple[str, ...], list[list[KeptRows]]] = {}
+    Args:
+        before: A keeper of earlier batches, whose forms this one keeps to.
+    """
+
+    def __init__(self, before: "RowKeeper | None" = None) -> None:
+        self._sizes: list[int] = []  # examples of each batch
+        self._chunks: dict[tuple[str, ...], dict[int, list[KeptRows]]] = {}
+        self._forms: dict[tuple[str, ...], Form] = {} if before is None else before._forms
 
     def add(self, block: RowBlock) -> None:
-        """Take in one block.
+        """Take in one block."""
+        if block.columns.start == 0:
+            self._sizes.append(block.num_examples)
+        for layer in keep_block(block, self._forms):
+            batches = self._chunks.setdefault(layer.names, {})
+            batches.setdefault(len(self._sizes) - 1, []).append(layer)
 
-        Raises:
-            ValueError: If its layers are not those of the blocks before.
-        """
-        layers = keep_block(block)
-        if self._batches and set(self._batches) != {layer.names for layer in layers}:
-            raise ValueError(
-                "The network uses different layers for different batches; the exact evidence needs the same "
-                'ones for all. Use structure="kron" or structure="diag".'
-            )
-        for layer in layers:
-            batches = self._batches.setdefault(layer.names, [])
-            if block.columns.start == 0:
-                batches.append([])
-            batches[-1].append(layer)
+    @property
+    def num_rows(self) -> int:
+        """Rows so far."""
+        counts = (
+            sum(chunk.num_rows for chunks in batches.values() for chunk in chunks)
+            for batches in self._chunks.values()
+        )
+        return max(counts, default=0)
 
     def layers(self) -> list[KeptRows]:
-        """One entry a layer, over all examples.
+        """One entry a layer, over all examples; a batch that did not use it has rows of zeros there.
 
         Raises:
             ValueError: If nothing was kept.
         """
-        if not self._batches:
+        if not self._chunks:
             raise ValueError("No parameter that carries a prior has an influence on the network's outputs.")
-        for names, batches in self._batches.items():
-            whole = [_merged(chunks, 0) for chunks in batches]
+        whole = []
+        for batches in self._chunks.values():
+            found = {index: _merged(chunks, 0) for index, chunks in batches.items()}
             batches.clear()  # each layer's pieces go before the next layer is put together
-            self._batches[names] = [[_merged(whole, 1)]]
-        return [batches[0][0] for batches in self._batches.values()]
+            like = next(iter(found.values()))
+            every = [
+                found[index] if index in found else like.blank(size) for index, size in enumerate(self._sizes)
+            ]
+            whole.append(_merged(every, 1))
+            batches[0] = [whole[-1]]
+        self._sizes = [sum(self._sizes)]
+        return whole
 
 
 def _merged(pieces: Sequence[KeptRows], dim: int) -> KeptRows:

@@ -83,7 +83,9 @@ class Plan:
     parameters: Mapping[str, nn.Parameter]
     ways: dict[str, str]
     layouts: dict[nn.Module, tuple[Layout | None, ...]]
-    """Of the outputs that carry a gradient, by module; a module called with other layouts is not here."""
+    """Of the outputs that carry a gradient, by module; None where calls differ, or examples cannot be told."""
+    num_examples: int
+    """Of the batch that it was made for: one example does not tell where those of a batch stand."""
     argument_layouts: dict[object, tuple[Layout | None, ...] | None] = field(default_factory=dict)
 
     @property
@@ -95,6 +97,8 @@ class Plan:
 
     def fits(self, calls: list[Call], num_examples: int) -> bool:
         """Whether the calls of a batch can be what the plan was made for."""
+        if self.num_examples == 1 < num_examples:
+            return False
         for call in calls:
             if call.module not in self.layouts:  # not on the way to the outputs so far
                 continue
@@ -245,7 +249,7 @@ def make_plan(network: nn.Module, parameters: Mapping[str, nn.Parameter], batch:
     Raises:
         ValueError: If examples depend on each other, or if `backend` does not have the way that is needed.
     """
-    plan = Plan(network, parameters, {}, _find_layouts(batch))
+    plan = Plan(network, parameters, {}, _find_layouts(batch), batch.num_examples)
     for name in parameters:
         plan.ways[name] = LAYER if backend != "autograd" and _is_readable(plan, name, batch) else ""
         if plan.ways[name] != LAYER:

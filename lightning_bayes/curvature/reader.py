@@ -150,9 +150,7 @@ class RowReader:
                 outputs, _, _, calls = run_again()  # with all calls
                 batch, plan = Batch.backward(calls, outputs, roots[columns]), None
             if plan is None or layers is None:
-                plan = make_plan(self._network, self.parameters, batch, self._backend)
-                # One example does not tell where the examples of a batch stand.
-                self._plan = plan if len(outputs) > 1 else None
+                self._plan = plan = make_plan(self._network, self.parameters, batch, self._backend)
                 layers = plan.layers(batch)
             yield RowBlock(len(outputs), columns, len(roots), layers)
 
