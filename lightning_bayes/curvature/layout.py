@@ -28,7 +28,8 @@ class Layout:
 
     def fits(self, tensor: Tensor, num_examples: int) -> bool:
         """Whether a tensor of a batch of so many examples can have this layout."""
-        return self.axis < tensor.dim() and tensor.shape[self.axis] % num_examples == 0
+        size = tensor.shape[self.axis] if self.axis < tensor.dim() else 0
+        return size > 0 and size % num_examples == 0
 
     def entries(self, tensor: Tensor, num_examples: int) -> int:
         """Entries of each example, k."""
@@ -89,9 +90,9 @@ def find_layout(plain: Tensor, weighted: Tensor, num_examples: int) -> Layout | 
 
 def mixes_examples(plain: Tensor, weighted: Tensor, num_examples: int) -> bool:
     """Whether some entry belongs to more than one example: its ratio is none of the weights."""
-    large = plain.abs() > 1e-3 * plain.abs().max()
-    if not bool(large.any()):
+    if not bool(plain.any()):  # no example came here, or none counts
         return False
+    large = plain.abs() > 1e-3 * plain.abs().max()
     place = (weighted[large] / plain[large] - 1.0) * num_examples
     return bool(((place - place.round()).abs() > num_examples * _rounding(plain)).any())
 
@@ -116,6 +117,10 @@ def mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
 
 def tensors_of(tree: Any) -> list[Tensor]:
     """The tensors of a nest, in order."""
-    found: list[Tensor] = []
-    mapped(found.append, tree)
-    return found
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        return [tensor for item in tree.values() for tensor in tensors_of(item)]
+    if (isinstance(tree, tuple) and hasattr(tree, "_fields")) or type(tree) in (tuple, list):
+        return [tensor for item in tree for tensor in tensors_of(item)]
+    return []

@@ -67,6 +67,7 @@ class RowReader:
         self._backend = backend
         self._generator: torch.Generator | None = None
         self._plan: Plan | None = None
+        self._read = 0  # batches
         wanted = {id(parameter) for parameter in self.parameters.values()}
         self._holders = [
             module for module in network.modules() if any(id(p) in wanted for p in module.parameters())
@@ -108,7 +109,7 @@ class RowReader:
             unit_loss=unit_loss.item(),
             null_loss=likelihood.null_loss(outputs.detach(), targets),
             gradient=dict(zip(names, gradient, strict=True)),
-            blocks=self._blocks(calls, outputs, roots),
+            blocks=self._blocks(calls, outputs, roots, lambda: self._run(forward, likelihood, None)),
         )
 
     def _run(
@@ -126,19 +127,34 @@ class RowReader:
             self._generator = torch.Generator(device=outputs.device).manual_seed(0)
         return likelihood.sample_columns(outputs, targets, self._num_samples, self._generator)
 
-    def _blocks(self, calls: list[Call], outputs: Tensor, roots: Tensor) -> Iterator[RowBlock]:
+    def _blocks(
+        self,
+        calls: list[Call],
+        outputs: Tensor,
+        roots: Tensor,
+        run_again: Callable[[], tuple[Tensor, Tensor, Tensor, list[Call]]],
+    ) -> Iterator[RowBlock]:
         """The rows, as many columns at a time as `CHUNK_BYTES` hold gradients of."""
         width = sum(t.numel() * t.element_size() for call in calls for t in call.outputs)
         step = max(1, int(CHUNK_BYTES // max(width, 1)))
         plan = self._plan
+        self._read += 1
         for start in range(0, len(roots), step):
             columns = slice(start, min(start + step, len(roots)))
             batch = Batch.backward(calls, outputs, roots[columns])
-            if plan is None:
+            layers = None if plan is None else plan.layers(batch)
+            # A network that sorts or routes its examples may have left them in place in the first batch: the
+            # plan is tried again at the batches 2, 4, 8, ...
+            due = start == 0 and self._read & (self._read - 1) == 0
+            if plan is not None and layers is not None and due and not plan.is_right(layers, batch):
+                outputs, _, _, calls = run_again()  # with all calls
+                batch, plan = Batch.backward(calls, outputs, roots[columns]), None
+            if plan is None or layers is None:
                 plan = make_plan(self._network, self.parameters, batch, self._backend)
                 # One example does not tell where the examples of a batch stand.
                 self._plan = plan if len(outputs) > 1 else None
-            yield RowBlock(len(outputs), columns, len(roots), plan.layers(batch))
+                layers = plan.layers(batch)
+            yield RowBlock(len(outputs), columns, len(roots), layers)
 
 
 def forward_of(

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_bayes import EvidenceUnavailableError, laplace_evidence
 from lightning_bayes.curvature.hessian import HessianReader
