@@ -34,7 +34,7 @@ SEARCH_RANGE = 1e8
 """λ is sought this far below and above p/‖ω‖², which no maximum exceeds; φ likewise about its estimate."""
 GRADIENT_TOLERANCE = 1e-7
 """In nats per unit of ln λ, where the search ends."""
-EXACT, COARSE = 1e-12, 1e-3
+EXACT, COARSE = 1e-12, 1e-6
 """In ln λ, where a search of one number ends: by a spectrum, or by a factorisation for each λ that is tried."""
 ACCEPTED_GRADIENT = 0.1
 """Likewise, beyond which the search has failed: the maximum is some 0.01 nats away."""
@@ -121,7 +121,7 @@ class _Search:
         # A prior in proportion to weight decay stays what it is in units of the noise: φλ is given.
         self._tied = self._rest if prior.per_example else ()
         self._by_spectrum = weights.cheap_spectrum and _rises_together(weights, prior)
-        self._curve = _curve_of(weights) if self._by_spectrum else weights.curved.log_det_and_traces
+        self._curve = _curve_of(weights) if self._by_spectrum else _remembered(weights.curved)
 
     @property
     def size(self) -> int:
@@ -257,6 +257,19 @@ class _Search:
 def _rises_together(weights: FixedWeights, prior: Prior) -> bool:
     """Whether all μ stay multiples of one prior."""
     return [set(group) for group in prior.optimized] == [set(weights.sizes)] or not prior.optimized
+
+
+def _remembered(curved: HasSpectrum) -> Callable[[Mapping[str, float]], tuple[float, dict[str, float]]]:
+    """Log-determinant and traces by a factor for each prior, but one prior's only once."""
+    known: dict[tuple[float, ...], tuple[float, dict[str, float]]] = {}
+
+    def of_precision(precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+        key = tuple(precision.values())
+        if key not in known:
+            known[key] = curved.log_det_and_traces(precision)
+        return known[key]
+
+    return of_precision
 
 
 def _curve_of(weights: FixedWeights) -> Callable[[Mapping[str, float]], tuple[float, dict[str, float]]]:
