@@ -34,6 +34,9 @@ __all__ = [
     "rehearse",
 ]
 
+LARGEST_SPECTRUM = 4096
+"""Rows or parameters of an exact matrix up to which a search for one λ takes all its eigenvalues."""
+
 Forward = Callable[[], tuple[Tensor, Tensor]]
 """Runs the network on one batch and returns its outputs, with their graph, and the targets."""
 
@@ -65,6 +68,15 @@ class Totals:
     num_terms: float
     started: float
     """By `time.perf_counter`."""
+
+    @property
+    def cheap_spectrum(self) -> bool:
+        """Whether eigenvalues cost less than some factorisations: not of a large exact matrix."""
+        if self.method.structure != "full" or self.method.tolerance is not None:
+            return True
+        if isinstance(self.curved, HessianCurvature):
+            return True
+        return min(self.curved.problem.num_rows, self.curved.problem.num_parameters) <= LARGEST_SPECTRUM
 
 
 def read_all(
@@ -279,6 +291,7 @@ def fixed_weights(
         precision_at=lambda dispersion: prior.precision(
             totals.num_examples, loss_scale(per_example, dispersion)
         ),
+        cheap_spectrum=totals.cheap_spectrum,
     )
 
 
