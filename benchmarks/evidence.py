@@ -55,11 +55,10 @@ def main() -> None:
     table = folder / "evidence.csv"
     rows = read_rows(table) if table.exists() else []
     if arguments.run:
-        # One pattern of the models' names may be run again without the others.
-        rows = [row for row in rows if row["model"] not in arguments.models]
-        rows = add_errors(rows + run_all(arguments))
         folder.mkdir(parents=True, exist_ok=True)
-        write_rows(table, rows)
+        for own in run_all(arguments):
+            rows = [row for row in rows if row["model"] != own[0]["model"]] + own
+            write_rows(table, add_errors(rows))  # model by model: what there is stays if the rest fails
     draw(rows, folder / "evidence.png")
     print_summary(rows)
 
@@ -92,9 +91,9 @@ def memory_gb() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
-def run_all(arguments: argparse.Namespace) -> list[Row]:
-    """Every job, with a line of progress."""
-    jobs = list(jobs_of(arguments))
+def run_all(arguments: argparse.Namespace) -> Iterator[list[Row]]:
+    """The rows of one model after the other, with a line of progress."""
+    jobs = {name: list(jobs_of(name, arguments)) for name in arguments.models}
     constant = versions() | {
         "seed": SEED,
         "threads": arguments.threads,
@@ -103,42 +102,42 @@ def run_all(arguments: argparse.Namespace) -> list[Row]:
         "memory_limit_gb": round(arguments.memory, 1),
     }
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-    rows: list[Row] = []
     hopeless: set[tuple[str, str, str]] = set()
     with Progress(*columns) as progress:
-        task = progress.add_task("evidence", total=len(jobs))
-        for job in jobs:
-            line = f"{job.model}: {job.candidate} {job.dtype} ({job.repeat + 1}/{arguments.repeats})"
-            progress.update(task, description=line)
-            key = (job.model, job.candidate, job.dtype)
-            if job.repeat == 0:  # so that no candidate's first run contains the training
-                trained(MODELS[job.model], arguments.mnist_root)
-            if key not in hopeless:  # what raises once raises again
-                result = run_job(job, arguments)
-                if result["status"] != "ok":
-                    hopeless.add(key)
-                    progress.console.print(f"{line} {result['status']}", markup=False, highlight=False)
-                rows.append(settings(job) | constant | result)
-            progress.advance(task)
-    return rows
+        task = progress.add_task("evidence", total=sum(map(len, jobs.values())))
+        for model, its_jobs in jobs.items():
+            progress.update(task, description=f"{model}: training")
+            trained(MODELS[model], arguments.mnist_root)
+            rows: list[Row] = []
+            for job in its_jobs:
+                line = f"{job.model}: {job.candidate} {job.dtype} ({job.repeat + 1}/{arguments.repeats})"
+                progress.update(task, description=line)
+                key = (job.model, job.candidate, job.dtype)
+                if key not in hopeless:  # what raises once raises again
+                    result = run_job(job, arguments)
+                    if result["status"] != "ok":
+                        hopeless.add(key)
+                        progress.console.print(f"{line} {result['status']}", markup=False, highlight=False)
+                    rows.append(settings(job) | constant | result)
+                progress.advance(task)
+            yield rows
 
 
-def jobs_of(arguments: argparse.Namespace) -> Iterator[Job]:
-    """Model by model; within one the candidates take turns, then each once in float64."""
-    for name in arguments.models:
-        chosen = [
-            candidate.name
-            for candidate in candidates_of(MODELS[name])
-            if arguments.candidates is None or candidate.name in arguments.candidates
-        ]
-        for repeat in range(arguments.repeats):
-            # Back and forth: a machine that becomes slower does not always meet the same ones last.
-            for candidate in chosen if repeat % 2 == 0 else reversed(chosen):
-                yield Job(name, candidate, "float32", repeat)
-        if MODELS[name].float64:
-            for candidate in chosen:
-                if CANDIDATES[candidate].structure != "GEMM + Cholesky":
-                    yield Job(name, candidate, "float64", 0)
+def jobs_of(name: str, arguments: argparse.Namespace) -> Iterator[Job]:
+    """The candidates take turns; then each once in float64."""
+    chosen = [
+        candidate.name
+        for candidate in candidates_of(MODELS[name])
+        if arguments.candidates is None or candidate.name in arguments.candidates
+    ]
+    for repeat in range(arguments.repeats):
+        # Back and forth: a machine that becomes slower does not always meet the same ones last.
+        for candidate in chosen if repeat % 2 == 0 else reversed(chosen):
+            yield Job(name, candidate, "float32", repeat)
+    if MODELS[name].float64:
+        for candidate in chosen:
+            if CANDIDATES[candidate].structure != "GEMM + Cholesky":
+                yield Job(name, candidate, "float64", 0)
 
 
 def settings(job: Job) -> Row:

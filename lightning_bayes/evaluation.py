@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -69,6 +69,12 @@ class Totals:
     started: float
     """By `time.perf_counter`."""
 
+    def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
+        """Log-determinant and effective parameters at a prior, in units of the dispersion."""
+        nothing = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        summary = self.curved.at(precision, nothing)
+        return summary.log_det, summary.effective_parameters
+
     @property
     def cheap_spectrum(self) -> bool:
         """Whether eigenvalues cost less than some factorisations: not of a large exact matrix."""
@@ -83,7 +89,7 @@ def read_all(
     network: nn.Module,
     forwards: Iterable[Forward],
     likelihood: Likelihood,
-    names: Collection[str],
+    strengths: Mapping[str, float],
     method: Method,
     num_examples: int,
     announce: Callable[[str], None] = lambda sentence: None,
@@ -94,7 +100,7 @@ def read_all(
         network: A throw-away copy in eval mode.
         forwards: One callable a batch.
         likelihood: Of the targets given the outputs.
-        names: Of the parameters of `network` that carry a prior.
+        strengths: λ, up to one factor, of the parameters of `network` that carry a prior.
         method: How the curvature is computed.
         num_examples: Examples to expect, for the choice of a structure; the evidence counts those it sees.
         announce: Takes the one line that says by which derivatives the rows are read.
@@ -104,7 +110,7 @@ def read_all(
         EvidenceUnavailableError: If weights, outputs or gradients are not finite.
     """
     started = time.perf_counter()
-    intake = _intake(network, likelihood, names, method, num_examples)
+    intake = _intake(network, likelihood, strengths, method, num_examples)
     weights = {name: parameter.detach() for name, parameter in intake.parameters.items()}
     for name, weight in weights.items():
         check_finite(weight, f"the parameter {name!r}")
@@ -133,7 +139,7 @@ def rehearse(
     network: nn.Module,
     forward: Forward,
     likelihood: Likelihood,
-    names: Collection[str],
+    strengths: Mapping[str, float],
     method: Method,
     num_examples: int,
 ) -> tuple[Method, str, str]:
@@ -147,7 +153,7 @@ def rehearse(
         ValueError: If the batch cannot be read.
         EvidenceUnavailableError: If outputs or gradients are not finite.
     """
-    intake = _intake(network, likelihood, names, method, num_examples)
+    intake = _intake(network, likelihood, strengths, method, num_examples)
     reason = intake.plan(forward)
     return intake.method, reason, intake.split()
 
@@ -177,11 +183,15 @@ class _Intake(Protocol):
 
 
 def _intake(
-    network: nn.Module, likelihood: Likelihood, names: Collection[str], method: Method, num_examples: int
+    network: nn.Module,
+    likelihood: Likelihood,
+    strengths: Mapping[str, float],
+    method: Method,
+    num_examples: int,
 ) -> _Intake:
     if method.is_hessian:
-        return _HessianIntake(network, likelihood, names, method)
-    return _RowIntake(network, likelihood, names, method, num_examples)
+        return _HessianIntake(network, likelihood, strengths, method)
+    return _RowIntake(network, likelihood, strengths, method, num_examples)
 
 
 class _RowIntake:
@@ -189,11 +199,12 @@ class _RowIntake:
         self,
         network: nn.Module,
         likelihood: Likelihood,
-        names: Collection[str],
+        strengths: Mapping[str, float],
         method: Method,
         num_examples: int,
     ) -> None:
-        self._reader = RowReader(network, names, method.num_samples, method.backend)
+        self._reader = RowReader(network, strengths, method.num_samples, method.backend)
+        self._strengths = strengths
         self._likelihood = likelihood
         self._num_examples = num_examples
         self.parameters = self._reader.parameters
@@ -229,6 +240,7 @@ class _RowIntake:
             device=first.device,
             tolerance=self.method.tolerance,
             sampled=self.method.num_samples is not None,
+            strengths=self._strengths,
         )
         if problem.sampled and self.method.structure == "auto":
             structure, reason = "kron", f"{block.num_columns} columns are sampled"
@@ -285,7 +297,7 @@ def fixed_weights(
         precision_at=lambda dispersion: prior.precision(
             totals.num_examples, loss_scale(per_example, dispersion)
         ),
-        cheap_spectrum=totals.cheap_spectrum,
+        total=None if totals.cheap_spectrum else totals.log_det_and_gamma,
     )
 
 

@@ -160,8 +160,10 @@ class Computation:
             prior = prior_from(network, self.prior_precision, subset=subset)
             whole = batches if first is None else itertools.chain([first], batches)
             forwards = (_forward(network, batch, where) for batch in whole)
-            names, announce = prior.strengths, logging.getLogger("lightning_bayes").info
-            totals = read_all(network, forwards, likelihood, names, method, examples.num_examples, announce)
+            announce = logging.getLogger("lightning_bayes").info
+            totals = read_all(
+                network, forwards, likelihood, prior.strengths, method, examples.num_examples, announce
+            )
             return conclude(totals, likelihood, prior)
 
     def _method(self) -> Method:

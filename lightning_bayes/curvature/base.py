@@ -34,6 +34,8 @@ class Problem:
     """Width in nats of the bracket about the log-evidence that is accepted; None for exact."""
     sampled: bool = False
     """Whether the columns of a batch are samples, of which G is the mean in expectation."""
+    strengths: Mapping[str, float] | None = None
+    """Λ of each parameter tensor up to one factor, where that is known beforehand."""
 
     @property
     def num_parameters(self) -> int:

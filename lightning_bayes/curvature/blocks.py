@@ -1,259 +1,173 @@
-"""The diagonal blocks of the Kronecker approximation: B ⊗ A, an exact matrix, or its diagonal.
+"""Bounds on the exact evidence from rows that are dropped batch by batch: linear in N, memory of one batch.
 
-All answers are about the whitened block Λ⁻¹ᐟ² G Λ⁻¹ᐟ². Each block keeps its sums apart for each group of
-columns, see `sampling`; without sampling there is one group.
+Some *landmark* rows S, the largest of the first few thousand in their examples' eigenbasis, span W. With
+H = (K_SS + ν)⁻¹ᐟ² K_S: for all rows, HᵀH ≤ K, and
+
+    ln det(I + HHᵀ) ≤ ln det(I + K) ≤ ln det(I + HHᵀ) + Σₙ ln det(I + (K − HᵀH)ₙₙ)
+
+(left: K is larger; right: det(A + B) ≤ det A · det(I + B) for A ≥ I, and Fischer over examples n). HHᵀ = Σ over
+batches is [landmarks, landmarks]. On the right Hadamard's Σ ln(1 + Gᵢᵢ/λᵢ) over parameters may be smaller: it grows
+only with ln N. Everything is kept for Λ = s Λ₀ at once, since the pass ends before s is known.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lightning_bayes.curvature.base import Problem, accumulation_dtype
-from lightning_bayes.curvature.moments import SecondMoment, Spectrum
-from lightning_bayes.curvature.rows import DenseRows, OuterRows
-from lightning_bayes.curvature.sampling import squares_by_group
+from lightning_bayes.curvature.base import Curvature, CurvatureSummary, Problem, accumulation_dtype
+from lightning_bayes.curvature.diagonal import DiagonalCurvature
+from lightning_bayes.curvature.gram import KeptRows
+from lightning_bayes.curvature.kept import RowKeeper, cross_all, dot_all
+from lightning_bayes.curvature.principal import principal_rows
+from lightning_bayes.curvature.rows import RowBlock
 
-__all__ = ["Block", "BlockSummary", "DiagonalBlock", "ExactBlock", "LinearBlock"]
+__all__ = ["BlockCurvature", "blocks_cost"]
+
+MAX_LANDMARKS = 2048
+"""Landmark rows where the data are few; halved until the pass fits `LANDMARK_FLOP`."""
+MIN_LANDMARKS = 128
+"""Landmark rows where the data are many."""
+LANDMARK_FLOP = 1e12
+"""Operations that the choice of the number of landmarks goes by."""
+POOL_ROWS = 8192
+"""Rows of the first batches that are held back to choose the landmarks from."""
+SHIFT = 16
+"""ν in units of eps times the mean of K_SS's diagonal: keeps rounding in K from being divided by nothing."""
+ROUNDING_FACTOR = 64
+"""Allowance for rounding in the bounds, in units of eps · tr K/λ."""
 
 
-@dataclass
-class BlockSummary:
-    """Numbers of one block at one prior; see `CurvatureSummary`."""
+def blocks_cost(problem: Problem) -> tuple[float, float]:
+    """Bytes and floating-point operations of `BlockCurvature`."""
+    landmarks = _num_landmarks(problem)
+    pool = min(problem.num_rows, max(POOL_ROWS, problem.batch_size * problem.rank))
+    memory = 3.0 * pool * (problem.kept_width + landmarks) * problem.dtype.itemsize
+    return memory + 16.0 * problem.num_parameters + 40.0 * landmarks**2, _flop(problem, landmarks)
 
-    log_det: float
-    effective: dict[str, float]
-    quadratic: float
+
+def _flop(problem: Problem, landmarks: int) -> float:
+    to_landmarks = 2 * landmarks * problem.gram_width + 4 * landmarks**2
+    return float(problem.num_rows) * (to_landmarks + 2 * problem.rank * problem.gram_width)
 
 
-class Block(ABC):
-    """The part of the matrix that belongs to one parameter tensor, or to a layer's two.
+def _num_landmarks(problem: Problem) -> int:
+    landmarks = MAX_LANDMARKS
+    while landmarks > MIN_LANDMARKS and _flop(problem, landmarks) > LANDMARK_FLOP:
+        landmarks //= 2
+    return min(landmarks, problem.num_rows)
 
-    Args:
-        num_groups: Groups of columns whose sums stay apart.
-        problem: Sizes; its type is the one to decompose in.
+
+class BlockCurvature(Curvature):
+    """Landmarks, a Gram matrix between them, and what each example keeps beyond them.
+
+    The bracket is as wide as the landmarks are few. `log_det` is its middle. γ and gᵀ(G + Λ)⁻¹g are those of
+    the curvature within the landmarks' span: γ is a lower bound, and directions beyond the span count as flat.
+    Beside a batch, or the first few, it keeps 8 bytes a row.
     """
 
-    def __init__(self, num_groups: int, problem: Problem) -> None:
-        self.num_groups = num_groups
-        self.problem = problem
-        self.accurate = accumulation_dtype(problem.device)
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self._keeper = RowKeeper()
+        self._landmarks: list[KeptRows] = []
+        self._diagonal = DiagonalCurvature(problem)
+        self._unit = dict(problem.strengths or dict.fromkeys(problem.shapes, 1.0))
+        self._root = torch.empty(0)  # (K_SS + ν)⁻¹ᐟ² [landmarks, landmarks]
+        self._gram = torch.empty(0)  # HHᵀ [landmarks, landmarks]
+        self._residuals: list[Tensor] = []  # eigenvalues of the examples' blocks of K − HᵀH
+        self._trace = 0.0
 
-    @abstractmethod
-    def eigenvalues(
-        self, precision: Mapping[str, float], without: int | None = None, scale: float = 1.0
-    ) -> Tensor:
-        """Whitened eigenvalues, zeros left out at will, from all groups or from all but one times `scale`."""
+    def update(self, block: RowBlock) -> None:
+        """See `Curvature.update`."""
+        self._diagonal.update(block)
+        self._keeper.add(block)
+        whole = block.columns.stop == block.num_columns
+        if whole and (self._landmarks or self._keeper.num_rows >= POOL_ROWS):
+            self._empty_keeper()
 
-    @abstractmethod
-    def summary(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor] | None) -> BlockSummary:
-        """Numbers at one prior; without a gradient `quadratic` is 0."""
+    def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
+        """See `Curvature.at`.
 
-
-class ExactBlock(Block):
-    """Σ v vᵀ [p, p], nothing approximated within the tensor."""
-
-    def __init__(self, name: str, num_groups: int, problem: Problem) -> None:
-        super().__init__(num_groups, problem)
-        self.name = name
-        self._moments = _Moments(num_groups, problem.dtype)
-
-    def add(self, layer: DenseRows, groups: Sequence[Sequence[int]]) -> None:
-        """Add the rows of one batch."""
-        self._moments.add(layer.dense()[self.name], groups)
-
-    def eigenvalues(
-        self, precision: Mapping[str, float], without: int | None = None, scale: float = 1.0
-    ) -> Tensor:
-        """See `Block.eigenvalues`."""
-        return self._moments.eigenvalues(without).to(self.accurate) * (scale / precision[self.name])
-
-    def summary(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor] | None) -> BlockSummary:
-        """See `Block.summary`."""
-        spectrum = self._moments.spectrum()
-        return _tensor_summary(self.name, spectrum, precision[self.name], gradient, self.accurate)
-
-
-class DiagonalBlock(Block):
-    """Σ v² [p]."""
-
-    def __init__(self, name: str, num_groups: int, problem: Problem) -> None:
-        super().__init__(num_groups, problem)
-        self.name = name
-        self._sums = torch.zeros(
-            num_groups, *problem.shapes[name], dtype=self.accurate, device=problem.device
+        Raises:
+            ValueError: If the precisions are not in proportion to those that the pass was made for.
+        """
+        scale = self._scale(precision)
+        spectrum = self._spectrum() / scale
+        inside = spectrum.log1p().sum().item()
+        beyond = (torch.cat(self._residuals) / scale).log1p().sum(dtype=spectrum.dtype).item()
+        slack = ROUNDING_FACTOR * torch.finfo(self.problem.dtype).eps * self._trace / scale
+        hadamard = self._diagonal.at(precision, gradient).log_det
+        lower, upper = max(inside - slack, 0.0), min(inside + beyond, hadamard) + slack
+        return CurvatureSummary(
+            log_det=0.5 * (lower + upper),
+            bounds=(lower, upper),
+            effective_parameters=(spectrum / (1.0 + spectrum)).sum().item(),
+            quadratic=self._quadratic(scale, gradient),
         )
 
-    def add(self, layer: DenseRows, groups: Sequence[Sequence[int]]) -> None:
-        """Add the rows of one batch."""
-        for group, squares in enumerate(squares_by_group(layer, groups)):
-            if squares:
-                self._sums[group] += squares[self.name]
+    def spectrum(self, precision: Mapping[str, float]) -> Tensor:
+        """See `Curvature.spectrum`: of HHᵀ, none above its counterpart in K."""
+        scale = self._scale(precision)
+        return self._spectrum() / scale
 
-    def eigenvalues(
-        self, precision: Mapping[str, float], without: int | None = None, scale: float = 1.0
-    ) -> Tensor:
-        """See `Block.eigenvalues`."""
-        kept = [sums for group, sums in enumerate(self._sums) if group != without]
-        return torch.stack(kept).sum(0).flatten() * (scale / precision[self.name])
+    def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+        """See `Curvature.log_det_and_traces`: of HHᵀ, from γᵢ = tr (HHᵀ(I + HHᵀ)⁻¹ WᵢᵀWᵢ)."""
+        scale, spectrum = self._scale(precision), self.spectrum(precision)
+        eye = torch.eye(len(self._gram)).to(self._gram)
+        shrinkage = torch.linalg.solve(scale * eye + self._gram, self._gram)
+        traces = dict.fromkeys(self.problem.shapes, 0.0)
+        for layer in self._landmarks:
+            for name in layer.names:
+                alone = dict.fromkeys(layer.names, torch.inf) | {name: self._unit[name]}
+                share = self._root.mT @ layer.cross(layer, alone).to(self._root) @ self._root
+                traces[name] = (share * shrinkage).sum().item()
+        return spectrum.log1p().sum().item(), traces
 
-    def summary(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor] | None) -> BlockSummary:
-        """See `Block.summary`."""
-        values = self.eigenvalues(precision)
-        inverse = 1 / (1 + values)
-        quadratic = 0.0
-        if gradient is not None:
-            squares = gradient[self.name].flatten().to(inverse).square()
-            quadratic = (squares * inverse).sum().item() / precision[self.name]
-        gamma = (values * inverse).sum().item()
-        return BlockSummary(torch.log1p(values).sum().item(), {self.name: gamma}, quadratic)
+    def _empty_keeper(self) -> None:
+        layers, self._keeper = self._keeper.layers(), RowKeeper()
+        own = torch.stack([layer.example_grams(self._unit) for layer in layers]).sum(0)
+        own = own.to(accumulation_dtype(self.problem.device))
+        if not self._landmarks:
+            self._choose_landmarks(layers, own)
+        cross = cross_all(self._landmarks, layers, self._unit)
+        within = self._root.to(cross).mT @ cross
+        self._gram += within @ within.mT
+        self._trace += own.diagonal(dim1=1, dim2=2).sum().item()
+        examples = within.unflatten(1, (own.shape[1], -1)).permute(2, 1, 0)  # [N, C, landmarks]
+        self._residuals.append(torch.linalg.eigvalsh(own - examples @ examples.mT).clamp_(min=0.0).flatten())
 
+    def _choose_landmarks(self, layers: list[KeptRows], own: Tensor) -> None:
+        rows = principal_rows(layers, own)
+        number = min(_num_landmarks(self.problem), len(rows.eigenvalues))
+        self._landmarks = rows.pick(rows.eigenvalues.topk(number).indices)
+        gram = cross_all(self._landmarks, self._landmarks, self._unit).to(own)
+        shift = SHIFT * torch.finfo(self.problem.dtype).eps * gram.diagonal().mean()
+        values, vectors = torch.linalg.eigh(0.5 * (gram + gram.mT))
+        self._root = vectors * (values.clamp(min=0.0) + shift).rsqrt()
+        self._gram = torch.zeros_like(gram)
 
-class LinearBlock(Block):
-    """B ⊗ A of a weight, and its bias: a block B of its own, or one with the weight.
+    def _spectrum(self) -> Tensor:
+        if self._keeper.num_rows or not self._residuals:  # fewer than the pool
+            self._empty_keeper()
+        eigenvalues: Tensor = torch.linalg.eigvalsh(self._gram)
+        return eigenvalues.clamp_(min=0.0)
 
-    A = (1/N) Σₙ Σₜ aₙₜ aₙₜᵀ over all positions and uses, B = Σₙ,c (Σₜ g)(Σₜ g)ᵀ. Joint, each a is followed by
-    a 1 and the bias is the weight's last column; whitening is then a scale of A's entries, so that B ⊗ A stays
-    a Kronecker product when weight and bias have different λ.
-    """
+    def _scale(self, precision: Mapping[str, float]) -> float:
+        ratios = [precision[name] / unit for name, unit in self._unit.items()]
+        if max(ratios) > min(ratios) * (1.0 + 1e-9):
+            raise ValueError(
+                'structure="blocks" has summed its rows for prior precisions in fixed proportions, and cannot '
+                'answer for others. Use one prior precision for all parameters, or structure="kron".'
+            )
+        return ratios[0]
 
-    def __init__(self, layer: OuterRows, joint: bool, num_groups: int, problem: Problem) -> None:
-        super().__init__(num_groups, problem)
-        self.weight, self.bias = layer.weight, layer.bias
-        modules = {id(use.module) for use in layer.uses}
-        self.joint = joint and self.weight is not None and self.bias is not None and len(modules) == 1
-        self._inputs = SecondMoment()
-        self._grads = _Moments(num_groups, problem.dtype)
-        self._num_examples = 0
-        self._input_spectra: dict[float, Spectrum] = {}
-
-    def add(self, layer: OuterRows, groups: Sequence[Sequence[int]], first: bool) -> None:
-        """Add the rows of one batch; its inputs belong to all columns and count with the first."""
-        grads = layer.grads()
-        self._grads.add(grads.squeeze(2) if grads.shape[2] == 1 else grads.sum(2), groups)
-        if first and self.weight is not None:
-            inputs = layer.inputs()
-            self._num_examples += len(inputs)
-            inputs = inputs.flatten(0, 1)
-            self._inputs.add(F.pad(inputs, (0, 1), value=1.0) if self.joint else inputs)
-            self._input_spectra = {}
-
-    def eigenvalues(
-        self, precision: Mapping[str, float], without: int | None = None, scale: float = 1.0
-    ) -> Tensor:
-        """See `Block.eigenvalues`."""
-        outputs = self._grads.eigenvalues(without).to(self.accurate) * scale
-        parts = []
-        if self.weight is not None:
-            parts.append(torch.outer(outputs, self._input_values(precision)).flatten())
-        if self.bias is not None and not self.joint:
-            parts.append(outputs / precision[self.bias])
-        return torch.cat(parts)
-
-    def summary(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor] | None) -> BlockSummary:
-        """See `Block.summary`."""
-        outputs = self._grads.spectrum()
-        total = BlockSummary(0.0, {}, 0.0)
-        if self.bias is not None and not self.joint:
-            total = _tensor_summary(self.bias, outputs, precision[self.bias], gradient, self.accurate)
-        if self.weight is None:
-            return total
-        inputs = self._input_spectrum(precision)
-        values = torch.outer(outputs.values.to(self.accurate), self._input_values(precision))
-        inverse = 1 / (1 + values)
-        total.log_det += torch.log1p(values).sum().item()
-        per_input = (values * inverse).sum(0)
-        gamma = per_input.sum().item()
-        if self.joint and self.bias is not None:
-            width = self._width
-            share = inputs.shares(width, slice(width - 1, width)).to(per_input)
-            total.effective[self.bias] = (per_input * share).sum().item()
-            gamma -= total.effective[self.bias]
-        total.effective[self.weight] = gamma
-        if gradient is not None:
-            rotated, rest_in = inputs.coordinates(self._whitened(gradient, precision))
-            rotated, rest_out = outputs.coordinates(rotated.mT)
-            total.quadratic += (rotated.mT.square() * inverse).sum().item() + rest_in + rest_out
-        return total
-
-    @property
-    def _width(self) -> int:
-        return self.problem.shapes[self.weight][1:].numel() + self.joint  # type: ignore[index]
-
-    def _input_spectrum(self, precision: Mapping[str, float]) -> Spectrum:
-        """Of N·A with the bias's entry scaled to the weight's precision."""
-        ratio, scale = 1.0, None
-        if self.joint:
-            ratio = precision[self.weight] / precision[self.bias]  # type: ignore[index]
-            scale = torch.ones(self._width, dtype=self.accurate, device=self.problem.device)
-            scale[-1] = ratio**0.5
-        if ratio not in self._input_spectra:
-            self._input_spectra = {ratio: self._inputs.spectrum(self.problem.dtype, scale)}
-        return self._input_spectra[ratio]
-
-    def _input_values(self, precision: Mapping[str, float]) -> Tensor:
-        values = self._input_spectrum(precision).values.to(self.accurate)
-        scaled: Tensor = values / (self._num_examples * precision[self.weight])  # type: ignore[index]
-        return scaled
-
-    def _whitened(self, gradient: Mapping[str, Tensor], precision: Mapping[str, float]) -> Tensor:
-        """The gradient as [out, in], or [out, in + 1] with the bias, over √λ."""
-        if self.weight is None:
-            raise TypeError("A bias alone is not a matrix.")
-        whitened: Tensor = gradient[self.weight].flatten(1) / precision[self.weight] ** 0.5
-        if not self.joint or self.bias is None:
-            return whitened
-        column = gradient[self.bias].unsqueeze(1) / precision[self.bias] ** 0.5
-        return torch.cat([whitened, column], 1)
-
-
-class _Moments:
-    """One second moment a group, and their sum's decomposition."""
-
-    def __init__(self, num_groups: int, dtype: torch.dtype) -> None:
-        self._groups = [SecondMoment() for _ in range(num_groups)]
-        self._dtype = dtype
-        self._spectrum: Spectrum | None = None
-
-    def add(self, rows: Tensor, groups: Sequence[Sequence[int]]) -> None:
-        """Add rows [C, N, p]."""
-        self._spectrum = None
-        for moment, columns in zip(self._groups, groups, strict=True):
-            if columns:
-                own = rows if len(columns) == len(rows) else rows[list(columns)]
-                moment.add(own.flatten(0, 1))
-
-    def spectrum(self) -> Spectrum:
-        """Of all groups together."""
-        if self._spectrum is None:
-            whole = self._groups[0] if len(self._groups) == 1 else SecondMoment.merged(self._groups)
-            self._spectrum = whole.spectrum(self._dtype)
-        return self._spectrum
-
-    def eigenvalues(self, without: int | None) -> Tensor:
-        """Of all groups, or of all but one."""
-        if without is None:
-            return self.spectrum().values
-        kept = [moment for group, moment in enumerate(self._groups) if group != without]
-        return SecondMoment.merged(kept).eigenvalues(self._dtype)
-
-
-def _tensor_summary(
-    name: str,
-    spectrum: Spectrum,
-    precision: float,
-    gradient: Mapping[str, Tensor] | None,
-    accurate: torch.dtype,
-) -> BlockSummary:
-    """Of one tensor with a matrix of its own."""
-    values = spectrum.values.to(accurate) / precision
-    inverse = 1 / (1 + values)
-    quadratic = 0.0
-    if gradient is not None:
-        rotated, rest = spectrum.coordinates(gradient[name].reshape(1, -1))
-        quadratic = ((rotated.square() * inverse).sum().item() + rest) / precision
-    gamma = (values * inverse).sum().item()
-    return BlockSummary(torch.log1p(values).sum().item(), {name: gamma}, quadratic)
+    def _quadratic(self, scale: float, gradient: Mapping[str, Tensor]) -> float:
+        """g̃ᵀ(W HHᵀ Wᵀ + s)⁻¹g̃ for g̃ = Λ₀⁻¹ᐟ²g."""
+        like = self._landmarks[0].rows
+        vectors = {name: gradient[name].to(like) / unit for name, unit in self._unit.items()}
+        inside = self._root.mT @ dot_all(self._landmarks, vectors).flatten().to(self._root)
+        whole: float = sum(gradient[name].square().sum().item() / unit for name, unit in self._unit.items())
+        eye = torch.eye(len(self._gram)).to(self._gram)
+        solved = torch.linalg.solve(scale * eye + self._gram, inside)
+        curved: float = (inside @ solved).item()
+        return curved + max(whole - inside.square().sum().item(), 0.0) / scale

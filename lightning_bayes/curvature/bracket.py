@@ -4,17 +4,16 @@ Each example's rows are turned so that they are orthogonal to one another: row i
 K_ii of its example's block of K, and most examples that the network is sure of have one or two rows that count.
 With S the largest rows, for K positive semi-definite,
 
-    ln det(I + K_SS) ≤ ln det(I + K) ≤ ln det(I + K_SS) + Σ_{i∉S} ln(1 + K_ii)
+    ln det(I + K_SS) ≤ ln det(I + K) ≤ ln det(I + K_SS) + Σ_{i∉S} ln(1 + R_ii)
 
-(left: the Schur complement is at least I; right: Fischer and Hadamard). The right-hand sum is known before K_SS
-is computed, so S is the smallest set that keeps the bracket within the tolerance, and what it costs is known as
-well. On trained networks this beats low-rank factors of K at equal cost, because their spectra decay slowly:
-with 37 · 10⁹ operations on the 784-800-10 net of the paper (N = 1000) the bracket has 20 nats in the
-log-determinant; a greedily pivoted partial Cholesky factor has 135 with 48 · 10⁹.
+where R + I is the Schur complement of I + K_LL for some L within S (left: it is at least I; right: Fischer and
+Hadamard). The right-hand sum is known before K_SS is computed, so S is the smallest set that keeps the bracket
+within the tolerance, and what it costs is known as well. On trained networks this beats low-rank factors of K at
+equal cost, because their spectra decay slowly: on the 784-800-10 net of the paper (N = 1000) 30 · 10⁹ operations
+leave 20 nats in the log-determinant, a greedily pivoted partial Cholesky factor 135 after 48 · 10⁹.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,13 +24,16 @@ from lightning_bayes.curvature.dual import DualCurvature, System, factorise, tra
 from lightning_bayes.curvature.gram import KeptRows
 from lightning_bayes.curvature.kept import cross_all
 from lightning_bayes.curvature.newton import quadratic_form
+from lightning_bayes.curvature.principal import PrincipalRows, principal_rows
 
 __all__ = ["BracketCurvature"]
 
-NUM_SAMPLES = 64
-"""Rows outside S that the point estimate looks at, and random vectors of the trace estimate."""
+NUM_PROBES = 64
+"""Random vectors of the trace over S."""
 EXACT_TRACE_LIMIT = 1024
-"""Size of S up to which the trace over S is exact."""
+"""Size of S up to which that trace is exact."""
+NUM_SAMPLES = 32
+"""Rows outside S that the point estimate looks at."""
 ROUNDING_FACTOR = 16
 """Allowance for rounding in the log-determinant, in units of eps · tr(I + K)."""
 ROUNDING_SHARE = 0.05
@@ -42,20 +44,6 @@ DECREMENT_TOLERANCE = 1e-3
 """Relative rise of the Newton decrement at which its refinement ends."""
 
 
-@dataclass(frozen=True)
-class _Selection:
-    """The rows in their examples' eigenbasis, and which of them are in S."""
-
-    layers: list[KeptRows]  # [C, N, ...], turned
-    eigenvalues: Tensor  # [C, N]: K_ii, float64
-    chosen: Tensor  # [C, N], bool
-
-    def pick(self, mask: Tensor) -> list[KeptRows]:
-        """The rows of a mask [C, N], example by example."""
-        examples, columns = mask.mT.nonzero(as_tuple=True)
-        return [layer.select(columns, examples) for layer in self.layers]
-
-
 class BracketCurvature(DualCurvature):
     """ln det(I + K) to within twice `Problem.tolerance`, since the evidence has half of it."""
 
@@ -63,102 +51,95 @@ class BracketCurvature(DualCurvature):
         """See `Curvature.at`.
 
         `log_det` adds to the lower bound an estimate of what the other rows add, Σ ln(1 + R_ii) with R the Schur
-        complement, from a random sample of them; its standard error is reported, and the bounds do not depend
-        on it. γ likewise. gᵀ(G + Λ)⁻¹g is that of all rows, with K_SS as the preconditioner.
+        complement of all of S, from a random sample of them; its standard error is reported, and the bounds do
+        not depend on it. γ likewise. gᵀ(G + Λ)⁻¹g is that of all rows, with K_SS as the preconditioner.
         """
-        selection = self._select(precision)
-        if selection is None:
+        found = self._select(precision)
+        if found is None:
             return super().at(precision, gradient)
-        chosen = selection.pick(selection.chosen)
-        system = factorise(chosen, precision, (chosen[0].rows.dtype, self._accurate))
-        left_out = selection.eigenvalues[~selection.chosen]
-        inside, slack = log_det_of(system.factor), self._allowance(selection, system.factor.dtype)
-        lower, upper = inside - slack, inside + left_out.log1p().sum().item() + slack
-        gamma, gamma_error = trace_of_shrinkage(system.factor, NUM_SAMPLES, EXACT_TRACE_LIMIT)
-        added, added_gamma = _sampled_rest(selection, chosen, system, precision)
-        quadratic = quadratic_form(
-            selection.layers, _preconditioner(selection, system), precision, gradient, DECREMENT_TOLERANCE
-        )
+        rows, chosen = found
+        inside = rows.pick(chosen)
+        system = factorise(inside, precision, (inside[0].rows.dtype, self._accurate))
+        log_det, slack = log_det_of(system.factor), _allowance(rows.eigenvalues, system.factor.dtype)
+        above = rows.residual.index_fill(0, chosen, 0.0).log1p().sum().item()
+        lower, upper = max(log_det - slack, 0.0), log_det + above + slack
+        gamma, gamma_error = trace_of_shrinkage(system.factor, NUM_PROBES, EXACT_TRACE_LIMIT)
+        added, added_gamma = _sampled_rest(rows, chosen, inside, system, precision)
+        solve = _inverse_on(chosen, system)
         return CurvatureSummary(
-            log_det=min(max(inside + added.mean().item(), lower), upper),
+            log_det=min(max(log_det + added.mean().item(), lower), upper),
             bounds=(lower, upper),
             effective_parameters=gamma + added_gamma.mean().item(),
-            quadratic=quadratic,
+            quadratic=quadratic_form(rows.layers, solve, precision, gradient, DECREMENT_TOLERANCE),
             log_det_stderr=_standard_error(added),
             effective_parameters_stderr=(gamma_error**2 + _standard_error(added_gamma) ** 2) ** 0.5,
         )
 
     def _layers(self, precision: Mapping[str, float]) -> list[KeptRows]:
         """Of S alone: `spectrum` and `log_det_and_traces` are those of K_SS, not above those of K."""
-        selection = self._select(precision)
-        return super()._layers(precision) if selection is None else selection.pick(selection.chosen)
+        found = self._select(precision)
+        if found is None:
+            return super()._layers(precision)
+        rows, chosen = found
+        return rows.pick(chosen)
 
-    def _select(self, precision: Mapping[str, float]) -> _Selection | None:
-        """S for a prior, None where the exact answer costs hardly more."""
+    def _select(self, precision: Mapping[str, float]) -> tuple[PrincipalRows, Tensor] | None:
+        """Principal rows and S for a prior, None where the exact answer costs hardly more."""
         layers = super()._layers(precision)
-        grams = torch.stack([layer.example_grams(precision) for layer in layers]).sum(0)
-        eigenvalues, rotations = torch.linalg.eigh(grams.to(self._accurate))
-        eigenvalues = eigenvalues.clamp_(min=0.0).mT.contiguous()
+        grams = torch.stack([layer.example_grams(precision) for layer in layers]).sum(0).to(self._accurate)
         width = 2.0 * (self.problem.tolerance or 0.0)
-        selection = _Selection(layers, eigenvalues, torch.ones_like(eigenvalues, dtype=torch.bool))
-        slack = self._allowance(selection, layers[0].rows.dtype)
-        if slack > ROUNDING_SHARE * width:
+        diagonal = grams.diagonal(dim1=1, dim2=2)
+        if _allowance(diagonal, layers[0].rows.dtype) > ROUNDING_SHARE * width:
             layers = [layer.to(self._accurate) for layer in layers]
-            slack = self._allowance(selection, self._accurate)
-        ascending, order = eigenvalues.flatten().sort()
-        dropped = int((ascending.log1p().cumsum(0) <= width - 2.0 * slack).sum())
-        kept = len(order) - dropped
-        if not 0 < self._operations(kept) < WORTHWHILE * self._operations(len(order)):
+        width -= 2.0 * _allowance(diagonal, layers[0].rows.dtype)
+        rows = principal_rows(layers, grams).deflated(width, precision, self._operations)
+        chosen = rows.smallest_set(width)
+        if self._operations(len(chosen)) > WORTHWHILE * self._operations(len(rows.marked)):
             return None
-        chosen = selection.chosen.flatten()
-        chosen[order[:dropped]] = False
-        turned = [layer.rotate(rotations) for layer in layers]
-        return _Selection(turned, eigenvalues, chosen.view_as(eigenvalues))
+        return rows, chosen
 
     def _operations(self, rows: int) -> float:
         return float(rows) ** 2 * self.problem.gram_width + rows**3 / 3
 
-    @staticmethod
-    def _allowance(selection: _Selection, dtype: torch.dtype) -> float:
-        """Rounding in ln det of a Cholesky factor of I + K, whose inverse is at most I."""
-        trace = selection.eigenvalues.numel() + selection.eigenvalues.sum().item()
-        return ROUNDING_FACTOR * torch.finfo(dtype).eps * trace
+
+def _allowance(diagonal: Tensor, dtype: torch.dtype) -> float:
+    """Rounding in ln det of a Cholesky factor of I + K, whose inverse is at most I."""
+    return ROUNDING_FACTOR * torch.finfo(dtype).eps * (diagonal.numel() + diagonal.sum().item())
 
 
 def _sampled_rest(
-    selection: _Selection, chosen: list[KeptRows], system: System, precision: Mapping[str, float]
+    rows: PrincipalRows,
+    chosen: Tensor,
+    inside: list[KeptRows],
+    system: System,
+    precision: Mapping[str, float],
 ) -> tuple[Tensor, Tensor]:
     """Samples whose means estimate Σ_{i∉S} ln(1 + R_ii), and what those rows add to γ.
 
     With k = K_Si and A = I + K_SS: R_ii = K_ii − kᵀA⁻¹k. γ is the derivative of ln det(I + tK) at t = 1, so
     row i adds (R_ii − kᵀA⁻²k)/(1 + R_ii) to it.
     """
-    rest = (~selection.chosen).mT.flatten().nonzero().squeeze(1)  # example by example
-    size = selection.eigenvalues.mT.flatten()[rest]
-    weights = size.log1p()
-    if not weights.sum() > 0.0:
+    weights = rows.residual.index_fill(0, chosen, 0.0).log1p()
+    if not weights.sum() > 0.0 or not len(chosen):
         return weights.new_zeros(1), weights.new_zeros(1)
-    generator = torch.Generator(device=size.device).manual_seed(0)
-    drawn = torch.multinomial(weights, NUM_SAMPLES, replacement=True, generator=generator).sort().values
-    columns = len(selection.eigenvalues)
-    own = [layer.select(rest[drawn] % columns, rest[drawn] // columns) for layer in selection.layers]
-    cross = cross_all(chosen, own, precision).to(system.factor)
+    generator = torch.Generator(device=weights.device).manual_seed(0)
+    drawn = torch.multinomial(weights, NUM_SAMPLES, replacement=True, generator=generator)
+    cross = cross_all(inside, rows.pick(drawn), precision).to(system.factor)
     half = torch.linalg.solve_triangular(system.factor, cross, upper=False)
     whole = torch.linalg.solve_triangular(system.factor.mT, half, upper=True)
-    schur = (size[drawn] - half.square().sum(0).to(size)).clamp(min=0.0)
-    growth = (schur - whole.square().sum(0).to(size)) / (1.0 + schur)
+    schur = (rows.eigenvalues[drawn] - half.square().sum(0)).clamp(min=0.0)
+    growth = ((schur - whole.square().sum(0)) / (1.0 + schur)).clamp(min=0.0)
     factor = weights.sum() / weights[drawn]
-    return factor * schur.log1p(), factor * growth.clamp(min=0.0)
+    return factor * schur.log1p(), factor * growth
 
 
-def _preconditioner(selection: _Selection, system: System) -> Callable[[Tensor], Tensor]:
+def _inverse_on(chosen: Tensor, system: System) -> Callable[[Tensor], Tensor]:
     """(I + K_SS)⁻¹ on S and zero elsewhere, which makes it Woodbury's of the matrix that S alone gives."""
-    mask = selection.chosen.mT
 
     def solve(coefficients: Tensor) -> Tensor:
-        solved = torch.zeros_like(coefficients.mT, memory_format=torch.contiguous_format)
-        solved[mask] = system.solve(coefficients.mT[mask].unsqueeze(0)).squeeze(0)
-        return solved.mT
+        solved = torch.zeros_like(coefficients).flatten()
+        solved[chosen] = system.solve(coefficients.flatten()[chosen].unsqueeze(0)).squeeze(0)
+        return solved.view_as(coefficients)
 
     return solve
 

@@ -26,7 +26,7 @@ FLOAT64_LIMIT = 4096
 """Up to this size the dual matrix is float64 whatever the model's type is, and the trace exact."""
 NUM_PROBES = 256
 """Random vectors of the trace estimate beyond `FLOAT64_LIMIT`."""
-TILE_ROWS = 1024
+TILE_ROWS = 512
 """Rows of one tile of the dual matrix: large enough for the matrix product, small beside the matrix."""
 
 

@@ -70,7 +70,7 @@ class KeptRows(ABC):
 
     @abstractmethod
     def select(self, columns: Tensor, examples: Tensor) -> Self:
-        """Single rows as [1, R], their examples in ascending order."""
+        """Single rows as [1, R]."""
 
     @abstractmethod
     def merge(self, others: Sequence[Self], dim: int) -> Self:
@@ -84,7 +84,7 @@ class KeptRows(ABC):
         """Rows Σ_c R[n, c, d] v₍ₙ,c₎ for orthogonal R [N, C, C]: K only changes its basis."""
         flat = self.rows.flatten(2).transpose(0, 1)  # [N, C, ...]
         rotated = (rotations.to(flat).mT @ flat).transpose(0, 1)
-        return replace(self, rows=rotated.reshape(self.rows.shape))
+        return replace(self, rows=rotated.contiguous().view(self.rows.shape))
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class KeptOuter(KeptRows):
             yield self
             return
         if self.weight is not None:
-            inputs = self.inputs if self.owners is None else self.inputs[self.owners]
+            inputs = self._own_inputs()
             step = max(1, PART_NUMBERS // (num_rows * inputs.shape[2]))
             for start in range(0, self.rows.shape[3], step):
                 some = self.rows[..., start : start + step]
@@ -149,6 +149,10 @@ class KeptOuter(KeptRows):
             share.mul_(factor.unsqueeze(1))
         return share if t == s == 1 else share.view(c, n, t, d, m, s).sum((2, 5))
 
+    def _own_inputs(self) -> Tensor:
+        """[N, T, in], also of selected rows."""
+        return self.inputs if self.owners is None else self.inputs[self.owners]
+
     def _from_bias(self, precision: Mapping[str, float]) -> float:
         return 0.0 if self.bias is None else 1.0 / precision[self.bias]
 
@@ -169,7 +173,8 @@ class KeptOuter(KeptRows):
         share = (rows @ rows.mT).view(n, c, t, c, t)
         factor = self.inputs.new_tensor(self._from_bias(precision))
         if self.weight is not None:
-            factor = factor + (self.inputs @ self.inputs.mT / precision[self.weight]).view(n, 1, t, 1, t)
+            inputs = self._own_inputs()
+            factor = factor + (inputs @ inputs.mT / precision[self.weight]).view(n, 1, t, 1, t)
         return (share * factor).sum((2, 4))
 
     def _formed_grams(self, precision: Mapping[str, float]) -> Tensor:
@@ -179,7 +184,7 @@ class KeptOuter(KeptRows):
         """See `KeptRows`."""
         outputs = self.inputs.new_zeros(())
         if self.weight is not None:
-            outputs = outputs + self.inputs @ vectors[self.weight].flatten(1).mT  # [N, T, out]
+            outputs = outputs + self._own_inputs() @ vectors[self.weight].flatten(1).mT  # [N, T, out]
         if self.bias is not None:
             outputs = outputs + vectors[self.bias]
         return (self.rows * outputs).sum((2, 3))
@@ -189,7 +194,7 @@ class KeptOuter(KeptRows):
         weighted = torch.einsum("cn,cnto->nto", coefficients, self.rows).flatten(0, 1)
         sums = {}
         if self.weight is not None:
-            sums[self.weight] = (weighted.mT @ self.inputs.flatten(0, 1)).reshape(self.weight_shape)
+            sums[self.weight] = (weighted.mT @ self._own_inputs().flatten(0, 1)).reshape(self.weight_shape)
         if self.bias is not None:
             sums[self.bias] = weighted.sum(0)
         return sums
@@ -198,14 +203,14 @@ class KeptOuter(KeptRows):
         """See `KeptRows`."""
         if self.owners is None:
             return replace(self, rows=self.rows[:, some], inputs=self.inputs[some])
-        owners = self.owners[some]
-        first, last = int(owners[0]), int(owners[-1])
-        inputs = self.inputs[first : last + 1]
-        return replace(self, rows=self.rows[:, some], inputs=inputs, owners=owners - first)
+        needed, owners = self.owners[some].unique(return_inverse=True)
+        return replace(self, rows=self.rows[:, some], inputs=self.inputs[needed], owners=owners)
 
     def select(self, columns: Tensor, examples: Tensor) -> Self:
         """See `KeptRows`."""
-        return replace(self, rows=self.rows[columns, examples].unsqueeze(0), owners=examples)
+        needed, owners = examples.unique(return_inverse=True)
+        rows = self.rows[columns, examples].unsqueeze(0)
+        return replace(self, rows=rows, inputs=self.inputs[needed], owners=owners)
 
     def merge(self, others: Sequence[Self], dim: int) -> Self:
         """See `KeptRows`."""
@@ -278,7 +283,8 @@ def keep(layer: Rows, num_columns: int) -> list[KeptRows]:
     """
     if not isinstance(layer, OuterRows):
         return [KeptDense(rows, name, layer.shape) for name, rows in layer.dense().items()]
-    inputs, grads = layer.inputs(), layer.grads()
+    # Not the views that a convolution's factors come as: every product would copy them.
+    inputs, grads = layer.inputs().contiguous(), layer.grads().contiguous()
     paired, factored, _, _ = _plan(layer, grads.shape[2], grads.shape[3], inputs.shape[2], num_columns)
     if factored:
         return [KeptOuter(grads, inputs, layer.weight, layer.bias, layer.weight_shape, paired)]

@@ -35,6 +35,11 @@ class RowKeeper:
                 batches.append([])
             batches[-1].append(layer)
 
+    @property
+    def num_rows(self) -> int:
+        """Rows so far."""
+        return sum(chunk.num_rows for batch in next(iter(self._batches.values()), []) for chunk in batch)
+
     def layers(self) -> list[KeptRows]:
         """One entry a layer, over all examples.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_bayes.curvature.base import Curvature, CurvatureSummary, Problem
-from lightning_bayes.curvature.blocks import Block, DiagonalBlock, ExactBlock, LinearBlock
+from lightning_bayes.curvature.layer_blocks import Block, DiagonalBlock, ExactBlock, LinearBlock
 from lightning_bayes.curvature.rows import OuterRows, RowBlock, Rows
 from lightning_bayes.curvature.sampling import ColumnGroups, jackknife
 

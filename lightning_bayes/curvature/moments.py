@@ -15,7 +15,7 @@ from lightning_bayes.curvature.base import accumulation_dtype
 
 __all__ = ["SecondMoment", "Spectrum"]
 
-STRIP = 256
+STRIP = 200
 """Rows of the matrix that one product fills: only the part on and above the diagonal is computed."""
 
 

@@ -65,6 +65,9 @@ def quadratic_form(
         if step * decrease <= tolerance * value:
             return value
         residual = {name: residual[name] - step * curved[name] for name in names}
+        # What is left, rᵀ(G + Λ)⁻¹r, is at most rᵀΛ⁻¹r.
+        if sum(residual[name].square().sum().item() / precision[name] for name in names) <= tolerance * value:
+            return value
         whitened = precondition(residual)
         ahead = inner(residual, whitened)
         direction = {name: whitened[name] + ahead / decrease * direction[name] for name in names}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from lightning_bayes.curvature.base import Curvature, Problem
+from lightning_bayes.curvature.blocks import BlockCurvature, blocks_cost
 from lightning_bayes.curvature.diagonal import DiagonalCurvature
 from lightning_bayes.curvature.full import full_cost, full_curvature
 from lightning_bayes.curvature.kronecker import KroneckerCurvature, joint_kronecker_curvature
@@ -15,6 +16,7 @@ __all__ = ["STRUCTURES", "choose_structure"]
 
 STRUCTURES: dict[str, Callable[[Problem], Curvature]] = {
     "full": full_curvature,
+    "blocks": BlockCurvature,
     "kron": KroneckerCurvature,
     "kron_joint": joint_kronecker_curvature,
     "diag": DiagonalCurvature,
@@ -37,7 +39,8 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
         The structure, and a sentence that says why.
 
     Raises:
-        ValueError: If "full" was asked for and cannot fit in the machine's memory.
+        ValueError: If "full" was asked for and cannot fit in the machine's memory, or "full" or "blocks" for
+            sampled columns.
     """
     memory, flop = full_cost(problem)
     sizes = (
@@ -46,17 +49,34 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
     )
     cheaper = 'structure="kron", structure="diag" or max_examples='
     if structure == "auto":
-        fits = memory <= AUTO_MEMORY and flop <= AUTO_FLOP
-        budget = f"the budget of {_readable(AUTO_MEMORY, 'B')} and {_readable(AUTO_FLOP, 'FLOP')}"
-        verdict = (
-            f"within {budget}" if fits else f'beyond {budget}; structure="full" or max_examples= overrides'
+        return _within_budget(problem, sizes)
+    if problem.sampled and structure in ("full", "blocks"):
+        raise ValueError(
+            f"structure={structure!r} needs all columns of the Hessian's root, and they are sampled. Use "
+            'structure="kron" or structure="diag".'
         )
-        return ("full" if fits else "kron"), f"{sizes}, {verdict}"
     if structure == "full" and memory > _total_memory(problem.device):
         raise ValueError(f'structure="full" does not fit on {problem.device}: {sizes}. Use {cheaper}.')
     if structure == "full" and flop > AUTO_FLOP:
         warnings.warn(f'structure="full" will be slow: {sizes}. Faster: {cheaper}.', stacklevel=3)
     return structure, sizes
+
+
+def _within_budget(problem: Problem, sizes: str) -> tuple[str, str]:
+    """The first of "full", "blocks" and "kron" that the budget allows."""
+    budget = f"the budget of {_readable(AUTO_MEMORY, 'B')} and {_readable(AUTO_FLOP, 'FLOP')}"
+    overrides = 'structure="full" or max_examples= overrides'
+    if problem.sampled:
+        return "kron", f"{sizes}, but its columns are sampled, from which there is no exact matrix"
+    if _fits(*full_cost(problem)):
+        return "full", f"{sizes}, within {budget}"
+    if _fits(*blocks_cost(problem)):
+        return "blocks", f"{sizes}, beyond {budget}, which allows bounds from landmarks; {overrides}"
+    return "kron", f"{sizes}, beyond {budget}; {overrides}"
+
+
+def _fits(memory: float, flop: float) -> bool:
+    return memory <= AUTO_MEMORY and flop <= AUTO_FLOP
 
 
 def _readable(amount: float, unit: str) -> str:

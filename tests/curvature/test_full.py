@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_bayes.curvature import dual
+from lightning_bayes.curvature import blocks, bracket, dual
+from lightning_bayes.curvature.bracket import BracketCurvature
 from lightning_bayes.curvature.dual import DualCurvature
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.primal import PrimalCurvature
@@ -74,6 +75,66 @@ def test_one_curvature_answers_for_several_priors(side):
         assert answer.log_det == pytest.approx(-2 * expected.log_occam_factor, rel=1e-10)
         assert answer.effective_parameters == pytest.approx(expected.effective_parameters, rel=1e-10)
         assert answer.quadratic == 0.0
+
+
+def kept_curvature(case, structure, monkeypatch, **options):
+    """The curvature that an evidence is made of."""
+    built = []
+
+    def spy(problem):
+        built.append(make(problem))
+        return built[-1]
+
+    make = STRUCTURES[structure]
+    monkeypatch.setitem(STRUCTURES, structure, spy)
+    case.evidence(structure=structure, **options)
+    return built[0]
+
+
+def dense_ggn(case, precision):
+    """Λ⁻¹ᐟ² G Λ⁻¹ᐟ² from Jacobians, and the sizes of its blocks."""
+    ggn = case.slow_twin().ggn
+    sizes = [p.numel() for p in case.model.parameters()]
+    parts = zip(sizes, case.names, strict=True)
+    scale = torch.cat([ggn.new_full((size,), precision[name] ** -0.5) for size, name in parts])
+    return scale.unsqueeze(1) * ggn * scale, sizes
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv", "batch_norm", "sequence", "called_twice"])
+def test_spectrum_and_traces_are_those_of_the_dense_matrix(network, side, monkeypatch):
+    case = make_case(network)
+    precision = {name: 10.0 ** (0.5 * i - 1) for i, name in enumerate(case.names)}
+    curvature = kept_curvature(case, "full", monkeypatch)
+    ggn, sizes = dense_ggn(case, precision)
+    eigenvalues = torch.linalg.eigvalsh(ggn)
+    found = curvature.spectrum(precision).sort().values
+    shared = min(len(found), len(eigenvalues))
+    torch.testing.assert_close(found[-shared:], eigenvalues[-shared:].clamp(min=0.0), rtol=1e-9, atol=1e-9)
+    log_det, traces = curvature.log_det_and_traces(precision)
+    assert log_det == pytest.approx(eigenvalues.clamp(min=0.0).log1p().sum().item(), rel=1e-9)
+    shrinkage = (ggn @ torch.linalg.inv(torch.eye(len(ggn)) + ggn)).diagonal().split(sizes)
+    for name, part in zip(case.names, shrinkage, strict=True):
+        assert traces[name] == pytest.approx(part.sum().item(), rel=1e-7, abs=1e-9), name
+
+
+@pytest.mark.parametrize("structure", ["full", "blocks"])
+def test_spectrum_and_traces_of_a_bracket_are_those_of_the_rows_it_kept(structure, monkeypatch):
+    """Its log-determinant and its γ by tensor belong to one matrix, which is not above the whole one."""
+    monkeypatch.setitem(STRUCTURES, "full", BracketCurvature)
+    monkeypatch.setattr(blocks, "MAX_LANDMARKS", 6)
+    monkeypatch.setattr(bracket, "WORTHWHILE", 1e9)
+    case = make_case("mlp", num_examples=12)
+    curvature = kept_curvature(case, structure, monkeypatch, tolerance=2.0)
+    whole = torch.linalg.eigvalsh(dense_ggn(case, dict.fromkeys(case.names, 0.8))[0]).clamp(min=0.0)
+    precision = dict.fromkeys(case.names, 0.8)
+    spectrum = curvature.spectrum(precision).sort(descending=True).values
+    log_det, traces = curvature.log_det_and_traces(precision)
+    assert log_det == pytest.approx(spectrum.log1p().sum().item(), rel=1e-9)
+    assert sum(traces.values()) == pytest.approx((spectrum / (1 + spectrum)).sum().item(), rel=1e-7)
+    assert traces.keys() == precision.keys()
+    largest = whole.flip(0)[: len(spectrum)]
+    assert (spectrum <= largest * (1 + 1e-9) + 1e-9).all()
+    assert log_det < 0.99 * whole.log1p().sum().item()
 
 
 @pytest.fixture

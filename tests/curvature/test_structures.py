@@ -101,7 +101,8 @@ def test_logistic_regression_goes_through_the_dual():
 
 
 @pytest.mark.parametrize(
-    ("num_parameters", "num_examples", "expected"), [(636_010, 1000, "full"), (636_010, 10_000, "kron")]
+    ("num_parameters", "num_examples", "expected"),
+    [(636_010, 1000, "full"), (636_010, 10_000, "blocks"), (636_010, 10**6, "kron")],
 )
 def test_auto_takes_what_fits_and_says_why(num_parameters, num_examples, expected):
     structure, why = choose_structure("auto", problem(num_parameters, num_examples, width=810))

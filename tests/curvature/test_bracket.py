@@ -1,0 +1,155 @@
+"""The bracket holds the dense truth, whatever it leaves out."""
+
+import functools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_bayes.curvature import blocks, bracket, principal
+from lightning_bayes.curvature.base import Problem
+from lightning_bayes.curvature.blocks import BlockCurvature
+from lightning_bayes.curvature.bracket import BracketCurvature
+from lightning_bayes.curvature.structures import STRUCTURES
+from tests.cases import make_case
+
+NETWORKS = ["linear", "mlp", "conv", "batch_norm", "sequence", "called_twice", "shared_weight"]
+networks, losses = st.sampled_from(NETWORKS), st.sampled_from(["classification", "binary_3", "regression"])
+reference = functools.cache(
+    lambda network, loss, precision, examples=7: make_case(network, loss, examples).reference(precision)
+)
+precisions = st.sampled_from([0.03, 1.0, 30.0])
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Everything that large problems do, at the size of the tests."""
+    monkeypatch.setitem(STRUCTURES, "full", BracketCurvature)
+    monkeypatch.setattr(principal, "BLOCK", 3)
+    monkeypatch.setattr(principal, "DEFLATION_SHARE", math.inf)
+    monkeypatch.setattr(bracket, "WORTHWHILE", math.inf)
+    monkeypatch.setattr(bracket, "EXACT_TRACE_LIMIT", 8)
+
+
+@given(networks, losses, precisions, st.floats(1e-4, 30.0))
+def test_bracket_holds_the_truth_within_its_tolerance(network, loss, precision, tolerance):
+    evidence = make_case(network, loss).evidence(
+        structure="full", prior_precision=precision, tolerance=tolerance
+    )
+    expected = reference(network, loss, precision)
+    assert evidence.lower <= expected.log_evidence <= evidence.upper
+    assert evidence.lower <= evidence.log_evidence <= evidence.upper
+    assert evidence.upper - evidence.lower <= tolerance * (1 + 1e-9)
+    assert evidence.newton_decrement == pytest.approx(expected.newton_decrement, rel=0.01, abs=1e-9)
+
+
+@given(networks, precisions, st.floats(1e-2, 30.0))
+def test_bracket_holds_the_truth_in_float32(network, precision, tolerance):
+    case = make_case(network, "classification", 12)
+    single = replace(case, model=case.model.float(), inputs=case.inputs.float())
+    evidence = single.evidence(structure="full", prior_precision=precision, tolerance=tolerance)
+    expected = reference(network, "classification", precision, 12)
+    # The rows themselves, and the likelihood, come from a network in float32.
+    slack = 1e-5 * abs(expected.log_evidence)
+    assert evidence.lower - slack <= expected.log_evidence <= evidence.upper + slack
+
+
+@given(networks, losses, precisions, st.integers(1, 12), st.integers(1, 8), st.integers(1, 40))
+def test_blocks_hold_the_truth(network, loss, precision, landmarks, batch_size, pool):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "MAX_LANDMARKS", landmarks)
+        patch.setattr(blocks, "POOL_ROWS", pool)
+        evidence = make_case(network, loss).evidence(
+            structure="blocks", prior_precision=precision, batch_size=batch_size
+        )
+    expected = reference(network, loss, precision)
+    assert evidence.lower <= expected.log_evidence <= evidence.upper
+    assert evidence.effective_parameters <= expected.effective_parameters * (1 + 1e-9)
+
+
+@given(networks, st.integers(1, 12))
+def test_blocks_hold_the_truth_in_float32(network, landmarks):
+    case = make_case(network, "classification", 12)
+    single = replace(case, model=case.model.float(), inputs=case.inputs.float())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "MAX_LANDMARKS", landmarks)
+        evidence = single.evidence(structure="blocks")
+    expected = reference(network, "classification", 1.0, 12)
+    slack = 1e-5 * abs(expected.log_evidence)
+    assert evidence.lower - slack <= expected.log_evidence <= evidence.upper + slack
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv", "batch_norm"])
+def test_blocks_with_every_row_a_landmark_are_exact(network):
+    evidence = make_case(network).evidence(structure="blocks", prior_precision=0.5)
+    expected = reference(network, "classification", 0.5)
+    assert evidence.upper - evidence.lower < 1e-9
+    for field in ("log_evidence", "effective_parameters", "newton_decrement"):
+        assert getattr(evidence, field) == pytest.approx(getattr(expected, field), rel=1e-8), field
+
+
+def trained():
+    """Logistic regression of 60 examples, many of which it is sure of: a spectrum with a tail."""
+    case = make_case("linear", "classification", 60)
+    with torch.no_grad():
+        case.model.weight.mul_(12.0)
+    return case
+
+
+def test_little_is_kept_where_much_may_be_left_out(monkeypatch):
+    sizes = []
+    original = bracket.factorise
+
+    def spy(layers, *rest):
+        sizes.append(layers[0].num_rows)
+        return original(layers, *rest)
+
+    monkeypatch.setattr(bracket, "factorise", spy)
+    case = trained()
+    expected = case.reference(1.0)
+    estimates = []
+    for tolerance in (0.01, 1.0, 5.0):
+        evidence = case.evidence(structure="full", tolerance=tolerance)
+        estimates.append((evidence.log_evidence, evidence.effective_parameters))
+        assert evidence.upper - evidence.lower <= tolerance
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 0.5 * sizes[0]
+    # The sampled rest brings the middle one far closer than its bracket says.
+    assert estimates[1][0] == pytest.approx(expected.log_evidence, abs=0.2)
+    assert estimates[1][1] == pytest.approx(expected.effective_parameters, rel=0.1)
+
+
+def test_exact_where_leaving_out_saves_nothing(monkeypatch):
+    monkeypatch.setattr(bracket, "WORTHWHILE", 0.0)
+    evidence = trained().evidence(structure="full", tolerance=1.0)
+    assert evidence.lower == evidence.upper == evidence.log_evidence
+
+
+def test_a_tolerance_below_the_rounding_of_float32_takes_float64():
+    case = trained()
+    expected = case.reference(1.0)
+    single = replace(case, model=case.model.float(), inputs=case.inputs.float())
+    evidence = single.evidence(structure="full", tolerance=1e-6)
+    assert evidence.upper - evidence.lower <= 1e-6
+    assert evidence.log_evidence == pytest.approx(expected.log_evidence, rel=1e-5)
+
+
+def problem(**changes):
+    shapes = {"w": torch.Size([3]), "b": torch.Size([1])}
+    sizes = {"num_examples": 5, "rank": 2, "batch_size": 5, "kept_width": 4, "gram_width": 4}
+    place = {"dtype": torch.float64, "device": torch.device("cpu")}
+    return Problem(shapes, **(sizes | place | changes))
+
+
+def test_more_data_get_fewer_landmarks():
+    numbers = [blocks._num_landmarks(problem(num_examples=n)) for n in (10, 10**5, 10**6, 10**8)]
+    assert numbers == [20, 1024, 256, 128]
+
+
+def test_blocks_answer_only_in_the_proportions_they_were_made_for():
+    curvature = BlockCurvature(problem(strengths={"w": 1.0, "b": 2.0}))
+    with pytest.raises(ValueError, match="fixed proportions"):
+        curvature.spectrum({"w": 1.0, "b": 1.0})
