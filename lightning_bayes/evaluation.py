@@ -69,6 +69,12 @@ class Totals:
     started: float
     """By `time.perf_counter`."""
 
+    def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
+        """Log-determinant and effective parameters at a prior, in units of the dispersion."""
+        nothing = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        summary = self.curved.at(precision, nothing)
+        return summary.log_det, summary.effective_parameters
+
     @property
     def cheap_spectrum(self) -> bool:
         """Whether eigenvalues cost less than some factorisations: not of a large exact matrix."""
@@ -291,7 +297,7 @@ def fixed_weights(
         precision_at=lambda dispersion: prior.precision(
             totals.num_examples, loss_scale(per_example, dispersion)
         ),
-        cheap_spectrum=totals.cheap_spectrum,
+        total=None if totals.cheap_spectrum else totals.log_det_and_gamma,
     )
 
 

@@ -40,6 +40,10 @@ ACCEPTED_GRADIENT = 0.1
 """Likewise, beyond which the search has failed: the maximum is some 0.01 nats away."""
 
 
+_Curve = Callable[[Mapping[str, float]], tuple[float, dict[str, float]]]
+"""From a prior to the log-determinant and γ of each parameter tensor."""
+
+
 class HasSpectrum(Protocol):
     """The two answers of a `Curvature` that the search asks for."""
 
@@ -66,8 +70,8 @@ class FixedWeights:
     """Entries of each."""
     precision_at: Callable[[float], dict[str, float]]
     """λ of each for a dispersion φ; that of an optimized one is not used."""
-    cheap_spectrum: bool = True
-    """Whether a spectrum costs less than the half-dozen factorisations that a search without it takes."""
+    total: Callable[[Mapping[str, float]], tuple[float, float]] | None = None
+    """Log-determinant and γ at a prior, where half a dozen of them cost less than a spectrum."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,14 @@ class _Search:
         self._rest = tuple(name for name in weights.sizes if name not in in_groups)
         # A prior in proportion to weight decay stays what it is in units of the noise: φλ is given.
         self._tied = self._rest if prior.per_example else ()
-        self._by_spectrum = weights.cheap_spectrum and _rises_together(weights, prior)
-        self._curve = _curve_of(weights) if self._by_spectrum else _remembered(weights.curved)
+        together = _rises_together(weights, prior)
+        self._by_spectrum = together and weights.total is None
+        if self._by_spectrum:
+            self._curve = _curve_of(weights)
+        elif together and weights.total is not None:
+            self._curve = _remembered(_of_first(weights.total, list(weights.sizes)))
+        else:
+            self._curve = _remembered(weights.curved.log_det_and_traces)
 
     @property
     def size(self) -> int:
@@ -259,20 +269,30 @@ def _rises_together(weights: FixedWeights, prior: Prior) -> bool:
     return [set(group) for group in prior.optimized] == [set(weights.sizes)] or not prior.optimized
 
 
-def _remembered(curved: HasSpectrum) -> Callable[[Mapping[str, float]], tuple[float, dict[str, float]]]:
-    """Log-determinant and traces by a factor for each prior, but one prior's only once."""
+def _of_first(total: Callable[[Mapping[str, float]], tuple[float, float]], names: Sequence[str]) -> _Curve:
+    """The total γ as the first tensor's: where all λ rise together only the sum is asked for."""
+
+    def of_precision(precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+        log_det, gamma = total(precision)
+        return log_det, dict.fromkeys(names, 0.0) | {names[0]: gamma}
+
+    return of_precision
+
+
+def _remembered(curve: _Curve) -> _Curve:
+    """The same, but one prior's only once."""
     known: dict[tuple[float, ...], tuple[float, dict[str, float]]] = {}
 
     def of_precision(precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
         key = tuple(precision.values())
         if key not in known:
-            known[key] = curved.log_det_and_traces(precision)
+            known[key] = curve(precision)
         return known[key]
 
     return of_precision
 
 
-def _curve_of(weights: FixedWeights) -> Callable[[Mapping[str, float]], tuple[float, dict[str, float]]]:
+def _curve_of(weights: FixedWeights) -> _Curve:
     """Log-determinant and traces for all multiples of one prior, by one spectrum."""
     names = list(weights.sizes)
     shape = weights.precision_at(1.0)
