@@ -161,9 +161,7 @@ class Computation:
             whole = batches if first is None else itertools.chain([first], batches)
             forwards = (_forward(network, batch, where) for batch in whole)
             announce = logging.getLogger("lightning_bayes").info
-            totals = read_all(
-                network, forwards, likelihood, prior.strengths, method, examples.num_examples, announce
-            )
+            totals = read_all(network, forwards, likelihood, prior, method, examples.num_examples, announce)
             return conclude(totals, likelihood, prior)
 
     def _method(self) -> Method:

@@ -130,7 +130,9 @@ def test_a_map_at_few_positions_is_paired_one_at_many_is_written_down(monkeypatc
     first = next(found for found in block.layers if "first.weight" in found.names)
     assert [(type(kept), getattr(kept, "paired", None)) for kept in keep(head, 3, {})] == [(KeptOuter, True)]
     # 6 positions of a 4 x 18 weight: too many pairs of them, yet fewer numbers than the weight has
-    assert [(type(kept), getattr(kept, "paired", None)) for kept in keep(first, 3, {})] == [(KeptOuter, False)]
+    assert [(type(kept), getattr(kept, "paired", None)) for kept in keep(first, 3, {})] == [
+        (KeptOuter, False)
+    ]
     assert kept_widths(replace(block, layers=[head])) == (4 + 2, 4 + 1)
     assert kept_widths(replace(block, layers=[first])) == (6 * (4 + 6), 4 * 18 + 4)
     one_column = replace(block, layers=[first], num_columns=1)
