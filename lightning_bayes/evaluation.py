@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -33,6 +33,9 @@ __all__ = [
     "read_all",
     "rehearse",
 ]
+
+LARGEST_SPECTRUM = 4096
+"""Rows or parameters of an exact matrix up to which a search for one λ takes all its eigenvalues."""
 
 Forward = Callable[[], tuple[Tensor, Tensor]]
 """Runs the network on one batch and returns its outputs, with their graph, and the targets."""
@@ -66,12 +69,27 @@ class Totals:
     started: float
     """By `time.perf_counter`."""
 
+    def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
+        """Log-determinant and effective parameters at a prior, in units of the dispersion."""
+        nothing = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        summary = self.curved.at(precision, nothing)
+        return summary.log_det, summary.effective_parameters
+
+    @property
+    def cheap_spectrum(self) -> bool:
+        """Whether eigenvalues cost less than some factorisations: not of a large exact matrix."""
+        if self.method.structure != "full" or self.method.tolerance is not None:
+            return True
+        if isinstance(self.curved, HessianCurvature):
+            return True
+        return min(self.curved.problem.num_rows, self.curved.problem.num_parameters) <= LARGEST_SPECTRUM
+
 
 def read_all(
     network: nn.Module,
     forwards: Iterable[Forward],
     likelihood: Likelihood,
-    strengths: Mapping[str, float],
+    prior: Prior,
     method: Method,
     num_examples: int,
     announce: Callable[[str], None] = lambda sentence: None,
@@ -82,7 +100,7 @@ def read_all(
         network: A throw-away copy in eval mode.
         forwards: One callable a batch.
         likelihood: Of the targets given the outputs.
-        strengths: λ, up to one factor, of the parameters of `network` that carry a prior.
+        prior: Of parameters of `network`.
         method: How the curvature is computed.
         num_examples: Examples to expect, for the choice of a structure; the evidence counts those it sees.
         announce: Takes the one line that says by which derivatives the rows are read.
@@ -92,7 +110,7 @@ def read_all(
         EvidenceUnavailableError: If weights, outputs or gradients are not finite.
     """
     started = time.perf_counter()
-    intake = _intake(network, likelihood, strengths, method, num_examples)
+    intake = _intake(network, likelihood, prior, method, num_examples)
     weights = {name: parameter.detach() for name, parameter in intake.parameters.items()}
     for name, weight in weights.items():
         check_finite(weight, f"the parameter {name!r}")
@@ -121,7 +139,7 @@ def rehearse(
     network: nn.Module,
     forward: Forward,
     likelihood: Likelihood,
-    strengths: Mapping[str, float],
+    prior: Prior,
     method: Method,
     num_examples: int,
 ) -> tuple[Method, str, str]:
@@ -135,7 +153,7 @@ def rehearse(
         ValueError: If the batch cannot be read.
         EvidenceUnavailableError: If outputs or gradients are not finite.
     """
-    intake = _intake(network, likelihood, strengths, method, num_examples)
+    intake = _intake(network, likelihood, prior, method, num_examples)
     reason = intake.plan(forward)
     return intake.method, reason, intake.split()
 
@@ -167,13 +185,13 @@ class _Intake(Protocol):
 def _intake(
     network: nn.Module,
     likelihood: Likelihood,
-    strengths: Mapping[str, float],
+    prior: Prior,
     method: Method,
     num_examples: int,
 ) -> _Intake:
     if method.is_hessian:
-        return _HessianIntake(network, likelihood, strengths, method)
-    return _RowIntake(network, likelihood, strengths, method, num_examples)
+        return _HessianIntake(network, likelihood, prior, method)
+    return _RowIntake(network, likelihood, prior, method, num_examples)
 
 
 class _RowIntake:
@@ -181,12 +199,12 @@ class _RowIntake:
         self,
         network: nn.Module,
         likelihood: Likelihood,
-        strengths: Mapping[str, float],
+        prior: Prior,
         method: Method,
         num_examples: int,
     ) -> None:
-        self._reader = RowReader(network, strengths, method.num_samples, method.backend)
-        self._strengths = strengths
+        self._reader = RowReader(network, prior.strengths, method.num_samples, method.backend)
+        self._prior = prior
         self._likelihood = likelihood
         self._num_examples = num_examples
         self.parameters = self._reader.parameters
@@ -222,7 +240,8 @@ class _RowIntake:
             device=first.device,
             tolerance=self.method.tolerance,
             sampled=self.method.num_samples is not None,
-            strengths=self._strengths,
+            strengths=self._prior.strengths,
+            proportional=self._prior.proportional,
         )
         if problem.sampled and self.method.structure == "auto":
             structure, reason = "kron", f"{block.num_columns} columns are sampled"
@@ -233,10 +252,8 @@ class _RowIntake:
 
 
 class _HessianIntake:
-    def __init__(
-        self, network: nn.Module, likelihood: Likelihood, names: Collection[str], method: Method
-    ) -> None:
-        self._reader = HessianReader(network, names)
+    def __init__(self, network: nn.Module, likelihood: Likelihood, prior: Prior, method: Method) -> None:
+        self._reader = HessianReader(network, prior.strengths)
         self._likelihood = likelihood
         self.parameters = self._reader.parameters
         self.method = replace(method, structure="full")
@@ -279,6 +296,7 @@ def fixed_weights(
         precision_at=lambda dispersion: prior.precision(
             totals.num_examples, loss_scale(per_example, dispersion)
         ),
+        total=None if totals.cheap_spectrum else totals.log_det_and_gamma,
     )
 
 

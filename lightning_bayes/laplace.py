@@ -62,8 +62,9 @@ def laplace_evidence(
             "gaussian_nll" (means, then variances), or a `Likelihood` with its own parameters, such as
             `Gaussian(sigma=0.1)` or `Categorical(label_smoothing=0.1, ignore_index=0)`. Sequences are logits
             [N, C, T] or [N, T, C] with targets [N, T].
-        structure: "full" (exact, or a bracket of width `tolerance`), "kron", "diag"; "auto" takes "full"
-            within the memory and time stated in `curvature.structures`, else "kron".
+        structure: "full" (exact, or a bracket of width `tolerance`), "kron", "kron_joint" (weight and bias of
+            a layer in one block), "diag"; "auto" takes "full" within the memory and time stated in
+            `curvature.structures`, else "kron".
         subset_of_weights: "all"; "last_layer", the layer that is called last on the way to the outputs; or a
             list of parameter-name patterns (`["head.*"]`). The other parameters are conditioned on.
         curvature: "ggn"; "hessian", the true Hessian, dense, for small models, an error where the cost has no
@@ -160,9 +161,7 @@ class Computation:
             whole = batches if first is None else itertools.chain([first], batches)
             forwards = (_forward(network, batch, where) for batch in whole)
             announce = logging.getLogger("lightning_bayes").info
-            totals = read_all(
-                network, forwards, likelihood, prior.strengths, method, examples.num_examples, announce
-            )
+            totals = read_all(network, forwards, likelihood, prior, method, examples.num_examples, announce)
             return conclude(totals, likelihood, prior)
 
     def _method(self) -> Method:

@@ -40,7 +40,7 @@ class Method:
         _one_of("backend", self.backend, BACKENDS)
         if self.tolerance is not None:
             positive("tolerance", self.tolerance)
-            if self.structure in ("kron", "diag"):
+            if self.structure in ("kron", "kron_joint", "diag"):
                 raise ValueError(
                     f"Expected argument `tolerance` to be None beside structure={self.structure!r}, got "
                     f"{self.tolerance!r}: it is the width of a bracket about the exact log-evidence, which "

@@ -131,6 +131,7 @@ def test_bad_arguments_are_named_with_what_was_got(name, value):
     ("arguments", "name", "remedy"),
     [
         ({"tolerance": 1.0, "structure": "kron"}, "tolerance", 'structure="full" and "auto"'),
+        ({"tolerance": 1.0, "structure": "kron_joint"}, "tolerance", 'structure="full" and "auto"'),
         ({"num_samples": 8, "structure": "full"}, "num_samples", 'structure="kron" or "diag"'),
         ({"num_samples": 8, "tolerance": 1.0}, "num_samples", 'structure="kron" or "diag"'),
         ({"curvature": "hessian", "structure": "kron"}, "structure", 'curvature="ggn"'),

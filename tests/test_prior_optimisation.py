@@ -12,6 +12,8 @@ from sklearn.linear_model import BayesianRidge
 from torch import nn
 
 from lightning_bayes import EvidenceUnavailableError, Gaussian, laplace_evidence, refit_prior_precision
+from lightning_bayes.curvature.dual import DualCurvature
+from lightning_bayes.curvature.primal import PrimalCurvature
 from tests.cases import make_case
 
 STRUCTURES = ["full", "kron", "diag"]
@@ -82,6 +84,31 @@ def test_several_precisions(argument, groups, fixed, structure):
             for h in (1e-3, -1e-3)
         )
         assert (up.log_evidence - down.log_evidence) / 2e-3 == pytest.approx(0.0, abs=2e-5)
+
+
+@pytest.mark.parametrize("network", ["linear", "mlp"])
+@pytest.mark.parametrize("likelihood", [None, Gaussian(sigma="optimize")], ids=str)
+@pytest.mark.parametrize("argument", ["optimize", 0.3])
+def test_large_matrices_are_searched_by_factors_and_not_by_their_spectrum(
+    monkeypatch, network, likelihood, argument
+):
+    case = make_case(network, "regression", 20)
+    arguments = {"prior_precision": argument} | ({} if likelihood is None else {"likelihood": likelihood})
+    by_spectrum = case.evidence(**arguments)
+    monkeypatch.setattr("lightning_bayes.evaluation.LARGEST_SPECTRUM", 1)
+    for structure in (PrimalCurvature, DualCurvature):
+        monkeypatch.setattr(structure, "spectrum", None)
+    tried = []
+    for structure in (PrimalCurvature, DualCurvature):
+        original = structure.at
+        monkeypatch.setattr(
+            structure, "at", lambda *args, original=original: tried.append(1) or original(*args)
+        )
+    by_factors = case.evidence(**arguments)
+    assert by_factors.log_evidence == pytest.approx(by_spectrum.log_evidence, abs=1e-5)
+    assert by_factors.prior_precision == pytest.approx(by_spectrum.prior_precision, rel=1e-2)
+    if likelihood is None:
+        assert len(tried) <= (9 if argument == "optimize" else 1)
 
 
 def test_more_precisions_never_have_less_evidence():
@@ -270,8 +297,7 @@ def test_digits_optimum_at_fixed_weights_is_that_of_a_dense_grid(digits):
 def test_digits_rounds_of_refitting_end_at_the_best_of_a_grid_of_refits(digits):
     """Turns of refitting and optimizing alone do not: their fixed point is not the maximum."""
     grid = {
-        value: evidence(fitted(digits, value), digits, value).log_evidence
-        for value in np.logspace(-1.5, 1, 6)
+        value: evidence(fitted(digits, value), digits, value).log_evidence for value in np.logspace(-1, 1, 9)
     }
     precision = 1.0
     for _ in range(6):

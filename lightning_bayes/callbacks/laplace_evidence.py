@@ -251,7 +251,7 @@ class LaplaceEvidence(Callback):
         # Parameters are unfrozen and datasets grow during a run: then the choice is made again.
         method = self._resolved if self._planned == plan and self._resolved else self.method
         totals = read_all(
-            reader.network, forwards(), captured.likelihood, prior.strengths, method, examples.num_examples
+            reader.network, forwards(), captured.likelihood, prior, method, examples.num_examples
         )
         return evidence_of(totals, captured.likelihood, prior, loss_scale)
 
@@ -292,7 +292,7 @@ class LaplaceEvidence(Callback):
         own = _forward(reader, 0, next(iter(examples.read())))
         try:
             method, reason, split = rehearse(
-                reader.network, own, captured.likelihood, prior.strengths, method, examples.num_examples
+                reader.network, own, captured.likelihood, prior, method, examples.num_examples
             )
         except EvidenceUnavailableError as error:
             rank_zero_warn(f"LaplaceEvidence: the first batch has no evidence. {error}")

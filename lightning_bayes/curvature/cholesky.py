@@ -1,12 +1,16 @@
-"""Cholesky factors of I + K for a positive semi-definite K, and whether rounding has left them any sense."""
+"""Cholesky factors of I + K for a positive semi-definite K, and whether rounding has left them any sense.
+
+And its eigenvalues, beside them.
+"""
 
 import torch
+from scipy.linalg import eigvalsh
 from torch import Tensor
 
 from lightning_bayes.curvature.base import accumulation_dtype
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 
-__all__ = ["cholesky", "cholesky_in_place", "log_det_of", "solve"]
+__all__ = ["cholesky", "cholesky_in_place", "eigenvalues_of", "log_det_of", "solve"]
 
 ROUNDING_TOLERANCE = 1e-2
 """Rounding of the largest entry of I + K, relative to the 1, beyond which its factor is not believed."""
@@ -53,6 +57,15 @@ def solve(factor: Tensor, vectors: Tensor) -> Tensor:
     half = torch.linalg.solve_triangular(factor, vectors, upper=False)
     solved: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
     return solved
+
+
+def eigenvalues_of(matrix: Tensor) -> Tensor:
+    """Eigenvalues of a positive semi-definite matrix from its upper triangle, rounding below zero cut off."""
+    if matrix.device.type == "cpu":  # SciPy's LAPACK took half the time of torch's, measured on an AMD EPYC
+        values = torch.from_numpy(eigvalsh(matrix.numpy(), lower=False, check_finite=False))
+    else:
+        values = torch.linalg.eigvalsh(matrix, UPLO="U")
+    return values.clamp_(min=0.0)
 
 
 def _keeps_the_identity(matrix: Tensor) -> bool:

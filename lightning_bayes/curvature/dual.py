@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_bayes.curvature.base import Curvature, CurvatureSummary, Problem, accumulation_dtype
-from lightning_bayes.curvature.cholesky import cholesky_in_place, log_det_of, solve
+from lightning_bayes.curvature.cholesky import cholesky_in_place, eigenvalues_of, log_det_of, solve
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.gram import KeptRows
 from lightning_bayes.curvature.kept import RowKeeper, fill_gram, tiles_of
@@ -69,7 +69,7 @@ class DualCurvature(Curvature):
         layers = self._layers(precision)
         dtype = self._types(layers)[0]
         gram = _gram([layer.to(dtype) for layer in layers], precision)
-        eigenvalues: Tensor = torch.linalg.eigvalsh(gram, UPLO="U").clamp_(min=0.0)
+        eigenvalues = eigenvalues_of(gram)
         if len(gram) <= FLOAT64_LIMIT:
             self._known = _Known(dict(precision), gram, eigenvalues)
         return eigenvalues

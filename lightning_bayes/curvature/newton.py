@@ -47,10 +47,6 @@ def quadratic_form(
         seen = dict(combine_all(layers, solve(dot_all(layers, scaled))))
         return {name: scaled[name] - seen.get(name, 0.0) / precision[name] for name in names}
 
-    def curve(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        seen = dict(combine_all(layers, dot_all(layers, vector)))
-        return {name: precision[name] * vector[name] + seen.get(name, 0.0) for name in names}
-
     residual = {name: g.to(accurate) for name, g in gradient.items()}
     direction = precondition(residual)
     decrease = inner(residual, direction)
@@ -58,12 +54,16 @@ def quadratic_form(
     for _ in range(MAX_REFINEMENTS):
         if decrease <= 0.0:  # nothing left, or nothing that the preconditioner can still see
             return value
-        curved = curve(direction)
-        step = decrease / inner(direction, curved)
-        # Along the direction the value rises by decrease² over the curvature.
+        along = dot_all(layers, direction)
+        prior = sum(precision[name] * direction[name].square().sum().item() for name in names)
+        step = decrease / (along.square().sum().item() + prior)
+        # Along the direction the value rises by decrease² over the curvature. Where the preconditioner is the
+        # inverse of G + Λ, or of a matrix below it, no more than `decrease` was left before.
         value += step * decrease
-        if step * decrease <= tolerance * value:
+        if min(step, abs(1.0 - step)) * decrease <= tolerance * value:
             return value
+        seen = dict(combine_all(layers, along))
+        curved = {name: precision[name] * direction[name] + seen.get(name, 0.0) for name in names}
         residual = {name: residual[name] - step * curved[name] for name in names}
         # What is left, rᵀ(G + Λ)⁻¹r, is at most rᵀΛ⁻¹r.
         if sum(residual[name].square().sum().item() / precision[name] for name in names) <= tolerance * value:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_bayes.curvature.base import Curvature, CurvatureSummary, Problem, accumulation_dtype
-from lightning_bayes.curvature.cholesky import cholesky, log_det_of
+from lightning_bayes.curvature.cholesky import cholesky, eigenvalues_of, log_det_of
 from lightning_bayes.curvature.rows import RowBlock
 
 __all__ = ["PrimalCurvature"]
@@ -48,8 +48,7 @@ class PrimalCurvature(Curvature):
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
         """See `Curvature.spectrum`: all p of them."""
         scale = self._scale(precision)
-        eigenvalues: Tensor = torch.linalg.eigvalsh(scale.unsqueeze(1) * self._matrix * scale)
-        return eigenvalues.clamp_(min=0.0)
+        return eigenvalues_of(scale.unsqueeze(1) * self._matrix * scale)
 
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
         """See `Curvature.log_det_and_traces`."""

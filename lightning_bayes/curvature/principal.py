@@ -14,6 +14,10 @@ __all__ = ["PrincipalRows", "principal_rows"]
 
 BLOCK = 128
 """Rows by which the diagonal of K is deflated at a time."""
+MAX_MARKED = 1024
+"""Rows that are marked at most."""
+NEGLIGIBLE = 0.1
+"""Share of the bracket's width that the smallest rows, whose diagonal is left as it is, take together."""
 DEFLATION_SHARE = 0.06
 """Operations of one such block, relative to those that are left to do, up to which it is tried."""
 
@@ -37,7 +41,7 @@ class PrincipalRows:
         """Numbers of S, as small as it may be for this bound to be `width` above ln det(I + K_SS), by example."""
         ascending, order = self.residual.masked_fill(self.marked, torch.inf).sort()
         dropped = int((ascending.log1p().cumsum(0) <= width).sum())
-        chosen = order[dropped:]
+        chosen = order[min(dropped, len(order) - 1) :]  # one row at least
         return chosen[(chosen % self.layers[0].rows.shape[1]).argsort()]
 
     def pick(self, rows: Tensor) -> list[KeptRows]:
@@ -48,24 +52,24 @@ class PrincipalRows:
     def deflated(
         self, width: float, precision: Mapping[str, float], operations: Callable[[int], float]
     ) -> Self:
-        """Mark blocks of large rows for as long as what they save in S is more than what they cost.
+        """Mark blocks of the largest rows for as long as what they save in S is more than what they cost.
 
         Args:
             width: See `smallest_set`.
             precision: λ of each parameter tensor.
             operations: Of the log-determinant of so many rows.
         """
-        like, rows = self.layers[0].rows, len(self.marked)
-        whitened, residual, marked = like.new_zeros(0, rows), self.residual, self.marked.clone()
-        now = self
-        left = operations(len(self.smallest_set(width)))
-        while True:
-            cost = 2.0 * rows * BLOCK * (operations(2) / 4 + len(whitened))
+        columns, candidates = self._columns_to_deflate(width)
+        layers, residual = self.pick(columns), self.residual[columns]
+        whitened = self.layers[0].rows.new_zeros(0, len(columns))
+        now, left = self, operations(len(self.smallest_set(width)))
+        for start in range(0, candidates, BLOCK):
+            cost = 2.0 * len(columns) * BLOCK * (operations(2) / 4 + len(whitened))
             if cost > DEFLATION_SHARE * left:
                 return now
-            block = residual.masked_fill(marked, -1.0).topk(BLOCK).indices.sort().values
-            cross = cross_all(self.pick(block), self.layers, precision) - whitened[:, block].mT @ whitened
-            own = cross[:, block]
+            block = slice(start, min(start + BLOCK, candidates))
+            cross = cross_all(self.pick(columns[block]), layers, precision) - whitened[:, block].mT @ whitened
+            own = cross[:, block].clone()
             own.diagonal().add_(1.0)
             factor, info = torch.linalg.cholesky_ex(own)
             if info.item() != 0:
@@ -73,11 +77,26 @@ class PrincipalRows:
             fresh = torch.linalg.solve_triangular(factor, cross, upper=False)
             whitened = torch.cat([whitened, fresh])
             residual = (residual - fresh.square().sum(0)).clamp_(min=0.0)
-            marked[block] = True
-            now = replace(self, residual=residual, marked=marked.clone())
+            now = replace(
+                self,
+                residual=self.residual.index_copy(0, columns, residual),
+                marked=self.marked.index_fill(0, columns[: block.stop], True),
+            )
             before, left = left, operations(len(now.smallest_set(width)))
             if before - left < cost:
                 return now
+        return now
+
+    def _columns_to_deflate(self, width: float) -> tuple[Tensor, int]:
+        """Rows to mark, largest first, then those that may leave S by it; and how many are of the first kind.
+
+        The larger half of S stays in it anyhow, and the smallest rows matter little.
+        """
+        ascending, order = self.residual.sort()
+        negligible = int((ascending.log1p().cumsum(0) <= NEGLIGIBLE * width).sum())
+        half = len(self.smallest_set(width)) // 2
+        largest = order[len(order) - min(half, MAX_MARKED) :].flip(0)
+        return torch.cat([largest, order[negligible : len(order) - half]]), len(largest)
 
 
 def principal_rows(layers: Sequence[KeptRows], grams: Tensor) -> PrincipalRows:

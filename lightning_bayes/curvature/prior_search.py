@@ -34,8 +34,14 @@ SEARCH_RANGE = 1e8
 """λ is sought this far below and above p/‖ω‖², which no maximum exceeds; φ likewise about its estimate."""
 GRADIENT_TOLERANCE = 1e-7
 """In nats per unit of ln λ, where the search ends."""
+EXACT, COARSE = 1e-12, 1e-6
+"""In ln λ, where a search of one number ends: by a spectrum, or by a factorisation for each λ that is tried."""
 ACCEPTED_GRADIENT = 0.1
 """Likewise, beyond which the search has failed: the maximum is some 0.01 nats away."""
+
+
+_Curve = Callable[[Mapping[str, float]], tuple[float, dict[str, float]]]
+"""From a prior to the log-determinant and γ of each parameter tensor."""
 
 
 class HasSpectrum(Protocol):
@@ -64,6 +70,8 @@ class FixedWeights:
     """Entries of each."""
     precision_at: Callable[[float], dict[str, float]]
     """λ of each for a dispersion φ; that of an optimized one is not used."""
+    total: Callable[[Mapping[str, float]], tuple[float, float]] | None = None
+    """Log-determinant and γ at a prior, where half a dozen of them cost less than a spectrum."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ def maximize_evidence(weights: FixedWeights, prior: Prior) -> Optimum:
     search = _Search(weights, prior)
     start, low, high = search.box()
     if search.size == 1:
-        found = np.array([_root(lambda x: search(np.array([x]))[1][0], low[0], high[0])])
+        found = np.array([search.root(low[0], start[0], high[0])])
     else:
         result = minimize(
             lambda x: tuple(-part for part in search(x)),
@@ -104,15 +112,6 @@ def maximize_evidence(weights: FixedWeights, prior: Prior) -> Optimum:
     return search.optimum(found)
 
 
-def _root(slope: Callable[[float], float], low: float, high: float) -> float:
-    """Zero of a slope that falls all the way, or the end that is the maximum."""
-    if slope(low) <= 0.0:
-        return low
-    if slope(high) >= 0.0:
-        return high
-    return float(root_scalar(slope, bracket=(low, high), method="brentq", xtol=1e-12, rtol=1e-13).root)
-
-
 class _Search:
     """The log-evidence and its gradient in x = (ln λ of each group, then ln φ where it is sought)."""
 
@@ -125,7 +124,14 @@ class _Search:
         self._rest = tuple(name for name in weights.sizes if name not in in_groups)
         # A prior in proportion to weight decay stays what it is in units of the noise: φλ is given.
         self._tied = self._rest if prior.per_example else ()
-        self._curve = _curve_of(weights, prior)
+        together = _rises_together(weights, prior)
+        self._by_spectrum = together and weights.total is None
+        if self._by_spectrum:
+            self._curve = _curve_of(weights)
+        elif together and weights.total is not None:
+            self._curve = _remembered(_of_first(weights.total, list(weights.sizes)))
+        else:
+            self._curve = _remembered(weights.curved.log_det_and_traces)
 
     @property
     def size(self) -> int:
@@ -146,6 +152,44 @@ class _Search:
             held = sum(penalties[name] for name in self._tied)
             slopes.append(weights.unit_loss / phi - 0.5 * (weights.num_terms - determined - held))
         return value, np.array(slopes)
+
+    def root(self, low: float, start: float, high: float) -> float:
+        """The one number that is sought, where its slope is zero, or the end that it runs to.
+
+        A search of a λ begins with a bracket of two steps of MacKay's: γ falls as λ rises, so the maximum lies
+        between λ ← γ/‖ω‖² taken from p/‖ω‖², which lies above it, and the same taken from there.
+        """
+        slopes: dict[float, float] = {}
+
+        def slope(x: float) -> float:
+            if x not in slopes:
+                slopes[x] = float(self(np.array([x]))[1][0])
+            return slopes[x]
+
+        if self._groups:
+            group = self._groups[0]
+            norm = sum(self._weights.squared_norms[name] for name in group)
+            if norm == 0.0:
+                return high
+            least, most = self._mackay_step(start, norm, low), start
+            if least == low:
+                return low
+            most = min(most, self._mackay_step(least, norm, low))
+        else:  # φ ≥ its estimate, from which γ takes nothing away
+            least, most = start, start
+            while most < high and slope(most) >= 0.0:
+                least, most = most, min(most + 1.0, high)
+        if slope(least) <= 0.0 or slope(most) >= 0.0:  # within rounding of one end
+            return least if abs(slope(least)) < abs(slope(most)) else most
+        tolerance = EXACT if self._by_spectrum else COARSE
+        return float(root_scalar(slope, bracket=(least, most), method="brentq", xtol=tolerance).root)
+
+    def _mackay_step(self, x: float, norm: float, low: float) -> float:
+        """ln(γ/‖ω‖²) at ln λ = x, or `low` where γ is nothing."""
+        optimum = self.optimum(np.array([x]))
+        traces = self._curve({n: optimum.dispersion * value for n, value in optimum.precision.items()})[1]
+        determined = sum(traces[name] for name in self._groups[0])
+        return math.log(determined / norm) if determined > GRADIENT_TOLERANCE else low
 
     def optimum(self, x: np.ndarray) -> Optimum:
         """What x stands for."""
@@ -220,14 +264,37 @@ class _Search:
             )
 
 
-def _curve_of(
-    weights: FixedWeights, prior: Prior
-) -> Callable[[Mapping[str, float]], tuple[float, dict[str, float]]]:
-    """Log-determinant and traces by one spectrum where all λ are one, else by a factor for each λ."""
+def _rises_together(weights: FixedWeights, prior: Prior) -> bool:
+    """Whether all μ stay multiples of one prior."""
+    return [set(group) for group in prior.optimized] == [set(weights.sizes)] or not prior.optimized
+
+
+def _of_first(total: Callable[[Mapping[str, float]], tuple[float, float]], names: Sequence[str]) -> _Curve:
+    """The total γ as the first tensor's: where all λ rise together only the sum is asked for."""
+
+    def of_precision(precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+        log_det, gamma = total(precision)
+        return log_det, dict.fromkeys(names, 0.0) | {names[0]: gamma}
+
+    return of_precision
+
+
+def _remembered(curve: _Curve) -> _Curve:
+    """The same, but one prior's only once."""
+    known: dict[tuple[float, ...], tuple[float, dict[str, float]]] = {}
+
+    def of_precision(precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+        key = tuple(precision.values())
+        if key not in known:
+            known[key] = curve(precision)
+        return known[key]
+
+    return of_precision
+
+
+def _curve_of(weights: FixedWeights) -> _Curve:
+    """Log-determinant and traces for all multiples of one prior, by one spectrum."""
     names = list(weights.sizes)
-    together = [set(group) for group in prior.optimized] == [set(names)] or not prior.optimized
-    if not together:
-        return weights.curved.log_det_and_traces
     shape = weights.precision_at(1.0)
     values = weights.curved.spectrum(shape)
 

@@ -62,6 +62,13 @@ class Prior:
         factor = num_examples / loss_scale if self.per_example else 1.0
         return {name: strength * factor for name, strength in self.strengths.items()}
 
+    @property
+    def proportional(self) -> bool:
+        """Whether the λ of all parameters are `strengths` times one number, whatever is found."""
+        return not self.optimized or (
+            len(self.optimized) == 1 and len(self.optimized[0]) == len(self.strengths)
+        )
+
     def restricted(self, names: Collection[str]) -> "Prior":
         """The prior of some of the parameters; the others are conditioned on.
 

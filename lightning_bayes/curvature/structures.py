@@ -40,7 +40,7 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
 
     Raises:
         ValueError: If "full" was asked for and cannot fit in the machine's memory, or "full" or "blocks" for
-            sampled columns.
+            sampled columns, or "blocks" for several precisions that are to be found.
     """
     memory, flop = full_cost(problem)
     sizes = (
@@ -54,6 +54,11 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
         raise ValueError(
             f"structure={structure!r} needs all columns of the Hessian's root, and they are sampled. Use "
             'structure="kron" or structure="diag".'
+        )
+    if structure == "blocks" and not problem.proportional:
+        raise ValueError(
+            'structure="blocks" sums its rows for prior precisions in fixed proportions, and several are to be '
+            'found. Use prior_precision="optimize" for one, or structure="kron".'
         )
     if structure == "full" and memory > _total_memory(problem.device):
         raise ValueError(f'structure="full" does not fit on {problem.device}: {sizes}. Use {cheaper}.')
@@ -70,7 +75,7 @@ def _within_budget(problem: Problem, sizes: str) -> tuple[str, str]:
         return "kron", f"{sizes}, but its columns are sampled, from which there is no exact matrix"
     if _fits(*full_cost(problem)):
         return "full", f"{sizes}, within {budget}"
-    if _fits(*blocks_cost(problem)):
+    if problem.proportional and _fits(*blocks_cost(problem)):
         return "blocks", f"{sizes}, beyond {budget}, which allows bounds from landmarks; {overrides}"
     return "kron", f"{sizes}, beyond {budget}; {overrides}"
 

@@ -1,0 +1,78 @@
+"""Options that both APIs share reach what they are for."""
+
+import logging
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_bayes import laplace_evidence
+from lightning_bayes.options import Method, sampling_if_many_columns
+from tests.cases import make_case
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag"])
+def test_sampled_columns_are_right_on_average(structure):
+    """Both are concave in G, so the mean over many columns ends near, and the error falls with their number."""
+    case = make_case("mlp", "classification", 30)
+    exact = case.evidence(structure=structure)
+    few, many = (case.evidence(structure=structure, num_samples=n) for n in (8, 4000))
+    assert abs(many.log_evidence - exact.log_evidence) < abs(few.log_evidence - exact.log_evidence)
+    assert many.log_evidence == pytest.approx(exact.log_evidence, abs=0.2)
+    assert (many.num_samples, exact.num_samples) == (4000, None)
+    assert few.log_evidence == case.evidence(structure=structure, num_samples=8).log_evidence
+    assert exact.log_evidence_stderr == 0.0
+    assert 0.0 < many.log_evidence_stderr < few.log_evidence_stderr < 1.0
+
+
+def test_auto_samples_where_there_are_many_outputs():
+    torch.manual_seed(0)
+    model, data = nn.Linear(3, 600), (torch.randn(5, 3), torch.randint(600, (5,)))
+    with pytest.warns(UserWarning, match=r"600 outputs per example.*structure='kron' with num_samples=64"):
+        found = laplace_evidence(model, data)
+    assert (found.structure, found.num_samples) == ("kron", 64)
+    given = laplace_evidence(model, data, num_samples=64)
+    assert (given.structure, given.log_evidence) == ("kron", found.log_evidence)
+    assert laplace_evidence(model, data, structure="diag").num_samples is None
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Method("full"),
+        Method("kron"),
+        Method(tolerance=1.0),
+        Method(num_samples=3),
+        Method(curvature="hessian"),
+    ],
+    ids=str,
+)
+def test_what_was_asked_for_is_not_sampled(method):
+    assert sampling_if_many_columns(method, torch.zeros(2, 5000)) == (method, None)
+
+
+def test_few_outputs_are_not_sampled():
+    assert sampling_if_many_columns(Method(), torch.zeros(5000, 512)) == (Method(), None)
+    assert sampling_if_many_columns(Method(), torch.zeros(2, 9, 57))[0] == Method("kron", num_samples=64)
+
+
+@pytest.mark.parametrize("tolerance", [0.1, 1.0, 100.0])
+def test_a_tolerance_is_the_width_of_a_bracket(tolerance):
+    case = make_case("mlp", "classification", 40)
+    exact = case.evidence()
+    found = case.evidence(structure="full", tolerance=tolerance)
+    assert found.lower - 1e-9 <= exact.log_evidence <= found.upper + 1e-9
+    assert found.upper - found.lower <= tolerance
+
+
+@pytest.mark.parametrize("backend", ["auto", "backpack", "autograd"])
+@pytest.mark.parametrize("structure", ["full", "diag"])  # without a layer's derivatives kron has exact blocks
+def test_backends_agree(backend, structure, caplog):
+    case = make_case("conv", "regression")
+    with caplog.at_level(logging.INFO, logger="lightning_bayes"):
+        found = case.evidence(backend=backend, structure=structure)
+    assert found.log_evidence == pytest.approx(case.evidence(structure=structure).log_evidence, rel=1e-10)
+    said = [record for record in caplog.records if record.name == "lightning_bayes"]
+    assert len(said) == 1  # by which derivatives the rows are read
+    assert math.isfinite(found.log_evidence)
