@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from summary import candidates, of_candidate
 from table import Row, median_of, number, select
 
@@ -89,6 +90,9 @@ def _panel(axis: Axes, model: str, rows: list[Row]) -> None:
             linewidths=0.6,
         )
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_yscale("log")
     axis.set_ylim(FLOOR / 2, None)
     axis.margins(x=0.15, y=0.2)
