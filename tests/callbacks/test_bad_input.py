@@ -14,7 +14,11 @@ from lightning_bayes import LaplaceEvidence
 from .evidence_models import Module, cross_entropy, fit, loader, mlp, refused, tensors
 
 OPTIONS = [
-    ("structure", "dense", r"`structure` to be 'auto', 'full', 'kron', 'kron_joint', 'diag', got 'dense'"),
+    (
+        "structure",
+        "dense",
+        r"`structure` to be 'auto', 'full', 'blocks', 'kron', 'kron_joint', 'diag', got 'dense'",
+    ),
     ("structure", None, r"`structure`.*got None"),
     ("structure", ["full"], r"`structure`.*got \['full'\]"),
     ("likelihood", "poisson", r"`likelihood` to be one of .*got 'poisson'"),
