@@ -57,8 +57,8 @@ def laplace_evidence(
             tensors.
         likelihood: "classification" (C logits), "binary" (one logit per output), "regression" (means), or a
             `Likelihood` such as `Gaussian(sigma=0.1)`.
-        structure: "full" (exact), "kron", "diag"; "auto" takes "full" within the memory and time stated in
-            `curvature.structures`, else "kron".
+        structure: "full" (exact), "blocks" (bounds, in time linear in N), "kron", "diag"; "auto" takes the first
+            of "full", "blocks" and "kron" within the memory and time stated in `curvature.structures`.
         subset_of_weights: "all"; anything else is not supported yet. Freeze parameters to leave them out.
         curvature: "ggn"; "hessian" is not supported yet.
         prior_precision: λ of the Gaussian prior, one number or a mapping from parameter-name patterns
@@ -66,7 +66,7 @@ def laplace_evidence(
         backend: "auto" or "backpack"; "autograd" is not supported yet.
         batch_size: Examples at a time; None for the loader's own (at least 32), or 256 for tensors.
         max_examples: A random subset of this size, the same at every call; N is then its size.
-        tolerance: None, exact; brackets are not supported yet.
+        tolerance: Width in nats of the bracket `lower` .. `upper` that "full" may answer with; None for exact.
         device: Where to compute; None for the model's own device.
         progress: Whether to show a progress bar.
 
