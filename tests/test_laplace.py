@@ -99,13 +99,13 @@ def test_likelihood_objects_and_names_agree():
 
 
 BAD_ARGUMENTS = {
-    "structure": (["FULL", None, 3], "'auto', 'full', 'kron', 'diag'"),
+    "structure": (["FULL", None, 3], "'auto', 'full', 'blocks', 'kron', 'diag'"),
     "subset_of_weights": (["last_layer", ["*"], None], "Freeze parameters"),
     "curvature": (["hessian", "fisher", None], "not supported yet"),
     "backend": (["autograd", "curvlinops", None], "'auto', 'backpack'"),
     "batch_size": ([0, -1, 2.5, True, "8"], "whole number of at least 1"),
     "max_examples": ([0, -1, 2.5, True, "8"], "whole number of at least 1"),
-    "tolerance": ([0.1, "tight"], "not supported yet"),
+    "tolerance": ([0, "tight"], "a finite number above 0"),
     "prior_precision": ([0.0, -1.0, math.nan, "auto", None, {}], "positive, finite number"),
     "likelihood": (["poisson", None], "Gaussian"),
     "device": (["nope", 3.5], "torch.device, its name or None"),
