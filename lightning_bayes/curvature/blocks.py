@@ -24,11 +24,11 @@ from lightning_bayes.curvature.rows import RowBlock
 
 __all__ = ["BlockCurvature", "blocks_cost"]
 
-MAX_LANDMARKS = 2048
+MAX_LANDMARKS = 1024
 """Landmark rows where the data are few; halved until the pass fits `LANDMARK_FLOP`."""
 MIN_LANDMARKS = 128
 """Landmark rows where the data are many."""
-LANDMARK_FLOP = 1e12
+LANDMARK_FLOP = 1.4e12
 """Operations that the choice of the number of landmarks goes by."""
 POOL_ROWS = 8192
 """Rows of the first batches that are held back to choose the landmarks from."""

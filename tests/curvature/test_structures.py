@@ -1,6 +1,7 @@
 """The choice of a structure, and laws that all structures keep."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,3 +133,11 @@ def test_auto_falls_back_in_the_evidence_itself(monkeypatch):
     assert make_case().evidence().structure == "kron"
     monkeypatch.setattr(structures, "AUTO_MEMORY", math.inf)
     assert make_case().evidence().structure == "full"
+
+
+def test_sampled_columns_have_no_exact_matrix():
+    sampled = replace(problem(100, 10), sampled=True)
+    assert choose_structure("auto", sampled)[0] == "kron"
+    for name in ("full", "blocks"):
+        with pytest.raises(ValueError, match=r'sampled.*structure="kron"'):
+            choose_structure(name, sampled)
