@@ -227,6 +227,8 @@ class KeptOuter(KeptRows):
         return replace(self, rows=torch.cat(rows, dim=1), inputs=torch.cat(inputs))
 
     def _padded(self, positions: int) -> tuple[Tensor, Tensor]:
+        if positions == self.rows.shape[2]:
+            return self.rows, self.inputs
         missing = (0, 0, 0, positions - self.rows.shape[2])
         return F.pad(self.rows, missing), F.pad(self.inputs, missing)
 

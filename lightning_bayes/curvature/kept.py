@@ -24,10 +24,20 @@ class RowKeeper:
         self._forms: dict[tuple[str, ...], Form] = {} if before is None else before._forms
 
     def add(self, block: RowBlock) -> None:
-        """Take in one block."""
+        """Take in one block.
+
+        Raises:
+            ValueError: If a parameter comes in another form than before: products with its earlier rows would
+                be missed.
+        """
         if block.columns.start == 0:
             self._sizes.append(block.num_examples)
         for layer in keep_block(block, self._forms):
+            if any(set(names) & set(layer.names) and names != layer.names for names in self._chunks):
+                raise ValueError(
+                    f"The network uses {sorted(layer.names)} in different layers for different batches; the exact "
+                    'evidence needs the same for all. Use structure="kron" or structure="diag".'
+                )
             batches = self._chunks.setdefault(layer.names, {})
             batches.setdefault(len(self._sizes) - 1, []).append(layer)
 
