@@ -10,7 +10,7 @@ set in the same batches, measured around the candidate in its own process. Impor
 up on 16 examples and do not count. Each value is computed once in float64 as well, untimed in the summary.
 
 Writes evidence.csv and evidence.png to the output folder; models that were not run keep their rows.
-`--summary` reads the CSV and prints the tables alone. Needs `.[examples,test]`, curvlinops, torchvision.
+`--summary` reads the CSV and prints the tables alone. Needs `.[benchmark]`.
 """
 
 import argparse

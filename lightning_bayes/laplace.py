@@ -62,9 +62,10 @@ def laplace_evidence(
             "gaussian_nll" (means, then variances), or a `Likelihood` with its own parameters, such as
             `Gaussian(sigma=0.1)` or `Categorical(label_smoothing=0.1, ignore_index=0)`. Sequences are logits
             [N, C, T] or [N, T, C] with targets [N, T].
-        structure: "full" (exact, or a bracket of width `tolerance`), "kron", "kron_joint" (weight and bias of
-            a layer in one block), "diag"; "auto" takes "full" within the memory and time stated in
-            `curvature.structures`, else "kron".
+        structure: "full" (exact, or a bracket of width `tolerance`), "blocks" (a bracket in time linear in N and
+            memory of one batch, wide for large N), "kron", "kron_joint" (weight and bias of a layer in one
+            block), "diag"; "auto" takes the first of "full", "blocks" and "kron" that stays within the memory
+            and time stated in `curvature.structures`.
         subset_of_weights: "all"; "last_layer", the layer that is called last on the way to the outputs; or a
             list of parameter-name patterns (`["head.*"]`). The other parameters are conditioned on.
         curvature: "ggn"; "hessian", the true Hessian, dense, for small models, an error where the cost has no

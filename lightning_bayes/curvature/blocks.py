@@ -31,7 +31,9 @@ MIN_LANDMARKS = 128
 LANDMARK_FLOP = 1.4e12
 """Operations that the choice of the number of landmarks goes by."""
 POOL_ROWS = 8192
-"""Rows of the first batches that are held back to choose the landmarks from."""
+"""Rows of the first batches that are held back to choose the landmarks from, where they are short."""
+POOL_BYTES = 1e9
+"""Memory of these where they are long."""
 SHIFT = 16
 """ν in units of eps times the mean of K_SS's diagonal: keeps rounding in K from being divided by nothing."""
 ROUNDING_FACTOR = 64
@@ -41,9 +43,18 @@ ROUNDING_FACTOR = 64
 def blocks_cost(problem: Problem) -> tuple[float, float]:
     """Bytes and floating-point operations of `BlockCurvature`."""
     landmarks = _num_landmarks(problem)
-    pool = min(problem.num_rows, max(POOL_ROWS, problem.batch_size * problem.rank))
-    memory = 3.0 * pool * (problem.kept_width + landmarks) * problem.dtype.itemsize
+    held = min(problem.num_rows, _pool_rows(problem) + problem.batch_size * problem.rank)
+    memory = held * _row_bytes(problem, landmarks)
     return memory + 16.0 * problem.num_parameters + 40.0 * landmarks**2, _flop(problem, landmarks)
+
+
+def _pool_rows(problem: Problem) -> int:
+    return int(min(POOL_ROWS, POOL_BYTES / _row_bytes(problem, MAX_LANDMARKS)))
+
+
+def _row_bytes(problem: Problem, landmarks: int) -> float:
+    """A row as it came, put together, and turned, and its products with the landmarks."""
+    return 3.0 * (problem.kept_width + landmarks) * problem.dtype.itemsize
 
 
 def _flop(problem: Problem, landmarks: int) -> float:
@@ -82,7 +93,7 @@ class BlockCurvature(Curvature):
         self._diagonal.update(block)
         self._keeper.add(block)
         whole = block.columns.stop == block.num_columns
-        if whole and (self._landmarks or self._keeper.num_rows >= POOL_ROWS):
+        if whole and (self._landmarks or self._keeper.num_rows >= _pool_rows(self.problem)):
             self._empty_keeper()
 
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
