@@ -1,13 +1,5 @@
-"""Which way each parameter's rows are read: by its layer's derivatives, by torch.func, or from the graph.
+"""Which way each parameter's rows are read: by its layer's derivatives, by torch.func, or from the graph."""
 
-A plan is made on the first batch and proved there: the rows of one example must be autograd's. That finds
-what no table of layers can: a weight that a functional call uses too, a forward of somebody's own, a first
-dimension that is not the batch's. What fails goes to the next larger module that is called, and in the end to
-the graph itself.
-"""
-
-import itertools
-import warnings
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,64 +7,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lightning_bayes.curvature.batch import Batch, counts, find_layouts, gradients
 from lightning_bayes.curvature.calls import Call
 from lightning_bayes.curvature.functional_rows import GraphUse, ModuleUse
-from lightning_bayes.curvature.layout import (
-    Layout,
-    example_weights,
-    find_layout,
-    mixes_examples,
-    tensors_of,
-)
-from lightning_bayes.curvature.rows import (
-    AXIS_FREE,
-    DenseRows,
-    LayerUse,
-    OuterRows,
-    Rows,
-    Use,
-    derivatives_of,
-)
+from lightning_bayes.curvature.layout import Layout
+from lightning_bayes.curvature.replay import Replays
+from lightning_bayes.curvature.rows import DenseRows, LayerUse, OuterRows, Rows, Use, derivatives_of
 
-__all__ = ["Batch", "Plan", "make_plan"]
+__all__ = ["GRAPH", "LAYER", "Plan", "local_name", "wrong_parameters"]
 
 LAYER, GRAPH = "by the layer's derivatives", "from the graph"
 """Ways that are not the name of a module."""
-MAX_ARGUMENT_LAYOUTS = 64
-"""Combinations of layouts that are tried for the arguments of one call."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch after its backward passes, for some columns of the root."""
-
-    calls: list[Call]
-    outputs: Tensor  # [N, ...]
-    roots: Tensor  # [C, N, ...]
-    grads: list[list[Tensor | None]]
-    """Of each call, of each of its outputs: [C, *shape], None without influence."""
-
-    @classmethod
-    def backward(cls, calls: list[Call], outputs: Tensor, roots: Tensor) -> "Batch":
-        """Take each column of the root back to the outputs of the calls."""
-        tensors = [tensor for call in calls for tensor in call.outputs]
-        columns = [_gradients(outputs, tensors, column) for column in roots]
-        stacked = [None if grads[0] is None else torch.stack(grads) for grads in zip(*columns, strict=True)]
-        found = iter(stacked)
-        return cls(calls, outputs, roots, [[next(found) for _ in call.outputs] for call in calls])
-
-    @property
-    def num_examples(self) -> int:
-        """N."""
-        return len(self.outputs)
-
-    def of(self, module: nn.Module) -> list[tuple[Call, list[Tensor | None]]]:
-        """The calls of one module that the outputs depend on."""
-        return [
-            (call, grads)
-            for call, grads in zip(self.calls, self.grads, strict=True)
-            if call.module is module and _counts(grads)
-        ]
 
 
 @dataclass
@@ -86,7 +31,7 @@ class Plan:
     """Of the outputs that carry a gradient, by module; None where calls differ, or examples cannot be told."""
     num_examples: int
     """Of the batch that it was made for: one example does not tell where those of a batch stand."""
-    argument_layouts: dict[object, tuple[Layout | None, ...] | None] = field(default_factory=dict)
+    replays: Replays = field(default_factory=Replays)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -117,7 +62,7 @@ class Plan:
         """
         small = sorted(self.parameters, key=lambda name: self.parameters[name].numel())
         tried = set(small[: (len(small) + 1) // 2])
-        return not _wrong_parameters(
+        return not wrong_parameters(
             self, [layer for layer in layers if tried & set(layer.names)], batch, tried
         )
 
@@ -151,30 +96,23 @@ class Plan:
         new = {
             call.module
             for call, grads in zip(batch.calls, batch.grads, strict=True)
-            if call.module not in self.layouts and _counts(grads)
+            if call.module not in self.layouts and counts(grads)
         }
         if new:
-            found = _find_layouts(batch)
+            found = find_layouts(batch)
             self.layouts |= {module: found[module] for module in new}
 
-    def module_use(self, module: nn.Module, names: Mapping[str, str], call: Call, grads: list[Tensor | None],
-                   num_examples: int) -> ModuleUse | None:  # fmt: skip
-        """One call of a module for torch.func, None if it cannot be replayed example by example."""
-        chosen = [i for i, grad in enumerate(grads) if grad is not None]
-        layouts = [self.layouts.get(module, (None,) * len(grads))[i] for i in chosen]
-        if any(layout is None for layout in layouts):
-            return None
-        use = ModuleUse(
-            module=module,
-            parameters={local: self.parameters[name].detach() for local, name in names.items()},
-            arguments=_with_state(call),
-            layouts=(),
-            outputs=tuple(call.places[i] for i in chosen),
-            output_layouts=tuple(layouts),  # type: ignore[arg-type]
-            grads=tuple(grads[i] for i in chosen),  # type: ignore[misc]
-            num_examples=num_examples,
-        )
-        return self._with_argument_layouts(use, [call.outputs[i] for i in chosen])
+    def module_use(
+        self,
+        names: Mapping[str, str],
+        call: Call,
+        grads: list[Tensor | None],
+        num_examples: int,
+    ) -> ModuleUse | None:
+        """One call for torch.func, of parameters {local name: name}; None if it cannot be replayed."""
+        parameters = {local: self.parameters[name].detach() for local, name in names.items()}
+        layouts = self.layouts.get(call.module, (None,) * len(grads))
+        return self.replays.of(call, grads, layouts, parameters, num_examples)
 
     def summary(self) -> str:
         """How many parameters go which way; one line."""
@@ -228,7 +166,7 @@ class Plan:
         names = {local_name(name, host): name for name, way in self.ways.items() if way == host}
         found: list[tuple[str, str, Use]] = []
         for call, grads in batch.of(module):
-            use = self.module_use(module, names, call, grads, batch.num_examples)
+            use = self.module_use(names, call, grads, batch.num_examples)
             if use is None:
                 raise ValueError(
                     f"{host or 'The network'} ({type(module).__name__}) cannot be replayed on single examples for "
@@ -237,137 +175,13 @@ class Plan:
             found += [(local, name, use) for local, name in names.items()]
         return found
 
-    def _with_argument_layouts(self, use: ModuleUse, recorded: list[Tensor]) -> ModuleUse | None:
-        """Find the layouts of the arguments: those with which each example by itself gives its own output."""
-        tensors = tensors_of(use.arguments)
-        key = (use.module, tuple(tensor.dim() for tensor in tensors))
-        if key not in self.argument_layouts or use.num_examples == 1:
-            candidates = [_candidates(tensor, use.num_examples) for tensor in tensors]
-            tried = itertools.islice(itertools.product(*candidates), MAX_ARGUMENT_LAYOUTS)
-            right = (layouts for layouts in tried if _replays(use.with_layouts(layouts), recorded))
-            self.argument_layouts[key] = next(right, None)
-        layouts = self.argument_layouts[key]
-        return None if layouts is None else use.with_layouts(layouts)
-
-
-def make_plan(network: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, backend: str) -> Plan:
-    """Find a way for each parameter and prove it on two examples.
-
-    Raises:
-        ValueError: If examples depend on each other, or if `backend` does not have the way that is needed.
-    """
-    plan = Plan(network, parameters, {}, _find_layouts(batch), batch.num_examples)
-    for name in parameters:
-        plan.ways[name] = LAYER if backend != "autograd" and _is_readable(plan, name, batch) else ""
-        if plan.ways[name] != LAYER:
-            plan.ways[name] = _next_way(plan, name, batch, None, backend)
-    while wrong := _wrong_parameters(plan, plan.layers(batch), batch):
-        for name in wrong:
-            if plan.ways[name] == GRAPH:
-                raise ValueError(_mixing(wrong))
-            before = None if plan.ways[name] == LAYER else plan.ways[name]
-            plan.ways[name] = _next_way(plan, name, batch, before, backend)
-    slow = [name for name, way in plan.ways.items() if way == GRAPH]
-    if slow:
-        warnings.warn(
-            f"The per-example gradients of {slow} take one backward pass for each row, which is slow: the "
-            "parameter is used outside any module's call that can be replayed on one example. Use it in a "
-            "submodule's forward, or hold it fixed (requires_grad=False).",
-            stacklevel=2,
-        )
-    return plan
-
-
-def _counts(grads: Sequence[Tensor | None]) -> bool:
-    """Whether the outputs depend on what a call returned."""
-    return any(grad is not None and grad.numel() > 0 for grad in grads)
-
 
 def local_name(name: str, host: str) -> str:
     """A parameter's name as seen from a module that holds it."""
     return name[len(host) + 1 :] if host else name
 
 
-def _find_layouts(batch: Batch) -> dict[nn.Module, tuple[Layout | None, ...]]:
-    pairs = iter(_example_gradients(batch))
-    layouts: dict[nn.Module, tuple[Layout | None, ...]] = {}
-    for call, grads in zip(batch.calls, batch.grads, strict=True):
-        its_pairs = itertools.islice(pairs, len(call.outputs))
-        found = tuple(
-            None if plain is None or weighted is None else find_layout(plain, weighted, batch.num_examples)
-            for plain, weighted in its_pairs
-        )
-        if not _counts(grads):  # called for a metric, not on the way to the outputs, or on no example
-            continue
-        before = layouts.get(call.module, found)
-        layouts[call.module] = found if before == found else (None,) * len(found)
-    return layouts
-
-
-def _is_readable(plan: Plan, name: str, batch: Batch) -> bool:
-    """Whether all modules that hold a parameter are called as layers whose derivatives are known."""
-    parameter = plan.parameters[name]
-    for module in plan.network.modules():
-        local = [key for key, p in module.named_parameters(recurse=False) if p is parameter]
-        if not local:
-            continue
-        if derivatives_of(module) is None or not set(local) <= {"weight", "bias"}:
-            return False
-        for call, _ in batch.of(module):
-            layout = plan.layouts[module][0]
-            if len(call.outputs) != 1 or layout is None or not isinstance(call.input, Tensor):
-                return False
-            if layout.axis != 0 and not isinstance(module, AXIS_FREE):
-                return False
-            if not layout.fits(call.input, batch.num_examples):
-                return False
-    return True
-
-
-def _next_way(plan: Plan, name: str, batch: Batch, before: str | None, backend: str) -> str:
-    """The next larger module that can be replayed, beginning with the one that holds the parameter."""
-    if backend == "backpack":
-        raise ValueError(
-            f'backend="backpack" has no derivatives for the parameter {name!r}: its layer is unknown, or it is '
-            'used outside its layer\'s forward. Use backend="auto", or hold it fixed (requires_grad=False).'
-        )
-    chain = _ancestors(name)
-    start = 0 if before is None else chain.index(before) + 1
-    for host in chain[start:]:
-        module = plan.network.get_submodule(host)
-        calls = batch.of(module)
-        names = {local_name(name, host): name}
-        if calls and all(
-            plan.module_use(module, names, call, grads, batch.num_examples) is not None
-            for call, grads in calls
-        ):
-            return host
-    if any(
-        plain is not None and weighted is not None and mixes_examples(plain, weighted, batch.num_examples)
-        for plain, weighted in _example_gradients(batch)
-    ):
-        raise ValueError(_mixing([name]))
-    return GRAPH
-
-
-def _example_gradients(batch: Batch) -> list[tuple[Tensor | None, Tensor | None]]:
-    """For each output of each call the plain and the weighted gradient of `find_layout`."""
-    tensors = [tensor for call in batch.calls for tensor in call.outputs]
-    like = batch.outputs.detach()
-    generator = torch.Generator(device=like.device).manual_seed(0)
-    seed = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
-    weights = example_weights(len(seed), seed).reshape(-1, *[1] * (seed.dim() - 1))
-    plain = _gradients(batch.outputs, tensors, seed)
-    return list(zip(plain, _gradients(batch.outputs, tensors, weights * seed), strict=True))
-
-
-def _ancestors(name: str) -> list[str]:
-    """Names of the modules that hold a parameter, from the smallest to the network itself."""
-    parts = name.split(".")[:-1]
-    return [".".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
-
-
-def _wrong_parameters(
+def wrong_parameters(
     plan: Plan, layers: Sequence[Rows], batch: Batch, tried: Collection[str] | None = None
 ) -> list[str]:
     """Parameters whose rows, added up over the columns of two examples, are not autograd's."""
@@ -380,7 +194,7 @@ def _wrong_parameters(
         for layer in layers:
             for name, rows in layer.of_example(example).summed().dense().items():
                 found[name] = found.get(name, 0.0) + weight * rows.sum((0, 1))
-    truths = dict(zip(parameters, _gradients(batch.outputs, list(parameters.values()), seed), strict=True))
+    truths = dict(zip(parameters, gradients(batch.outputs, list(parameters.values()), seed), strict=True))
     scale = max((truth.abs().max().item() for truth in truths.values() if truth is not None), default=0.0)
     tolerance = 1e3 * torch.finfo(batch.outputs.dtype).eps * scale
     wrong = []
@@ -402,67 +216,3 @@ def _joined_linear(uses: Mapping[str, list[tuple[str, Use]]]) -> list[Rows]:
             groups[key][pairs[0][0]] = name
             its_uses[key] = tuple(linear)
     return [OuterRows(local.get("weight"), local.get("bias"), its_uses[key]) for key, local in groups.items()]
-
-
-def _candidates(tensor: Tensor, num_examples: int) -> list[Layout | None]:
-    layouts: list[Layout | None] = [
-        Layout(axis) for axis in range(tensor.dim()) if tensor.shape[axis] == num_examples
-    ]
-    layouts.append(None)
-    if tensor.dim() > 0 and tensor.shape[0] % num_examples == 0 and tensor.shape[0] != num_examples:
-        layouts += [Layout(0, True), Layout(0, False)]
-    return layouts
-
-
-def _replays(use: ModuleUse, recorded: list[Tensor]) -> bool:
-    """Whether each example by itself gives what it gave in the batch."""
-    try:
-        made = use.replayed()
-    except Exception:
-        # Somebody's module was given other shapes than it expects, or does what vmap cannot: anything may come.
-        return False
-    for layout, again, tensor in zip(use.output_layouts, made, recorded, strict=True):
-        expected = layout.apart(tensor.detach(), use.num_examples)
-        if again.shape != expected.shape:
-            return False
-        tolerance = 1e3 * torch.finfo(tensor.dtype).eps * expected.abs().max()
-        if not bool(((again - expected).abs() <= tolerance).all()):
-            return False
-    return True
-
-
-def _with_state(call: Call) -> tuple[tuple[object, ...], dict[str, object]]:
-    """The arguments of a call; recurrent layers get the zero state that they would make themselves.
-
-    One that they make under vmap belongs to no example, and their in-place sums then fail.
-    """
-    args, kwargs = call.arguments
-    module = call.module
-    if (
-        not isinstance(module, nn.RNNBase)
-        or len(args) + len(kwargs) != 1
-        or not isinstance(call.input, Tensor)
-    ):
-        return call.arguments
-    inputs = call.input
-    batched = inputs.shape[0 if module.batch_first else 1 : 1 if module.batch_first else 2]
-    layers = module.num_layers * (2 if module.bidirectional else 1)
-    hidden = inputs.new_zeros(layers, *batched, getattr(module, "proj_size", 0) or module.hidden_size)
-    if not isinstance(module, nn.LSTM):
-        return (inputs, hidden), {}
-    return (inputs, (hidden, inputs.new_zeros(layers, *batched, module.hidden_size))), {}
-
-
-def _gradients(outputs: Tensor, tensors: list[Tensor], seed: Tensor) -> tuple[Tensor | None, ...]:
-    if not tensors:
-        return ()
-    return torch.autograd.grad(outputs, tensors, seed, retain_graph=True, allow_unused=True)
-
-
-def _mixing(names: list[str]) -> str:
-    return (
-        f"The rows of {names} cannot be formed: the network mixes the examples of a batch (batch norm without "
-        "running statistics, a mean over the batch), or its first output dimension is not the batch. The "
-        "evidence needs the likelihood to factorise over examples. Hold the parameters before the mixing fixed "
-        "(requires_grad=False), or use group or layer norm."
-    )

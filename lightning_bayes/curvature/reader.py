@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_bayes.curvature.batch import Batch
 from lightning_bayes.curvature.calls import Call, recorded_calls
 from lightning_bayes.curvature.errors import check_finite
 from lightning_bayes.curvature.functional_rows import plain_kernels
 from lightning_bayes.curvature.likelihoods import Likelihood
-from lightning_bayes.curvature.plan import Batch, Plan, make_plan
+from lightning_bayes.curvature.plan import Plan
+from lightning_bayes.curvature.planning import make_plan
 from lightning_bayes.curvature.rows import CONVOLUTIONS, RowBlock, pad_beforehand
 
 __all__ = ["BatchRows", "RowReader", "forward_of"]
