@@ -99,10 +99,12 @@ MODELS = {
     for model in (
         Model("logistic", lambda: nn.Linear(784, 1), 1000, binary=True),
         Model("mlp-1000", mlp, 1000),
-        Model("mlp-5000", mlp, 5000),
+        Model("mlp-5000", mlp, 5000, float64=False),
         Model("mlp-60000", mlp, 60_000, float64=False),
         Model("lenet", lenet, 500, (1, 28, 28), steps=1000, learning_rate=0.02),
-        Model("resnet18", resnet18, 64, (3, 32, 32), steps=100, learning_rate=0.02, batch_size=32),
+        Model(
+            "resnet18", resnet18, 64, (3, 32, 32), steps=100, learning_rate=0.02, batch_size=32, float64=False
+        ),
         Model("transformer", RowTransformer, 200, (28, 28), steps=1000, learning_rate=0.02, batch_size=100),
     )
 }

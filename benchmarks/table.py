@@ -33,9 +33,6 @@ EXACT_SOURCES = (
     ("torch", "full", "float64"),
     ("lightning-bayes", "full", "float64"),
     ("lightning-bayes", "full", "float32"),
-    ("lightning-bayes", "tolerance 1", "float64"),
-    ("lightning-bayes", "tolerance 1", "float32"),
-    ("lightning-bayes", "tolerance 10", "float32"),
 )
 """Where the exact number is taken from, the best first; a bracket is its own limit of what can be known."""
 

@@ -106,6 +106,8 @@ def evidence_curve(
         raise ValueError(
             "evidence_curve() takes `prior_precisions`, the values of λ to evaluate, and not `prior_precision`."
         )
+    if arguments.get("tolerance") is not None:
+        raise ValueError("evidence_curve() has no bracket for a curve: leave `tolerance` out.")
     grid = None if prior_precisions is None else _checked(prior_precisions)
     computation = Computation(prior_precision="optimize", **arguments)
 

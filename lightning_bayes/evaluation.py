@@ -77,10 +77,10 @@ class Totals:
 
     @property
     def cheap_spectrum(self) -> bool:
-        """Whether eigenvalues cost less than some factorisations: not of a large exact matrix."""
-        if self.method.structure != "full" or self.method.tolerance is not None:
-            return True
-        if isinstance(self.curved, HessianCurvature):
+        """Whether eigenvalues serve a search better than factors: not of a bracket or a large exact matrix."""
+        if self.method.tolerance is not None:  # the rows that a bracket keeps are others at each prior
+            return False
+        if self.method.structure != "full" or isinstance(self.curved, HessianCurvature):
             return True
         return min(self.curved.problem.num_rows, self.curved.problem.num_parameters) <= LARGEST_SPECTRUM
 
@@ -241,7 +241,8 @@ class _RowIntake:
             tolerance=self.method.tolerance,
             sampled=self.method.num_samples is not None,
             strengths=self._prior.strengths,
-            proportional=self._prior.proportional,
+            rises_together=self._prior.rises_together,
+            sought=bool(self._prior.optimized),
         )
         if problem.sampled and self.method.structure == "auto":
             structure, reason = "kron", f"{block.num_columns} columns are sampled"
@@ -285,6 +286,8 @@ def fixed_weights(
     totals: Totals, likelihood: Likelihood, prior: Prior, loss_scale: LossScale
 ) -> FixedWeights:
     """What the search for a prior needs to know of the totals."""
+    if totals.num_terms == 0.0:
+        raise EvidenceUnavailableError("No target counts: the loss ignores them all.")
     per_example = totals.num_terms / totals.num_examples
     return FixedWeights(
         curved=totals.curved,

@@ -26,7 +26,8 @@ class Evidence:
         log_likelihood: ln P(y | ω, x).
         weight_penalty: ½ Σ λ ω² over the parameters that carry a prior.
         log_occam_factor: −½ ln det(I + Λ⁻¹ᐟ² G Λ⁻¹ᐟ²), at most 0.
-        effective_parameters: γ = tr G(G + Λ)⁻¹, the parameters that the data determine.
+        effective_parameters: γ = tr G(G + Λ)⁻¹, the parameters that the data determine; of "blocks", those
+            within the landmarks' span, a lower bound.
         newton_decrement: ½ ∇Cᵀ(G + Λ)⁻¹∇C, what one Newton step would take off the cost. The Laplace
             approximation is about a minimum; see `at_minimum`.
         prior_precision: λ, or one for each parameter where they differ.

@@ -40,7 +40,7 @@ class Method:
         _one_of("backend", self.backend, BACKENDS)
         if self.tolerance is not None:
             positive("tolerance", self.tolerance)
-            if self.structure in ("kron", "kron_joint", "diag"):
+            if self.structure not in ("auto", "full"):
                 raise ValueError(
                     f"Expected argument `tolerance` to be None beside structure={self.structure!r}, got "
                     f"{self.tolerance!r}: it is the width of a bracket about the exact log-evidence, which "
@@ -58,7 +58,7 @@ class Method:
         return self.curvature != "ggn"
 
     def _check_sampling(self) -> None:
-        if self.structure == "full" or self.tolerance is not None:
+        if self.structure in ("full", "blocks") or self.tolerance is not None:
             raise ValueError(
                 f"Expected argument `num_samples` to be None beside structure={self.structure!r} and tolerance="
                 f"{self.tolerance!r}, got {self.num_samples!r}: with sampled columns the matrix is right on average "
@@ -69,7 +69,7 @@ class Method:
         if self.structure not in ("auto", "full"):
             raise ValueError(
                 f"Expected argument `structure` to be 'auto' or 'full' beside curvature={self.curvature!r}, got "
-                f'{self.structure!r}: kron and diag are views of the rows of the GGN. Use curvature="ggn".'
+                f'{self.structure!r}: the others are views of the rows of the GGN. Use curvature="ggn".'
             )
         for name, value, usual in (
             ("tolerance", self.tolerance, None),

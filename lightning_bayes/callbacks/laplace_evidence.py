@@ -119,6 +119,7 @@ class LaplaceEvidence(Callback):
     ) -> None:
         super().__init__()
         self.method = Method(structure, curvature, backend, tolerance, num_samples, subset_of_weights)
+        self._asked = self.method  # with columns sampled where there are many
         check_options(batch_size, max_examples)
         require_prior_precision(prior_precision, also=("auto", "optimize_per_group"))
         check_arguments(likelihood, network, every_n_epochs, max_overhead, log_key_prefix)
@@ -250,7 +251,7 @@ class LaplaceEvidence(Callback):
                 yield _forward(reader, index, batch)
 
         # Parameters are unfrozen and datasets grow during a run: then the choice is made again.
-        method = self._resolved if self._planned == plan and self._resolved else self.method
+        method = self._resolved if self._planned == plan and self._resolved else self._asked
         totals = read_all(
             reader.network, forwards(), captured.likelihood, prior, method, examples.num_examples
         )
@@ -286,6 +287,7 @@ class LaplaceEvidence(Callback):
     ) -> Method:
         """Choose the structure and say why; the one place that announces how the evidence is computed."""
         method, changed = sampling_if_many_columns(self.method, captured.outputs)
+        self._asked = method
         if changed is not None:
             rank_zero_warn(f"LaplaceEvidence: {changed}")
         examples, prior = self._examples(trainer), self._prior(trainer, pl_module)

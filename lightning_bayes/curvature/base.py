@@ -36,7 +36,9 @@ class Problem:
     """Whether the columns of a batch are samples, of which G is the mean in expectation."""
     strengths: Mapping[str, float] | None = None
     """Λ of each parameter tensor up to one factor, where that is known beforehand."""
-    proportional: bool = True
+    sought: bool = False
+    """Whether prior precisions are to be found."""
+    rises_together: bool = True
     """Whether every Λ that will be asked for is `strengths` times one number."""
 
     @property

@@ -10,7 +10,7 @@ batches is [landmarks, landmarks]. On the right Hadamard's Σ ln(1 + Gᵢᵢ/λ�
 only with ln N. Everything is kept for Λ = s Λ₀ at once, since the pass ends before s is known.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -141,12 +141,21 @@ class BlockCurvature(Curvature):
         own = own.to(accumulation_dtype(self.problem.device))
         if not self._landmarks:
             self._choose_landmarks(layers, own)
-        cross = cross_all(self._landmarks, layers, self._unit)
+        cross = self._cross(layers, own)
         within = self._root.to(cross).mT @ cross
         self._gram += within @ within.mT
         self._trace += own.diagonal(dim1=1, dim2=2).sum().item()
         examples = within.unflatten(1, (own.shape[1], -1)).permute(2, 1, 0)  # [N, C, landmarks]
         self._residuals.append(torch.linalg.eigvalsh(own - examples @ examples.mT).clamp_(min=0.0).flatten())
+
+    def _cross(self, layers: Sequence[KeptRows], own: Tensor) -> Tensor:
+        """K between the landmarks and a batch. A layer that one of them lacks has no rows there."""
+        theirs = {layer.names: layer for layer in layers}
+        shared = [(layer, theirs[layer.names]) for layer in self._landmarks if layer.names in theirs]
+        if not shared:
+            return own.new_zeros(len(self._root), own.shape[0] * own.shape[1])
+        left, right = zip(*shared, strict=True)
+        return cross_all(left, right, self._unit)
 
     def _choose_landmarks(self, layers: list[KeptRows], own: Tensor) -> None:
         rows = principal_rows(layers, own)
@@ -154,6 +163,7 @@ class BlockCurvature(Curvature):
         self._landmarks = rows.pick(rows.eigenvalues.topk(number).indices)
         gram = cross_all(self._landmarks, self._landmarks, self._unit).to(own)
         shift = SHIFT * torch.finfo(self.problem.dtype).eps * gram.diagonal().mean()
+        shift = shift.clamp(min=torch.finfo(self.problem.dtype).tiny)  # no row counts
         values, vectors = torch.linalg.eigh(0.5 * (gram + gram.mT))
         self._root = vectors * (values.clamp(min=0.0) + shift).rsqrt()
         self._gram = torch.zeros_like(gram)

@@ -75,6 +75,12 @@ class BracketCurvature(DualCurvature):
             effective_parameters_stderr=(gamma_error**2 + _standard_error(added_gamma) ** 2) ** 0.5,
         )
 
+    def spectrum(self, precision: Mapping[str, float]) -> Tensor:
+        """See `Curvature.spectrum`: of K_SS, none above its counterpart in K."""
+        eigenvalues = super().spectrum(precision)
+        self._known = None  # S is another one at another prior
+        return eigenvalues
+
     def _layers(self, precision: Mapping[str, float]) -> list[KeptRows]:
         """Of S alone: `spectrum` and `log_det_and_traces` are those of K_SS, not above those of K."""
         found = self._select(precision)

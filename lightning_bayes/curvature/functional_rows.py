@@ -5,7 +5,6 @@ The smallest module whose call holds every use of a parameter is run again on ea
 example in turn.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -161,12 +160,24 @@ class ModuleUse(Use):
 @contextmanager
 def _vectorised() -> Iterator[None]:
     """Recurrent layers by operations that vmap knows, and loops inside vmap without its remark on them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
-        # torch mentions TF32 of other devices whenever a flag of oneDNN is set.
-        warnings.filterwarnings("ignore", message="TF32 acceleration", category=UserWarning)
-        with torch.backends.mkldnn.flags(enabled=False):
-            yield
+    onednn: Any = torch.backends.mkldnn
+    enabled = onednn.enabled
+    onednn.enabled = False  # `onednn.flags` sets TF32 along with it, on which torch remarks
+    _remark_on_loops(False)
+    try:
+        yield
+    finally:
+        _remark_on_loops(True)
+        onednn.enabled = enabled
+
+
+def _remark_on_loops(enabled: bool) -> None:
+    """Whether vmap says that it runs an operation in a loop; it does unless told otherwise, and cannot be asked."""
+    # There is no public way. `warnings.catch_warnings` would make Python forget, in every module, which
+    # warnings have been given once already.
+    switch = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", None)
+    if switch is not None:
+        switch(enabled)
 
 
 @dataclass(frozen=True)

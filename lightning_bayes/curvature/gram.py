@@ -85,6 +85,14 @@ class KeptRows(ABC):
     def to(self, dtype: torch.dtype) -> Self:
         """The same rows in another floating type."""
 
+    def widen(self, columns: int) -> Self:
+        """These rows with rows of zeros up to so many columns: neither det(I + K) nor tr K(I + K)⁻¹ changes."""
+        missing = columns - len(self.rows)
+        if missing == 0:
+            return self
+        zeros = self.rows.new_zeros(missing, *self.rows.shape[1:])
+        return replace(self, rows=torch.cat([self.rows, zeros]))
+
     def rotate(self, rotations: Tensor) -> Self:
         """Rows Σ_c R[n, c, d] v₍ₙ,c₎ for orthogonal R [N, C, C]: K only changes its basis."""
         flat = self.rows.flatten(2).transpose(0, 1)  # [N, C, ...]

@@ -32,14 +32,14 @@ def isolated(*holders: object) -> Iterator[None]:
 
     Iterating a DataLoader draws from torch's global generator, transforms may draw from any; with
     fixed seeds two evaluations see the same draws. Trainers are often run with reduced matrix-product
-    precision, which a log-determinant does not survive.
+    precision, which a log-determinant does not survive. Within, torch refuses to read its older switches of
+    TF32 where they say otherwise.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     restores = list(_restores(holders))
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
     try:
         with ExitStack() as stack:
+            stack.enter_context(_full_float32())
             stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
             stack.enter_context(torch.inference_mode(False))
             for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
@@ -53,11 +53,54 @@ def isolated(*holders: object) -> Iterator[None]:
             random.seed(0)
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
         np.random.set_state(numpy_state)
         random.setstate(python_state)
         for restore in restores:
             restore()
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Matrix products, convolutions and recurrent layers in IEEE float32, whichever switches of torch are in use."""
+    if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
+        matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(matmul)
+            torch.backends.cudnn.allow_tf32 = cudnn
+        return
+    own = _own_precisions()
+    for operation, _ in own:
+        operation.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for operation, precision in own:
+            operation.fp32_precision = precision
+
+
+def _own_precisions() -> list[tuple[Any, str]]:
+    """Each switch of precision with its own value, which is "none" where it takes that of its backend."""
+    backends: Any = torch.backends
+    cuda, onednn = backends.cudnn, backends.mkldnn
+    # A switch tells what it takes from above, not that it takes it: while they are read there is nothing above.
+    above = []
+    for parent in (backends, cuda):
+        above.append((parent, parent.fp32_precision))
+        parent.fp32_precision = "none"
+    own = [(backends.cuda.matmul, backends.cuda.matmul.fp32_precision)]
+    if torch.cuda.is_available():  # without, they would only make torch refuse to read `cudnn.allow_tf32`
+        own += [(operation, operation.fp32_precision) for operation in (cuda.conv, cuda.rnn)]
+    # That of all oneDNN is set by `mkldnn.flags` alone: an equal value is taken to come from there.
+    for operation in (onednn.matmul, onednn.conv, onednn.rnn):
+        precision = operation.fp32_precision
+        own.append((operation, "none" if precision == onednn.fp32_precision else precision))
+    for parent, precision in above:
+        parent.fp32_precision = precision
+    return own
 
 
 def _restores(holders: Iterable[object]) -> Iterator[Callable[[], object]]:

@@ -20,6 +20,8 @@ class RowKeeper:
 
     def __init__(self, before: "RowKeeper | None" = None) -> None:
         self._sizes: list[int] = []  # examples of each batch
+        self._idle: list[KeptRows] = []  # of a batch whose rows are all zero
+        self._columns = 0  # of the batch that has most: those of tokens are as many as its sequences are long
         self._chunks: dict[tuple[str, ...], dict[int, list[KeptRows]]] = {}
         self._forms: dict[tuple[str, ...], Form] = {} if before is None else before._forms
 
@@ -32,7 +34,14 @@ class RowKeeper:
         """
         if block.columns.start == 0:
             self._sizes.append(block.num_examples)
-        for layer in keep_block(block, self._forms):
+            self._columns = max(self._columns, block.num_columns)
+        layers = keep_block(block, self._forms)
+        if not any(
+            bool(layer.rows.any()) for layer in layers
+        ):  # saturated or ignored: as if it were not there
+            self._idle = layers
+            return
+        for layer in layers:
             if any(set(names) & set(layer.names) and names != layer.names for names in self._chunks):
                 raise ValueError(
                     f"The network uses {sorted(layer.names)} in different layers for different batches; the exact "
@@ -51,16 +60,20 @@ class RowKeeper:
         return max(counts, default=0)
 
     def layers(self) -> list[KeptRows]:
-        """One entry a layer, over all examples; a batch that did not use it has rows of zeros there.
+        """One entry a layer, over all examples, with the columns of the batch that has most.
+
+        A batch that did not use the layer, or has fewer columns, has rows of zeros there.
 
         Raises:
             ValueError: If nothing was kept.
         """
+        if not self._chunks and self._idle:
+            return [layer.blank(sum(self._sizes)) for layer in self._idle]
         if not self._chunks:
             raise ValueError("No parameter that carries a prior has an influence on the network's outputs.")
         whole = []
         for batches in self._chunks.values():
-            found = {index: _merged(chunks, 0) for index, chunks in batches.items()}
+            found = {index: _merged(chunks, 0).widen(self._columns) for index, chunks in batches.items()}
             batches.clear()  # each layer's pieces go before the next layer is put together
             like = next(iter(found.values()))
             every = [

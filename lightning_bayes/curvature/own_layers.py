@@ -81,7 +81,8 @@ class _PReLU(_Channels):
 
     def summed(self, module: Any, products: Tensor) -> Tensor:
         if module.num_parameters == 1:
-            return products.flatten(2).sum(2, keepdim=True)
+            flat = products.reshape(*products.shape[:2], -1)  # an example may be one number
+            return flat.sum(2, keepdim=True)
         return super().summed(module, products)
 
 

@@ -35,6 +35,8 @@ def make_plan(network: nn.Module, parameters: Mapping[str, nn.Parameter], batch:
                 raise ValueError(_mixing(wrong))
             before = None if plan.ways[name] == LAYER else plan.ways[name]
             plan.ways[name] = _next_way(plan, name, batch, before, backend)
+    # Without rows (saturated, or all targets ignored) every plan is right, and this one is not kept.
+    plan.proved = bool(batch.roots.detach().any())
     slow = [name for name, way in plan.ways.items() if way == GRAPH]
     if slow:
         warnings.warn(

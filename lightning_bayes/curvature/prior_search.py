@@ -124,7 +124,7 @@ class _Search:
         self._rest = tuple(name for name in weights.sizes if name not in in_groups)
         # A prior in proportion to weight decay stays what it is in units of the noise: φλ is given.
         self._tied = self._rest if prior.per_example else ()
-        together = _rises_together(weights, prior)
+        together = prior.rises_together
         self._by_spectrum = together and weights.total is None
         if self._by_spectrum:
             self._curve = _curve_of(weights)
@@ -262,11 +262,6 @@ class _Search:
                 "prior precision of their own.",
                 stacklevel=4,
             )
-
-
-def _rises_together(weights: FixedWeights, prior: Prior) -> bool:
-    """Whether all μ stay multiples of one prior."""
-    return [set(group) for group in prior.optimized] == [set(weights.sizes)] or not prior.optimized
 
 
 def _of_first(total: Callable[[Mapping[str, float]], tuple[float, float]], names: Sequence[str]) -> _Curve:

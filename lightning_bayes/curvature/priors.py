@@ -63,11 +63,10 @@ class Prior:
         return {name: strength * factor for name, strength in self.strengths.items()}
 
     @property
-    def proportional(self) -> bool:
+    def rises_together(self) -> bool:
         """Whether the λ of all parameters are `strengths` times one number, whatever is found."""
-        return not self.optimized or (
-            len(self.optimized) == 1 and len(self.optimized[0]) == len(self.strengths)
-        )
+        groups = [set(group) for group in self.optimized]
+        return not groups or groups == [set(self.strengths)]
 
     def restricted(self, names: Collection[str]) -> "Prior":
         """The prior of some of the parameters; the others are conditioned on.

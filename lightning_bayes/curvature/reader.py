@@ -69,6 +69,7 @@ class RowReader:
         self._backend = backend
         self._generator: torch.Generator | None = None
         self._plan: Plan | None = None
+        self._split = ""
         self._read = 0  # batches
         wanted = {id(parameter) for parameter in self.parameters.values()}
         self._holders = [
@@ -77,10 +78,12 @@ class RowReader:
         for module in self._holders:
             if isinstance(module, CONVOLUTIONS):
                 pad_beforehand(module)
+            elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                module.sparse = False  # gradients are compared entry by entry
 
     def split(self) -> str:
         """What is read in which way, after the first batch; one line."""
-        return "" if self._plan is None else self._plan.summary()
+        return self._split
 
     def read(self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood) -> BatchRows:
         """Run one batch through the network and return its rows.
@@ -152,7 +155,8 @@ class RowReader:
                 outputs, _, _, calls = run_again()  # with all calls
                 batch, plan = Batch.backward(calls, outputs, roots[columns]), None
             if plan is None or layers is None:
-                self._plan = plan = make_plan(self._network, self.parameters, batch, self._backend)
+                plan = make_plan(self._network, self.parameters, batch, self._backend)
+                self._plan, self._split = plan if plan.proved else None, plan.summary()
                 layers = plan.layers(batch)
             yield RowBlock(len(outputs), columns, len(roots), layers)
 

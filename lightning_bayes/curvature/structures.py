@@ -39,8 +39,9 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
         The structure, and a sentence that says why.
 
     Raises:
-        ValueError: If "full" was asked for and cannot fit in the machine's memory, or "full" or "blocks" for
-            sampled columns, or "blocks" for several precisions that are to be found.
+        ValueError: If a bracket is beyond the budget of "auto" or asked for beside several prior precisions that
+            are to be found; if "full" was asked for and cannot fit in the machine's memory; if "full" or
+            "blocks" was asked for where columns are sampled, or "blocks" where prior precisions are to be found.
     """
     memory, flop = full_cost(problem)
     sizes = (
@@ -48,6 +49,11 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
         f"{_readable(memory, 'B')} and {_readable(flop, 'FLOP')}"
     )
     cheaper = 'structure="kron", structure="diag" or max_examples='
+    if problem.tolerance is not None and not problem.rises_together:
+        raise ValueError(
+            "A bracket (tolerance=) belongs to one prior, and several prior precisions are to be found. Use "
+            'prior_precision="optimize" for one, or leave tolerance= out.'
+        )
     if structure == "auto":
         return _within_budget(problem, sizes)
     if problem.sampled and structure in ("full", "blocks"):
@@ -55,10 +61,10 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
             f"structure={structure!r} needs all columns of the Hessian's root, and they are sampled. Use "
             'structure="kron" or structure="diag".'
         )
-    if structure == "blocks" and not problem.proportional:
+    if structure == "blocks" and problem.sought:
         raise ValueError(
-            'structure="blocks" sums its rows for prior precisions in fixed proportions, and several are to be '
-            'found. Use prior_precision="optimize" for one, or structure="kron".'
+            'structure="blocks" gives bounds that may be wide, and no curve in between to find a prior precision '
+            'on. Give prior_precision= a number, or use structure="full" or structure="kron".'
         )
     if structure == "full" and memory > _total_memory(problem.device):
         raise ValueError(f'structure="full" does not fit on {problem.device}: {sizes}. Use {cheaper}.')
@@ -75,7 +81,12 @@ def _within_budget(problem: Problem, sizes: str) -> tuple[str, str]:
         return "kron", f"{sizes}, but its columns are sampled, from which there is no exact matrix"
     if _fits(*full_cost(problem)):
         return "full", f"{sizes}, within {budget}"
-    if problem.proportional and _fits(*blocks_cost(problem)):
+    if problem.tolerance is not None:
+        raise ValueError(
+            f"tolerance={problem.tolerance:g} is not to be had within {budget}: {sizes}. structure='full' tries it "
+            "all the same, max_examples= takes fewer examples; without tolerance= the bounds are as wide as they are."
+        )
+    if not problem.sought and _fits(*blocks_cost(problem)):
         return "blocks", f"{sizes}, beyond {budget}, which allows bounds from landmarks; {overrides}"
     return "kron", f"{sizes}, beyond {budget}; {overrides}"
 

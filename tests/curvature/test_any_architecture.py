@@ -16,9 +16,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
+from lightning_bayes.curvature import blocks
+from lightning_bayes.curvature.bracket import BracketCurvature
+from lightning_bayes.curvature.diagonal import DiagonalCurvature
+from lightning_bayes.curvature.dual import DualCurvature
+from lightning_bayes.curvature.likelihoods import Categorical
+from lightning_bayes.curvature.primal import PrimalCurvature
+from lightning_bayes.curvature.structures import STRUCTURES
 from lightning_bayes.evidence import Evidence
 from lightning_bayes.laplace import laplace_evidence
-from tests.reference import SlowTwin, assert_agrees
+from tests.reference import Density, SlowTwin, assert_agrees, categorical
 
 CLASSES = 3
 PRECISION = 0.5
@@ -326,3 +333,99 @@ def test_packed_sequences(structure):
     )
     twin = SlowTwin(model, inputs, targets, "classification")
     assert_agrees(found, twin.evidence(dict.fromkeys(twin.names, PRECISION), structure))
+
+
+class Tagger(nn.Module):
+    """A label for each token, [N, T, d] to [N, T, C]; long sentences have a layer of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, CLASSES)
+        self.long = nn.Linear(4, 4)
+        self.routed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.inner(x))
+        return self.head(self.long(hidden) if x.shape[1] > 5 or not self.routed else hidden)
+
+
+LENGTHS = [4] * 3 + [7] * 3 + [2] * 3 + [5]
+"""Three examples a batch: T(C - 1) columns, more in the second batch than in the first, fewer in the third."""
+
+
+def tagged(routed: bool) -> tuple[SlowTwin, DataLoader]:
+    model = Tagger().double()
+    model.routed = routed
+    inputs = [torch.randn(length, 3, dtype=torch.float64) for length in LENGTHS]
+    targets = [torch.randint(CLASSES, (length,)) for length in LENGTHS]
+    loader = DataLoader(list(zip(inputs, targets, strict=True)), batch_size=3)
+    return SlowTwin(model, inputs, targets, Density(categorical(class_dim=-1))), loader
+
+
+def tags_evidence(
+    twin: SlowTwin, loader: DataLoader, precision: float = PRECISION, **options: object
+) -> Evidence:
+    """The engine's."""
+    return laplace_evidence(
+        twin.model,
+        loader,
+        likelihood=Categorical(class_dim=-1),
+        prior_precision=precision,
+        batch_size=3,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("side", [PrimalCurvature, DualCurvature, DiagonalCurvature])
+def test_tokens_in_batches_of_different_lengths(side, routed, monkeypatch):
+    monkeypatch.setitem(STRUCTURES, "full", side)
+    twin, loader = tagged(routed)
+    structure = "diag" if side is DiagonalCurvature else "full"
+    expected = twin.evidence(dict.fromkeys(twin.names, PRECISION), structure)
+    assert_agrees(tags_evidence(twin, loader, structure="full"), expected)
+
+
+@pytest.mark.parametrize("precision", [0.5, 5.0])
+def test_bracket_about_tokens_in_batches_of_different_lengths(precision, monkeypatch):
+    monkeypatch.setitem(STRUCTURES, "full", BracketCurvature)
+    twin, loader = tagged(routed=True)
+    expected = twin.evidence(dict.fromkeys(twin.names, precision))
+    found = tags_evidence(twin, loader, precision, structure="full", tolerance=0.5)
+    assert found.lower < found.upper <= found.lower + 0.5
+    assert found.lower <= expected.log_evidence <= found.upper
+    assert found.effective_parameters == pytest.approx(expected.effective_parameters, rel=0.1)
+    assert found.newton_decrement == pytest.approx(expected.newton_decrement, rel=2e-3)
+
+
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("pool", [1, 30, 8192])
+def test_landmarks_from_tokens_in_batches_of_different_lengths(pool, routed, monkeypatch):
+    """From two batches or all they are more than parameters: the bounds meet."""
+    monkeypatch.setattr(blocks, "POOL_ROWS", pool)
+    twin, loader = tagged(routed)
+    expected = twin.evidence(dict.fromkeys(twin.names, PRECISION))
+    found = tags_evidence(twin, loader, structure="blocks")
+    assert found.lower <= expected.log_evidence <= found.upper
+    if pool > 1:
+        assert_agrees(found, expected)
+
+
+class ScalarPReLU(nn.Module):
+    """One parameter on one number an example, [N]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.activation, self.head = nn.Linear(5, 1), nn.PReLU(), nn.Linear(1, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.activation(self.inner(x).squeeze(1)).unsqueeze(1))
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_prelu_of_one_number_an_example(structure):
+    inputs, targets = torch.randn(8, 5, dtype=torch.float64), torch.randint(CLASSES, (8,))
+    twin = SlowTwin(ScalarPReLU().double(), inputs, targets, "classification")
+    assert_agrees(
+        evidence_of(twin, structure), twin.evidence(dict.fromkeys(twin.names, PRECISION), structure)
+    )

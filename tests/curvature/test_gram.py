@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_bayes.curvature import gram
+from lightning_bayes.curvature.cholesky import log_det_of
+from lightning_bayes.curvature.dual import trace_of_shrinkage
 from lightning_bayes.curvature.gram import KeptDense, KeptOuter, keep, kept_widths
 from lightning_bayes.curvature.kept import RowKeeper, cross_all
 from lightning_bayes.curvature.likelihoods import resolve_likelihood
@@ -94,6 +96,25 @@ def test_rotated_rows_give_the_rotated_k(paired):
     grams = kept.example_grams(precision)
     values, rotations = torch.linalg.eigh(grams)
     torch.testing.assert_close(kept.rotate(rotations).example_grams(precision), torch.diag_embed(values))
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_columns_of_zeros_leave_the_determinant_and_the_trace(paired):
+    kept = layer(2, 3, 2, 3, 2, paired)
+    wider = kept.widen(5)
+    rows = torch.cat([written_down(kept), torch.zeros(9, 3 * 2 + 3, dtype=torch.float64)])
+    torch.testing.assert_close(wider.cross(kept, precision), rows @ rows[:6].mT)
+    torch.testing.assert_close(kept.cross(wider, precision), rows[:6] @ rows.mT)
+    gram, padded = kept.cross(kept, precision), wider.cross(wider, precision)
+    factor, padded_factor = (torch.linalg.cholesky(torch.eye(len(k)).to(k) + k) for k in (gram, padded))
+    assert log_det_of(padded_factor) == pytest.approx(log_det_of(factor), rel=1e-12)
+    expected = torch.linalg.solve(torch.eye(6).to(gram) + gram, gram).trace().item()
+    exact, _ = trace_of_shrinkage(padded_factor, 4, 15)
+    assert exact == pytest.approx(expected, rel=1e-10)
+    estimates = [trace_of_shrinkage(one, 10_000, 0) for one in (factor, padded_factor)]
+    for estimate, stderr in estimates:
+        assert abs(estimate - expected) < 4 * stderr
+    assert estimates[1][1] == pytest.approx(estimates[0][1], rel=0.1)  # rows of zeros add no variance
 
 
 def blocks_of(network, chunk, monkeypatch, num_examples=5):

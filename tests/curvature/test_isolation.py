@@ -2,6 +2,8 @@
 
 import copy
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -114,15 +116,85 @@ def test_the_callers_context_does_not_matter(context):
         assert laplace_evidence(case.model, data).log_evidence == outside
 
 
-def test_matrix_products_are_in_full_precision_within():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with isolated():
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
+PRECISION = """
+import warnings
+
+import torch
+from torch import nn
+
+from lightning_bayes.curvature.isolation import isolated
+from lightning_bayes.laplace import laplace_evidence
+
+warnings.simplefilter("error")
+torch.manual_seed(0)
+backends, cuda, onednn = torch.backends, torch.backends.cudnn, torch.backends.mkldnn
+matmuls = [backends.cuda.matmul, onednn.matmul]
+switches = [backends, cuda, onednn, *matmuls, cuda.conv, cuda.rnn, onednn.conv, onednn.rnn]
+model, data = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), (torch.randn(9, 5), torch.arange(9) % 3)
+
+
+def precisions():
+    # What each switch tells, and what it would without those above it.
+    told = [switch.fp32_precision for switch in switches]
+    generic, backends.fp32_precision = backends.fp32_precision, "none"
+    own, cuda.fp32_precision = cuda.fp32_precision, "none"
+    told += [switch.fp32_precision for switch in switches]
+    cuda.fp32_precision, backends.fp32_precision = own, generic
+    return told
+
+
+expected = laplace_evidence(model, data).log_evidence
+{setting}
+before = precisions()
+with isolated():
+    assert [switch.fp32_precision for switch in matmuls] == ["ieee", "ieee"]
+    if torch.cuda.is_available():
+        assert cuda.conv.fp32_precision == cuda.rnn.fp32_precision == "ieee"
+assert laplace_evidence(model, data).log_evidence == expected
+assert precisions() == before
+{after}
+"""
+"""A user's program. Torch's older and newer switches may not be mixed in one process."""
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends, "fp32_precision"), reason="torch has the older switches alone"
+)
+@pytest.mark.parametrize(
+    ("setting", "after"),
+    [
+        # What is set for everything afterwards must still reach the matrix products, unless they have their own.
+        ("", "backends.fp32_precision = 'tf32'; assert [m.fp32_precision for m in matmuls] == ['tf32'] * 2"),
+        (
+            "backends.fp32_precision = cuda.fp32_precision = backends.cuda.matmul.fp32_precision = 'tf32'",
+            "backends.fp32_precision = cuda.fp32_precision = 'ieee'; assert matmuls[0].fp32_precision == 'tf32'",
+        ),
+        (
+            "onednn.matmul.fp32_precision = 'bf16'; cuda.fp32_precision = 'tf32'; cuda.conv.fp32_precision = 'none'",
+            "",
+        ),
+        *[
+            (
+                f"torch.set_float32_matmul_precision('{precision}')",
+                f"assert torch.get_float32_matmul_precision() == '{precision}'; backends.cuda.matmul.allow_tf32",
+            )
+            for precision in ("high", "medium")
+        ],
+    ],
+)
+def test_precision_is_full_within_and_the_callers_own_after(setting, after):
+    program = PRECISION.format(setting=setting, after=after)
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert not finished.stderr
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="torch refuses where cuDNN is in use and its switches differ"
+)
+def test_models_may_turn_cudnn_off_for_themselves():
+    with isolated(), torch.backends.cudnn.flags(enabled=False):
+        assert not torch.backends.cudnn.enabled
 
 
 def test_deterministic_mode_fills_memory_that_nothing_may_read():

@@ -1,0 +1,77 @@
+"""What a search over refits leaves behind when it cannot end well."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_bayes import Gaussian, laplace_evidence, refit_prior_precision
+
+X = torch.tensor([[1.0], [2.0], [-1.0], [0.5]], dtype=torch.float64)
+NOISE = torch.tensor([[0.3], [-0.2], [0.1], [0.4]], dtype=torch.float64)
+
+
+def model_at(weight: float) -> nn.Module:
+    model = nn.Linear(1, 1, bias=False).double()
+    model.weight.data.fill_(weight)
+    return model
+
+
+class Ridge:
+    """The minimum in closed form for unit noise; the round of number `broken` changes the weights and raises."""
+
+    def __init__(self, targets: torch.Tensor, broken: int = -1, error: type[BaseException] = RuntimeError):
+        self.targets, self.broken, self.error = targets, broken, error
+        self.weights: list[float] = []
+
+    def __call__(self, model: nn.Module, precision: float) -> None:
+        if len(self.weights) == self.broken:
+            model.weight.data.fill_(1e3)
+            raise self.error("out of memory")
+        self.weights.append(((X * self.targets).sum() / (X.square().sum() + precision)).item())
+        model.weight.data.fill_(self.weights[-1])
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("broken", range(5))
+def test_a_refit_that_raises_leaves_the_best_round_so_far(broken, error):
+    targets = 2 * X + NOISE
+    model, refit = model_at(7.0), Ridge(targets, broken, error)
+    with pytest.raises(error, match="out of memory"):
+        refit_prior_precision(model, (X, targets), refit, start=30.0, likelihood=Gaussian(1.0))
+    assert len(refit.weights) == broken
+    if broken == 0:
+        assert model.weight.item() == 7.0
+        return
+
+    def value(weight: float) -> float:
+        precision = (X * targets).sum().item() / weight - X.square().sum().item()
+        data = (X, targets)
+        found = laplace_evidence(
+            model_at(weight), data, likelihood=Gaussian(1.0), prior_precision=precision, structure="full"
+        )
+        return found.log_evidence
+
+    assert model.weight.item() == max(refit.weights, key=value)
+
+
+@pytest.mark.parametrize(
+    ("sign", "way"), [(1.0, "grows: .* the largest has"), (-1.0, "falls towards 0: .* the smallest has")]
+)
+def test_evidence_without_a_maximum_says_which_end_it_rises_to(sign, way, monkeypatch):
+    """By evidence made up for the purpose: ±ln λ."""
+    targets = 2 * X + NOISE
+    model, refit = model_at(7.0), Ridge(targets)
+
+    def made_up(*args, prior_precision, **options):
+        found = laplace_evidence(*args, prior_precision=prior_precision, **options)
+        slope = 0.0 if prior_precision == "optimize" else sign * math.log(prior_precision)
+        return replace(found, log_evidence=slope)
+
+    monkeypatch.setattr("lightning_bayes.refitting.laplace_evidence", made_up)
+    with pytest.raises(ValueError, match=f"rises as the prior precision {way} the most"):
+        refit_prior_precision(model, (X, targets), refit, likelihood=Gaussian(1.0))
+    best = min(refit.weights) if sign > 0 else max(refit.weights)
+    assert model.weight.item() == best
