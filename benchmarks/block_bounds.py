@@ -60,7 +60,7 @@ def main() -> None:
         found = json.loads(output.splitlines()[-1])
         seconds.append(found["seconds"])
         print(
-            f"N = {size:,}: {found['seconds']:.1f} s, log-evidence in [{found['lower']:,.0f}, {found['upper']:,.0f}], "
+            f"N = {size:,}: {found['seconds']:.1f} s, in [{found['lower']:,.0f}, {found['upper']:,.0f}] nats, "
             f"{found['more_mb']:.0f} MB beyond what a pass over 500 examples took"
         )
     exponent = np.polyfit(np.log(arguments.sizes), np.log(seconds), 1)[0]

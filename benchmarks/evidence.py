@@ -9,7 +9,7 @@ repeats. Time is given in gradient passes: forward and backward of the summed lo
 set in the same batches, measured around the candidate in its own process. Imports and first calls are warmed
 up on 16 examples and do not count. Each value is computed once in float64 as well, untimed in the summary.
 
-Writes evidence.csv and evidence.png to the output folder; models that were not run keep their rows.
+Writes evidence.csv, evidence.md and evidence.png to the output folder; models that were not run keep their rows.
 `--summary` reads the CSV and prints the tables alone. Needs `.[benchmark]`.
 """
 
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from figure import draw
+from markdown import write_markdown
 from models import MODELS, SEED, trained
 from peers import CANDIDATES, PRIOR_PRECISION, candidates_of
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -60,6 +61,7 @@ def main() -> None:
             rows = [row for row in rows if row["model"] != own[0]["model"]] + own
             write_rows(table, add_errors(rows))  # model by model: what there is stays if the rest fails
     draw(rows, folder / "evidence.png")
+    write_markdown(rows, folder / "evidence.md")
     print_summary(rows)
 
 
