@@ -46,8 +46,8 @@ TITLES = {
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Write the figure."""
-    models = [name for name in TITLES if select(rows, model=name)]
+    """Write the figure: a panel for each model whose exact number is known."""
+    models = [name for name in TITLES if any(row["exact"] for row in select(rows, model=name))]
     if not models:
         return
     columns = min(len(models), 3)
