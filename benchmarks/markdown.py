@@ -23,7 +23,7 @@ def _section(model: str, rows: list[Row]) -> str:
     exact = number(known, "exact")
     about = "no exact number" if math.isnan(exact) else f"exact {exact:,.2f} nats ({known['exact_from']})"
     lines = [
-        f"### {model}",
+        f"## {model}",
         "",
         f"{known['num_examples']} examples in batches of {known['batch_size']}, {known['parameters']} parameters, "
         f"λ = {known['prior_precision']}, seed {known['seed']}, {known['threads']} threads, float32, {repeats} "
