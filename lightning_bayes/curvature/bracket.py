@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lightning_bayes.curvature.base import CurvatureSummary
+from lightning_bayes.curvature.base import CurvatureSummary, Problem
 from lightning_bayes.curvature.cholesky import log_det_of
 from lightning_bayes.curvature.dual import DualCurvature, System, factorise, trace_of_shrinkage
 from lightning_bayes.curvature.gram import KeptRows
@@ -46,6 +46,10 @@ DECREMENT_TOLERANCE = 1e-3
 
 class BracketCurvature(DualCurvature):
     """ln det(I + K) to within twice `Problem.tolerance`, since the evidence has half of it."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self._exact_at: set[tuple[float, ...]] = set()
 
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
         """See `Curvature.at`.
@@ -91,6 +95,8 @@ class BracketCurvature(DualCurvature):
 
     def _select(self, precision: Mapping[str, float]) -> tuple[PrincipalRows, Tensor] | None:
         """Principal rows and S for a prior, None where the exact answer costs hardly more."""
+        if tuple(precision.values()) in self._exact_at:  # `at` asks first, and its exact answer once more
+            return None
         layers = super()._layers(precision)
         grams = torch.stack([layer.example_grams(precision) for layer in layers]).sum(0).to(self._accurate)
         width = 2.0 * (self.problem.tolerance or 0.0)
@@ -101,6 +107,7 @@ class BracketCurvature(DualCurvature):
         rows = principal_rows(layers, grams).deflated(width, precision, self._operations)
         chosen = rows.smallest_set(width)
         if self._operations(len(chosen)) > WORTHWHILE * self._operations(len(rows.marked)):
+            self._exact_at.add(tuple(precision.values()))
             return None
         return rows, chosen
 
