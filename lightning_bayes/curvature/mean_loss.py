@@ -16,9 +16,13 @@ from lightning_bayes.curvature.capture import CapturedLoss
 from lightning_bayes.curvature.errors import check_finite
 from lightning_bayes.curvature.functional_rows import plain_kernels
 
-__all__ = ["BatchLoss", "MeanLoss", "batch_norm_as_in"]
+__all__ = ["BatchLoss", "MeanLoss", "norms_as_in"]
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+"""Those that normalise otherwise in training, if they keep running statistics."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,12 @@ class MeanLoss:
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
 
     def flat(self) -> Tensor:
-        """x as one vector [p], a copy."""
+        """The weights x as one vector [p], a copy."""
         return torch.cat([weight.detach().flatten() for weight in self._weights])
 
     def first(self) -> Tensor:
         """The loss of the first batch, with its graph."""
-        with torch.enable_grad(), self._kernels(), _same_draws(0):
+        with torch.enable_grad(), self._kernels():
             return self._batches[0].loss()
 
     def first_captured(self) -> CapturedLoss:
@@ -64,15 +68,15 @@ class MeanLoss:
         Raises:
             ValueError: If that cannot be read.
         """
-        with torch.enable_grad(), self._kernels(), _same_draws(0):
+        with torch.enable_grad(), self._kernels():
             return self._batches[0].captured()
 
     def value(self) -> float:
         """f(x)."""
         total = 0.0
         with torch.no_grad():
-            for index, batch in enumerate(self._batches):
-                with self._kernels(), _same_draws(index):
+            for batch in self._passed():
+                with self._kernels():
                     total += batch.weight * batch.loss().item()
         return total
 
@@ -83,8 +87,8 @@ class MeanLoss:
             EvidenceUnavailableError: If one of them is not finite.
         """
         total, gradient = 0.0, torch.zeros_like(self.flat())
-        for index, batch in enumerate(self._batches):
-            with torch.enable_grad(), self._kernels(), _same_draws(index):
+        for batch in self._passed():
+            with torch.enable_grad(), self._kernels():
                 loss = batch.loss()
                 parts = torch.autograd.grad(loss, self._weights, materialize_grads=True)
             total += batch.weight * loss.item()
@@ -101,8 +105,8 @@ class MeanLoss:
         """
         total = torch.zeros_like(vector)
         direction = self._apart(vector)
-        for index, batch in enumerate(self._batches):
-            with torch.enable_grad(), self._kernels(), _same_draws(index):
+        for batch in self._passed():
+            with torch.enable_grad(), self._kernels():
                 loss = batch.loss()
                 gradient = torch.autograd.grad(loss, self._weights, create_graph=True, materialize_grads=True)
                 slope = torch.stack([(g * v).sum() for g, v in zip(gradient, direction, strict=True)]).sum()
@@ -116,8 +120,8 @@ class MeanLoss:
     def gauss_newton_product(self, vector: Tensor) -> Tensor:
         """G v for the generalized Gauss-Newton matrix G = Σ_b w_b JᵀΛJ of f.
 
-        Λ is the Hessian of a batch's loss in its outputs, and J their Jacobian, over all examples of the batch at once.
-        J v is the derivative of Jᵀu in u, so both need backward passes alone.
+        Λ is the Hessian of a batch's loss in its outputs and J their Jacobian, all examples of the batch at once. J v
+        is the derivative of Jᵀu in u, so both need backward passes alone.
 
         Raises:
             EvidenceUnavailableError: If it is not finite.
@@ -125,8 +129,8 @@ class MeanLoss:
         """
         total = torch.zeros_like(vector)
         direction = self._apart(vector)
-        for index, batch in enumerate(self._batches):
-            with torch.enable_grad(), self._kernels(), _same_draws(index):
+        for batch in self._passed():
+            with torch.enable_grad(), self._kernels():
                 found = batch.captured()
                 dummy = torch.zeros_like(found.outputs, requires_grad=True)
                 pulled = torch.autograd.grad(
@@ -155,6 +159,10 @@ class MeanLoss:
         finally:
             self._set(before)
 
+    def _passed(self) -> Iterator[BatchLoss]:
+        _seed()
+        yield from self._batches
+
     @contextmanager
     def _kernels(self) -> Iterator[None]:
         """Kernels whose backward pass has a backward pass: cuDNN's of recurrent layers have none."""
@@ -180,28 +188,20 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.detach().flatten() for part in parts])
 
 
-@contextmanager
-def _same_draws(index: int) -> Iterator[None]:
-    """Let batch `index` see the same random numbers at each run; the caller restores the streams."""
-    torch.manual_seed(index)
-    np.random.seed(index)
-    random.seed(index)
-    yield
+def _seed() -> None:
+    """Let each pass see the same random numbers; the caller restores the streams."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
-def batch_norm_as_in(original: nn.Module, duplicate: nn.Module) -> bool:
-    """Let the batch norm of a copy normalise as it does in training, which its copy in eval mode does not.
+def norms_as_in(original: nn.Module, duplicate: nn.Module) -> None:
+    """Let batch norm of a copy normalise as it does in training, which it does not in eval mode.
 
-    Batch norm in training divides by the batch's own statistics: that is the function whose gradient is stepped on, and its
-    curvature is another. Layers that the user has put into eval mode stay there. So does SyncBatchNorm, whose
-    kernel has no second derivative.
-
-    Returns:
-        Whether there is such a layer.
+    Batch norm in training divides by the batch's own statistics: that is the function whose gradient is stepped on,
+    and its curvature is another. Layers that the user has put into eval mode stay there. So does SyncBatchNorm,
+    whose kernel has no second derivative.
     """
-    found = False
     for theirs, ours in zip(original.modules(), duplicate.modules(), strict=True):
-        if isinstance(theirs, BATCH_NORMS) and theirs.training:
+        if isinstance(theirs, NORMS) and theirs.training:
             ours.train()
-            found = True
-    return found

@@ -28,9 +28,9 @@ class Rise:
 def largest_loss_in_box(function: MeanLoss, direction: Tensor, box: float = BOX) -> Rise:
     """Maximise f(x + y) over |yᵢ| ≤ ε (|xᵢ| + 1), in all p coordinates (A = I), by 10 iterations of L-BFGS-B.
 
-    A minimum x is a stationary point, from which no ascent starts, and the loss of a well trained network is nearly one.
-    The ascent therefore starts in the corner of the box to which the eigenvector of the largest
-    curvature points: y = ±ε (|x| + 1) sign(v), the sign that has the larger loss.
+    A minimum is a stationary point, from which no ascent starts, and a well trained network is nearly at one. The
+    ascent therefore starts in the corner of the box to which the eigenvector of the largest curvature points:
+    y = ±ε (|x| + 1) sign(v), the sign that has the larger loss.
 
     Args:
         function: f, at x.
