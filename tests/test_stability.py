@@ -195,7 +195,8 @@ def test_sharpness_of_a_quadratic(seed, at_minimum):
     half = 1e-3 * (function.flat().abs() + 1)
     ends = shift[model.order] + corners(7) * half
     largest = (0.5 * (ends @ model.matrix() * ends).sum(1)).max().item()
-    assert found.loss == pytest.approx(0.5 * shift @ model.hessian @ shift, rel=1e-9, abs=1e-20)
+    loss = (0.5 * shift @ model.hessian @ shift).item()
+    assert found.loss == pytest.approx(loss, rel=1e-9, abs=1e-20)
     assert 0.9 * largest <= found.largest <= largest * (1 + 1e-9)
     assert torch.equal(function.flat(), model.function().flat())
     assert torch.equal(function.flat(), point[model.order])  # the weights are back

@@ -62,7 +62,7 @@ class Stability(Callback):
         curvature: "hessian", of any loss; or "ggn", the Gauss-Newton matrix, of losses that `LaplaceEvidence` reads.
         sharpness: Whether to measure Keskar's sharpness too (arXiv:1609.04836, metric 2.1), in percent: the rise of
             the loss in the box |yᵢ| ≤ ε(|xᵢ| + 1), ε = 1e-3, in all parameters, by 10 iterations of L-BFGS-B
-            from the corner that the eigenvector points to; a lower bound.
+            from the corner of the box that the gradient or the eigenvector points to; a lower bound.
         network: For a training_step that cannot be run on a copy: the name of the submodule that maps `batch[0]` to
             outputs, or a function (module, batch) -> (outputs, targets). The loss is then the mean-reduced one of
             `likelihood`.

@@ -71,15 +71,6 @@ class MeanLoss:
         with torch.enable_grad(), self._kernels():
             return self._batches[0].captured()
 
-    def value(self) -> float:
-        """f(x)."""
-        total = 0.0
-        with torch.no_grad():
-            for batch in self._passed():
-                with self._kernels():
-                    total += batch.weight * batch.loss().item()
-        return total
-
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """f(x) and its gradient [p].
 
