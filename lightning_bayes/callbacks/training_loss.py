@@ -61,7 +61,10 @@ class TrainingLoss:
         """
         loader: Any = self.trainer.train_dataloader
         size = self.batch_size or loader.batch_size  # None for a batch sampler of the user's own
-        whole = self.max_examples if size is None else max(1, self.max_examples // size) * size
+        at_most = self.max_examples
+        if loader.drop_last:  # a training_step may rely on the size of its batches
+            at_most = min(at_most, self.num_training_examples())
+        whole = at_most if size is None else max(1, at_most // size) * size
         if isinstance(loader.dataset, IterableDataset):  # which cannot be drawn from: its first batches
             every = examples_of(self.trainer, size, None)
             number = min(every.num_examples, whole)

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ NORMS = (
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
 """Those that normalise otherwise in training, if they keep running statistics."""
+
+NO_DERIVATIVE = ("Error", "NotImplemented")
+"""Nodes that stand in a graph for a derivative that there is none of."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class MeanLoss:
         self.parameters: dict[str, nn.Parameter] = {name: named[name] for name in parameters}
         self._weights = list(self.parameters.values())
         self._batches = batches
+        self._checked = False
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
 
     def flat(self) -> Tensor:
@@ -103,6 +108,7 @@ class MeanLoss:
                 slope = torch.stack([(g * v).sum() for g, v in zip(gradient, direction, strict=True)]).sum()
                 if not slope.requires_grad:  # a loss that is linear in the weights
                     continue
+                self._check_differentiable([slope])
                 parts = torch.autograd.grad(slope, self._weights, materialize_grads=True)
             total += batch.weight * _joined(parts)
         check_finite(total, "a product with the Hessian")
@@ -128,6 +134,7 @@ class MeanLoss:
                     found.outputs, self._weights, dummy, create_graph=True, materialize_grads=True
                 )
                 dependent = [(g, v) for g, v in zip(pulled, direction, strict=True) if g.requires_grad]
+                self._check_differentiable([g for g, _ in dependent])
                 (pushed,) = torch.autograd.grad(
                     [g for g, _ in dependent], [dummy], [v for _, v in dependent], retain_graph=True
                 )
@@ -149,6 +156,19 @@ class MeanLoss:
             yield
         finally:
             self._set(before)
+
+    def _check_differentiable(self, gradient: Sequence[Tensor]) -> None:
+        """Refuse a gradient that autograd cannot differentiate: some such parts it takes for constants, silently."""
+        if self._checked:
+            return
+        ends = sorted({name for name in _nodes_of(gradient) if name in NO_DERIVATIVE})
+        if ends:
+            raise ValueError(
+                f"The gradient of this loss cannot be differentiated ({', '.join(ends)} in its graph): some operation is a "
+                "fused kernel, or a torch.autograd.Function that is once_differentiable. Write it in ordinary "
+                "operations, for attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+            )
+        self._checked = True
 
     def _passed(self) -> Iterator[BatchLoss]:
         _seed()
@@ -177,6 +197,19 @@ class MeanLoss:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.detach().flatten() for part in parts])
+
+
+def _nodes_of(tensors: Sequence[Tensor]) -> Iterator[str]:
+    """The kinds of all nodes that a backward pass goes through."""
+    visited: set[object] = set()
+    pending: list[Any] = [tensor.grad_fn for tensor in tensors]
+    while pending:
+        node = pending.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        yield type(node).__name__
+        pending.extend(parent for parent, _ in node.next_functions)
 
 
 def _seed() -> None:
