@@ -135,7 +135,8 @@ class Stability(Callback):
         """Check everything that can be checked before a batch is seen."""
         check_trainer(trainer, pl_module, self.network, "Stability")
         self._check_prefix(trainer)
-        self._loss(trainer, pl_module).num_training_examples()
+        with untouched(trainer):  # somebody's own sampler may draw to be counted
+            self._loss(trainer, pl_module).num_training_examples()
         names_of_groups(trainer, original_network(pl_module, self.network))
         reason = why_not_sgd(trainer)
         self._is_sgd = reason is None
@@ -179,6 +180,23 @@ class Stability(Callback):
             self.history.append((trainer.current_epoch, reading))
         for name, value in self._logged_values(reading).items():
             pl_module.log(f"{self.log_key_prefix}{name}", value, on_step=False, on_epoch=True, sync_dist=True)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if the run ended beyond the edge, or the last eigenvalue is not to be believed."""
+        last = self.reading
+        if last is None:
+            return
+        if last.stability_ratio is not None and last.stability_ratio >= 1.0:
+            rank_zero_info(
+                f"Stability: training ended at {last.stability_ratio:.3g} times the edge of stability; SGD is stable "
+                f"there up to a learning rate of {last.largest_stable_learning_rate:.4g}."
+            )
+        if not last.converged:
+            rank_zero_info(
+                f"Stability: the largest eigenvalue did not converge in {last.num_products} products; it is at least "
+                f"{last.largest_eigenvalue:.4g}, and one lies within {last.largest_eigenvalue_error:.2g} of that."
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:

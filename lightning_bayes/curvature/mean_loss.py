@@ -164,8 +164,8 @@ class MeanLoss:
         ends = sorted({name for name in _nodes_of(gradient) if name in NO_DERIVATIVE})
         if ends:
             raise ValueError(
-                f"The gradient of this loss cannot be differentiated ({', '.join(ends)} in its graph): some operation is a "
-                "fused kernel, or a torch.autograd.Function that is once_differentiable. Write it in ordinary "
+                f"The gradient of this loss has no derivative ({', '.join(ends)} in its graph): some operation "
+                "is a fused kernel, or a torch.autograd.Function that is once_differentiable. Write it in ordinary "
                 "operations, for attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
             )
         self._checked = True

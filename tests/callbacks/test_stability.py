@@ -346,3 +346,20 @@ def test_draws_of_a_training_step_are_the_same_in_each_product(tmp_path):
     first, again = reading(), reading()
     assert first.converged
     assert first.largest_eigenvalue == again.largest_eigenvalue
+
+
+def test_an_end_beyond_the_edge_is_said(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        module = Module(linear(), mean_squared_error, optimizer(lr=2.0))
+        reading = reading_of(tmp_path, module, full_batch())
+    assert reading.stability_ratio > 1
+    assert f"ended at {reading.stability_ratio:.3g} times the edge of stability" in caplog.text
+    assert f"up to a learning rate of {reading.largest_stable_learning_rate:.4g}" in caplog.text
+
+
+def test_too_few_products_are_said(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("lightning_bayes.stability.MAX_PRODUCTS", 3)
+    with caplog.at_level("INFO"):
+        reading = reading_of(tmp_path, Module(mlp(), cross_entropy), loader())
+    assert not reading.converged
+    assert "did not converge in 3 products" in caplog.text
