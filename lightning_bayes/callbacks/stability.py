@@ -172,7 +172,7 @@ class Stability(Callback):
         """Measure, remember and log."""
         if (trainer.current_epoch + 1) % self.every_n_epochs != 0:
             return
-        trained = time.monotonic() - self._epoch_started
+        trained = (time.monotonic() - self._epoch_started) * self.every_n_epochs
         reading = trainer.strategy.broadcast(self._measure(trainer, pl_module))
         if reading is not None:
             if not self.history:
@@ -253,7 +253,7 @@ class Stability(Callback):
         matrix = "Hessian" if self.curvature == "hessian" else "Gauss-Newton matrix"
         rank_zero_info(
             f"Stability: {matrix} of the loss in {len(function.flat()):,} parameters, on {sum(sizes):,} of "
-            f"{loss.num_training_examples():,} examples in {len(sizes)} batches."
+            f"{loss.num_training_examples():,} examples, {sizes[0]:,} at a time."
         )
         try:
             rehearse(function, self.curvature)
@@ -279,8 +279,8 @@ class Stability(Callback):
     def _announce_time(self, reading: StabilityReading, trained: float) -> None:
         if reading.seconds > trained:
             rank_zero_info(
-                f"Stability: the first reading took {reading.seconds:.3g} s, the epoch {trained:.3g} s. "
-                "every_n_epochs= or a smaller max_examples= make it cheaper."
+                f"Stability: the first reading took {reading.seconds:.3g} s, training from one to the next about "
+                f"{trained:.3g} s. A larger every_n_epochs= or a smaller max_examples= make it cheaper."
             )
 
     def _check_prefix(self, trainer: Trainer) -> None:

@@ -209,6 +209,15 @@ def test_whole_batches(tmp_path, max_examples, count):
     assert reading.num_examples == count
 
 
+@pytest.mark.parametrize(("batch_size", "count"), [(4, 20), (8, 16), (100, 21)])
+def test_batch_norm_sees_no_incomplete_batch(tmp_path, batch_size, count):
+    """Of one example it would raise."""
+    module = Module(Rich(), cross_entropy)
+    data = loader(batch_size=batch_size, sampler=range(N - 1) if batch_size == 4 else None)
+    reading = reading_of(tmp_path, module, data)
+    assert reading.num_examples == count
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(TensorDataset(*tensors()))
