@@ -61,7 +61,7 @@ class Stability(Callback):
             subset is on average above that of the whole.
         curvature: "hessian", of any loss; or "ggn", the Gauss-Newton matrix, of losses that `LaplaceEvidence` reads.
         sharpness: Whether to measure Keskar's sharpness too (arXiv:1609.04836, metric 2.1), in percent: the rise of
-            the loss in the box |yᵢ| ≤ ε(|xᵢ| + 1), ε = 1e-3, in all parameters, by 10 iterations of L-BFGS-B
+            the loss in the box abs(yᵢ) ≤ ε (abs(xᵢ) + 1), ε = 1e-3, in all parameters, by 10 iterations of L-BFGS-B
             from the corner of the box that the gradient or the eigenvector points to; a lower bound.
         network: For a training_step that cannot be run on a copy: the name of the submodule that maps `batch[0]` to
             outputs, or a function (module, batch) -> (outputs, targets). The loss is then the mean-reduced one of
@@ -243,12 +243,12 @@ class Stability(Callback):
             reduction = function.first_captured().reduction
         except EvidenceUnavailableError:  # of these weights, not of the loss
             pass
-        except ValueError as error:
+        except ValueError:
             if self.curvature == "ggn":
                 raise
             rank_zero_info(
-                "Stability: the loss is taken as training_step returns it, and as a mean over the examples of a "
-                f"batch; that it is a sum would go unnoticed. ({error})"
+                "Stability: the loss of training_step is none that is known to be a mean or a sum. It is taken as it "
+                "is returned, and as a mean over the examples of a batch."
             )
         matrix = "Hessian" if self.curvature == "hessian" else "Gauss-Newton matrix"
         rank_zero_info(

@@ -165,7 +165,7 @@ def test_a_loss_that_is_no_likelihood(tmp_path, caplog):
     assert reading.largest_eigenvalue == pytest.approx(
         expected(module, tensors("regression"), huber), rel=TIGHT
     )
-    assert "taken as training_step returns it" in caplog.text
+    assert "taken as it is returned, and as a mean over the examples" in caplog.text
 
 
 def test_network_read_directly(tmp_path):
@@ -372,3 +372,19 @@ def test_too_few_products_are_said(tmp_path, caplog, monkeypatch):
         reading = reading_of(tmp_path, Module(mlp(), cross_entropy), loader())
     assert not reading.converged
     assert "did not converge in 3 products" in caplog.text
+
+
+def test_fast_dev_run(tmp_path):
+    reading = reading_of(tmp_path, Module(mlp(), cross_entropy), loader(), fast_dev_run=True)
+    assert reading.num_examples == 8
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_reduced_precision_is_read_in_full(tmp_path, precision):
+    """The products take float32: in half precision an eigenvalue is lost in rounding."""
+    x, y = tensors()
+    module = Module(mlp(), cross_entropy, optimizer(lr=0.0)).float()
+    reading = reading_of(tmp_path, module, loader(data=(x.float(), y)), precision=precision)
+    matrix = dense_matrix(module.network.double(), x, y, F.cross_entropy, "hessian")
+    assert reading.largest_eigenvalue == pytest.approx(torch.linalg.eigvalsh(matrix)[-1].item(), rel=1e-2)
+    assert reading.largest_eigenvalue_error < 1e-3 * reading.largest_eigenvalue
