@@ -10,32 +10,86 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lightning_bayes.functional import AdamAdvice, AdamConfiguration, Advice, Configuration
+from lightning_bayes.functional import (
+    AdamAdvice,
+    AdamConfiguration,
+    Advice,
+    Check,
+    Comparison,
+    Configuration,
+)
+from lightning_bayes.functional.summary import shared_checks
 
 WIDTH = 80
+STATUS = {"fails": "FAILS", "not measured": "not measured", "ok": "ok"}
+STYLE = {"fails": "red", "not measured": "yellow", "ok": "green"}
 Column = tuple[str, Configuration | AdamConfiguration | None]
 
 
-def advice_text(advice: Sequence[Advice | AdamAdvice]) -> str:
-    """Returns the tables as plain text of 80 columns, without colour."""
+def advice_text(advice: Sequence[Advice | AdamAdvice], comparisons: Sequence[Comparison] = ()) -> str:
+    """Returns answers, tables and checks as plain text of 80 columns, without colour."""
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
     with console.capture() as capture:
-        console.print(advice_renderable(advice))
+        console.print(advice_renderable(advice, comparisons))
     return "\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines())
 
 
-def advice_renderable(advice: Sequence[Advice | AdamAdvice]) -> RenderableType:
-    """Returns one table per piece of advice, its equations below, then its caveats."""
-    return Group(*(_section(piece) for piece in advice))
+def advice_renderable(
+    advice: Sequence[Advice | AdamAdvice], comparisons: Sequence[Comparison] = ()
+) -> RenderableType:
+    """Returns for each piece of advice the answer, a table, its checks and equations; then the comparisons."""
+    sections = [_section(piece) for piece in advice]
+    if comparisons:
+        lines = [comparison.summary for comparison in comparisons]
+        sections.append(_padded([Text("Beside the reference", style="bold"), _bullets(lines)]))
+    return Group(*sections)
 
 
 def _section(advice: Advice | AdamAdvice) -> RenderableType:
-    parts: list[RenderableType] = [_table(advice)]
-    for heading, lines in (("Why", _why(advice)), ("Caveats", advice.caveats)):
+    title = f"Scaling advice for {advice.name}" if advice.name else "Scaling advice"
+    parts: list[RenderableType] = [
+        Text(title, style="italic"),
+        Text(advice.summary, style="bold"),
+        _table(advice),
+    ]
+    shared = shared_checks(advice.moves)
+    if shared:
+        parts += _checks("", shared)
+    for move in advice.moves:
+        which = f", new {move.solved_for.replace('_', ' ')}" if len(advice.moves) > 1 else ""
+        parts += _checks(which, [check for check in move.checks if check not in shared])
+    for heading, lines in (("Notes", advice.notes), ("Why", _why(advice))):
         if lines:
-            parts.append(Text(heading, style="bold"))
-            parts.append(_bullets(lines))
+            parts += [Text(heading, style="bold"), _bullets(lines)]
+    return _padded(parts)
+
+
+def _padded(parts: Sequence[RenderableType]) -> RenderableType:
     return Padding(Group(*parts), (1, 0, 0, 0), expand=False)
+
+
+def _checks(which: str, checks: Sequence[Check]) -> list[RenderableType]:
+    """What does not pass in full, what passes by name, and what is to be done."""
+    parts: list[RenderableType] = []
+    passed = [check.name.replace("_", " ") for check in checks if check.passed and not check.action]
+    doubts = [check for check in checks if not check.passed and not check.action]
+    if passed or doubts:
+        parts.append(Text(f"How sure{which}", style="bold"))
+        lines = [(check.status, check.sentence) for check in doubts]
+        parts.append(_labelled([*lines, *([("ok", ", ".join(passed))] if passed else [])]))
+    actions = [check.sentence for check in checks if check.action and not check.passed]
+    if actions:
+        parts += [Text(f"With the move{which}", style="bold"), _bullets(actions)]
+    return parts
+
+
+def _labelled(lines: Sequence[tuple[str, str]]) -> Table:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column()
+    grid.add_column(no_wrap=True)
+    for label, line in lines:
+        grid.add_row(Text(" -"), Text(STATUS[label], style=STYLE[label]), Text(line))
+    return grid
 
 
 def _bullets(lines: Sequence[str]) -> Table:
@@ -51,9 +105,8 @@ def _why(advice: Advice | AdamAdvice) -> tuple[str, ...]:
 
 
 def _table(advice: Advice | AdamAdvice) -> Table:
-    title = f"Scaling advice for {advice.name}" if advice.name else "Scaling advice"
     columns = _columns(advice)
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("", no_wrap=True)
     for heading, _ in columns:
         table.add_column(heading, justify="right")
@@ -70,6 +123,7 @@ def _columns(advice: Advice | AdamAdvice) -> list[Column]:
         suffix = f",\nnew {new}" if many else " rule"
         if isinstance(advice, AdamAdvice):
             columns.append((f"sqrt{suffix}", getattr(move, "advised", None)))
+            columns.append((f"linear{suffix}", getattr(move, "linear", None)))
         else:
             columns.append((f"exact{suffix}", getattr(move, "exact", None)))
             columns.append((f"linear{suffix}", getattr(move, "linear", None)))
