@@ -67,12 +67,14 @@ def read_logged_run(directory: Path) -> LoggedRun:
     values = _hyper_parameters(directory / "hparams.yaml")
     if {"learning_rate", "batch_size"} <= values.keys():
         source = str(directory / "hparams.yaml")
-        note = f"The batch size of the reference is from {source}, taken as examples per optimizer step of one device."
+        note = (
+            f"The batch size of the reference is from {source}: examples per optimizer step, on one device."
+        )
         return LoggedRun(source, values=values, notes=(note,))
     raise ValueError(
-        f"Expected `reference` {str(directory)!r} to hold {ADVICE_FILE} (written by a ScalingAdvisor), a noise scale in"
-        " metrics.csv or in an event file of TensorBoard (logged by SGDNoiseScale), or learning_rate and batch_size in"
-        f" hparams.yaml, but found only {sorted(path.name for path in directory.iterdir())}. Give a dict of the"
+        f"Expected `reference` {str(directory)!r} to hold {ADVICE_FILE} (written by a ScalingAdvisor), a noise scale"
+        " in metrics.csv or an event file of TensorBoard (logged by SGDNoiseScale), or learning_rate and batch_size"
+        f" in hparams.yaml, but found only {sorted(path.name for path in directory.iterdir())}. Give a dict of the"
         " configuration in its place."
     )
 

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from lightning_bayes.advising.checkpoints import SIZES, groups_of_checkpoint, load_checkpoint
 from lightning_bayes.advising.logged_runs import read_logged_run
-from lightning_bayes.advising.parameter_groups import (
-    ADAPTIVE_KEYS,
-    ParameterGroup,
-    configuration_of,
-    names_of,
-    scheduled_learning_rate,
-)
+from lightning_bayes.advising.parameter_groups import ParameterGroup
 from lightning_bayes.functional import AdamConfiguration, Comparison, Configuration, compare
 from lightning_bayes.functional._validation import count
 from lightning_bayes.functional.advice_json import SavedAdvice
@@ -30,7 +22,6 @@ KNOWN = (
     " or a dict such as"
     ' {"learning_rate": 0.1, "batch_size": 256, "dataset_size": 50000, "momentum": 0.9}'
 )
-SIZES = {"batch_size": "examples per optimizer step", "dataset_size": "training examples"}
 FIELDS = ("learning_rate", "batch_size", "dataset_size", "momentum", "dampening", "nesterov", "betas", "eps")
 
 
@@ -55,8 +46,8 @@ def read_reference(reference: ReferenceLike) -> Reference:
     """Reads a known-good configuration.
 
     A checkpoint holds the parameter groups of its optimizers; B and N are taken from what a ScalingAdvisor noted
-    in it, else from `batch_size` (times `accumulate_grad_batches`) and `dataset_size` in its hyper_parameters or those of
-    the datamodule. A log directory is read for `scaling_advice.json`, the noise scale that `SGDNoiseScale` logged
+    in it, else from `batch_size` (times `accumulate_grad_batches`) and `dataset_size` in its hyper_parameters or
+    those of the datamodule. A log directory is read for `scaling_advice.json`, the noise scale that `SGDNoiseScale` logged
     (metrics.csv or TensorBoard's event file), or the configuration in hparams.yaml, in this order.
 
     Args:
@@ -73,7 +64,8 @@ def read_reference(reference: ReferenceLike) -> Reference:
         return _reference({"": reference}, "as given")
     if isinstance(reference, Mapping):
         if "optimizer_states" in reference:
-            return _from_checkpoint(reference, "the checkpoint", {})
+            found, notes = groups_of_checkpoint(reference, "the checkpoint", {})
+            return _reference(found, "the checkpoint", notes)
         if "path" in reference:
             sizes = {name: value for name, value in reference.items() if name != "path"}
             _only(sizes, SIZES, 'beside "path"')
@@ -107,7 +99,8 @@ def comparisons_with(reference: Reference, groups: Sequence[ParameterGroup]) -> 
             kinds = ("an Adam-like optimizer", "SGD")
             raise ValueError(
                 f"Expected argument `reference` to be of {kinds[reference.adaptive]}, as the present run is, but"
-                f" {reference.source} is of {kinds[not reference.adaptive]}: their noise scales are different quantities."
+                f" {reference.source} is of {kinds[not reference.adaptive]}: the noise scales are different"
+                " quantities."
             )
         found.setdefault((group.configuration, known), []).append(group.name)
     return [
@@ -202,7 +195,8 @@ def _from_path(given: Any, sizes: Mapping[str, int]) -> Reference:
         raise ValueError(f"Expected argument `reference` to be {KNOWN}, but there is no file {str(path)!r}.")
     if path.suffix == ".json" and not sizes:
         return _from_json(path)
-    return _from_checkpoint(_load(path), str(path), sizes)
+    found, notes = groups_of_checkpoint(load_checkpoint(path), str(path), sizes)
+    return _reference(found, str(path), notes)
 
 
 def _from_json(path: Path) -> Reference:
@@ -211,87 +205,3 @@ def _from_json(path: Path) -> Reference:
     except ValueError as error:
         raise ValueError(f"{error} The file is {str(path)!r}, given as `reference`.") from error
     return _reference(saved.configurations, str(path))
-
-
-def _load(path: Path) -> Mapping[str, Any]:
-    remedy = f' If you trust it, load it yourself: reference=torch.load("{path}", weights_only=False, map_location="cpu").'
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"Expected `reference` {str(path)!r} to be a Lightning checkpoint that holds no objects of classes of its"
-            f" own, but loading it failed: {str(error).splitlines()[0]}.{remedy}"
-        ) from error
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(
-            f"Expected `reference` {str(path)!r} to be a Lightning checkpoint, but got {type(checkpoint)}."
-        )
-    return checkpoint
-
-
-def _from_checkpoint(checkpoint: Mapping[str, Any], source: str, sizes: Mapping[str, int]) -> Reference:
-    recorded = _recorded(checkpoint)
-    if recorded and not sizes:
-        return _reference(recorded, source)
-    states = checkpoint.get("optimizer_states") or []
-    if not states:
-        raise ValueError(
-            f"Expected `reference` to be a checkpoint with optimizer states, but {source} has none: it was saved with"
-            f" weights only. Give a full checkpoint, or {KNOWN}."
-        )
-    groups: dict[str, Configuration | AdamConfiguration] = {}
-    notes: list[str] = []
-    for index, state in enumerate(states):
-        param_groups = state["param_groups"]
-        adaptive = any(key in param_groups[0] for key in ADAPTIVE_KEYS)
-        kind = ("Adam" if adaptive else "SGD") + (f"-{index}" if index else "")
-        batch, examples = _sizes(checkpoint, source, sizes, adaptive, notes)
-        for name, group in zip(names_of(kind, param_groups), param_groups, strict=True):
-            rate = scheduled_learning_rate(group)
-            groups[name] = configuration_of(group, rate, batch, examples, adaptive=adaptive)
-    return _reference(groups, source, tuple(dict.fromkeys(notes)))
-
-
-def _recorded(checkpoint: Mapping[str, Any]) -> dict[str, Configuration | AdamConfiguration]:
-    """The peaks that a ScalingAdvisor noted; the first one's, since all note the same."""
-    for key, state in (checkpoint.get("callbacks") or {}).items():
-        if str(key).startswith("ScalingAdvisor") and state:
-            return {name: peak_from(record) for name, record in state.items()}
-    return {}
-
-
-def peak_from(record: Mapping[str, Any]) -> Configuration | AdamConfiguration:
-    """The configuration in one entry of the state of a ScalingAdvisor."""
-    peak = dict(record["peak"])
-    if record["adaptive"]:
-        return AdamConfiguration(**{**peak, "betas": tuple(peak["betas"])})
-    return Configuration(**peak)
-
-
-def _sizes(
-    checkpoint: Mapping[str, Any], source: str, given: Mapping[str, int], adaptive: bool, notes: list[str]
-) -> tuple[int, int | None]:
-    """B and N: as given, else from hyper-parameters. Adam's rule does without N."""
-    hyper_parameters: dict[str, Any] = {}
-    for key in ("datamodule_hyper_parameters", "hyper_parameters"):
-        hyper_parameters |= dict(checkpoint.get(key) or {})
-    found = {name: given.get(name, hyper_parameters.get(name)) for name in SIZES}
-    missing = [name for name in SIZES if found[name] is None and not (adaptive and name == "dataset_size")]
-    if missing:
-        what = " and ".join(f"`{name}` ({SIZES[name]})" for name in missing)
-        raise ValueError(
-            f"Expected `reference` to say {what}, but {source} does not: no ScalingAdvisor noted it, and its"
-            f" hyper_parameters have only {sorted(map(str, hyper_parameters))}. Give it:"
-            f' reference={{"path": ..., {", ".join(f"{chr(34)}{name}{chr(34)}: ..." for name in missing)}}}.'
-        )
-    batch = count("batch_size", found["batch_size"])
-    if "batch_size" not in given:
-        accumulated = hyper_parameters.get("accumulate_grad_batches")
-        if isinstance(accumulated, int) and accumulated > 1:
-            batch *= accumulated
-        notes.append(
-            f"The batch size of the reference, {batch}, is from the hyper_parameters in {source}, taken as examples"
-            " per optimizer step of one device."
-        )
-    examples = found["dataset_size"]
-    return batch, None if examples is None else count("dataset_size", examples)

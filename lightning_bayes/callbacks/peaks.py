@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lightning_bayes.advising.references import peak_from
+from lightning_bayes.advising.checkpoints import peak_from
 from lightning_bayes.callbacks.configuration import TrainerConfiguration
 from lightning_bayes.functional import AdamConfiguration, Configuration
 
@@ -47,7 +47,7 @@ class PeakRecord:
         return PeakRecord(peak_from(state), set(state["changed"]))
 
 
-def record(records: dict[str, PeakRecord], configuration: TrainerConfiguration) -> None:
+def note_step(records: dict[str, PeakRecord], configuration: TrainerConfiguration) -> None:
     """Takes one optimizer step of every parameter group into account."""
     for group in configuration.groups:
         if group.name in records:

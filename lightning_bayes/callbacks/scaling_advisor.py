@@ -16,7 +16,7 @@ from lightning_bayes.advising.references import Reference, ReferenceLike, compar
 from lightning_bayes.callbacks.advice_log import emit
 from lightning_bayes.callbacks.configuration import TrainerConfiguration, read_configuration
 from lightning_bayes.callbacks.measured import measured
-from lightning_bayes.callbacks.peaks import PeakRecord, record
+from lightning_bayes.callbacks.peaks import PeakRecord, note_step
 from lightning_bayes.functional import (
     AdamAdvice,
     AdamConfiguration,
@@ -146,7 +146,7 @@ class ScalingAdvisor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         self._latest = read_configuration(trainer)
-        record(self._records, self._latest)
+        note_step(self._records, self._latest)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

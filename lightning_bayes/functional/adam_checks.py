@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lightning_bayes.functional.adam_scaling import AdamConfiguration
 from lightning_bayes.functional.check import Check, Measurements
-from lightning_bayes.functional.checks import (
+from lightning_bayes.functional.common_checks import (
     NOTICEABLE,
     gradient_noise,
     small_batches,

@@ -139,7 +139,7 @@ def _move(present: Configuration, targets: Targets, unknown: Unknown, measured: 
     exact, no_exact = _solution(present, targets, "exact", unknown)
     linear, no_linear = _solution(present, targets, "linear", unknown)
     why = []
-    checks = []
+    checks: list[Check] = []
     if exact is not None:
         why.append(exact_equation(present.noise_scale, exact, unknown))
         checks += checks_of(present, exact, linear, unknown, measured)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lightning_bayes.functional.adam_advice import AdamAdvice, AdamMove
@@ -20,6 +20,7 @@ FORMAT = "lightning-bayes scaling advice"
 VERSION = 1
 # JSON has no such numbers; Python's own writer would put down what no other reader takes.
 NON_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+DATA = (Configuration, AdamConfiguration, Advice, AdamAdvice, Move, AdamMove, Check, Comparison, Restoration)
 
 
 @dataclass(frozen=True)
@@ -87,46 +88,31 @@ class SavedAdvice:
 
 
 def _encode(value: Any) -> Any:
-    """Dataclasses as dicts with what their readers would otherwise have to compute."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else f"{'-' if value < 0 else ''}Infinity"
-    if isinstance(value, tuple | list):
-        return [_encode(item) for item in value]
+    """Dataclasses as dicts, with what their readers would otherwise have to compute."""
+    if isinstance(value, DATA):
+        found = {field.name: _encode(getattr(value, field.name)) for field in fields(value)}
+        return found | {name: _encode(extra) for name, extra in _computed(value).items()}
     if isinstance(value, Mapping):
         return {key: _encode(item) for key, item in value.items()}
-    found = (
-        {field.name: _encode(getattr(value, field.name)) for field in fields(value)}
-        if _is_data(value)
-        else None
-    )
-    if found is None:
-        return value
+    if isinstance(value, tuple | list):
+        return [_encode(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else f"{'-' if value < 0 else ''}Infinity"
+    return value
+
+
+def _computed(value: Any) -> dict[str, Any]:
     if isinstance(value, Configuration | AdamConfiguration):
         kind = "adam" if isinstance(value, AdamConfiguration) else "sgd"
-        return {"optimizer": kind, **found, "noise_scale": _encode(value.noise_scale)}
+        return {"optimizer": kind, "noise_scale": value.noise_scale}
     if isinstance(value, Advice | AdamAdvice):
         kind = "adam" if isinstance(value, AdamAdvice) else "sgd"
-        return {"optimizer": kind, "summary": value.summary, "verdict": value.verdict, **found}
+        return {"optimizer": kind, "summary": value.summary, "verdict": value.verdict}
     if isinstance(value, Move | AdamMove):
-        return {**found, "verdict": value.verdict, "range": _encode(value.range)}
+        return {"verdict": value.verdict, "range": value.range}
     if isinstance(value, Comparison):
-        return {**found, "differs": value.differs, "summary": value.summary}
-    return found
-
-
-def _is_data(value: Any) -> bool:
-    return isinstance(
-        value,
-        Configuration
-        | AdamConfiguration
-        | Advice
-        | AdamAdvice
-        | Move
-        | AdamMove
-        | Check
-        | Comparison
-        | Restoration,
-    )
+        return {"differs": value.differs, "summary": value.summary}
+    return {}
 
 
 def _number(value: Any) -> Any:

@@ -84,7 +84,8 @@ class Comparison:
         quantity = "lr/sqrt(B)" if isinstance(self.present, AdamConfiguration) else "The noise scale g"
         whose = f" of {self.name}" if self.name else ""
         where = f" ({self.source})" if self.source else ""
-        numbers = f"{self.present.noise_scale:.5g}{whose}, and {self.reference_noise_scale:.5g} in the reference{where}"
+        here, there = f"{self.present.noise_scale:.5g}{whose}", f"{self.reference_noise_scale:.5g}"
+        numbers = f"{here}, and {there} in the reference{where}"
         if not self.differs:
             return f"{quantity} is {numbers}: the same within {TOLERANCE:.0%}."
         return " ".join((f"{quantity} is {numbers}: {self.ratio:.4g} times.", *self._remedies()))
@@ -136,15 +137,16 @@ def compare(
         Smith & Le, ICLR 2018, arXiv:1710.06451, section 5; for Adam Malladi et al., NeurIPS 2022,
         arXiv:2205.10287.
     """
-    known = None if isinstance(reference, int | float) else reference
-    scale = non_negative("reference", reference) if known is None else known.noise_scale  # type: ignore[union-attr]
-    adaptive = isinstance(present, AdamConfiguration)
-    if known is not None and isinstance(known, AdamConfiguration) != adaptive:
-        raise ValueError(
-            "Expected argument `reference` to be of an"
-            f" {'Adam-like optimizer' if adaptive else 'optimizer of the kind of SGD'}, as the present run is, but got"
-            f" {known}: their noise scales are different quantities and cannot be compared."
-        )
+    known: Configuration | AdamConfiguration | None = None
+    if isinstance(reference, Configuration | AdamConfiguration):
+        known, scale = reference, reference.noise_scale
+        if type(known) is not type(present):
+            raise ValueError(
+                f"Expected argument `reference` to be a {type(present).__name__}, as the present run is, but got"
+                f" {known}: the noise scales of SGD and of Adam-like optimizers are different quantities."
+            )
+    else:
+        scale = non_negative("reference", reference)
     if isinstance(present, AdamConfiguration):
         restorations = tuple(_adam_restorations(present, scale))
         expected = None

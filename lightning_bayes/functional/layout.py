@@ -77,7 +77,7 @@ def with_trainer_check(
     """The same advice with `trainer_check` added to each move that has a solution."""
     moves = []
     for move in advice.moves:
-        checks = move.checks
+        checks: tuple[Check, ...] = move.checks
         if move.solution is not None:
             added = trainer_check(
                 move.solution.batch_size,
