@@ -18,6 +18,8 @@ RANKS = {
     "laplace": 2,
     "curve": 2,
     "refitting": 2,
+    "stability": 2,
+    "eigenvalue": 2,
     "callbacks": 3,
     "__main__": 3,
     "examples": 4,

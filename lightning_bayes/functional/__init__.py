@@ -25,6 +25,13 @@ from lightning_bayes.functional.noise_scale import (
     sgd_noise_scale,
 )
 from lightning_bayes.functional.scaling import Move, rescale
+from lightning_bayes.functional.sharpness import keskar_sharpness
+from lightning_bayes.functional.stability import (
+    largest_stable_learning_rate,
+    stability_edge,
+    stability_ratio,
+    variance_inflation,
+)
 
 __all__ = [  # noqa: RUF022 - grouped by subject
     # Evidence
@@ -41,6 +48,12 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "gradient_noise_scale",
     "learning_rate_for_noise_scale",
     "sgd_noise_scale",
+    # Stability of training
+    "keskar_sharpness",
+    "largest_stable_learning_rate",
+    "stability_edge",
+    "stability_ratio",
+    "variance_inflation",
     # Rescaling
     "AdamConfiguration",
     "Configuration",
