@@ -31,7 +31,7 @@ def advice_text(advice: Sequence[Advice | AdamAdvice], comparisons: Sequence[Com
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
     with console.capture() as capture:
         console.print(advice_renderable(advice, comparisons))
-    return "\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines())
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
 
 
 def advice_renderable(

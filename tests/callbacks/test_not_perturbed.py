@@ -109,7 +109,9 @@ def same(a, b):
 
 
 def observers():
-    return [LaplaceEvidence(), SGDNoiseScale(logging_interval="step"), ScalingAdvisor(target_batch_size=12)]
+    reference = {"learning_rate": 0.5, "batch_size": 6, "dataset_size": 21}
+    advisor = ScalingAdvisor(target_batch_size=12, reference=reference, ema_decay=0.9)
+    return [LaplaceEvidence(), SGDNoiseScale(logging_interval="step"), advisor]
 
 
 @pytest.mark.parametrize(
