@@ -108,8 +108,8 @@ def same(a, b):
     return a == b
 
 
-def observers():
-    reference = {"learning_rate": 0.5, "batch_size": 6, "dataset_size": 21}
+def observers(accumulate=1):
+    reference = {"learning_rate": 0.1, "batch_size": 6 * accumulate, "dataset_size": 21, "momentum": 0.9}
     advisor = ScalingAdvisor(target_batch_size=12, reference=reference, ema_decay=0.9)
     return [LaplaceEvidence(), SGDNoiseScale(logging_interval="step"), advisor]
 
@@ -128,7 +128,9 @@ def observers():
 def test_bit_identical(tmp_path, kwargs):
     # The noisy training_step of this model is meant: it warns, and is nevertheless left alone.
     with pytest.warns(UserWarning, match="draws random numbers"):
-        with_callbacks = trained(tmp_path / "a", observers(), **kwargs)
+        with_callbacks = trained(
+            tmp_path / "a", observers(kwargs.get("accumulate_grad_batches", 1)), **kwargs
+        )
     without = trained(tmp_path / "b", [], **kwargs)
     assert [name for name in without if not same(with_callbacks[name], without[name])] == []
 
