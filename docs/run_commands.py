@@ -10,20 +10,30 @@ from pathlib import Path
 
 from lightning_bayes.advising.command import main
 
-BLOCK = re.compile(r"```console\n\$ python -m lightning_bayes (?P<arguments>(?:.*\\\n)*.*)\n(?P<output>(?:.*\n)*?)```\n")
+BLOCK = re.compile(
+    r"```console\n\$ python -m lightning_bayes (?P<arguments>(?:.*\\\n)*.*)\n(?P<output>(?:.*\n)*?)```\n"
+)
 
 
 def refreshed(page: str) -> str:
     """The page with the output of each command as it is now, in 80 columns."""
-    return BLOCK.sub(lambda match: f"```console\n$ python -m lightning_bayes {match[1]}\n{_output(match[1])}```\n", page)
+    return BLOCK.sub(
+        lambda match: f"```console\n$ python -m lightning_bayes {match[1]}\n{_output(match[1])}```\n", page
+    )
 
 
 def _output(arguments: str) -> str:
     printed = io.StringIO()
     os.environ["COLUMNS"] = "80"
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), contextlib.suppress(SystemExit):
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+        contextlib.suppress(SystemExit),
+    ):
         main(shlex.split(arguments.replace("\\\n", " ")))
-    return "".join(f"{line.rstrip()}\n" for line in printed.getvalue().strip("\n").splitlines() if line.strip())
+    return "".join(
+        f"{line.rstrip()}\n" for line in printed.getvalue().strip("\n").splitlines() if line.strip()
+    )
 
 
 if __name__ == "__main__":

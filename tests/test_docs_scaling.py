@@ -5,7 +5,14 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from lightning_bayes.functional import AdamConfiguration, Check, Configuration, advise, advise_adam, trainer_check
+from lightning_bayes.functional import (
+    AdamConfiguration,
+    Check,
+    Configuration,
+    advise,
+    advise_adam,
+    trainer_check,
+)
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "scaling.md").read_text(encoding="utf-8")

@@ -207,6 +207,8 @@ def _phrase(change: Restoration, goal: float) -> str:
     name = change.quantity.replace("_", " ")
     if change.quantity not in ("batch_size", "dataset_size"):
         return f"{name} {change.value:.4g}"
-    whole = math.floor(change.value + 0.5) if change.quantity == "batch_size" else math.ceil(change.value - 1e-9)
+    whole = (
+        math.floor(change.value + 0.5) if change.quantity == "batch_size" else math.ceil(change.value - 1e-9)
+    )
     off = goal > 0 and abs(change.noise_scale / goal - 1) > TOLERANCE
     return f"{name} {max(1, whole)}" + (f" ({change.noise_scale:.4g})" if off else "")

@@ -99,8 +99,8 @@ def _how_sure(move: AnyMove) -> str:
         return f"safe, {len(checks)} checks pass"
     failed = move.verdict == "doubtful"
     number = sum(check.passed is (False if failed else None) for check in checks)
-    ends = (" fails" if number == 1 else " fail") if failed else " not measured"
-    return f"{move.verdict}, {number} of {len(checks)} checks{ends}"
+    ends = f"checks fail{'s' if number == 1 else ''}" if failed else "unmeasured"
+    return f"{move.verdict}, {number} of {len(checks)} {ends}"
 
 
 def no_solution(reason: str) -> Check:

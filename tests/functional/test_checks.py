@@ -38,7 +38,7 @@ def test_what_was_not_measured_is_left_open():
     assert advice.verdict == "unverified"
     open_checks = {one.name for one in advice.checks if one.passed is None}
     assert open_checks == {"gradient_noise_scale", "stability", "variance"}
-    assert "3 of 6 checks not measured" in advice.summary
+    assert "3 of 6 unmeasured" in advice.summary
 
 
 def test_batch_against_a_tenth_of_the_data():
@@ -236,10 +236,37 @@ def test_a_check_that_does_not_pass_is_in_the_table(advice, status):
     assert max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        ({}, 5000),  # N/10
+        ({"gradient_noise_scale": 3000.0}, 3000),
+        ({"largest_eigenvalue": 0.4}, None),
+    ],
+)
+def test_a_move_too_far_says_how_far_it_may_go(measured, expected):
+    advice = advise(PRESENT, target_batch_size=8192, **measured)
+    (note,) = [note for note in advice.notes if note.startswith("Up to a batch of")]
+    reached = int(note.split("batch of ")[1].split(",")[0])
+    if expected is not None:
+        assert reached == expected
+    for batch, fails in [(reached, False), (reached + 1, True)]:
+        checks = advise(PRESENT, target_batch_size=batch, **measured).checks
+        assert any(one.passed is False and not one.action for one in checks) is fails
+
+
+def test_how_far_adam_may_go():
+    present = AdamConfiguration(1e-3, 256, (0.75, 0.999))  # kappa * 0.25 < 1
+    assert "Up to a batch of 1023," in advise_adam(present, target_batch_size=4096).notes[0]
+    # Where the present run already fails, nothing above it passes.
+    far = advise(Configuration(0.1, 6000, 50_000), target_batch_size=8000)
+    assert not any(note.startswith("Up to") for note in far.notes)
+
+
 def test_two_moves_have_their_own_checks():
     advice = advise(PRESENT, target_momentum=0.5)
     assert advice.summary == (
-        "momentum 0.5: lr 0.5, or batch 51.41 (linear 51.2); unverified, 2 of 5 checks not measured"
+        "momentum 0.5: lr 0.5, or batch 51.41 (linear 51.2); unverified, 2 of 5 unmeasured"
     )
     text = advice_text([advice])
     assert "How sure, new learning rate" in text and "With the move, new batch size" in text
