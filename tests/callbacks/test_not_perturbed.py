@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_bayes import LaplaceEvidence, ScalingAdvisor, SGDNoiseScale
+from lightning_bayes import LaplaceEvidence, ScalingAdvisor, SGDNoiseScale, Stability
 
 from .evidence_models import Module, Rich, fit, loader, optimizer, tensors
 
@@ -108,10 +108,13 @@ def same(a, b):
     return a == b
 
 
-def observers(accumulate=1):
-    reference = {"learning_rate": 0.1, "batch_size": 6 * accumulate, "dataset_size": 21, "momentum": 0.9}
-    advisor = ScalingAdvisor(target_batch_size=12, reference=reference, ema_decay=0.9)
-    return [LaplaceEvidence(), SGDNoiseScale(logging_interval="step"), advisor]
+def observers():
+    return [
+        LaplaceEvidence(),
+        SGDNoiseScale(logging_interval="step"),
+        ScalingAdvisor(target_batch_size=12),
+        Stability(sharpness=True),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -128,9 +131,7 @@ def observers(accumulate=1):
 def test_bit_identical(tmp_path, kwargs):
     # The noisy training_step of this model is meant: it warns, and is nevertheless left alone.
     with pytest.warns(UserWarning, match="draws random numbers"):
-        with_callbacks = trained(
-            tmp_path / "a", observers(kwargs.get("accumulate_grad_batches", 1)), **kwargs
-        )
+        with_callbacks = trained(tmp_path / "a", observers(), **kwargs)
     without = trained(tmp_path / "b", [], **kwargs)
     assert [name for name in without if not same(with_callbacks[name], without[name])] == []
 
@@ -140,6 +141,32 @@ def test_bit_identical_with_the_network_read_directly(tmp_path):
     with_callback = trained(tmp_path / "a", [callback])
     without = trained(tmp_path / "b", [])
     assert len(callback.history) == 3
+    assert [name for name in without if not same(with_callback[name], without[name])] == []
+
+
+STABILITY = {
+    "hessian": {},
+    "ggn": {"curvature": "ggn"},
+    "sharpness": {"sharpness": True},
+    "network": {"network": "network", "likelihood": "classification", "max_examples": 12},
+}
+
+
+@pytest.mark.parametrize("options", STABILITY)
+def test_bit_identical_with_stability(tmp_path, options):
+    callback = Stability(**STABILITY[options])
+    with_callback = trained(tmp_path / "a", [callback])
+    without = trained(tmp_path / "b", [])
+    assert len(callback.history) == 3
+    assert [name for name in without if not same(with_callback[name], without[name])] == []
+
+
+def test_bit_identical_beside_a_reference(tmp_path):
+    reference = {"learning_rate": 0.1, "batch_size": 6, "dataset_size": 21, "momentum": 0.9}
+    callback = ScalingAdvisor(target_batch_size=12, reference=reference, ema_decay=0.9)
+    with_callback = trained(tmp_path / "a", [callback])
+    without = trained(tmp_path / "b", [])
+    assert callback.advice and not callback.comparisons[0].differs
     assert [name for name in without if not same(with_callback[name], without[name])] == []
 
 
@@ -182,3 +209,4 @@ def test_samplers_keep_their_state(tmp_path):
         return seen
 
     assert order([LaplaceEvidence()]) == order([])
+    assert order([Stability()]) == order([])
