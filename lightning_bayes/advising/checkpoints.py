@@ -94,7 +94,7 @@ def groups_of_checkpoint(
             if checkpoint.get("lr_schedulers") and "initial_lr" not in group:
                 # ReduceLROnPlateau does not write it down.
                 notes.append(
-                    f"The learning rate of the reference, {rate:g}, is the one at the moment of {source}: its schedule"
+                    f"The learning rate of the reference, {rate:g}, is that at the moment of {source}: its schedule"
                     " does not say where it began."
                 )
             groups[name] = configuration_of(group, rate, batch, examples, adaptive=adaptive)

@@ -109,7 +109,7 @@ def test_checkpoint_of_a_schedule_without_a_base_says_so(tmp_path):
 
     path = checkpoint(tmp_path, Logging(plateau))
     reference = read_reference({"path": path, "batch_size": 10, "dataset_size": 100})
-    assert "the one at the moment of" in reference.notes[0]
+    assert "that at the moment of" in reference.notes[0]
 
 
 def test_checkpoint_of_adam_does_without_the_dataset(tmp_path):
