@@ -11,6 +11,7 @@ PACKAGE = "lightning_bayes"
 RANKS = {
     "functional": 0,
     "curvature": 1,
+    "advising": 1,
     "evidence": 1,
     "options": 2,
     "evaluation": 2,
@@ -20,6 +21,7 @@ RANKS = {
     "stability": 2,
     "eigenvalue": 2,
     "callbacks": 3,
+    "__main__": 3,
     "examples": 4,
 }
 """A module may import modules of its own rank and below; `evidence` is the plain result of `laplace`."""

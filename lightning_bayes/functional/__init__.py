@@ -3,6 +3,9 @@
 from lightning_bayes.functional.adam_advice import AdamAdvice, AdamMove, advise_adam
 from lightning_bayes.functional.adam_scaling import AdamConfiguration, rescale_adam
 from lightning_bayes.functional.advice import Advice, advise
+from lightning_bayes.functional.advice_json import SavedAdvice
+from lightning_bayes.functional.check import Check
+from lightning_bayes.functional.comparison import Comparison, Restoration, compare
 from lightning_bayes.functional.configuration import Configuration, NoSolutionError
 from lightning_bayes.functional.evidence import (
     effective_parameters,
@@ -12,6 +15,7 @@ from lightning_bayes.functional.evidence import (
     log_occam_factor,
     weight_penalty,
 )
+from lightning_bayes.functional.layout import trainer_check
 from lightning_bayes.functional.noise_scale import (
     GradientNoise,
     adam_noise_scale,
@@ -60,7 +64,13 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "AdamAdvice",
     "AdamMove",
     "Advice",
+    "Check",
+    "Comparison",
     "Move",
+    "Restoration",
+    "SavedAdvice",
     "advise",
     "advise_adam",
+    "compare",
+    "trainer_check",
 ]

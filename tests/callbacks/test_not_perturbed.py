@@ -161,6 +161,15 @@ def test_bit_identical_with_stability(tmp_path, options):
     assert [name for name in without if not same(with_callback[name], without[name])] == []
 
 
+def test_bit_identical_beside_a_reference(tmp_path):
+    reference = {"learning_rate": 0.1, "batch_size": 6, "dataset_size": 21, "momentum": 0.9}
+    callback = ScalingAdvisor(target_batch_size=12, reference=reference, ema_decay=0.9)
+    with_callback = trained(tmp_path / "a", [callback])
+    without = trained(tmp_path / "b", [])
+    assert callback.advice and not callback.comparisons[0].differs
+    assert [name for name in without if not same(with_callback[name], without[name])] == []
+
+
 def test_the_comparison_sees_one_bit(tmp_path):
     state = trained(tmp_path, [])
     other = copy.deepcopy(state)
