@@ -109,6 +109,7 @@ def largest_eigenvalue(
             network.to(where)
         batches = [_batch(network, batch, loss, examples.num_examples) for batch in examples.read()]
         function = MeanLoss(network, trainable_names(network), batches)
+        _refuse_sum(function)
         product = function.hessian_product if curvature == "hessian" else function.gauss_newton_product
         pair = largest_eigenpair(product, function.flat(), tolerance=tolerance, max_products=max_products)
     return Eigenvalue(
@@ -120,6 +121,19 @@ def largest_eigenvalue(
         num_parameters=len(pair.vector),
         num_products=pair.num_products,
     )
+
+
+def _refuse_sum(function: MeanLoss) -> None:
+    """The eigenvalue of a sum grows with the batches that it is computed in."""
+    try:
+        reduction = function.first_captured().reduction
+    except ValueError:  # a loss that is none that is known, or weights that are not finite
+        return
+    if reduction == "sum":
+        raise ValueError(
+            "Expected argument `loss` to be a mean over the examples of a batch, but got a sum. Use reduction='mean'; "
+            "the eigenvalue of the sum over a batch of B is B times as large."
+        )
 
 
 def _batch(
