@@ -79,7 +79,8 @@ def largest_eigenvalue(
         model: Maps a batch of inputs to what `loss` takes. It is copied and left as it was. Dropout is off; batch
             norm that is in training mode normalises by the batch, as when training.
         data: A DataLoader of (inputs, targets), read unshuffled, or the two tensors.
-        loss: (outputs, targets) -> the mean loss of a batch, a scalar; cross-entropy by default.
+        loss: (outputs, targets) -> the mean loss of a batch, a scalar; cross-entropy by default. A known loss that is
+            a sum is refused.
         curvature: "hessian"; or "ggn", for losses that `LaplaceEvidence` can read.
         max_examples: A random subset of this size, the same at every call.
         batch_size: Examples at a time; None for the loader's own (at least 32), or 256 for tensors.
@@ -131,8 +132,8 @@ def _refuse_sum(function: MeanLoss) -> None:
         return
     if reduction == "sum":
         raise ValueError(
-            "Expected argument `loss` to be a mean over the examples of a batch, but got a sum. Use reduction='mean'; "
-            "the eigenvalue of the sum over a batch of B is B times as large."
+            "Expected argument `loss` to be a mean over the examples of a batch, but got a sum. Use "
+            "reduction='mean'; the eigenvalue of the sum over a batch of B is B times as large."
         )
 
 
