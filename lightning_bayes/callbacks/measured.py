@@ -32,4 +32,9 @@ def measured(trainer: Trainer) -> Measurements:
             # NaN weights have no curvature.
             value = callback.reading.largest_eigenvalue
             largest = value if math.isfinite(value) else largest
-    return Measurements(noise, largest)
+    return Measurements(None if noise is None else _resolved(noise), largest)
+
+
+def _resolved(noise_scale: float) -> float:
+    """NaN for what is no batch size: an unbiased tr Σ of few gradients may come out below 0, as |G|² may."""
+    return noise_scale if math.isfinite(noise_scale) and noise_scale > 0 else math.nan

@@ -195,7 +195,10 @@ class GradientNoiseScale(L.Callback):
         self.estimate = estimate
 
 
-@pytest.mark.parametrize(("noise", "passed"), [(300.0, True), (20.0, False), (math.nan, None)])
+@pytest.mark.parametrize(
+    ("noise", "passed"),
+    [(300.0, True), (20.0, False), (math.nan, None), (-3.0, None), (0.0, None), (math.inf, None)],
+)
 def test_gradient_noise_of_a_callback(tmp_path, noise, passed):
     advisor = ScalingAdvisor(target_batch_size=50)
     fit(tmp_path, sgd(), GradientNoiseScale(GradientNoise(1.0, 1.0, noise)), advisor)
