@@ -91,7 +91,8 @@ def _passed(check: Check) -> str:
     name = check.name.replace("_", " ")
     if check.value is None or check.limit is None:
         return name
-    return f"{name} ({abs(check.value):.3g} of {check.limit:.3g})"
+    value, limit = (f"{x:.0f}" if 1e3 <= x < 1e9 else f"{x:.3g}" for x in (abs(check.value), check.limit))
+    return f"{name} ({value} of {limit})"
 
 
 def _list(heading: str, lines: Sequence[str]) -> list[RenderableType]:
