@@ -28,6 +28,12 @@ def test_output_is_that_of_the_commands(monkeypatch):
     assert module.refreshed(PAGE) == PAGE
 
 
+def test_the_warning_is_that_of_the_advisor():
+    good = Configuration(0.1, 256, 50_000, 0.9)
+    comparison = compare(Configuration(0.1, 512, 50_000, 0.9), good, name="SGD", source="as given")
+    assert f"ScalingAdvisor: {comparison.summary}" in " ".join(PAGE.split())
+
+
 def test_every_check_is_explained():
     sgd = advise(Configuration(0.1, 256, 5000, 0.9), target_learning_rate=0.2, target_dataset_size=6000)
     adam = advise_adam(AdamConfiguration(1e-3, 256, dataset_size=5000), target_batch_size=512)
