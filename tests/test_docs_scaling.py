@@ -11,6 +11,7 @@ from lightning_bayes.functional import (
     Configuration,
     advise,
     advise_adam,
+    compare,
     trainer_check,
 )
 
