@@ -1,6 +1,7 @@
 """How the optimizers of a Trainer step, where they are SGD."""
 
 from collections.abc import Iterator
+from inspect import unwrap
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -32,7 +33,8 @@ def why_not_sgd(trainer: Trainer) -> str | None:
                 f"{name} divides each gradient by its own size, so it steps in another geometry than that of the "
                 "Hessian, and 2(1 + m)/h is not its edge of stability"
             )
-        if not isinstance(optimizer, SGD):
+        # torch wraps `step` at the first use of a class. A subclass with a step of its own (LARS) is another.
+        if not isinstance(optimizer, SGD) or unwrap(type(optimizer).step) is not unwrap(SGD.step):
             return f"{name} is not torch.optim.SGD, and where it becomes unstable is not known here"
     return None
 

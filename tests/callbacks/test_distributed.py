@@ -74,20 +74,6 @@ def test_noise_scale_counts_the_replicas(results):
         assert rank["logged"]["bayes/noise_scale"] == pytest.approx(0.1 * (N / 8 - 1))
 
 
-def test_advice_counts_the_replicas_and_is_saved_once(results):
-    first, second = results("uneven")
-    assert first["advice"] == second["advice"]
-    ((present, checks),) = first["advice"]
-    assert present["batch_size"] == 8
-    (trainer,) = [check for check in checks if check["name"] == "trainer"]
-    assert (
-        "accumulate_grad_batches=2 with the DataLoader's batch_size=4 on each of the 2 devices"
-        in trainer["sentence"]
-    )
-    path = Path(first["log_dir"]) / "scaling_advice.json"
-    assert SavedAdvice.from_json(path.read_text()).advice[0].present.batch_size == 8
-
-
 def test_stability_is_that_of_one_process(results):
     """On a copy with the weights of the end: batches of 4 in the order of one process, batch norm by the batch."""
     first, second = results("uneven")
@@ -100,6 +86,20 @@ def test_stability_is_that_of_one_process(results):
     assert reading["num_examples"] == N // 4 * 4  # batch norm: whole batches
     assert reading["largest_eigenvalue"] == pytest.approx(callback.reading.largest_eigenvalue, rel=1e-6)
     assert reading["stability_ratio"] == pytest.approx(0.1 * (reading["largest_eigenvalue"] + 0.02) / 2)
+
+
+def test_advice_counts_the_replicas_and_is_saved_once(results):
+    first, second = results("uneven")
+    assert first["advice"] == second["advice"]
+    ((present, checks),) = first["advice"]
+    assert present["batch_size"] == 8
+    (trainer,) = [check for check in checks if check["name"] == "trainer"]
+    assert (
+        "accumulate_grad_batches=2 with the DataLoader's batch_size=4 on each of the 2 devices"
+        in trainer["sentence"]
+    )
+    path = Path(first["log_dir"]) / "scaling_advice.json"
+    assert SavedAdvice.from_json(path.read_text()).advice[0].present.batch_size == 8
 
 
 def test_ranks_agree_on_the_epochs_to_skip(results):

@@ -248,7 +248,25 @@ def test_learning_rate_in_force_at_the_last_step(tmp_path):
 
 
 ADAPTIVE = {"Adam": torch.optim.Adam, "RMSprop": torch.optim.RMSprop, "Adadelta": torch.optim.Adadelta}
-UNKNOWN = {"ASGD": torch.optim.ASGD, "Rprop": torch.optim.Rprop}
+
+
+class LARS(torch.optim.SGD):
+    """A step of its own under the settings of SGD."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class Renamed(torch.optim.SGD):
+    """Nothing of its own."""
+
+
+def test_a_subclass_of_sgd_that_steps_as_sgd_does_is_sgd(tmp_path):
+    module = Module(mlp(), cross_entropy, lambda module: Renamed(module.parameters(), lr=0.1))
+    assert reading_of(tmp_path, module, loader()).stability_ratio is not None
+
+
+UNKNOWN = {"LARS": LARS, "ASGD": torch.optim.ASGD, "Rprop": torch.optim.Rprop}
 
 
 @pytest.mark.parametrize("name", ADAPTIVE | UNKNOWN)
