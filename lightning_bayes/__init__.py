@@ -1,6 +1,6 @@
 """Bayesian evidence, SGD noise scale and scaling advice for PyTorch Lightning."""
 
-from lightning_bayes.callbacks import LaplaceEvidence, ScalingAdvisor, SGDNoiseScale
+from lightning_bayes.callbacks import BatchSizeScheduler, LaplaceEvidence, ScalingAdvisor, SGDNoiseScale
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.likelihoods import (
     Bernoulli,
@@ -21,6 +21,7 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "LaplaceEvidence",
     "SGDNoiseScale",
     "ScalingAdvisor",
+    "BatchSizeScheduler",
     # Without a Trainer
     "laplace_evidence",
     "Evidence",

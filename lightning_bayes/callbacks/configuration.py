@@ -71,6 +71,54 @@ class TrainerConfiguration:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Examples per optimizer step, and those of the training set.
+
+    Attributes:
+        device_batch_size: examples of one batch of the loader, on each replica.
+        accumulation: batches per optimizer step.
+        replicas: processes that draw different examples.
+        dataset_size: N.
+        notes: what had to be decided in counting N.
+    """
+
+    device_batch_size: int
+    accumulation: int
+    replicas: int
+    dataset_size: int
+    notes: tuple[str, ...]
+
+    @property
+    def batch_size(self) -> int:
+        """Nominal examples per optimizer step, B."""
+        return self.device_batch_size * self.accumulation * self.replicas
+
+
+def read_sizes(trainer: Trainer, dataset_size: int | None = None) -> Sizes:
+    """Reads B, what it is made up of, and N from a Trainer that is fitting.
+
+    Args:
+        trainer: between `on_train_start` and `on_train_end`.
+        dataset_size: N in place of the length of the training set.
+
+    Returns:
+        The sizes; `read_configuration` says what they mean.
+
+    Raises:
+        ValueError: without a training loader or with several, and where N or B cannot be read.
+    """
+    loader = _loader(trainer)
+    examples, notes = _dataset_size(loader, trainer, dataset_size)
+    return Sizes(
+        loader_batch_size(loader),
+        trainer.accumulate_grad_batches,
+        _replicas(trainer),
+        examples,
+        tuple(notes),
+    )
+
+
 def read_configuration(trainer: Trainer, dataset_size: int | None = None) -> TrainerConfiguration:
     """Reads the configuration in force from a Trainer that is fitting.
 
@@ -98,10 +146,8 @@ def read_configuration(trainer: Trainer, dataset_size: int | None = None) -> Tra
             " `automatic_optimization = False`: when it steps, and on how many examples, is then known to it"
             " alone. Remove the callback and use `lightning_bayes.functional` inside `training_step`."
         )
-    loader = _loader(trainer)
-    examples, notes = _dataset_size(loader, trainer, dataset_size)
-    loader_batch = _loader_batch_size(loader)
-    batch_size = loader_batch * trainer.accumulate_grad_batches * _replicas(trainer)
+    sizes = read_sizes(trainer, dataset_size)
+    batch_size, examples, notes = sizes.batch_size, sizes.dataset_size, list(sizes.notes)
     if batch_size > examples:
         # An accumulation never reaches into the next epoch, so no step sees more than the training set.
         notes.append(
@@ -148,7 +194,8 @@ def _flatten(loaders: Any) -> Iterator[Any]:
         yield from _flatten(loader)
 
 
-def _loader_batch_size(loader: Any) -> int:
+def loader_batch_size(loader: Any) -> int:
+    """Examples per batch of a loader, or a ValueError where it does not say."""
     batch_size = getattr(loader, "batch_size", None)
     batch_sampler = getattr(loader, "batch_sampler", None)
     if batch_size is None and batch_sampler is not None:
@@ -275,7 +322,7 @@ def _length(dataset: Any) -> int:
         raise ValueError(
             f"Expected a training set with a length of at least 1, but got {type(dataset).__name__}"
             " without one. Pass the number of training examples as `dataset_size=` where the callback"
-            " takes it (SGDNoiseScale), or give the dataset a `__len__`."
+            " takes it (SGDNoiseScale, BatchSizeScheduler), or give the dataset a `__len__`."
         )
     return examples
 
@@ -306,6 +353,20 @@ def _named_optimizers(trainer: Trainer) -> list[tuple[str, Any]]:
     return named
 
 
+def group_names(trainer: Trainer) -> list[str]:
+    """The names of all parameter groups, those of one optimizer after those of the one before it."""
+    return [full for name, optimizer in _named_optimizers(trainer) for full in _group_names(name, optimizer)]
+
+
+def _group_names(name: str, optimizer: Any) -> list[str]:
+    groups = optimizer.param_groups
+    labels = [
+        group.get("name", f"pg{index}" if len(groups) > 1 else None)
+        for index, group in enumerate(groups, start=1)
+    ]
+    return [name if label is None else f"{name}/{label}" for label in labels]
+
+
 def _groups(name: str, optimizer: Any, batch_size: int, examples: int) -> list[ParameterGroup]:
     if isinstance(optimizer, NEITHER):
         raise ValueError(
@@ -313,17 +374,14 @@ def _groups(name: str, optimizer: Any, batch_size: int, examples: int) -> list[P
             f" {type(optimizer).__name__}. Remove the callback, or train with SGD or an Adam-like optimizer."
         )
     read = _adam_configuration if is_adaptive(optimizer) else _sgd_configuration
-    groups = optimizer.param_groups
     found = []
-    for index, group in enumerate(groups, start=1):
+    for full_name, group in zip(_group_names(name, optimizer), optimizer.param_groups, strict=True):
         if "lr" not in group:
             raise ValueError(
                 f"Expected the parameter groups of {type(optimizer).__name__} to have an `lr`, but got"
                 f" {sorted(map(str, group))}. Remove the callback: without a learning rate there is no"
                 " noise scale."
             )
-        label = group.get("name", f"pg{index}" if len(groups) > 1 else None)
-        full_name = name if label is None else f"{name}/{label}"
         found.append(ParameterGroup(full_name, read(group, batch_size, examples)))
     return found
 
