@@ -123,7 +123,7 @@ class BatchSizeScheduler(Callback):
         self._start: Sizes | None = None  # at the first step, however often the run is resumed
         self._start_batches = 0.0
         self._now: Sizes | None = None
-        self._limit_said = False
+        self._limit_said = self._groups_differ = False
         self._loader: GrowingLoader | None = None
         self._decays: DecaySchedule = (
             LearningRateDecay() if self.milestones is None else Milestones(self.milestones)
@@ -227,6 +227,7 @@ class BatchSizeScheduler(Callback):
             "peaks": self._decays.peaks,
             "schedule_steps": self._steps.taken,
             "limit_said": self._limit_said,
+            "groups_differ": self._groups_differ,
         }
 
     @override
@@ -237,7 +238,7 @@ class BatchSizeScheduler(Callback):
         self._prepared = None if state_dict["prepared"] is None else BatchGrowth(**state_dict["prepared"])
         self._decays.peaks = list(state_dict["peaks"])
         self._steps.taken = list(state_dict["schedule_steps"])
-        self._limit_said = state_dict["limit_said"]
+        self._limit_said, self._groups_differ = state_dict["limit_said"], state_dict["groups_differ"]
         if self._loader is not None:
             self._loader.requested = (self._prepared or self.growth).device_batch_size
 
@@ -292,7 +293,9 @@ class BatchSizeScheduler(Callback):
         # The nominal batch can exceed a small training set, a step cannot.
         values = {"batch_size": float(min(self.growth.batch_size, self._now.dataset_size))}
         used = self._learning_rate.used or self._learning_rate.scheduled()
-        if len(set(used)) == 1:
+        # Once split, always split: groups that meet again for a moment would make keys come and go.
+        self._groups_differ |= len(set(used)) > 1
+        if not self._groups_differ:
             return values | {"learning_rate": used[0]}
         names = group_names(trainer)
         return values | {f"learning_rate-{name}": rate for name, rate in zip(names, used, strict=True)}

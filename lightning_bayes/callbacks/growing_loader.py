@@ -114,10 +114,11 @@ def why_not_reload(trainer: Trainer) -> str | None:
         return f"`limit_train_batches={trainer.limit_train_batches}` would let an epoch grow with its batches"
     if getattr(trainer, "overfit_batches", 0):
         return "`overfit_batches` fixes the loader"
-    if isinstance(trainer.val_check_interval, int) or trainer.check_val_every_n_epoch is None:
+    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    if every is None or isinstance(interval, int) or (isinstance(interval, float) and interval != 1):
         return (
-            f"validation is due every {trainer.val_check_interval} batches, of which an epoch would have fewer;"
-            " `val_check_interval=1.0` counts in epochs"
+            f"`val_check_interval={interval}` is counted in whole batches, of which an epoch would have fewer:"
+            " validation would not stay where it is"
         )
     return None
 

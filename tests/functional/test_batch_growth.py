@@ -51,7 +51,9 @@ def test_exact_keeps_the_noise_scale_of_the_decayed_run(growth, learning_rate, m
     found, examples = grow_batch(decay, **arguments), arguments["dataset_size"]
     decayed = sgd_noise_scale(learning_rate / decay, present, examples, momentum)
     grown = learning_rate * found.learning_rate_factor
-    assert sgd_noise_scale(grown, found.batch_size, examples, momentum) == pytest.approx(decayed, rel=RELATIVE)
+    assert sgd_noise_scale(grown, found.batch_size, examples, momentum) == pytest.approx(
+        decayed, rel=RELATIVE
+    )
 
 
 @given(growths(rules=("linear",)), learning_rates)
@@ -149,7 +151,10 @@ def test_batch_size_of_another_number_of_devices():
         ({"dataset_size": 0}, "`dataset_size`"),
         ({"batch_size": -1}, "`batch_size`"),
         ({"max_batch_size": 101}, "`max_batch_size` to be at most `dataset_size`"),
-        ({"max_device_batch_size": 4}, "at least the batch of the loader to start with .10 examples., but got 4"),
+        (
+            {"max_device_batch_size": 4},
+            "at least the batch of the loader to start with .10 examples., but got 4",
+        ),
         ({"method": "grow"}, "`method`"),
         ({"rule": "cubic"}, "`rule`"),
         ({"rule": "exact", "max_batch_size": 100, "decay": 1e9}, "at full batch"),
