@@ -13,6 +13,8 @@ from lightning_bayes import BatchSizeScheduler
 
 from .growth_models import BATCH, Data, N, Net, column, dataset, fit, scheduled, trainer, weights
 
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`:UserWarning")
+
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
@@ -129,7 +131,7 @@ class Endless(IterableDataset):
 
 def test_a_stream_needs_its_size(tmp_path):
     data = DataLoader(Endless(), BATCH)
-    with pytest.raises(ValueError, match="dataset_size=.* .SGDNoiseScale, BatchSizeScheduler."):
+    with pytest.raises(ValueError, match=r"dataset_size=.* \(SGDNoiseScale, BatchSizeScheduler\)"):
         trainer(tmp_path, BatchSizeScheduler([1])).fit(Net(), data)
     net = Net()
     trainer(tmp_path, BatchSizeScheduler([1], dataset_size=200), max_epochs=2).fit(net, data)
