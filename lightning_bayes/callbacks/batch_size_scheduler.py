@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -241,6 +242,17 @@ class BatchSizeScheduler(Callback):
         self._limit_said, self._groups_differ = state_dict["limit_said"], state_dict["groups_differ"]
         if self._loader is not None:
             self._loader.requested = (self._prepared or self.growth).device_batch_size
+
+    def learning_rate_in_step(self, group: Mapping[str, Any]) -> float:
+        """The learning rate of a parameter group while the optimizer steps, for whoever reads it at other times.
+
+        Args:
+            group: of an optimizer in training.
+
+        Returns:
+            The scheduler's own, times what the batch takes of its decay.
+        """
+        return self._learning_rate.in_step(group)
 
     def _decay(self, epoch: int) -> float:
         return self._decays.decay(epoch, self._learning_rate.scheduled())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -157,7 +157,7 @@ def read_configuration(trainer: Trainer, dataset_size: int | None = None) -> Tra
         batch_size = examples
     groups: list[ParameterGroup] = []
     for name, optimizer in _named_optimizers(trainer):
-        groups += _groups(name, optimizer, batch_size, examples)
+        groups += _groups(name, optimizer, batch_size, examples, _learning_rate_in_step(trainer))
         notes += _optimizer_notes(optimizer)
     if not groups:
         raise ValueError(
@@ -367,7 +367,21 @@ def _group_names(name: str, optimizer: Any) -> list[str]:
     return [name if label is None else f"{name}/{label}" for label in labels]
 
 
-def _groups(name: str, optimizer: Any, batch_size: int, examples: int) -> list[ParameterGroup]:
+def _learning_rate_in_step(trainer: Trainer) -> Callable[[Mapping[str, Any]], float]:
+    """A parameter group's learning rate when the optimizer steps: BatchSizeScheduler has another meanwhile."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined] # set without being declared
+        if callable(found := getattr(callback, "learning_rate_in_step", None)):
+            return cast(Callable[[Mapping[str, Any]], float], found)
+    return lambda group: float(group["lr"])
+
+
+def _groups(
+    name: str,
+    optimizer: Any,
+    batch_size: int,
+    examples: int,
+    learning_rate_in_step: Callable[[Mapping[str, Any]], float],
+) -> list[ParameterGroup]:
     if isinstance(optimizer, NEITHER):
         raise ValueError(
             "Neither the SGD noise scale nor Adam's square-root rule describes"
@@ -382,7 +396,8 @@ def _groups(name: str, optimizer: Any, batch_size: int, examples: int) -> list[P
                 f" {sorted(map(str, group))}. Remove the callback: without a learning rate there is no"
                 " noise scale."
             )
-        found.append(ParameterGroup(full_name, read(group, batch_size, examples)))
+        in_step = {**group, "lr": learning_rate_in_step(group)}
+        found.append(ParameterGroup(full_name, read(in_step, batch_size, examples)))
     return found
 
 

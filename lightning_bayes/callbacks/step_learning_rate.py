@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -46,6 +46,10 @@ class StepLearningRate:
     def scheduled(self) -> list[float]:
         """The learning rates that the groups have now: outside `step` the schedule's own."""
         return [float(group["lr"]) for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    def in_step(self, group: Mapping[str, Any]) -> float:
+        """The learning rate that a group has, or would have, in a step; asked for at any time."""
+        return float(group["lr"]) * (1 if self._scheduled else self.multiplier)
 
     def remove(self) -> None:
         """Take the hooks away, and put back what a step that was interrupted has left."""

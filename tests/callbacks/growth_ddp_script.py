@@ -8,17 +8,19 @@ import warnings
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_bayes import BatchSizeScheduler, SGDNoiseScale
 from tests.callbacks.growth_models import Data, Net, dataset, trainer
 
 
-class Plain(Data):
-    """Leaves it to Lightning to give each replica its share."""
+class Shared(Data):
+    """Every second example to each replica, in their order: Lightning's own sampler would shuffle."""
 
     def train_dataloader(self):
-        return DataLoader(dataset(), self.batch_size)
+        data = dataset()
+        sampler = DistributedSampler(data, num_replicas=2, rank=self.trainer.global_rank, shuffle=False)
+        return DataLoader(data, self.batch_size, sampler=sampler)
 
 
 def main(method, folder, max_epochs=3, ckpt_path=None):
@@ -36,7 +38,7 @@ def main(method, folder, max_epochs=3, ckpt_path=None):
         strategy="ddp",
         enable_checkpointing=True,
     )
-    run.fit(module, datamodule=Plain(), ckpt_path=ckpt_path)
+    run.fit(module, datamodule=Shared(), ckpt_path=ckpt_path)
     name = f"{folder}/{method}-{'whole' if ckpt_path is None else 'resumed'}-{run.global_rank}.pt"
     torch.save({"weights": module.network.state_dict(), "epochs": module.epochs}, name)
 

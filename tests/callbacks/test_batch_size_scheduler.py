@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch.optim import lr_scheduler as schedulers
 
 from lightning_bayes import BatchSizeScheduler, ScalingAdvisor, SGDNoiseScale
@@ -224,6 +225,36 @@ def test_a_step_that_is_skipped_does_not_mislead_the_scheduler(tmp_path):
     options = {"max_batch_size": 8}
     net = fit(tmp_path, "lr_scheduler", net=Skipping(configure), options=options)
     assert net.scheduled == fit(tmp_path, None, net=Net(configure)).scheduled
+
+
+def test_mixed_precision_whose_steps_lie_outside_the_closure(tmp_path):
+    class Single(Net):
+        def __init__(self, configure):
+            super().__init__(configure)
+            self.network.float()
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step([part.float() for part in batch], batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    def plugin():
+        return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**30))
+
+    configure = scheduled(MADE["StepLR"])
+    options = {"max_batch_size": 8}
+    plain = fit(tmp_path, None, SGDNoiseScale(), net=Single(configure), plugins=plugin())
+    net = fit(
+        tmp_path, "lr_scheduler", SGDNoiseScale(), net=Single(configure), options=options, plugins=plugin()
+    )
+    # The first scale overflows, and some steps are skipped: schedules go on as they do without growth.
+    assert net.run.precision_plugin.scaler.get_scale() < 2.0**30
+    assert net.scheduled == plain.scheduled
+    rates = [0.1, 0.1, 0.2 / 3, 0.2 / 3, 0.2 / 9, 0.2 / 9]
+    assert column(net, "learning_rate") == pytest.approx(rates, rel=1e-5)
+    noise = [rate * (N / batch - 1) / 0.1 for rate, batch in zip(rates, [4, 4, 8, 8, 8, 8], strict=True)]
+    assert column(net, "noise_scale") == pytest.approx(noise, rel=1e-5)
 
 
 def test_hyper_parameters_of_the_datamodule_are_not_changed(tmp_path):
