@@ -153,6 +153,10 @@ def main():
     parser.add_argument("--shared", action="store_true", help="the same weights and order in all arms")
     parser.add_argument("--output", type=Path, default=Path("grow_the_batch"), help="folder for what is made")
     options = parser.parse_args()
+    if options.seeds < 2 or options.epochs < 3:
+        parser.error(
+            "at least 2 seeds, for an error bar, and 3 epochs, one before, between and after the decays"
+        )
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's own use of what torch has deprecated

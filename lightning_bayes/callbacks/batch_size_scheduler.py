@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_bayes.callbacks.batch_planner import BatchPlanner
 from lightning_bayes.callbacks.configuration import Sizes, group_names, read_sizes
 from lightning_bayes.callbacks.growing_loader import GrowingLoader, why_not_reload
 from lightning_bayes.callbacks.growth_checks import (
@@ -31,7 +32,7 @@ from lightning_bayes.callbacks.growth_schedule import (
 )
 from lightning_bayes.callbacks.schedule_steps import Pace, ScheduleSteps
 from lightning_bayes.callbacks.step_learning_rate import StepLearningRate
-from lightning_bayes.functional import BatchGrowth, grow_batch
+from lightning_bayes.functional import BatchGrowth
 from lightning_bayes.functional._validation import count, string
 from lightning_bayes.functional.batch_growth import METHODS, RULES, GrowthMethod
 from lightning_bayes.functional.scaling import Rule
@@ -70,9 +71,9 @@ class BatchSizeScheduler(Callback):
         max_device_batch_size: limit on a batch of the loader in examples, for the memory of a device.
         method: "accumulate" takes k times as many batches per step and is always possible; "reload" has the
             DataModule make its training loader anew with a larger `batch_size`, which is faster, and accumulates
-            beyond `max_device_batch_size`; "auto" reloads where that limit is given and a DataModule follows it,
-            and accumulates otherwise. Batch norm sees batches of the loader: with "accumulate" they stay as small
-            as they are.
+            beyond `max_device_batch_size`; "auto" reloads where that limit is given, a DataModule has a
+            `batch_size`, and validation would stay where it is, and accumulates otherwise. Batch norm sees batches
+            of the loader: with "accumulate" they stay as small as they are.
         rule: what is kept: "linear" ε/B, as in the paper; "exact" g with its -1, which raises ε by up to
             1/(1 - B/N); "sqrt" ε/√B for Adam-like optimizers, whose batch then grows by k² for each k.
         dataset_size: N in place of the counted one; needed for an IterableDataset without length.
@@ -121,9 +122,7 @@ class BatchSizeScheduler(Callback):
     def _begin_anew(self) -> None:
         self.growth: BatchGrowth | None = None
         self._prepared: BatchGrowth | None = None  # for the next epoch, when its loader is asked for
-        self._start: Sizes | None = None  # at the first step, however often the run is resumed
-        self._start_batches = 0.0
-        self._now: Sizes | None = None
+        self._planner = BatchPlanner(self.max_batch_size, self.max_device_batch_size, self.rule)
         self._limit_said = self._groups_differ = False
         self._loader: GrowingLoader | None = None
         self._decays: DecaySchedule = (
@@ -135,7 +134,9 @@ class BatchSizeScheduler(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(schedule=self.milestones or "lr_scheduler")
+        return self._generate_state_key(
+            schedule="lr_scheduler" if self.milestones is None else self.milestones
+        )
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -158,15 +159,15 @@ class BatchSizeScheduler(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._now = sizes = read_sizes(trainer, self.dataset_size)
-        if self._start is None:
-            self._start, self._start_batches = sizes, trainer.num_training_batches
+        self._planner.now = sizes = read_sizes(trainer, self.dataset_size)
+        if self._planner.start is None:
+            self._planner.start, self._planner.start_batches = sizes, trainer.num_training_batches
         if self.milestones is None:
             check_schedulers(trainer, reloads=self._loader is not None)
         for warning in (*sizes.notes, *warnings_at_start(trainer, self.rule)):
             rank_zero_warn(f"BatchSizeScheduler: {warning}")
         # Arguments that do not fit this training set are to fail now: plan the largest batch, and take another.
-        self._plan(math.inf, "accumulate" if self._loader is None else "reload")
+        self._planner.plan(math.inf, self._method)
         if self._loader is not None:
             self._loader.check()
         self._learning_rate.install(trainer.optimizers)
@@ -178,7 +179,7 @@ class BatchSizeScheduler(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._loader is not None:
             self._loader.arrived(trainer)
-        self._now = read_sizes(trainer, self.dataset_size)
+        self._planner.now = read_sizes(trainer, self.dataset_size)
         self._steps.begin_epoch()
         growth, self._prepared = self._prepared or self._plan_now(trainer), None
         self._take(trainer, growth)
@@ -187,13 +188,12 @@ class BatchSizeScheduler(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._start is None or self._now is None:
+        start, now = self._planner.start, self._planner.now
+        if start is None or now is None:
             return
-        start = Pace(self._start.device_batch_size, self._start.accumulation, self._start_batches)
-        now = Pace(
-            self._now.device_batch_size, trainer.accumulate_grad_batches, float(trainer.num_training_batches)
-        )
-        self._steps.after_batch(trainer, pl_module, batch_idx + 1, start, now)
+        planned = Pace(start.device_batch_size, start.accumulation, self._planner.start_batches)
+        present = Pace(now.device_batch_size, trainer.accumulate_grad_batches, trainer.num_training_batches)
+        self._steps.after_batch(trainer, pl_module, batch_idx + 1, planned, present)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -202,9 +202,9 @@ class BatchSizeScheduler(Callback):
             pl_module.log(
                 self.log_key_prefix + key, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1
             )
-        if self._loader is not None and self._now is not None:
-            self._prepared = self._plan(self._decay(trainer.current_epoch + 1), "reload")
-            if self._prepared.device_batch_size != self._now.device_batch_size:
+        if self._loader is not None:
+            self._prepared = self._planner.plan(self._decay(trainer.current_epoch + 1), "reload")
+            if not self._planner.loads(self._prepared):
                 self._loader.request(trainer, self._prepared.device_batch_size)
 
     @override
@@ -218,11 +218,11 @@ class BatchSizeScheduler(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if self._start is None or self.growth is None:
+        if self._planner.start is None or self.growth is None:
             return {}
         return {
-            "start": {**asdict(self._start), "notes": ()},
-            "start_batches": self._start_batches,
+            "start": {**asdict(self._planner.start), "notes": ()},
+            "start_batches": self._planner.start_batches,
             "growth": asdict(self.growth),
             "prepared": None if self._prepared is None else asdict(self._prepared),
             "peaks": self._decays.peaks,
@@ -233,8 +233,8 @@ class BatchSizeScheduler(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._start = Sizes(**state_dict["start"])
-        self._start_batches = state_dict["start_batches"]
+        self._planner.start = Sizes(**state_dict["start"])
+        self._planner.start_batches = state_dict["start_batches"]
         self.growth = BatchGrowth(**state_dict["growth"])
         self._prepared = None if state_dict["prepared"] is None else BatchGrowth(**state_dict["prepared"])
         self._decays.peaks = list(state_dict["peaks"])
@@ -254,36 +254,21 @@ class BatchSizeScheduler(Callback):
         """
         return self._learning_rate.in_step(group)
 
+    @property
+    def _method(self) -> GrowthMethod:
+        return "accumulate" if self._loader is None else "reload"
+
     def _decay(self, epoch: int) -> float:
         return self._decays.decay(epoch, self._learning_rate.scheduled())
 
     def _plan_now(self, trainer: Trainer) -> BatchGrowth:
         # The loader of this epoch is there already, so that more of its batches are what can be had.
-        return self._plan(self._decay(trainer.current_epoch), "accumulate")
-
-    def _plan(self, decay: float, method: GrowthMethod) -> BatchGrowth:
-        start, now = self._start, self._now
-        if start is None or now is None:
-            raise RuntimeError("BatchSizeScheduler plans between `on_train_start` and `on_train_end` only.")
-        device = (now if method == "accumulate" else start).device_batch_size
-        return grow_batch(
-            decay,
-            device_batch_size=device,
-            accumulation=start.accumulation,
-            replicas=now.replicas,
-            dataset_size=now.dataset_size,
-            batch_size=start.batch_size,
-            max_batch_size=self.max_batch_size,
-            max_device_batch_size=self.max_device_batch_size,
-            method=method,
-            rule=self.rule,
-        )
+        return self._planner.plan(self._decay(trainer.current_epoch), "accumulate")
 
     def _take(self, trainer: Trainer, growth: BatchGrowth) -> None:
         """Train on a batch from now on."""
-        if self._now is not None and growth.device_batch_size != self._now.device_batch_size:
-            # Another loader than the one asked for: a run that is resumed with another batch size.
-            growth = self._plan(growth.decay, "accumulate")
+        if not self._planner.loads(growth):  # a run that is resumed with another batch size
+            growth = self._planner.plan(growth.decay, "accumulate")
         self.growth = growth
         trainer.accumulate_grad_batches = growth.accumulation
         self._learning_rate.multiplier = self._decays.multiplier(growth)
@@ -292,18 +277,17 @@ class BatchSizeScheduler(Callback):
             rank_zero_info(f"BatchSizeScheduler: {limit_reached(growth, trainer.current_epoch)}")
 
     def _announcement(self, trainer: Trainer) -> str:
-        if self.milestones is None or self._start is None:
+        if self.milestones is None or self._planner.start is None:
             return describe_wrapping(trainer, self.log_key_prefix)
-        method: GrowthMethod = "accumulate" if self._loader is None else "reload"
-        plans = {epoch: self._plan(self._decays.decay(epoch, ()), method) for epoch, _ in self.milestones}
-        return describe_milestones(trainer, self._start, plans)
+        decays = [(epoch, self._decays.decay(epoch, ())) for epoch, _ in self.milestones]
+        return describe_milestones(trainer, self._planner.start, self._planner.plans(decays, self._method))
 
     def _values(self, trainer: Trainer) -> dict[str, float]:
         """B and the learning rate of the latest step; one for each group where they differ."""
-        if self.growth is None or self._now is None:
+        if self.growth is None or self._planner.now is None:
             return {}
         # The nominal batch can exceed a small training set, a step cannot.
-        values = {"batch_size": float(min(self.growth.batch_size, self._now.dataset_size))}
+        values = {"batch_size": float(min(self.growth.batch_size, self._planner.now.dataset_size))}
         used = self._learning_rate.used or self._learning_rate.scheduled()
         # Once split, always split: groups that meet again for a moment would make keys come and go.
         self._groups_differ |= len(set(used)) > 1
