@@ -42,7 +42,7 @@ def test_runs(tmp_path):
     assert finished.stdout.strip().splitlines()[-1] in ("The claim holds.", "The claim does not hold.")
     folder = tmp_path / "grow_the_batch"
     assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    rows = list(csv.DictReader((folder / "curves.csv").open()))
+    rows = list(csv.DictReader((folder / "curves.csv").read_text().splitlines()))
     last = {row["arm"]: int(row["updates"]) for row in rows if row["epoch"] == "3"}
     # 4,000 examples in batches of 32; then of 160 and 400 where the batch grows
     assert last == {"constant": 375, "decay": 375, "growth": 125 + 25 + 10}
