@@ -172,7 +172,7 @@ def changing_settings(trainer: Trainer) -> tuple[object, ...]:
 
 
 def learning_rate_in_step(trainer: Trainer) -> Callable[[Mapping[str, Any]], float]:
-    """What gives a parameter group's learning rate in a step, which BatchSizeScheduler has another for.
+    """Gives a group's learning rate in a step, which under BatchSizeScheduler is not the one between steps.
 
     Args:
         trainer: a callback of its that has a method of this name is asked.
@@ -180,7 +180,7 @@ def learning_rate_in_step(trainer: Trainer) -> Callable[[Mapping[str, Any]], flo
     Returns:
         A function of the group.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined] # set without being declared
+    for callback in getattr(trainer, "callbacks", ()):
         if callable(found := getattr(callback, "learning_rate_in_step", None)):
             return cast(Callable[[Mapping[str, Any]], float], found)
     return lambda group: float(group["lr"])

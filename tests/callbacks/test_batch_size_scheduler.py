@@ -5,10 +5,13 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch.optim import lr_scheduler as schedulers
 
 from lightning_bayes import BatchSizeScheduler, ScalingAdvisor, SGDNoiseScale
+from lightning_bayes.callbacks.configuration import read_configuration
+from lightning_bayes.callbacks.sgd_steps import sgd_steps
 
 from .growth_models import BATCH, Data, N, Net, by_hand, column, fit, scheduled, sgd, weights
 
@@ -225,6 +228,19 @@ def test_a_step_that_is_skipped_does_not_mislead_the_scheduler(tmp_path):
     options = {"max_batch_size": 8}
     net = fit(tmp_path, "lr_scheduler", net=Skipping(configure), options=options)
     assert net.scheduled == fit(tmp_path, None, net=Net(configure)).scheduled
+
+
+def test_other_callbacks_read_the_learning_rate_of_the_step_at_any_time(tmp_path):
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            groups = read_configuration(trainer).groups
+            (step,) = sgd_steps(trainer)
+            assert step.learning_rate == groups[0].configuration.learning_rate
+            seen.append(step.learning_rate)
+
+    seen = []
+    fit(tmp_path, [1], Look(), options={"factor": 4, "max_batch_size": 8}, max_epochs=2)
+    assert sorted(set(seen)) == pytest.approx([0.05, 0.1])
 
 
 def test_mixed_precision_whose_steps_lie_outside_the_closure(tmp_path):
