@@ -1,6 +1,12 @@
 """Bayesian evidence, SGD noise scale and scaling advice for PyTorch Lightning."""
 
-from lightning_bayes.callbacks import LaplaceEvidence, ScalingAdvisor, SGDNoiseScale, Stability
+from lightning_bayes.callbacks import (
+    BatchSizeScheduler,
+    LaplaceEvidence,
+    ScalingAdvisor,
+    SGDNoiseScale,
+    Stability,
+)
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.likelihoods import (
     Bernoulli,
@@ -23,6 +29,7 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "LaplaceEvidence",
     "SGDNoiseScale",
     "ScalingAdvisor",
+    "BatchSizeScheduler",
     "Stability",
     "StabilityReading",
     # Without a Trainer

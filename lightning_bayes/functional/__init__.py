@@ -4,6 +4,7 @@ from lightning_bayes.functional.adam_advice import AdamAdvice, AdamMove, advise_
 from lightning_bayes.functional.adam_scaling import AdamConfiguration, rescale_adam
 from lightning_bayes.functional.advice import Advice, advise
 from lightning_bayes.functional.advice_json import SavedAdvice
+from lightning_bayes.functional.batch_growth import BatchGrowth, grow_batch, learning_rate_gain
 from lightning_bayes.functional.check import Check
 from lightning_bayes.functional.comparison import Comparison, Restoration, compare
 from lightning_bayes.functional.configuration import Configuration, NoSolutionError
@@ -60,6 +61,10 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "NoSolutionError",
     "rescale",
     "rescale_adam",
+    # Growing the batch
+    "BatchGrowth",
+    "grow_batch",
+    "learning_rate_gain",
     # Advice
     "AdamAdvice",
     "AdamMove",

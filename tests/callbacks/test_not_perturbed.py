@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_bayes import LaplaceEvidence, ScalingAdvisor, SGDNoiseScale, Stability
+from lightning_bayes import BatchSizeScheduler, LaplaceEvidence, ScalingAdvisor, SGDNoiseScale, Stability
 
 from .evidence_models import Module, N, Rich, fit, loader, optimizer, tensors
 
@@ -141,6 +141,13 @@ def test_bit_identical_with_the_network_read_directly(tmp_path):
     with_callback = trained(tmp_path / "a", [callback])
     without = trained(tmp_path / "b", [])
     assert len(callback.history) == 3
+    assert [name for name in without if not same(with_callback[name], without[name])] == []
+
+
+@pytest.mark.parametrize("schedule", [[], [3], {100: 5.0}], ids=str)
+def test_bit_identical_until_the_batch_grows(tmp_path, schedule):
+    with_callback = trained(tmp_path / "a", [BatchSizeScheduler(schedule)])
+    without = trained(tmp_path / "b", [])
     assert [name for name in without if not same(with_callback[name], without[name])] == []
 
 
