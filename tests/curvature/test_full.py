@@ -152,9 +152,9 @@ def test_rows_of_the_primal_that_are_kept_or_summed(kept, monkeypatch):
 def test_small_matrices_of_a_float32_model_fall_back_to_float64_in_silence(network, precision, side):
     """Warnings are errors. At 1e-7 the factor in float32 has lost its digits, at 1 it has all that count."""
     case = make_case(network, "classification", 12)
+    expected = case.reference(precision)
     single = replace(case, model=case.model.float(), inputs=case.inputs.float())
     evidence = single.evidence(structure="full", prior_precision=precision)
-    expected = case.reference(precision)
     for field in ("log_occam_factor", "newton_decrement", "effective_parameters"):
         assert getattr(evidence, field) == pytest.approx(getattr(expected, field), rel=2e-5), field
 
