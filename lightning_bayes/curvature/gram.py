@@ -96,8 +96,8 @@ class KeptRows(ABC):
     def rotate(self, rotations: Tensor) -> Self:
         """Rows Σ_c R[n, c, d] v₍ₙ,c₎ for orthogonal R [N, C, C]: K only changes its basis."""
         flat = self.rows.flatten(2).transpose(0, 1)  # [N, C, ...]
-        rotated = (rotations.to(flat).mT @ flat).transpose(0, 1)
-        return replace(self, rows=rotated.contiguous().view(self.rows.shape))
+        rotated = (rotations.to(flat).mT @ flat).transpose(0, 1)  # a view: single rows are taken from it
+        return replace(self, rows=rotated.unflatten(2, self.rows.shape[2:]))
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class KeptOuter(KeptRows):
             outputs = outputs + self._own_inputs() @ vectors[self.weight].flatten(1).mT  # [N, T, out]
         if self.bias is not None:
             outputs = outputs + vectors[self.bias]
-        return (self.rows * outputs).sum((2, 3))
+        return torch.einsum("cnto,nto->cn", self.rows, outputs.expand(self.rows.shape[1:]))
 
     def combine(self, coefficients: Tensor) -> dict[str, Tensor]:
         """See `KeptRows`."""

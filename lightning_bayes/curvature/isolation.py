@@ -48,7 +48,7 @@ def isolated(*holders: object) -> Iterator[None]:
             # takes a second. (The stance is newer than torch 2.4.)
             if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            torch.manual_seed(0)
+            _seed_torch()
             np.random.seed(0)
             random.seed(0)
             yield
@@ -57,6 +57,17 @@ def isolated(*holders: object) -> Iterator[None]:
         random.setstate(python_state)
         for restore in restores:
             restore()
+
+
+def _seed_torch() -> None:
+    """Seed the generators of the devices that there are.
+
+    Without a GPU `torch.manual_seed` formats a stack trace, each time and for later, of who has asked for one.
+    """
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        torch.manual_seed(0)
+    else:
+        torch.default_generator.manual_seed(0)
 
 
 @contextmanager

@@ -74,7 +74,9 @@ class PrincipalRows:
             factor, info = torch.linalg.cholesky_ex(own)
             if info.item() != 0:
                 return now
-            fresh = torch.linalg.solve_triangular(factor, cross, upper=False)
+            # Some thousand columns: a product with the small inverse takes half the time of a solve.
+            identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+            fresh = torch.linalg.solve_triangular(factor, identity, upper=False) @ cross
             whitened = torch.cat([whitened, fresh])
             residual = (residual - fresh.square().sum(0)).clamp_(min=0.0)
             now = replace(
