@@ -241,6 +241,7 @@ class _RowIntake:
             tolerance=self.method.tolerance,
             sampled=self.method.num_samples is not None,
             strengths=self._prior.strengths,
+            scale=float(self._num_examples) if self._prior.per_example else 1.0,
             rises_together=self._prior.rises_together,
             sought=bool(self._prior.optimized),
         )

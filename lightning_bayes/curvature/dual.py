@@ -11,7 +11,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from lightning_bayes.curvature.base import Curvature, CurvatureSummary, Problem, accumulation_dtype
+from lightning_bayes.curvature.base import CurvatureSummary, Problem, SpectralCurvature, accumulation_dtype
 from lightning_bayes.curvature.cholesky import cholesky_in_place, eigenvalues_of, log_det_of, solve
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.gram import KeptRows
@@ -30,7 +30,7 @@ TILE_ROWS = 512
 """Rows of one tile of the dual matrix: large enough for the matrix product, small beside the matrix."""
 
 
-class DualCurvature(Curvature):
+class DualCurvature(SpectralCurvature):
     """K from rows that are kept in their factored form where that is cheaper.
 
     Memory: one rows × rows matrix, factorised in place, beside the rows' factors.

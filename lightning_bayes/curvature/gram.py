@@ -10,6 +10,7 @@ map still keeps its factors if they are smaller than its rows, which are then fo
 time.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -221,7 +222,8 @@ class KeptOuter(KeptRows):
 
     def select(self, columns: Tensor, examples: Tensor) -> Self:
         """See `KeptRows`."""
-        needed, owners = examples.unique(return_inverse=True)
+        owning = examples if self.owners is None else self.owners[examples]
+        needed, owners = owning.unique(return_inverse=True)
         rows = self.rows[columns, examples].unsqueeze(0)
         return replace(self, rows=rows, inputs=self.inputs[needed], owners=owners)
 
@@ -232,7 +234,17 @@ class KeptOuter(KeptRows):
             return replace(self, rows=torch.cat([kept.rows for kept in every]))
         longest = max(kept.rows.shape[2] for kept in every)
         rows, inputs = zip(*(kept._padded(longest) for kept in every), strict=True)
-        return replace(self, rows=torch.cat(rows, dim=1), inputs=torch.cat(inputs))
+        owners = None
+        if any(kept.owners is not None for kept in every):
+            starts = itertools.accumulate((len(kept.inputs) for kept in every), initial=0)
+            owners = torch.cat([kept._owners() + start for kept, start in zip(every, starts, strict=False)])
+        return replace(self, rows=torch.cat(rows, dim=1), inputs=torch.cat(inputs), owners=owners)
+
+    def _owners(self) -> Tensor:
+        """[N] into `inputs`, also where they are the examples themselves."""
+        if self.owners is not None:
+            return self.owners
+        return torch.arange(self.rows.shape[1], device=self.rows.device)
 
     def _padded(self, positions: int) -> tuple[Tensor, Tensor]:
         if positions == self.rows.shape[2]:
@@ -243,7 +255,8 @@ class KeptOuter(KeptRows):
     def blank(self, num_examples: int) -> Self:
         """See `KeptRows`."""
         rows = self.rows.new_zeros(len(self.rows), num_examples, *self.rows.shape[2:])
-        return replace(self, rows=rows, inputs=self.inputs.new_zeros(num_examples, *self.inputs.shape[1:]))
+        inputs = self.inputs.new_zeros(num_examples, *self.inputs.shape[1:])
+        return replace(self, rows=rows, inputs=inputs, owners=None)
 
     def to(self, dtype: torch.dtype) -> Self:
         """See `KeptRows`."""

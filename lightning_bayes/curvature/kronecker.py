@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_bayes.curvature.base import Curvature, CurvatureSummary, Problem
+from lightning_bayes.curvature.base import CurvatureSummary, Problem, SpectralCurvature
 from lightning_bayes.curvature.layer_blocks import Block, DiagonalBlock, ExactBlock, LinearBlock
 from lightning_bayes.curvature.rows import OuterRows, RowBlock, Rows
 from lightning_bayes.curvature.sampling import ColumnGroups, jackknife
@@ -23,7 +23,7 @@ MAX_EXACT_BLOCK = 1024
 """Parameters up to this size that have no Kronecker form keep their exact block, larger ones its diagonal."""
 
 
-class KroneckerCurvature(Curvature):
+class KroneckerCurvature(SpectralCurvature):
     """One block for each parameter tensor: weights of linear and ungrouped convolutional layers as B ⊗ A.
 
     A = (1/N) Σₙ Σₜ a aᵀ counts each output position, and each use, as an input of the linear map; B = Σₙ,c
@@ -113,7 +113,7 @@ class KroneckerCurvature(Curvature):
         return found
 
 
-joint_kronecker_curvature: Callable[[Problem], Curvature] = partial(KroneckerCurvature, joint=True)
+joint_kronecker_curvature: Callable[[Problem], KroneckerCurvature] = partial(KroneckerCurvature, joint=True)
 """`KroneckerCurvature` with one block for weight and bias of a layer."""
 
 

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_bayes.curvature.base import Curvature, CurvatureSummary, Problem, accumulation_dtype
+from lightning_bayes.curvature.base import CurvatureSummary, Problem, SpectralCurvature, accumulation_dtype
 from lightning_bayes.curvature.cholesky import cholesky, eigenvalues_of, log_det_of
 from lightning_bayes.curvature.rows import RowBlock
 
 __all__ = ["PrimalCurvature"]
 
 
-class PrimalCurvature(Curvature):
+class PrimalCurvature(SpectralCurvature):
     """G [p, p] by accumulation over the batches, in float64."""
 
     def __init__(self, problem: Problem) -> None:
