@@ -22,9 +22,11 @@ from lightning_bayes.curvature.priors import (
     trainable_names,
 )
 from lightning_bayes.curvature.subset import Subset, last_layer, matching
-from lightning_bayes.evaluation import Forward, Totals, evidence_of, read_all
+from lightning_bayes.evaluation import evidence_of
 from lightning_bayes.evidence import Evidence
+from lightning_bayes.intake import Forward
 from lightning_bayes.options import Method, check_options, sampling_if_many_columns
+from lightning_bayes.totals import Totals, read_all
 
 __all__ = ["Computation", "laplace_evidence"]
 
@@ -45,6 +47,7 @@ def laplace_evidence(
     max_examples: int | None = None,
     tolerance: float | None = None,
     num_samples: int | None = None,
+    num_blocks: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Evidence:
@@ -63,7 +66,7 @@ def laplace_evidence(
             `Gaussian(sigma=0.1)` or `Categorical(label_smoothing=0.1, ignore_index=0)`. Sequences are logits
             [N, C, T] or [N, T, C] with targets [N, T].
         structure: "full" (exact, or a bracket of width `tolerance`), "blocks" (a bracket in time linear in N and
-            memory of one batch, wide for large N), "kron", "kron_joint" (weight and bias of a layer in one
+            bounded memory, wider the larger N), "kron", "kron_joint" (weight and bias of a layer in one
             block), "diag"; "auto" takes the first of "full", "blocks" and "kron" that stays within the memory
             and time stated in `curvature.structures`.
         subset_of_weights: "all"; "last_layer", the layer that is called last on the way to the outputs; or a
@@ -82,6 +85,9 @@ def laplace_evidence(
         tolerance: Width in nats of the bracket [lower, upper] that is accepted; None for the exact value.
         num_samples: Columns of the loss Hessian's root to sample, for "kron" and "diag" of many classes;
             None for all, or 64 where structure="auto" meets more than 512 outputs per example.
+        num_blocks: Batches whose rows "blocks" reads, drawn at random, the same at every call; None for all. The
+            log-likelihood stays that of all examples (one gradient pass); `lower`, and with it the value, is then an
+            unbiased estimate of a lower bound with a standard error, `upper` a certified bound.
         device: Where to compute; None for the model's own device.
         progress: Whether to show a progress bar.
 
@@ -108,6 +114,7 @@ def laplace_evidence(
         max_examples=max_examples,
         tolerance=tolerance,
         num_samples=num_samples,
+        num_blocks=num_blocks,
         device=device,
         progress=progress,
     )
@@ -128,6 +135,7 @@ class Computation:
     max_examples: int | None = None
     tolerance: float | None = None
     num_samples: int | None = None
+    num_blocks: int | None = None
     device: torch.device | str | None = None
     progress: bool = False
 
@@ -162,7 +170,8 @@ class Computation:
             whole = batches if first is None else itertools.chain([first], batches)
             forwards = (_forward(network, batch, where) for batch in whole)
             announce = logging.getLogger("lightning_bayes").info
-            totals = read_all(network, forwards, likelihood, prior, method, examples.num_examples, announce)
+            sizes = examples.num_examples, examples.num_batches
+            totals = read_all(network, forwards, likelihood, prior, method, *sizes, announce)
             return conclude(totals, likelihood, prior)
 
     def _method(self) -> Method:
@@ -173,6 +182,7 @@ class Computation:
             self.tolerance,
             self.num_samples,
             self.subset_of_weights,
+            self.num_blocks,
         )
 
     def _named_subset(self, network: nn.Module) -> list[str] | None:

@@ -95,7 +95,7 @@ def test_large_matrices_are_searched_by_factors_and_not_by_their_spectrum(
     case = make_case(network, "regression", 20)
     arguments = {"prior_precision": argument} | ({} if likelihood is None else {"likelihood": likelihood})
     by_spectrum = case.evidence(**arguments)
-    monkeypatch.setattr("lightning_bayes.evaluation.LARGEST_SPECTRUM", 1)
+    monkeypatch.setattr("lightning_bayes.prior_choice.LARGEST_SPECTRUM", 1)
     for structure in (PrimalCurvature, DualCurvature):
         monkeypatch.setattr(structure, "spectrum", None)
     tried = []

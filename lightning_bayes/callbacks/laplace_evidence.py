@@ -29,9 +29,11 @@ from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
 from lightning_bayes.curvature.priors import Prior, PriorPrecision, require_prior_precision
 from lightning_bayes.curvature.subset import Subset, last_layer
-from lightning_bayes.evaluation import Forward, evidence_of, read_all, rehearse
+from lightning_bayes.evaluation import evidence_of
 from lightning_bayes.evidence import Evidence
+from lightning_bayes.intake import Forward
 from lightning_bayes.options import Method, check_options, sampling_if_many_columns
+from lightning_bayes.totals import read_all, rehearse
 
 __all__ = ["LaplaceEvidence"]
 
@@ -86,6 +88,7 @@ class LaplaceEvidence(Callback):
         tolerance: Width in nats of the bracket [lower, upper] that is accepted; None for the exact value.
         num_samples: Columns of the loss Hessian's root to sample, for "kron" and "diag"; None for all, or 64
             where structure="auto" meets more than 512 outputs per example.
+        num_blocks: Batches whose rows "blocks" reads, see `laplace_evidence`; None for all.
         max_overhead: Largest share of the training time that the callback may take, 0.1 for a tenth: epochs
             are skipped until an evaluation as long as the last fits. The first is always made. A key of a
             skipped epoch keeps its last value for monitors.
@@ -114,11 +117,14 @@ class LaplaceEvidence(Callback):
         batch_size: int | None = None,
         tolerance: float | None = None,
         num_samples: int | None = None,
+        num_blocks: int | None = None,
         max_overhead: float | None = None,
         log_key_prefix: str = "bayes/",
     ) -> None:
         super().__init__()
-        self.method = Method(structure, curvature, backend, tolerance, num_samples, subset_of_weights)
+        self.method = Method(
+            structure, curvature, backend, tolerance, num_samples, subset_of_weights, num_blocks
+        )
         self._asked = self.method  # with columns sampled where there are many
         check_options(batch_size, max_examples)
         require_prior_precision(prior_precision, also=("auto", "optimize_per_group"))
@@ -252,10 +258,18 @@ class LaplaceEvidence(Callback):
 
         # Parameters are unfrozen and datasets grow during a run: then the choice is made again.
         method = self._resolved if self._planned == plan and self._resolved else self._asked
-        totals = read_all(
-            reader.network, forwards(), captured.likelihood, prior, method, examples.num_examples
-        )
-        return evidence_of(totals, captured.likelihood, prior, loss_scale)
+        sizes = examples.num_examples, examples.num_batches
+        totals = read_all(reader.network, forwards(), captured.likelihood, prior, method, *sizes)
+        return evidence_of(totals, captured.likelihood, prior, loss_scale, self._last_optimum(prior))
+
+    def _last_optimum(self, prior: Prior) -> dict[str, float] | None:
+        """Where the search for λ may begin: at what the epoch before has found."""
+        if not self.history or not prior.optimized or not self.history[-1][1].prior_optimized:
+            return None
+        found = self.history[-1][1].prior_precision
+        if not isinstance(found, Mapping):
+            return dict.fromkeys(prior.strengths, found)
+        return dict(found) if found.keys() == set(prior.strengths) else None
 
     def _rehearse(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Method:
         """Read one batch all the way and choose the structure."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_bayes.curvature.block_sample import BlockSample
 from lightning_bayes.curvature.rows import RowBlock
 
 __all__ = ["Curvature", "CurvatureSummary", "Problem", "SpectralCurvature", "accumulation_dtype"]
@@ -38,6 +39,8 @@ class Problem:
     """Λ of each parameter tensor up to one factor, where that is known beforehand."""
     scale: float = 1.0
     """The factor of `strengths` that is expected; an estimate is enough."""
+    block_sample: BlockSample | None = None
+    """Batches whose rows are read, None for all."""
     sought: bool = False
     """Whether prior precisions are to be found."""
     rises_together: bool = True
@@ -70,6 +73,8 @@ class CurvatureSummary:
     """0 where nothing is sampled."""
     effective_parameters_stderr: float = 0.0
     """0 where the trace is exact."""
+    upper_stderr: float = 0.0
+    """Of the upper bound where it is an estimate from sampled blocks; 0 where it is certain."""
 
 
 class Curvature(ABC):

@@ -31,7 +31,7 @@ from lightning_bayes.curvature.principal import PrincipalRows, principal_rows
 from lightning_bayes.curvature.reservoir import PrioritySample, RowReservoir, RowSet
 from lightning_bayes.curvature.rows import RowBlock
 
-__all__ = ["BlockCurvature", "KeptPart", "blocks_cost", "capacity_of"]
+__all__ = ["BlockCurvature", "KeptPart", "blocks_cost", "capacity_of", "cross_of_shared"]
 
 KEPT_FLOP = 3e11
 """Operations that K_SS and its factor may take at each prior that is tried, which says how large S is."""
@@ -75,13 +75,19 @@ def blocks_cost(problem: Problem) -> tuple[float, float]:
     return memory + 16.0 * problem.num_parameters + 40.0 * landmarks**2, flop
 
 
-def capacity_of(problem: Problem) -> int:
-    """Rows of S: a power of the root of two, as many as `KEPT_FLOP` and `KEPT_BYTES` allow."""
+def capacity_of(problem: Problem, rows_held: int = 0) -> int:
+    """Rows of S, as many as `KEPT_FLOP` and `KEPT_BYTES` allow, to a factor of the root of two.
+
+    Args:
+        problem: Sizes.
+        rows_held: Rows that every factor of K_SS is applied to.
+    """
     flop = KEPT_FLOP * (SEARCHED_SHARE if problem.sought else 1.0)
     capacity = float(SMALLEST_CAPACITY)
     while capacity < problem.num_rows:
         larger = capacity * 2**0.5
-        if _kept_flop(problem, larger) > flop or _kept_bytes(problem, larger) > KEPT_BYTES:
+        needed = _kept_flop(problem, larger) + 2.0 * rows_held * larger**2
+        if needed > flop or _kept_bytes(problem, larger) > KEPT_BYTES:
             break
         capacity = larger
     return min(round(capacity), problem.num_rows)
@@ -144,10 +150,12 @@ class BlockCurvature(Curvature):
     Args:
         problem: Sizes.
         seed: Of the random sample.
+        capacity: Rows that are kept; None for what the budget allows.
     """
 
-    def __init__(self, problem: Problem, seed: int | None = None) -> None:
+    def __init__(self, problem: Problem, seed: int | None = None, capacity: int | None = None) -> None:
         super().__init__(problem)
+        self._capacity = capacity_of(problem) if capacity is None else capacity
         self._keeper = RowKeeper()
         self._landmarks: list[KeptRows] = []
         self._vectors = torch.empty(0)  # of K_LL [landmarks, landmarks]
@@ -155,13 +163,15 @@ class BlockCurvature(Curvature):
         self._diagonal = DiagonalCurvature(problem)
         self._unit = dict(problem.strengths or dict.fromkeys(problem.shapes, 1.0))
         self._ladder = [problem.scale * step for step in LADDER]
-        self._kept = RowReservoir(capacity_of(problem))
+        self._kept = RowReservoir(self._capacity)
         self._sample = PrioritySample(NUM_SAMPLED, SEED if seed is None else seed)
         self._dropped: list[Tensor] = []  # K_ii, then R_ii at each s of the ladder [rows, 1 + ladder]
         self._trace = 0.0
+        self._last: tuple[tuple[float, ...], KeptPart] | None = None
 
     def update(self, block: RowBlock) -> None:
         """See `Curvature.update`."""
+        self._last = None
         self._diagonal.update(block)
         self._keeper.add(block)
         whole = block.columns.stop == block.num_columns
@@ -196,14 +206,19 @@ class BlockCurvature(Curvature):
         return part.log_det + part.added[0], gamma + part.added_gamma[0]
 
     def part(self, precision: Mapping[str, float]) -> KeptPart:
-        """S and the rest, see `KeptPart`."""
-        scale = self._scale(precision)
+        """S and the rest, see `KeptPart`; that of the last prior is remembered, for `at` after a search."""
+        scale, key = self._scale(precision), tuple(precision.values())
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
+        self._last = None  # its memory is needed
         layers = self._rows_of_s()
         accurate = accumulation_dtype(self.problem.device)
         small = layers[0].num_rows <= FLOAT64_LIMIT
         system = factorise(layers, precision, (accurate,) if small else (self.problem.dtype, accurate))
         added, added_gamma = self._sampled_rest(layers, system, precision, scale)
-        return KeptPart(layers, system, log_det_of(system.factor), self._beyond(scale), added, added_gamma)
+        part = KeptPart(layers, system, log_det_of(system.factor), self._beyond(scale), added, added_gamma)
+        self._last = key, part
+        return part
 
     def allowance(self, precision: Mapping[str, float]) -> float:
         """Nats that rounding may have put between a bound and what it bounds."""
@@ -233,7 +248,7 @@ class BlockCurvature(Curvature):
 
     def _choose_landmarks(self, rows: PrincipalRows) -> Tensor:
         """Set the landmarks, and return their numbers among the rows."""
-        number = min(_num_landmarks(self.problem), len(rows.eigenvalues), -(-capacity_of(self.problem) // 2))
+        number = min(_num_landmarks(self.problem), len(rows.eigenvalues), -(-self._capacity // 2))
         chosen = rows.eigenvalues.topk(number).indices
         self._landmarks = rows.pick(chosen)
         gram = cross_all(self._landmarks, self._landmarks, self._unit).to(rows.eigenvalues)
@@ -243,7 +258,7 @@ class BlockCurvature(Curvature):
 
     def _residuals(self, rows: PrincipalRows) -> Tensor:
         """R_ii = K_ii − K_iL (s + K_LL)⁻¹ K_Li of each row at each s: [rows, ladder]."""
-        cross = _cross(self._landmarks, rows.layers, self._unit)
+        cross = cross_of_shared(self._landmarks, rows.layers, self._unit)
         if cross is None:
             return rows.eigenvalues.unsqueeze(1).expand(-1, len(self._ladder))
         squares = (self._vectors.to(cross).mT @ cross).square()
@@ -281,7 +296,7 @@ class BlockCurvature(Curvature):
         sample, likely = found
         schur = sample.values[:, 0].to(self._values) / scale
         inverse = torch.zeros_like(schur)
-        cross = _cross(layers, list(sample.layers.values()), precision)
+        cross = cross_of_shared(layers, list(sample.layers.values()), precision)
         if cross is not None:
             half = torch.linalg.solve_triangular(system.factor, cross.to(system.factor), upper=False)
             whole = torch.linalg.solve_triangular(system.factor.mT, half, upper=True)
@@ -307,7 +322,7 @@ def _estimate(terms: Tensor, likely: Tensor) -> tuple[float, float]:
     return scaled.sum().item(), max(variance, 0.0) ** 0.5
 
 
-def _cross(
+def cross_of_shared(
     left: Sequence[KeptRows], right: Sequence[KeptRows], precision: Mapping[str, float]
 ) -> Tensor | None:
     """K between two sets of rows; a layer that one of them lacks has no rows there. None for no layer in common."""

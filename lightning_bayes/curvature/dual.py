@@ -40,11 +40,12 @@ class DualCurvature(SpectralCurvature):
         super().__init__(problem)
         self._keeper = RowKeeper()
         self._known: _Known | None = None
+        self._last: tuple[tuple[float, ...], tuple[System, float, float, float]] | None = None
 
     def update(self, block: RowBlock) -> None:
         """See `Curvature.update`."""
         self._keeper.add(block)
-        self._known = None
+        self._known = self._last = None
 
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
         """See `Curvature.at`."""
@@ -55,14 +56,32 @@ class DualCurvature(SpectralCurvature):
             log_det = log_det_from_eigenvalues(rescaled[1], 1.0).item()
             gamma = effective_parameters(rescaled[1], 1.0).item()
         else:
-            system = factorise(layers, precision, self._types(layers))
-            log_det = log_det_of(system.factor)
-            gamma, stderr = trace_of_shrinkage(system.factor, NUM_PROBES, FLOAT64_LIMIT)
+            system, log_det, gamma, stderr = self._factorised(layers, precision)
         layers = [layer.to(self._accurate) for layer in layers]
         quadratic = quadratic_form(layers, system.solve, precision, gradient)
         return CurvatureSummary(
             log_det, (log_det, log_det), gamma, quadratic, effective_parameters_stderr=stderr
         )
+
+    def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
+        """See `Curvature.log_det_and_gamma`."""
+        _, log_det, gamma, _ = self._factorised(self._layers(precision), precision)
+        return log_det, gamma
+
+    def _factorised(
+        self, layers: Sequence[KeptRows], precision: Mapping[str, float]
+    ) -> "tuple[System, float, float, float]":
+        """A factor of I + K with log-determinant, γ and its standard error; that of the last prior is remembered.
+
+        A search for λ ends at the prior that `at` is asked about.
+        """
+        key = tuple(precision.values())
+        if self._last is None or self._last[0] != key:
+            self._last = None  # its memory is needed
+            system = factorise(layers, precision, self._types(layers))
+            gamma, stderr = trace_of_shrinkage(system.factor, NUM_PROBES, FLOAT64_LIMIT)
+            self._last = key, (system, log_det_of(system.factor), gamma, stderr)
+        return self._last[1]
 
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
         """See `Curvature.spectrum`: as many as rows; the others are zero."""
