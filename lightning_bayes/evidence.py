@@ -34,7 +34,7 @@ class Evidence:
         prior_precision: λ, or one for each parameter where they differ.
         num_examples: N.
         num_parameters: p, the parameters that carry a prior.
-        structure: "full", "blocks", "kron", "kron_joint" or "diag".
+        structure: "full", "blocks", "kron", "kron_joint", "kron_expand" or "diag".
         curvature: "ggn", "hessian" or "hessian_positive" (the eigenvalues λᵢ ≥ λ of the cost's Hessian alone).
         seconds: What it took.
         effective_parameters_stderr: Standard error of `effective_parameters`; 0 where it is exact.

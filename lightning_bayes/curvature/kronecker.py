@@ -17,7 +17,7 @@ from lightning_bayes.curvature.layer_blocks import Block, DiagonalBlock, ExactBl
 from lightning_bayes.curvature.rows import OuterRows, RowBlock, Rows
 from lightning_bayes.curvature.sampling import ColumnGroups, jackknife
 
-__all__ = ["KroneckerCurvature", "joint_kronecker_curvature"]
+__all__ = ["KroneckerCurvature", "expand_kronecker_curvature", "joint_kronecker_curvature"]
 
 MAX_EXACT_BLOCK = 1024
 """Parameters up to this size that have no Kronecker form keep their exact block, larger ones its diagonal."""
@@ -38,11 +38,14 @@ class KroneckerCurvature(SpectralCurvature):
     Args:
         problem: Sizes.
         joint: Whether weight and bias of a layer make one block, by a 1 after each a.
+        expand: Whether each position counts as an example of its own, A = (1/NT) Σₙ Σₜ a aᵀ and B = Σₙ,c Σₜ g gᵀ:
+            KFAC-expand of Eschenhagen et al., *Kronecker-Factored Approximate Curvature for Modern Neural Network
+            Architectures*, NeurIPS 2023. The same where a layer has one position.
     """
 
-    def __init__(self, problem: Problem, joint: bool = False) -> None:
+    def __init__(self, problem: Problem, joint: bool = False, expand: bool = False) -> None:
         super().__init__(problem)
-        self._joint = joint
+        self._joint, self._expand = joint, expand
         self._groups = ColumnGroups(problem)
         self._blocks: dict[tuple[str, ...], Block] = {}
 
@@ -65,7 +68,9 @@ class KroneckerCurvature(SpectralCurvature):
                 raise ValueError(_changing(layer))
             number = self._groups.number
             if isinstance(layer, OuterRows):
-                self._blocks[layer.names] = LinearBlock(layer, self._joint, number, self.problem)
+                self._blocks[layer.names] = LinearBlock(
+                    layer, self._joint, number, self.problem, self._expand
+                )
             else:
                 block = ExactBlock if layer.shape.numel() <= MAX_EXACT_BLOCK else DiagonalBlock
                 self._blocks[layer.names] = block(layer.name, number, self.problem)
@@ -115,6 +120,9 @@ class KroneckerCurvature(SpectralCurvature):
 
 joint_kronecker_curvature: Callable[[Problem], KroneckerCurvature] = partial(KroneckerCurvature, joint=True)
 """`KroneckerCurvature` with one block for weight and bias of a layer."""
+
+expand_kronecker_curvature: Callable[[Problem], KroneckerCurvature] = partial(KroneckerCurvature, expand=True)
+"""`KroneckerCurvature` with the positions of an example apart."""
 
 
 def _changing(layer: Rows) -> str:

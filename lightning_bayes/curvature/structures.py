@@ -10,7 +10,11 @@ from lightning_bayes.curvature.base import Curvature, Problem
 from lightning_bayes.curvature.blocks import blocks_cost
 from lightning_bayes.curvature.diagonal import DiagonalCurvature
 from lightning_bayes.curvature.full import full_cost, full_curvature
-from lightning_bayes.curvature.kronecker import KroneckerCurvature, joint_kronecker_curvature
+from lightning_bayes.curvature.kronecker import (
+    KroneckerCurvature,
+    expand_kronecker_curvature,
+    joint_kronecker_curvature,
+)
 from lightning_bayes.curvature.sampled_blocks import block_curvature
 
 __all__ = ["STRUCTURES", "choose_structure"]
@@ -20,6 +24,7 @@ STRUCTURES: dict[str, Callable[[Problem], Curvature]] = {
     "blocks": block_curvature,
     "kron": KroneckerCurvature,
     "kron_joint": joint_kronecker_curvature,
+    "kron_expand": expand_kronecker_curvature,
     "diag": DiagonalCurvature,
 }
 
