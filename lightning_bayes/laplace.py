@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_bayes.curvature.data import Examples, examples_from_loader, examples_from_tensors
+from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.isolation import isolated, throw_away_copy
 from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
 from lightning_bayes.curvature.priors import (
@@ -163,6 +164,11 @@ class Computation:
             if device is not None:
                 network.to(device)
             where = next(network.parameters()).device
+            if where.type == "meta":
+                raise ValueError(
+                    "The model's parameters are on the device 'meta', which has shapes and no numbers. Load its "
+                    "weights first, for example by model.to_empty(device='cpu') and model.load_state_dict(...)."
+                )
             batches = iter(_tracked(examples, self.progress))
             first = next(batches, None)
             method, subset = self._settled(network, first, where)
@@ -221,14 +227,20 @@ def _examples(data: object, batch_size: int | None, max_examples: int | None) ->
 
 
 def _device(device: object) -> torch.device | None:
-    if device is None or isinstance(device, torch.device):
-        return device
+    if device is None:
+        return None
     try:
-        return torch.device(device)  # type: ignore[call-overload, no-any-return]
+        found = torch.device(device)  # type: ignore[call-overload]
     except (TypeError, RuntimeError) as error:
         raise ValueError(
             f"Expected argument `device` to be a torch.device, its name or None, got {device!r}."
         ) from error
+    if found.type == "meta":
+        raise ValueError(
+            "Expected argument `device` to be a device that computes, got 'meta', which has shapes and no numbers. "
+            "Use 'cpu', 'cuda' or None for the model's own."
+        )
+    return found
 
 
 def _first_examples(batch: Any) -> Any:
@@ -261,4 +273,19 @@ def _forward(network: nn.Module, batch: Any, device: torch.device) -> Forward:
         )
     if inputs.dtype in (torch.float16, torch.bfloat16):  # the copy of a half-precision model is float32
         inputs = inputs.to(next(network.parameters()).dtype)
-    return lambda: (network(inputs.to(device)), targets.to(device))
+    return lambda: (_outputs(network, inputs.to(device)), targets.to(device))
+
+
+def _outputs(network: nn.Module, inputs: Tensor) -> Any:
+    """The network's outputs, or an error that says what it was given."""
+    try:
+        return network(inputs)
+    except (EvidenceUnavailableError, torch.cuda.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        taken = next(network.parameters())
+        raise ValueError(
+            f"{type(network).__name__}, with parameters of {taken.dtype}, failed on inputs of argument `data`, "
+            f"{tuple(inputs.shape)} of {inputs.dtype}: {error}. Give the inputs that it was trained on, the "
+            "examples in the first dimension; for batches of another kind use the LaplaceEvidence callback."
+        ) from error

@@ -68,7 +68,7 @@ ROUNDING_FACTOR = 64
 
 def blocks_cost(problem: Problem) -> tuple[float, float]:
     """Bytes and floating-point operations of `BlockCurvature`."""
-    landmarks, kept = _num_landmarks(problem), capacity_of(problem)
+    landmarks, kept = _num_landmarks(problem), min(capacity_of(problem), problem.num_rows)
     held = min(problem.num_rows, _pool_rows(problem) + problem.batch_size * problem.rank)
     memory = held * _row_bytes(problem, landmarks) + _kept_bytes(problem, kept)
     flop = _flop(problem, landmarks) + _kept_flop(problem, kept)
@@ -84,13 +84,12 @@ def capacity_of(problem: Problem, rows_held: int = 0) -> int:
     """
     flop = KEPT_FLOP * (SEARCHED_SHARE if problem.sought else 1.0)
     capacity = float(SMALLEST_CAPACITY)
-    while capacity < problem.num_rows:
+    while True:
         larger = capacity * 2**0.5
         needed = _kept_flop(problem, larger) + 2.0 * rows_held * larger**2
         if needed > flop or _kept_bytes(problem, larger) > KEPT_BYTES:
-            break
+            return round(capacity)
         capacity = larger
-    return min(round(capacity), problem.num_rows)
 
 
 def _kept_flop(problem: Problem, rows: float) -> float:

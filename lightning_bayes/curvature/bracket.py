@@ -13,7 +13,7 @@ equal cost, because their spectra decay slowly: on the 784-800-10 net of the pap
 leave 20 nats in the log-determinant, a greedily pivoted partial Cholesky factor 135 after 48 · 10⁹.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_bayes.curvature.base import CurvatureSummary, Problem
 from lightning_bayes.curvature.cholesky import log_det_of
-from lightning_bayes.curvature.dual import DualCurvature, System, factorise, trace_of_shrinkage
+from lightning_bayes.curvature.dual import DualCurvature, System, factorise, inverse_on, trace_of_shrinkage
 from lightning_bayes.curvature.gram import KeptRows
 from lightning_bayes.curvature.kept import cross_all
 from lightning_bayes.curvature.newton import quadratic_form
@@ -70,7 +70,7 @@ class BracketCurvature(DualCurvature):
         lower, upper = max(log_det - slack, 0.0), log_det + above + slack
         gamma, gamma_error = trace_of_shrinkage(system.factor, NUM_PROBES, EXACT_TRACE_LIMIT)
         added, added_gamma = _sampled_rest(rows, chosen, inside, system, precision)
-        solve = _inverse_on(chosen, system)
+        solve = inverse_on(chosen, system)
         return CurvatureSummary(
             log_det=min(max(log_det + added.mean().item(), lower), upper),
             bounds=(lower, upper),
@@ -154,17 +154,6 @@ def _sampled_rest(
     growth = ((schur - whole.square().sum(0)) / (1.0 + schur)).clamp(min=0.0)
     factor = weights.sum() / weights[drawn]
     return factor * schur.log1p(), factor * growth
-
-
-def _inverse_on(chosen: Tensor, system: System) -> Callable[[Tensor], Tensor]:
-    """(I + K_SS)⁻¹ on S and zero elsewhere, which makes it Woodbury's of the matrix that S alone gives."""
-
-    def solve(coefficients: Tensor) -> Tensor:
-        solved = torch.zeros_like(coefficients).flatten()
-        solved[chosen] = system.solve(coefficients.flatten()[chosen].unsqueeze(0)).squeeze(0)
-        return solved.view_as(coefficients)
-
-    return solve
 
 
 def _standard_error(samples: Tensor) -> float:

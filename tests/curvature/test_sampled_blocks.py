@@ -66,7 +66,7 @@ def read():
     shapes = {name: parameter.shape for name, parameter in case.model.named_parameters()}
     sizes = {
         "num_examples": SIZE * BATCHES,
-        "rank": 2,
+        "rank": 3,
         "batch_size": SIZE,
         "kept_width": 20,
         "gram_width": 20,
