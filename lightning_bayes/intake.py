@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lightning_bayes.curvature.base import Curvature, Problem
 from lightning_bayes.curvature.block_sample import draw_blocks
-from lightning_bayes.curvature.gram import kept_widths
 from lightning_bayes.curvature.hessian import BatchHessian, HessianCurvature, HessianReader
+from lightning_bayes.curvature.keeping import kept_widths
 from lightning_bayes.curvature.likelihoods import Likelihood
 from lightning_bayes.curvature.priors import Prior
 from lightning_bayes.curvature.reader import BatchRows, RowReader

@@ -12,6 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_bayes.callbacks.evidence_log import UNAVAILABLE, logged_values
 from lightning_bayes.callbacks.reading import ModuleReader, NetworkOption, original_network
 from lightning_bayes.callbacks.trainer_inputs import (
     announce_prior,
@@ -36,16 +37,6 @@ from lightning_bayes.options import Method, check_options, sampling_if_many_colu
 from lightning_bayes.totals import read_all, rehearse
 
 __all__ = ["LaplaceEvidence"]
-
-UNAVAILABLE = (
-    "log_evidence",
-    "log_likelihood",
-    "weight_penalty",
-    "log_occam_factor",
-    "effective_parameters",
-    "newton_decrement",
-)
-"""Keys that are logged as NaN when an epoch has no evidence, so that curves show the gap."""
 
 
 class LaplaceEvidence(Callback):
@@ -191,7 +182,7 @@ class LaplaceEvidence(Callback):
             values = dict.fromkeys(UNAVAILABLE + self._logged_if_known, math.nan)
         else:
             self.history.append((trainer.current_epoch, evidence))
-            values = _logged_values(evidence)
+            values = logged_values(evidence)
             self._logged_if_known = tuple(name for name in values if name not in UNAVAILABLE)
         for name, value in values.items():
             pl_module.log(f"{self.log_key_prefix}{name}", value, on_step=False, on_epoch=True, sync_dist=True)
@@ -351,17 +342,3 @@ def _forward(reader: ModuleReader, index: int, batch: Any) -> Forward:
 
 def _outputs_and_targets(captured: CapturedLoss) -> tuple[Tensor, Tensor]:
     return captured.outputs, captured.targets
-
-
-def _logged_values(evidence: Evidence) -> dict[str, float]:
-    names = (*UNAVAILABLE, "log_evidence_ratio", "noise_variance")
-    values = {name: getattr(evidence, name) for name in names if getattr(evidence, name) is not None}
-    values |= {name: bound for name in ("lower", "upper") if math.isfinite(bound := getattr(evidence, name))}
-    if evidence.log_evidence_stderr > 0.0:
-        values["log_evidence_stderr"] = evidence.log_evidence_stderr
-    if isinstance(evidence.prior_precision, Mapping):
-        distinct = dict.fromkeys(evidence.prior_precision.values())
-        values |= {f"prior_precision/{i}": value for i, value in enumerate(distinct, start=1)}
-    else:
-        values["prior_precision"] = evidence.prior_precision
-    return values

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_bayes.curvature.base import Curvature, CurvatureSummary, Problem, accumulation_dtype
+from lightning_bayes.curvature.blocks_budget import capacity_of, num_landmarks, pool_rows
 from lightning_bayes.curvature.cholesky import log_det_of
 from lightning_bayes.curvature.diagonal import DiagonalCurvature
 from lightning_bayes.curvature.dual import FLOAT64_LIMIT, System, factorise, trace_of_shrinkage
@@ -31,26 +32,8 @@ from lightning_bayes.curvature.principal import PrincipalRows, principal_rows
 from lightning_bayes.curvature.reservoir import PrioritySample, RowReservoir, RowSet
 from lightning_bayes.curvature.rows import RowBlock
 
-__all__ = ["BlockCurvature", "KeptPart", "blocks_cost", "capacity_of", "cross_of_shared"]
+__all__ = ["BlockCurvature", "KeptPart", "cross_of_shared"]
 
-KEPT_FLOP = 3e11
-"""Operations that K_SS and its factor may take at each prior that is tried, which says how large S is."""
-KEPT_BYTES = 6e8
-"""Memory of K_SS and of the rows of S."""
-SEARCHED_SHARE = 0.125
-"""Of these operations where the prior is sought, so that several are tried."""
-SMALLEST_CAPACITY = 64
-"""Rows of S that are kept whatever they take."""
-MAX_LANDMARKS = 1024
-"""Landmark rows where the data are few; halved until the pass fits `LANDMARK_FLOP`."""
-MIN_LANDMARKS = 128
-"""Landmark rows where the data are many."""
-LANDMARK_FLOP = 7e11
-"""Operations that the choice of the number of landmarks goes by."""
-POOL_ROWS = 8192
-"""Rows of the first batches that are held back to choose the landmarks from, where they are short."""
-POOL_BYTES = 1e9
-"""Memory of these where they are long."""
 NUM_SAMPLED = 256
 """Rows outside S that are held back as a random sample."""
 SEED = 0
@@ -58,69 +41,10 @@ SEED = 0
 LADDER = [10.0 ** (step / 2) for step in range(-6, 7)]
 """Values of s at which R_ii is kept, in units of the one that is expected."""
 EXPECTED = LADDER.index(1.0)
-SMALLEST_WEIGHT = 1e-6
-"""Of a row in the sample, relative to K_ii."""
 NUM_PROBES = 256
 """Random vectors of the trace over S."""
 ROUNDING_FACTOR = 64
 """Allowance for rounding in the bounds, in units of eps · tr K/λ."""
-
-
-def blocks_cost(problem: Problem) -> tuple[float, float]:
-    """Bytes and floating-point operations of `BlockCurvature`."""
-    landmarks, kept = _num_landmarks(problem), min(capacity_of(problem), problem.num_rows)
-    held = min(problem.num_rows, _pool_rows(problem) + problem.batch_size * problem.rank)
-    memory = held * _row_bytes(problem, landmarks) + _kept_bytes(problem, kept)
-    flop = _flop(problem, landmarks) + _kept_flop(problem, kept)
-    return memory + 16.0 * problem.num_parameters + 40.0 * landmarks**2, flop
-
-
-def capacity_of(problem: Problem, rows_held: int = 0) -> int:
-    """Rows of S, as many as `KEPT_FLOP` and `KEPT_BYTES` allow, to a factor of the root of two.
-
-    Args:
-        problem: Sizes.
-        rows_held: Rows that every factor of K_SS is applied to.
-    """
-    flop = KEPT_FLOP * (SEARCHED_SHARE if problem.sought else 1.0)
-    capacity = float(SMALLEST_CAPACITY)
-    while True:
-        larger = capacity * 2**0.5
-        needed = _kept_flop(problem, larger) + 2.0 * rows_held * larger**2
-        if needed > flop or _kept_bytes(problem, larger) > KEPT_BYTES:
-            return round(capacity)
-        capacity = larger
-
-
-def _kept_flop(problem: Problem, rows: float) -> float:
-    return rows**2 * problem.gram_width + rows**3 / 3
-
-
-def _kept_bytes(problem: Problem, rows: float) -> float:
-    """The matrix; the rows, those that wait, and in float64 for the Newton decrement."""
-    matrix = 2 * 8 if rows <= FLOAT64_LIMIT else problem.dtype.itemsize
-    return rows**2 * matrix + rows * problem.kept_width * (2.5 * problem.dtype.itemsize + 8)
-
-
-def _pool_rows(problem: Problem) -> int:
-    return int(min(POOL_ROWS, POOL_BYTES / _row_bytes(problem, MAX_LANDMARKS)))
-
-
-def _row_bytes(problem: Problem, landmarks: int) -> float:
-    """A row as it came, put together, turned, and on its way to S, and its products with the landmarks."""
-    return (4.0 * problem.kept_width + 3.0 * landmarks) * problem.dtype.itemsize
-
-
-def _flop(problem: Problem, landmarks: int) -> float:
-    to_landmarks = 2 * landmarks * problem.gram_width + 2 * landmarks**2
-    return float(problem.num_rows) * (to_landmarks + 2 * problem.rank * problem.gram_width)
-
-
-def _num_landmarks(problem: Problem) -> int:
-    landmarks = MAX_LANDMARKS
-    while landmarks > MIN_LANDMARKS and _flop(problem, landmarks) > LANDMARK_FLOP:
-        landmarks //= 2
-    return min(landmarks, problem.num_rows)
 
 
 @dataclass(frozen=True)
@@ -174,7 +98,7 @@ class BlockCurvature(Curvature):
         self._diagonal.update(block)
         self._keeper.add(block)
         whole = block.columns.stop == block.num_columns
-        if whole and (self._landmarks or self._keeper.num_rows >= _pool_rows(self.problem)):
+        if whole and (self._landmarks or self._keeper.num_rows >= pool_rows(self.problem)):
             self._empty_keeper()
 
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
@@ -239,15 +163,14 @@ class BlockCurvature(Curvature):
         self._drop(self._kept.offer(RowSet({layer.names: layer for layer in every}, values), keys))
 
     def _drop(self, gone: Sequence[tuple[RowSet, Tensor]]) -> None:
-        for rows, keys in gone:
+        for rows, _ in gone:
             self._dropped.append(rows.values)
-            # A row that the landmarks span may have something to add at another prior.
-            weights = keys.maximum(SMALLEST_WEIGHT * rows.values[:, 0])
-            self._sample.offer(rows, (weights / self._ladder[EXPECTED]).log1p())
+            # Not by the keys: what S leaves of a row goes with K_ii more than with what the landmarks leave.
+            self._sample.offer(rows, (rows.values[:, 0] / self._ladder[EXPECTED]).log1p())
 
     def _choose_landmarks(self, rows: PrincipalRows) -> Tensor:
         """Set the landmarks, and return their numbers among the rows."""
-        number = min(_num_landmarks(self.problem), len(rows.eigenvalues), -(-self._capacity // 2))
+        number = min(num_landmarks(self.problem), len(rows.eigenvalues), -(-self._capacity // 2))
         chosen = rows.eigenvalues.topk(number).indices
         self._landmarks = rows.pick(chosen)
         gram = cross_all(self._landmarks, self._landmarks, self._unit).to(rows.eigenvalues)

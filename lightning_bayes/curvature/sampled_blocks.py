@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lightning_bayes.curvature.base import Curvature, CurvatureSummary, Problem, accumulation_dtype
 from lightning_bayes.curvature.block_sample import estimated_total
-from lightning_bayes.curvature.blocks import BlockCurvature, KeptPart, capacity_of, cross_of_shared
+from lightning_bayes.curvature.blocks import BlockCurvature, KeptPart, cross_of_shared
+from lightning_bayes.curvature.blocks_budget import capacity_of
 from lightning_bayes.curvature.cholesky import cholesky, log_det_of
 from lightning_bayes.curvature.dual import FLOAT64_LIMIT, trace_of_shrinkage
 from lightning_bayes.curvature.gram import KeptRows

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from lightning_bayes.curvature.base import Curvature, Problem
-from lightning_bayes.curvature.blocks import blocks_cost
+from lightning_bayes.curvature.blocks_budget import blocks_cost
 from lightning_bayes.curvature.diagonal import DiagonalCurvature
 from lightning_bayes.curvature.full import full_cost, full_curvature
 from lightning_bayes.curvature.kronecker import (

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_bayes.curvature import blocks, bracket, principal
+from lightning_bayes.curvature import blocks, blocks_budget, bracket, principal
 from lightning_bayes.curvature.base import Problem
 from lightning_bayes.curvature.blocks import BlockCurvature
 from lightning_bayes.curvature.bracket import BracketCurvature
@@ -64,8 +64,8 @@ few_rows = st.integers(1, 24)
 def test_blocks_hold_the_truth(network, loss, precision, kept, landmarks, batch_size, pool):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "capacity_of", lambda problem: kept)
-        patch.setattr(blocks, "MAX_LANDMARKS", landmarks)
-        patch.setattr(blocks, "POOL_ROWS", pool)
+        patch.setattr(blocks_budget, "MAX_LANDMARKS", landmarks)
+        patch.setattr(blocks_budget, "POOL_ROWS", pool)
         evidence = make_case(network, loss).evidence(
             structure="blocks", prior_precision=precision, batch_size=batch_size
         )
@@ -81,7 +81,7 @@ def test_blocks_hold_the_truth_in_float32(network, kept, landmarks):
     single = replace(case, model=case.model.float(), inputs=case.inputs.float())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "capacity_of", lambda problem: kept)
-        patch.setattr(blocks, "MAX_LANDMARKS", landmarks)
+        patch.setattr(blocks_budget, "MAX_LANDMARKS", landmarks)
         evidence = single.evidence(structure="blocks")
     expected = reference(network, "classification", 1.0, 12)
     slack = 1e-5 * abs(expected.log_evidence)
@@ -151,7 +151,7 @@ def problem(**changes):
 
 
 def test_more_data_get_fewer_landmarks():
-    numbers = [blocks._num_landmarks(problem(num_examples=n)) for n in (10, 10**5, 10**6, 10**8)]
+    numbers = [blocks_budget.num_landmarks(problem(num_examples=n)) for n in (10, 10**5, 10**6, 10**8)]
     assert numbers == [20, 1024, 256, 128]
 
 

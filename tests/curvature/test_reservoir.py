@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_bayes.curvature.gram import KeptDense, KeptOuter
+from lightning_bayes.curvature.gram import KeptDense
+from lightning_bayes.curvature.outer_gram import KeptOuter
 from lightning_bayes.curvature.reservoir import PrioritySample, RowReservoir, RowSet
 
 UNIT = {"w": 1.0, "b": 1.0, "u": 1.0}

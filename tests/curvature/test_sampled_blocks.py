@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_bayes import laplace_evidence
-from lightning_bayes.curvature import block_sample, blocks
+from lightning_bayes.curvature import block_sample, blocks, blocks_budget
 from lightning_bayes.curvature.base import Problem
 from lightning_bayes.curvature.block_sample import BlockSample, draw_blocks, estimated_total
 from lightning_bayes.curvature.blocks import BlockCurvature
@@ -126,7 +126,7 @@ def test_a_base_that_is_not_kept_whole_has_wider_bounds(read, monkeypatch):
 def test_what_goes_is_estimated_without_bias(read, monkeypatch):
     """The priority sample of the rows that are not kept, against all of them."""
     found, problem, _ = read
-    monkeypatch.setattr(blocks, "POOL_ROWS", 8)
+    monkeypatch.setattr(blocks_budget, "POOL_ROWS", 8)
     monkeypatch.setattr(blocks, "NUM_SAMPLED", 1000)
     precision = dict.fromkeys(problem.shapes, PRECISION)
 
