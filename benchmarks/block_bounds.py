@@ -18,13 +18,13 @@ import numpy as np
 from models import MODELS, trained
 
 from lightning_bayes import laplace_evidence
-from lightning_bayes.curvature import blocks
+from lightning_bayes.curvature import blocks_budget
 
 
 def measure(size: int, landmarks: int, mnist_root: str) -> dict[str, float]:
     """One size, in this process."""
     data = trained(MODELS["mlp-60000"], mnist_root)
-    blocks.MAX_LANDMARKS = landmarks
+    blocks_budget.MAX_LANDMARKS = landmarks
     x, y = data.x[:size].clone(), data.y[:size].clone()
     laplace_evidence(data.net, (x[:500], y[:500]), structure="blocks", batch_size=250)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

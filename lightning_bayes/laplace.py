@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_bayes.curvature.data import Examples, examples_from_loader, examples_from_tensors
-from lightning_bayes.curvature.errors import EvidenceUnavailableError
+from lightning_bayes.curvature.data import Examples
 from lightning_bayes.curvature.isolation import isolated, throw_away_copy
 from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
 from lightning_bayes.curvature.priors import (
@@ -25,8 +24,8 @@ from lightning_bayes.curvature.priors import (
 from lightning_bayes.curvature.subset import Subset, last_layer, matching
 from lightning_bayes.evaluation import evidence_of
 from lightning_bayes.evidence import Evidence
-from lightning_bayes.intake import Forward
 from lightning_bayes.options import Method, check_options, sampling_if_many_columns
+from lightning_bayes.pairs import examples_of_data, forward_of_pair, require_device
 from lightning_bayes.totals import Totals, read_all
 
 __all__ = ["Computation", "laplace_evidence"]
@@ -145,7 +144,7 @@ class Computation:
         check_options(self.batch_size, self.max_examples)
         require_prior_precision(self.prior_precision)
         resolve_likelihood(self.likelihood)
-        _device(self.device)
+        require_device(self.device)
 
     def run(
         self, model: nn.Module, data: object, conclude: Callable[[Totals, Likelihood, Prior], _Result]
@@ -155,11 +154,11 @@ class Computation:
             raise ValueError(
                 f"Expected argument `model` to be a torch.nn.Module, got {type(model).__name__}."
             )
-        likelihood, device = resolve_likelihood(self.likelihood), _device(self.device)
+        likelihood, device = resolve_likelihood(self.likelihood), require_device(self.device)
         if self.subset_of_weights != "last_layer":  # a wrong prior is found before the data are read
             prior_from(model, self.prior_precision, subset=self._named_subset(model))
         with isolated(data):
-            examples = _examples(data, self.batch_size, self.max_examples)
+            examples = examples_of_data(data, self.batch_size, self.max_examples)
             network = throw_away_copy(model)
             if device is not None:
                 network.to(device)
@@ -174,7 +173,7 @@ class Computation:
             method, subset = self._settled(network, first, where)
             prior = prior_from(network, self.prior_precision, subset=subset)
             whole = batches if first is None else itertools.chain([first], batches)
-            forwards = (_forward(network, batch, where) for batch in whole)
+            forwards = (forward_of_pair(network, batch, where) for batch in whole)
             announce = logging.getLogger("lightning_bayes").info
             sizes = examples.num_examples, examples.num_batches
             totals = read_all(network, forwards, likelihood, prior, method, *sizes, announce)
@@ -203,7 +202,7 @@ class Computation:
         method, subset = self._method(), self._named_subset(network)
         if first is None or (method.structure != "auto" and self.subset_of_weights != "last_layer"):
             return method, subset
-        few = _forward(network, _first_examples(first), device)
+        few = forward_of_pair(network, _first_examples(first), device)
         if self.subset_of_weights == "last_layer":
             subset = last_layer(network, lambda: few()[0])
         with torch.no_grad():
@@ -215,36 +214,8 @@ class Computation:
         return method, subset
 
 
-def _examples(data: object, batch_size: int | None, max_examples: int | None) -> Examples:
-    if isinstance(data, DataLoader):
-        return examples_from_loader(data, batch_size, max_examples)
-    if isinstance(data, tuple | list):
-        return examples_from_tensors(data, batch_size, max_examples)
-    raise ValueError(
-        "Expected argument `data` to be a DataLoader or a tuple of tensors (inputs, targets), got "
-        f"{type(data).__name__}."
-    )
-
-
-def _device(device: object) -> torch.device | None:
-    if device is None:
-        return None
-    try:
-        found = torch.device(device)  # type: ignore[call-overload]
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"Expected argument `device` to be a torch.device, its name or None, got {device!r}."
-        ) from error
-    if found.type == "meta":
-        raise ValueError(
-            "Expected argument `device` to be a device that computes, got 'meta', which has shapes and no numbers. "
-            "Use 'cpu', 'cuda' or None for the model's own."
-        )
-    return found
-
-
 def _first_examples(batch: Any) -> Any:
-    """A batch of two; a batch that is not a pair of tensors stays what it is, for `_forward` to refuse."""
+    """A batch of two; a batch that is not a pair of tensors stays what it is, for `forward_of_pair` to refuse."""
     if not isinstance(batch, tuple | list):
         return batch
     few = [part[:2] if isinstance(part, Tensor) else part for part in batch]
@@ -257,35 +228,3 @@ def _tracked(examples: Examples, progress: bool) -> Iterable[Any]:
     from rich.progress import track  # noqa: PLC0415 - only for the progress bar
 
     return track(examples.read(), description="evidence", total=examples.num_batches)
-
-
-def _forward(network: nn.Module, batch: Any, device: torch.device) -> Forward:
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-        raise ValueError(
-            f"Expected the DataLoader to yield (inputs, targets), got {type(batch).__name__}. For other "
-            "batches use the LaplaceEvidence callback, which lets training_step take them apart."
-        )
-    inputs, targets = batch
-    if not isinstance(inputs, Tensor):
-        raise ValueError(
-            f"Expected the DataLoader's inputs to be one tensor, got {type(inputs).__name__}. For other inputs "
-            "use the LaplaceEvidence callback, which lets training_step take them apart."
-        )
-    if inputs.dtype in (torch.float16, torch.bfloat16):  # the copy of a half-precision model is float32
-        inputs = inputs.to(next(network.parameters()).dtype)
-    return lambda: (_outputs(network, inputs.to(device)), targets.to(device))
-
-
-def _outputs(network: nn.Module, inputs: Tensor) -> Any:
-    """The network's outputs, or an error that says what it was given."""
-    try:
-        return network(inputs)
-    except (EvidenceUnavailableError, torch.cuda.OutOfMemoryError):
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        taken = next(network.parameters())
-        raise ValueError(
-            f"{type(network).__name__}, with parameters of {taken.dtype}, failed on inputs of argument `data`, "
-            f"{tuple(inputs.shape)} of {inputs.dtype}: {error}. Give the inputs that it was trained on, the "
-            "examples in the first dimension; for batches of another kind use the LaplaceEvidence callback."
-        ) from error

@@ -11,16 +11,21 @@ PACKAGE = "lightning_bayes"
 RANKS = {
     "functional": 0,
     "curvature": 1,
+    "advising": 1,
     "evidence": 1,
     "options": 2,
     "intake": 2,
+    "pairs": 2,
     "totals": 2,
     "prior_choice": 2,
     "evaluation": 2,
     "laplace": 2,
     "curve": 2,
     "refitting": 2,
+    "stability": 2,
+    "eigenvalue": 2,
     "callbacks": 3,
+    "__main__": 3,
     "examples": 4,
 }
 """A module may import modules of its own rank and below; `evidence` is the plain result of `laplace`."""

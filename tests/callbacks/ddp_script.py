@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
@@ -47,9 +48,11 @@ def main(case, folder):
     torch.manual_seed(0)
     callback, module = LaplaceEvidence(**options), Module(Rich(), step)
     checkpoint = ModelCheckpoint(f"{folder}/{case}", "{epoch}", monitor="bayes/log_evidence", mode="max")
+    advisor = ScalingAdvisor(target_batch_size=16)
     run = trainer(
         folder,
-        [callback, SGDNoiseScale(), ScalingAdvisor(target_batch_size=16), checkpoint],
+        [callback, SGDNoiseScale(), advisor, checkpoint],
+        logger=CSVLogger(folder, name=case, version=0),
         devices=2,
         strategy="ddp",
         max_epochs=2,
@@ -68,6 +71,10 @@ def main(case, folder):
             "logged": {name: value.item() for name, value in run.callback_metrics.items()},
             "steps": run.global_step,
             "error": error,
+            "log_dir": f"{folder}/{case}/version_0",
+            "advice": [
+                (asdict(one.present), [asdict(check) for check in one.checks]) for one in advisor.advice
+            ],
         },
         f"{folder}/{case}-{run.global_rank}.pt",
     )

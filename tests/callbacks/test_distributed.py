@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_bayes.functional import SavedAdvice
+
 from .evidence_models import Module, N, Rich, disagreements, reference, tensors
 
 pytestmark = pytest.mark.slow
@@ -53,6 +55,20 @@ def test_noise_scale_counts_the_replicas(results):
     # B = 4 examples x 2 replicas, N the whole training set, learning rate 0.1
     for rank in results("uneven"):
         assert rank["logged"]["bayes/noise_scale"] == pytest.approx(0.1 * (N / 8 - 1))
+
+
+def test_advice_counts_the_replicas_and_is_saved_once(results):
+    first, second = results("uneven")
+    assert first["advice"] == second["advice"]
+    ((present, checks),) = first["advice"]
+    assert present["batch_size"] == 8
+    (trainer,) = [check for check in checks if check["name"] == "trainer"]
+    assert (
+        "accumulate_grad_batches=2 with the DataLoader's batch_size=4 on each of the 2 devices"
+        in trainer["sentence"]
+    )
+    path = Path(first["log_dir"]) / "scaling_advice.json"
+    assert SavedAdvice.from_json(path.read_text()).advice[0].present.batch_size == 8
 
 
 def test_ranks_agree_on_the_epochs_to_skip(results):
