@@ -38,7 +38,7 @@ def require_device(device: object) -> torch.device | None:
     if device is None:
         return None
     try:
-        found = torch.device(device)  # type: ignore[call-overload]
+        found: torch.device = torch.device(device)  # type: ignore[call-overload]
     except (TypeError, RuntimeError) as error:
         raise ValueError(
             f"Expected argument `device` to be a torch.device, its name or None, got {device!r}."

@@ -54,8 +54,8 @@ class LaplaceEvidence(Callback):
     random state. Training is not disturbed: weights are bit-identical with and without the callback.
 
     Args:
-        structure: "full" (exact), "blocks" (a bracket, linear in N), "kron", "kron_joint", "diag"; "auto" takes the
-            first of "full", "blocks" and "kron" within the memory and time stated in
+        structure: "full" (exact), "blocks" (a bracket, linear in N), "kron", "kron_joint", "kron_expand", "diag";
+            "auto" takes the first of "full", "blocks" and "kron" within the memory and time stated in
             `lightning_bayes.curvature.structures`, and says which.
         likelihood: "auto" reads it from the loss in training_step, with its class weights, label smoothing and
             ignored targets; "classification", "binary", "regression", "gaussian_nll" or a `Likelihood` such as

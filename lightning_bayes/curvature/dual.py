@@ -81,7 +81,7 @@ class DualCurvature(SpectralCurvature):
         if self._last is not None and self._last[0] == key:
             return self._last[1]
         self._last = None  # its memory is needed
-        layers = self._layers(precision)
+        layers: Sequence[KeptRows] = self._layers(precision)
         types, chosen = self._types(layers), None
         if len(types) > 1:
             layers, chosen = _without_negligible(layers, precision)
