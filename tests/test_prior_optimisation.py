@@ -104,7 +104,7 @@ def test_large_matrices_are_searched_by_factors_and_not_by_their_spectrum(
     for structure in (PrimalCurvature, DualCurvature):
         monkeypatch.setattr(structure, "spectrum", None)
     tried = []
-    for where, name in ((primal, "cholesky"), (dual, "factorise")):
+    for where, name in ((primal, "cholesky_in_place"), (dual, "factorise")):
         original = getattr(where, name)
         monkeypatch.setattr(where, name, lambda *args, original=original: tried.append(1) or original(*args))
     by_factors = case.evidence(**arguments)

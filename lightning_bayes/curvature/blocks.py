@@ -22,12 +22,12 @@ from torch import Tensor
 
 from lightning_bayes.curvature.base import Curvature, CurvatureSummary, Problem, accumulation_dtype
 from lightning_bayes.curvature.blocks_budget import capacity_of, num_landmarks, pool_rows
-from lightning_bayes.curvature.cholesky import log_det_of
+from lightning_bayes.curvature.cholesky import log_det_of, rounding_of_log_det
 from lightning_bayes.curvature.diagonal import DiagonalCurvature
-from lightning_bayes.curvature.dual import FLOAT64_LIMIT, System, factorise, trace_of_shrinkage
+from lightning_bayes.curvature.dual import SMALL, System, factorise, trace_of_shrinkage
 from lightning_bayes.curvature.gram import KeptRows
 from lightning_bayes.curvature.kept import RowKeeper, cross_all
-from lightning_bayes.curvature.newton import quadratic_form
+from lightning_bayes.curvature.newton import quadratic_form, woodbury
 from lightning_bayes.curvature.principal import PrincipalRows, principal_rows
 from lightning_bayes.curvature.reservoir import PrioritySample, RowReservoir, RowSet
 from lightning_bayes.curvature.rows import RowBlock
@@ -44,7 +44,7 @@ EXPECTED = LADDER.index(1.0)
 NUM_PROBES = 256
 """Random vectors of the trace over S."""
 ROUNDING_FACTOR = 64
-"""Allowance for rounding in the bounds, in units of eps · tr K/λ."""
+"""Allowance for rounding in the rows and what they keep, in units of eps · tr K/λ."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,15 @@ class BlockCurvature(Curvature):
         slack = self.allowance(precision)
         hadamard = self._diagonal.at(precision, gradient).log_det
         lower, upper = max(part.log_det - slack, 0.0), min(part.log_det + part.beyond, hadamard) + slack
-        gamma, gamma_error = trace_of_shrinkage(part.system.factor, NUM_PROBES, FLOAT64_LIMIT)
+        gamma, gamma_error = trace_of_shrinkage(part.system.factor, NUM_PROBES, SMALL)
         layers = [layer.to(accumulation_dtype(self.problem.device)) for layer in part.layers]
         return CurvatureSummary(
             log_det=min(max(part.log_det + part.added[0], lower), upper),
             bounds=(lower, upper),
             effective_parameters=gamma + part.added_gamma[0],
-            quadratic=quadratic_form(layers, part.system.solve, precision, gradient),
+            quadratic=quadratic_form(
+                layers, woodbury(layers, part.system.solve, precision), precision, gradient
+            ),
             log_det_stderr=part.added[1],
             effective_parameters_stderr=(gamma_error**2 + part.added_gamma[1] ** 2) ** 0.5,
         )
@@ -125,7 +127,7 @@ class BlockCurvature(Curvature):
     def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
         """The numbers of `at` that a search for the prior asks for."""
         part = self.part(precision)
-        gamma, _ = trace_of_shrinkage(part.system.factor, NUM_PROBES, FLOAT64_LIMIT)
+        gamma, _ = trace_of_shrinkage(part.system.factor, NUM_PROBES, SMALL)
         return part.log_det + part.added[0], gamma + part.added_gamma[0]
 
     def part(self, precision: Mapping[str, float]) -> KeptPart:
@@ -136,7 +138,7 @@ class BlockCurvature(Curvature):
         self._last = None  # its memory is needed
         layers = self._rows_of_s()
         accurate = accumulation_dtype(self.problem.device)
-        small = layers[0].num_rows <= FLOAT64_LIMIT
+        small = layers[0].num_rows <= SMALL
         system = factorise(layers, precision, (accurate,) if small else (self.problem.dtype, accurate))
         added, added_gamma = self._sampled_rest(layers, system, precision, scale)
         part = KeptPart(layers, system, log_det_of(system.factor), self._beyond(scale), added, added_gamma)
@@ -145,7 +147,9 @@ class BlockCurvature(Curvature):
 
     def allowance(self, precision: Mapping[str, float]) -> float:
         """Nats that rounding may have put between a bound and what it bounds."""
-        return ROUNDING_FACTOR * torch.finfo(self.problem.dtype).eps * self._trace / self._scale(precision)
+        trace, dtype = self._trace / self._scale(precision), self.problem.dtype
+        of_factor = rounding_of_log_det(self._rows_of_s()[0].num_rows + trace, dtype)
+        return ROUNDING_FACTOR * torch.finfo(dtype).eps * trace + of_factor
 
     def _empty_keeper(self) -> None:
         """Sort the rows of a batch, or of the first few, into those that are kept and those that go."""

@@ -1,7 +1,7 @@
 """What the bounds of `blocks` may take, and how many rows that lets them keep."""
 
 from lightning_bayes.curvature.base import Problem
-from lightning_bayes.curvature.dual import FLOAT64_LIMIT
+from lightning_bayes.curvature.dual import SMALL
 
 __all__ = ["blocks_cost", "capacity_of", "num_landmarks", "pool_rows"]
 
@@ -57,7 +57,7 @@ def _kept_flop(problem: Problem, rows: float) -> float:
 
 def _kept_bytes(problem: Problem, rows: float) -> float:
     """The matrix; the rows, those that wait, and in float64 for the Newton decrement."""
-    matrix = 2 * 8 if rows <= FLOAT64_LIMIT else problem.dtype.itemsize
+    matrix = 2 * 8 if rows <= SMALL else problem.dtype.itemsize
     return rows**2 * matrix + rows * problem.kept_width * (2.5 * problem.dtype.itemsize + 8)
 
 

@@ -13,6 +13,7 @@ equal cost, because their spectra decay slowly: on the 784-800-10 net of the pap
 leave 20 nats in the log-determinant, a greedily pivoted partial Cholesky factor 135 after 48 · 10⁹.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -20,11 +21,11 @@ import torch
 from torch import Tensor
 
 from lightning_bayes.curvature.base import CurvatureSummary, Problem
-from lightning_bayes.curvature.cholesky import log_det_of
+from lightning_bayes.curvature.cholesky import log_det_of, rounding_of_log_det
 from lightning_bayes.curvature.dual import DualCurvature, System, factorise, inverse_on, trace_of_shrinkage
 from lightning_bayes.curvature.gram import KeptRows
 from lightning_bayes.curvature.kept import cross_all
-from lightning_bayes.curvature.newton import quadratic_form
+from lightning_bayes.curvature.newton import quadratic_form, woodbury
 from lightning_bayes.curvature.principal import PrincipalRows, principal_rows
 
 __all__ = ["BracketCurvature"]
@@ -35,8 +36,6 @@ EXACT_TRACE_LIMIT = 1024
 """Size of S up to which that trace is exact."""
 NUM_SAMPLES = 32
 """Rows outside S that the point estimate looks at."""
-ROUNDING_FACTOR = 16
-"""Allowance for rounding in the log-determinant, in units of eps · tr(I + K)."""
 ROUNDING_SHARE = 0.05
 """Of the bracket that the allowance may take before everything is done in float64."""
 WORTHWHILE = 0.8
@@ -64,18 +63,18 @@ class BracketCurvature(DualCurvature):
             return super().at(precision, gradient)
         rows, chosen = found
         inside = rows.pick(chosen)
-        system = factorise(inside, precision, (inside[0].rows.dtype, self._accurate))
+        system = factorise(inside, precision, (inside[0].rows.dtype, self._accurate), math.inf)
         log_det, slack = log_det_of(system.factor), _allowance(rows.eigenvalues, system.factor.dtype)
         above = rows.residual.index_fill(0, chosen, 0.0).log1p().sum().item()
         lower, upper = max(log_det - slack, 0.0), log_det + above + slack
         gamma, gamma_error = trace_of_shrinkage(system.factor, NUM_PROBES, EXACT_TRACE_LIMIT)
         added, added_gamma = _sampled_rest(rows, chosen, inside, system, precision)
-        solve = inverse_on(chosen, system)
+        precondition = woodbury(rows.layers, inverse_on(chosen, system), precision)
         return CurvatureSummary(
             log_det=min(max(log_det + added.mean().item(), lower), upper),
             bounds=(lower, upper),
             effective_parameters=gamma + added_gamma.mean().item(),
-            quadratic=quadratic_form(rows.layers, solve, precision, gradient, DECREMENT_TOLERANCE),
+            quadratic=quadratic_form(rows.layers, precondition, precision, gradient, DECREMENT_TOLERANCE),
             log_det_stderr=_standard_error(added),
             effective_parameters_stderr=(gamma_error**2 + _standard_error(added_gamma) ** 2) ** 0.5,
         )
@@ -126,8 +125,7 @@ class _OfRows(DualCurvature):
 
 
 def _allowance(diagonal: Tensor, dtype: torch.dtype) -> float:
-    """Rounding in ln det of a Cholesky factor of I + K, whose inverse is at most I."""
-    return ROUNDING_FACTOR * torch.finfo(dtype).eps * (diagonal.numel() + diagonal.sum().item())
+    return rounding_of_log_det(diagonal.numel() + diagonal.sum().item(), dtype)
 
 
 def _sampled_rest(

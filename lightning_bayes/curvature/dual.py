@@ -3,33 +3,40 @@
 ln det(I + Λ⁻¹ᐟ² VᵀV Λ⁻¹ᐟ²) = ln det(I + V Λ⁻¹ Vᵀ) (Sylvester).
 """
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 
 import torch
 from torch import Tensor
 
 from lightning_bayes.curvature.base import CurvatureSummary, Problem, SpectralCurvature, accumulation_dtype
-from lightning_bayes.curvature.cholesky import cholesky_in_place, eigenvalues_of, log_det_of, solve
+from lightning_bayes.curvature.cholesky import (
+    SMALL_ROUNDING,
+    cholesky_in_place,
+    diagonal_of_inverse,
+    eigenvalues_of,
+    log_det_of,
+    solve,
+)
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.gram import KeptRows
 from lightning_bayes.curvature.kept import RowKeeper, fill_gram, tiles_of
-from lightning_bayes.curvature.newton import quadratic_form
+from lightning_bayes.curvature.newton import quadratic_form, woodbury
 from lightning_bayes.curvature.principal import principal_rows, selected
 from lightning_bayes.curvature.rows import RowBlock
 from lightning_bayes.functional.evidence import effective_parameters, log_det_from_eigenvalues
 
 __all__ = ["DualCurvature", "System", "factorise", "inverse_on", "trace_of_shrinkage"]
 
-FLOAT64_LIMIT = 4096
-"""Up to this size the dual matrix is float64 whatever the model's type is, and the trace exact."""
+SMALL = 4096
+"""Rows up to which the trace is exact, and float64 so cheap that it is taken without a word."""
 NUM_PROBES = 256
-"""Random vectors of the trace estimate beyond `FLOAT64_LIMIT`."""
+"""Random vectors of the trace estimate beyond `SMALL`."""
 WORTHWHILE = 0.15
 """Share of the rows that must be negligible for them to be left out: turning and choosing rows costs something."""
-TILE_ROWS = 512
+TILE_ROWS, SMALLEST_TILE = 512, 128
 """Rows of one tile of the dual matrix: large enough for the matrix product, small beside the matrix."""
 
 
@@ -54,7 +61,7 @@ class DualCurvature(SpectralCurvature):
         """See `Curvature.at`."""
         found = self._rescaled(precision) or self._factorised(precision)
         layers = [layer.to(self._accurate) for layer in found.layers]
-        quadratic = quadratic_form(layers, found.solve, precision, gradient)
+        quadratic = quadratic_form(layers, woodbury(layers, found.solve, precision), precision, gradient)
         log_det, gamma = found.log_det, found.gamma
         return CurvatureSummary(
             log_det, (log_det, log_det), gamma, quadratic, effective_parameters_stderr=found.gamma_stderr
@@ -82,11 +89,11 @@ class DualCurvature(SpectralCurvature):
             return self._last[1]
         self._last = None  # its memory is needed
         layers: Sequence[KeptRows] = self._layers(precision)
-        types, chosen = self._types(layers), None
-        if len(types) > 1:
+        types, chosen = (self.problem.dtype, self._accurate), None
+        if layers[0].num_rows > SMALL:
             layers, chosen = _without_negligible(layers, precision)
         system = factorise(layers if chosen is None else selected(layers, chosen), precision, types)
-        gamma, stderr = trace_of_shrinkage(system.factor, NUM_PROBES, FLOAT64_LIMIT)
+        gamma, stderr = trace_of_shrinkage(system.factor, NUM_PROBES, SMALL)
         solve = system.solve if chosen is None else inverse_on(chosen, system)
         self._last = key, _Factorised(layers, solve, log_det_of(system.factor), gamma, stderr)
         return self._last[1]
@@ -94,33 +101,28 @@ class DualCurvature(SpectralCurvature):
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
         """See `Curvature.spectrum`: as many as rows; the others are zero."""
         layers = self._layers(precision)
-        dtype = self._types(layers)[0]
+        dtype = self._accurate if layers[0].num_rows <= SMALL else self.problem.dtype
         gram = _gram([layer.to(dtype) for layer in layers], precision)
         eigenvalues = eigenvalues_of(gram)
-        if len(gram) <= FLOAT64_LIMIT:
+        if len(gram) <= SMALL:
             self._known = _Known(dict(precision), gram, eigenvalues)
         return eigenvalues
 
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
         """See `Curvature.log_det_and_traces`: γᵢ = tr (I + K)⁻¹Kᵢ with the share Kᵢ of one tensor, tile by tile."""
         layers = self._layers(precision)
-        system = factorise(layers, precision, self._types(layers))
+        system = factorise(layers, precision, (self.problem.dtype, self._accurate))
         log_det = log_det_of(system.factor)
         inverse = torch.cholesky_inverse(system.factor)
         traces = dict.fromkeys(self.problem.shapes, 0.0)
         for layer in (layer.to(inverse.dtype) for layer in layers):
             for name in layer.names:
-                alone = dict.fromkeys(layer.names, inf) | {name: precision[name]}
+                alone = dict.fromkeys(layer.names, math.inf) | {name: precision[name]}
                 traces[name] = _trace_of_product(inverse, layer, system.tiles, alone)
         return log_det, traces
 
     def _layers(self, precision: Mapping[str, float]) -> list[KeptRows]:
         return self._keeper.layers()
-
-    def _types(self, layers: Sequence[KeptRows]) -> tuple[torch.dtype, ...]:
-        """To factorise in: the accurate one where that is cheap, else first the model's own."""
-        small = layers[0].num_rows <= FLOAT64_LIMIT
-        return (self._accurate,) if small else (self.problem.dtype, self._accurate)
 
     @property
     def _accurate(self) -> torch.dtype:
@@ -177,9 +179,18 @@ class System:
 
 
 def factorise(
-    layers: Sequence[KeptRows], precision: Mapping[str, float], dtypes: Sequence[torch.dtype]
+    layers: Sequence[KeptRows],
+    precision: Mapping[str, float],
+    dtypes: Sequence[torch.dtype],
+    allowed: float = SMALL_ROUNDING,
 ) -> System:
     """Factorise I + K in the first type that can be believed.
+
+    Args:
+        layers: V.
+        precision: λ of each parameter tensor.
+        dtypes: The types.
+        allowed: Rounding of the log-determinant, in nats, for which up to `SMALL` rows are not done again.
 
     Raises:
         EvidenceUnavailableError: If none can.
@@ -187,10 +198,11 @@ def factorise(
     size, accurate = layers[0].num_rows, dtypes[-1]
     for dtype in dict.fromkeys(dtypes):
         cast = [layer.to(dtype) for layer in layers]
-        factor = cholesky_in_place(_gram(cast, precision))
+        again = size <= SMALL and dtype != accurate
+        factor = cholesky_in_place(_gram(cast, precision), allowed if again else math.inf)
         if factor is not None:
             return System(factor, _tiles(layers))
-        if dtype != accurate:
+        if dtype != accurate and size > SMALL:
             warnings.warn(
                 f"The Cholesky factor of {size} rows lost its digits in {dtype}; it is "
                 f"computed again in {accurate}, which takes about twice as long and twice the memory. A larger "
@@ -234,7 +246,8 @@ def _without_negligible(
 
 def _tiles(layers: Sequence[KeptRows]) -> list[slice]:
     columns, num_examples = layers[0].rows.shape[:2]
-    return tiles_of(num_examples, columns, TILE_ROWS)
+    tile_rows = min(TILE_ROWS, max(SMALLEST_TILE, num_examples * columns // 8))
+    return tiles_of(num_examples, columns, tile_rows)
 
 
 def _gram(layers: Sequence[KeptRows], precision: Mapping[str, float]) -> Tensor:
@@ -253,7 +266,7 @@ def trace_of_shrinkage(factor: Tensor, num_probes: int, exact_limit: int) -> tup
     """
     size = len(factor)
     if size <= exact_limit:
-        return size - torch.cholesky_inverse(factor).diagonal().sum().item(), 0.0
+        return size - diagonal_of_inverse(factor).sum().item(), 0.0
     generator = torch.Generator(device=factor.device).manual_seed(0)
     signs = torch.randint(0, 2, (size, num_probes), generator=generator, device=factor.device).to(factor)
     whitened = torch.linalg.solve_triangular(factor, signs.mul_(2).sub_(1), upper=False)

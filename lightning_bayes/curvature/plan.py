@@ -63,10 +63,7 @@ class Plan:
         Whoever moves examples about moves them for a layer's bias as for its weight, which costs more.
         """
         small = sorted(self.parameters, key=lambda name: self.parameters[name].numel())
-        tried = set(small[: (len(small) + 1) // 2])
-        return not wrong_parameters(
-            self, [layer for layer in layers if tried & set(layer.names)], batch, tried
-        )
+        return not wrong_parameters(self, layers, batch, small[: (len(small) + 1) // 2])
 
     def layers(self, batch: Batch) -> list[Rows]:
         """The rows of one batch."""
@@ -190,12 +187,12 @@ def wrong_parameters(
     parameters = {name: p for name, p in plan.parameters.items() if tried is None or name in tried}
     weights = _live_examples(batch)
     seed = torch.zeros_like(batch.outputs)
-    found: dict[str, Tensor] = {}
     for example, weight in weights.items():
         seed[example] = weight * batch.roots[:, example].sum(0)
-        for layer in layers:
-            for name, rows in layer.of_example(example).summed().dense().items():
-                found[name] = found.get(name, 0.0) + weight * rows.sum((0, 1))
+    found: dict[str, Tensor] = {}
+    for layer in layers if weights else ():
+        if not parameters.keys().isdisjoint(layer.names):
+            found |= layer.combined(weights).total(parameters)
     truths = dict(zip(parameters, gradients(batch.outputs, list(parameters.values()), seed), strict=True))
     scale = max((truth.abs().max().item() for truth in truths.values() if truth is not None), default=0.0)
     tolerance = 1e3 * torch.finfo(batch.outputs.dtype).eps * scale

@@ -20,11 +20,11 @@ from lightning_bayes.curvature.base import Curvature, CurvatureSummary, Problem,
 from lightning_bayes.curvature.block_sample import estimated_total
 from lightning_bayes.curvature.blocks import BlockCurvature, KeptPart, cross_of_shared
 from lightning_bayes.curvature.blocks_budget import capacity_of
-from lightning_bayes.curvature.cholesky import cholesky, log_det_of
-from lightning_bayes.curvature.dual import FLOAT64_LIMIT, trace_of_shrinkage
+from lightning_bayes.curvature.cholesky import cholesky_in_place, log_det_of, spoilt
+from lightning_bayes.curvature.dual import SMALL, trace_of_shrinkage
 from lightning_bayes.curvature.gram import KeptRows
 from lightning_bayes.curvature.kept import RowKeeper, cross_all
-from lightning_bayes.curvature.newton import quadratic_form
+from lightning_bayes.curvature.newton import quadratic_form, woodbury
 from lightning_bayes.curvature.rows import RowBlock
 
 __all__ = ["SampledBlockCurvature", "block_curvature"]
@@ -84,7 +84,9 @@ class SampledBlockCurvature(Curvature):
             log_det=log_det,
             bounds=(max(part.log_det - self._base.allowance(precision), 0.0), log_det),
             effective_parameters=gamma,
-            quadratic=quadratic_form(layers, part.system.solve, precision, gradient),
+            quadratic=quadratic_form(
+                layers, woodbury(layers, part.system.solve, precision), precision, gradient
+            ),
             log_det_stderr=stderr,
             effective_parameters_stderr=gamma_error,
             upper_stderr=stderr,
@@ -100,7 +102,7 @@ class SampledBlockCurvature(Curvature):
         population = self._sample.num_batches - len(self._sample.base)
         log_det, stderr = estimated_total([value for value, _ in found], population)
         gamma, gamma_error = estimated_total([value for _, value in found], population)
-        own, own_error = trace_of_shrinkage(part.system.factor, NUM_PROBES, FLOAT64_LIMIT)
+        own, own_error = trace_of_shrinkage(part.system.factor, NUM_PROBES, SMALL)
         return (
             part.log_det + part.added[0] + log_det,
             own + part.added_gamma[0] + gamma,
@@ -122,7 +124,7 @@ class SampledBlockCurvature(Curvature):
             whole = torch.linalg.solve_triangular(part.system.factor.mT, half, upper=True)
             own = own - (half.mT @ half).to(own)
             grown = own - (whole.mT @ whole).to(own)
-        system = own.clone()
-        system.diagonal().add_(1.0)
-        factor = cholesky(system)
+        factor = cholesky_in_place(own.clone())
+        if factor is None:
+            raise spoilt()
         return log_det_of(factor), torch.cholesky_solve(grown, factor).diagonal().sum().item()

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_bayes.curvature import bracket, dual
+from lightning_bayes.curvature import bracket, dual, primal
 from lightning_bayes.curvature.bracket import BracketCurvature
+from lightning_bayes.curvature.cholesky import diagonal_of_inverse
 from lightning_bayes.curvature.dual import DualCurvature
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.primal import PrimalCurvature
@@ -136,11 +137,39 @@ def test_spectrum_and_traces_of_a_bracket_are_those_of_the_rows_it_kept(monkeypa
     assert log_det < 0.99 * whole.log1p().sum().item()
 
 
+@pytest.mark.parametrize("kept", [0, 1, 4])
+def test_rows_of_the_primal_that_are_kept_or_summed(kept, monkeypatch):
+    monkeypatch.setitem(STRUCTURES, "full", PrimalCurvature)
+    monkeypatch.setattr(primal, "KEPT_ROWS", kept)
+    case = make_case("linear", "classification", 20)
+    assert_agrees(case.evidence(structure="full", prior_precision=0.3), case.reference(0.3))
+
+
+@pytest.mark.parametrize("precision", [1.0, 1e-2, 1e-5, 1e-7])
+@pytest.mark.parametrize("network", ["mlp", "linear"])
+def test_small_matrices_of_a_float32_model_fall_back_to_float64_in_silence(network, precision, side):
+    """Warnings are errors. At 1e-7 the factor in float32 has lost its digits, at 1 it has all that count."""
+    case = make_case(network, "classification", 12)
+    expected = case.reference(precision)
+    single = replace(case, model=case.model.float(), inputs=case.inputs.float())
+    evidence = single.evidence(structure="full", prior_precision=precision)
+    for field in ("log_occam_factor", "newton_decrement", "effective_parameters"):
+        assert getattr(evidence, field) == pytest.approx(getattr(expected, field), rel=2e-5), field
+
+
+@pytest.mark.parametrize("size", [1, 127, 129, 300])
+def test_diagonal_of_the_inverse_by_halves(size):
+    rows = torch.randn(size, size, dtype=torch.float64)
+    matrix = rows @ rows.mT / size + torch.eye(size)
+    found = diagonal_of_inverse(torch.linalg.cholesky(matrix))
+    torch.testing.assert_close(found, torch.linalg.inv(matrix).diagonal())
+
+
 @pytest.fixture
 def in_single_precision(monkeypatch):
     """The engine's float32 answer where the dual matrix counts as large, beside the float64 reference."""
     monkeypatch.setitem(STRUCTURES, "full", DualCurvature)
-    monkeypatch.setattr(dual, "FLOAT64_LIMIT", 8)
+    monkeypatch.setattr(dual, "SMALL", 8)
 
     def answer(network, precision):
         case = make_case(network, "classification", 12)
@@ -216,7 +245,7 @@ def test_rows_that_rounding_hides_are_left_out_of_a_large_exact_matrix(monkeypat
     monkeypatch.setattr(
         dual, "factorise", lambda layers, *rest: sizes.append(layers[0].num_rows) or original(layers, *rest)
     )
-    monkeypatch.setattr(dual, "FLOAT64_LIMIT", 8)
+    monkeypatch.setattr(dual, "SMALL", 8)
     monkeypatch.setattr(dual, "NUM_PROBES", 20_000)
     monkeypatch.setitem(STRUCTURES, "full", DualCurvature)
     found = single.evidence(structure="full")
