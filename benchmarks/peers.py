@@ -204,7 +204,7 @@ CANDIDATES = {
     for candidate in (
         *(
             Candidate("lightning-bayes", "", structure, _ours(structure))
-            for structure in ("full", "kron", "kron_joint", "diag")
+            for structure in ("full", "kron", "kron_joint", "kron_expand", "diag")
         ),
         Candidate("lightning-bayes", "", "tolerance 1", _ours("full", 1.0), "bracket of 1 nat"),
         Candidate("lightning-bayes", "", "tolerance 10", _ours("full", 10.0), "bracket of 10 nats"),

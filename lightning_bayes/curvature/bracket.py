@@ -14,14 +14,15 @@ leave 20 nats in the log-determinant, a greedily pivoted partial Cholesky factor
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lightning_bayes.curvature.base import CurvatureSummary, Problem
 from lightning_bayes.curvature.cholesky import log_det_of, rounding_of_log_det
-from lightning_bayes.curvature.dual import DualCurvature, System, factorise, trace_of_shrinkage
+from lightning_bayes.curvature.dual import DualCurvature, System, factorise, inverse_on, trace_of_shrinkage
 from lightning_bayes.curvature.gram import KeptRows
 from lightning_bayes.curvature.kept import cross_all
 from lightning_bayes.curvature.newton import quadratic_form, woodbury
@@ -68,7 +69,7 @@ class BracketCurvature(DualCurvature):
         lower, upper = max(log_det - slack, 0.0), log_det + above + slack
         gamma, gamma_error = trace_of_shrinkage(system.factor, NUM_PROBES, EXACT_TRACE_LIMIT)
         added, added_gamma = _sampled_rest(rows, chosen, inside, system, precision)
-        precondition = woodbury(rows.layers, _inverse_on(chosen, system), precision)
+        precondition = woodbury(rows.layers, inverse_on(chosen, system), precision)
         return CurvatureSummary(
             log_det=min(max(log_det + added.mean().item(), lower), upper),
             bounds=(lower, upper),
@@ -78,19 +79,17 @@ class BracketCurvature(DualCurvature):
             effective_parameters_stderr=(gamma_error**2 + _standard_error(added_gamma) ** 2) ** 0.5,
         )
 
-    def spectrum(self, precision: Mapping[str, float]) -> Tensor:
-        """See `Curvature.spectrum`: of K_SS, none above its counterpart in K."""
-        eigenvalues = super().spectrum(precision)
-        self._known = None  # S is another one at another prior
-        return eigenvalues
+    def of_kept_rows(self, precision: Mapping[str, float]) -> DualCurvature:
+        """The exact structure of S at a prior, or of all rows where that costs hardly more.
 
-    def _layers(self, precision: Mapping[str, float]) -> list[KeptRows]:
-        """Of S alone: `spectrum` and `log_det_and_traces` are those of K_SS, not above those of K."""
+        Its log-determinant lies below by no more than twice the tolerance, at this prior and at any that is not
+        smaller for some tensor: the difference falls with each λ, since γ of a tensor falls when rows are left out.
+        """
         found = self._select(precision)
         if found is None:
-            return super()._layers(precision)
+            return _OfRows(self.problem, super()._layers(precision))
         rows, chosen = found
-        return rows.pick(chosen)
+        return _OfRows(replace(self.problem, num_examples=len(chosen), rank=1), rows.pick(chosen))
 
     def _select(self, precision: Mapping[str, float]) -> tuple[PrincipalRows, Tensor] | None:
         """Principal rows and S for a prior, None where the exact answer costs hardly more."""
@@ -112,6 +111,17 @@ class BracketCurvature(DualCurvature):
 
     def _operations(self, rows: int) -> float:
         return float(rows) ** 2 * self.problem.gram_width + rows**3 / 3
+
+
+class _OfRows(DualCurvature):
+    """K of rows that are there already."""
+
+    def __init__(self, problem: Problem, layers: list[KeptRows]) -> None:
+        super().__init__(problem)
+        self._rows = layers
+
+    def _layers(self, precision: Mapping[str, float]) -> list[KeptRows]:
+        return self._rows
 
 
 def _allowance(diagonal: Tensor, dtype: torch.dtype) -> float:
@@ -142,17 +152,6 @@ def _sampled_rest(
     growth = ((schur - whole.square().sum(0)) / (1.0 + schur)).clamp(min=0.0)
     factor = weights.sum() / weights[drawn]
     return factor * schur.log1p(), factor * growth
-
-
-def _inverse_on(chosen: Tensor, system: System) -> Callable[[Tensor], Tensor]:
-    """(I + K_SS)⁻¹ on S and zero elsewhere, which makes it Woodbury's of the matrix that S alone gives."""
-
-    def solve(coefficients: Tensor) -> Tensor:
-        solved = torch.zeros_like(coefficients).flatten()
-        solved[chosen] = system.solve(coefficients.flatten()[chosen].unsqueeze(0)).squeeze(0)
-        return solved.view_as(coefficients)
-
-    return solve
 
 
 def _standard_error(samples: Tensor) -> float:

@@ -5,13 +5,13 @@ ln det(I + Λ⁻¹ᐟ² VᵀV Λ⁻¹ᐟ²) = ln det(I + V Λ⁻¹ Vᵀ) (Sylves
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_bayes.curvature.base import Curvature, CurvatureSummary, Problem, accumulation_dtype
+from lightning_bayes.curvature.base import CurvatureSummary, Problem, SpectralCurvature, accumulation_dtype
 from lightning_bayes.curvature.cholesky import (
     SMALL_ROUNDING,
     cholesky_in_place,
@@ -24,20 +24,23 @@ from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.gram import KeptRows
 from lightning_bayes.curvature.kept import RowKeeper, fill_gram, tiles_of
 from lightning_bayes.curvature.newton import quadratic_form, woodbury
+from lightning_bayes.curvature.principal import principal_rows, selected
 from lightning_bayes.curvature.rows import RowBlock
 from lightning_bayes.functional.evidence import effective_parameters, log_det_from_eigenvalues
 
-__all__ = ["DualCurvature", "System", "factorise", "trace_of_shrinkage"]
+__all__ = ["DualCurvature", "System", "factorise", "inverse_on", "trace_of_shrinkage"]
 
 SMALL = 4096
 """Rows up to which the trace is exact, and float64 so cheap that it is taken without a word."""
 NUM_PROBES = 256
 """Random vectors of the trace estimate beyond `SMALL`."""
+WORTHWHILE = 0.15
+"""Share of the rows that must be negligible for them to be left out: turning and choosing rows costs something."""
 TILE_ROWS, SMALLEST_TILE = 512, 128
 """Rows of one tile of the dual matrix: large enough for the matrix product, small beside the matrix."""
 
 
-class DualCurvature(Curvature):
+class DualCurvature(SpectralCurvature):
     """K from rows that are kept in their factored form where that is cheaper.
 
     Memory: one rows × rows matrix, factorised in place, beside the rows' factors.
@@ -47,29 +50,53 @@ class DualCurvature(Curvature):
         super().__init__(problem)
         self._keeper = RowKeeper()
         self._known: _Known | None = None
+        self._last: tuple[tuple[float, ...], _Factorised] | None = None
 
     def update(self, block: RowBlock) -> None:
         """See `Curvature.update`."""
         self._keeper.add(block)
-        self._known = None
+        self._known = self._last = None
 
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
         """See `Curvature.at`."""
-        layers = self._layers(precision)
-        rescaled = None if self._known is None else self._known.at(precision)
-        if rescaled is not None:
-            system, stderr = System(rescaled[0], _tiles(layers)), 0.0
-            log_det = log_det_from_eigenvalues(rescaled[1], 1.0).item()
-            gamma = effective_parameters(rescaled[1], 1.0).item()
-        else:
-            system = factorise(layers, precision, (self.problem.dtype, self._accurate))
-            log_det = log_det_of(system.factor)
-            gamma, stderr = trace_of_shrinkage(system.factor, NUM_PROBES, SMALL)
-        layers = [layer.to(self._accurate) for layer in layers]
-        quadratic = quadratic_form(layers, woodbury(layers, system.solve, precision), precision, gradient)
+        found = self._rescaled(precision) or self._factorised(precision)
+        layers = [layer.to(self._accurate) for layer in found.layers]
+        quadratic = quadratic_form(layers, woodbury(layers, found.solve, precision), precision, gradient)
+        log_det, gamma = found.log_det, found.gamma
         return CurvatureSummary(
-            log_det, (log_det, log_det), gamma, quadratic, effective_parameters_stderr=stderr
+            log_det, (log_det, log_det), gamma, quadratic, effective_parameters_stderr=found.gamma_stderr
         )
+
+    def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
+        """See `Curvature.log_det_and_gamma`."""
+        found = self._factorised(precision)
+        return found.log_det, found.gamma
+
+    def _rescaled(self, precision: Mapping[str, float]) -> "_Factorised | None":
+        """From the spectrum, where there is one of a multiple of the prior."""
+        known = None if self._known is None else self._known.at(precision)
+        if known is None:
+            return None
+        layers = self._layers(precision)
+        log_det = log_det_from_eigenvalues(known[1], 1.0).item()
+        gamma = effective_parameters(known[1], 1.0).item()
+        return _Factorised(layers, System(known[0], _tiles(layers)).solve, log_det, gamma, 0.0)
+
+    def _factorised(self, precision: Mapping[str, float]) -> "_Factorised":
+        """From a factor; that of the last prior is remembered, since a search for λ ends where `at` begins."""
+        key = tuple(precision.values())
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
+        self._last = None  # its memory is needed
+        layers: Sequence[KeptRows] = self._layers(precision)
+        types, chosen = (self.problem.dtype, self._accurate), None
+        if layers[0].num_rows > SMALL:
+            layers, chosen = _without_negligible(layers, precision)
+        system = factorise(layers if chosen is None else selected(layers, chosen), precision, types)
+        gamma, stderr = trace_of_shrinkage(system.factor, NUM_PROBES, SMALL)
+        solve = system.solve if chosen is None else inverse_on(chosen, system)
+        self._last = key, _Factorised(layers, solve, log_det_of(system.factor), gamma, stderr)
+        return self._last[1]
 
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
         """See `Curvature.spectrum`: as many as rows; the others are zero."""
@@ -100,6 +127,19 @@ class DualCurvature(Curvature):
     @property
     def _accurate(self) -> torch.dtype:
         return accumulation_dtype(self.problem.device)
+
+
+@dataclass(frozen=True)
+class _Factorised:
+    """What a factor of I + K answers."""
+
+    layers: Sequence[KeptRows]
+    """V, in the order and the basis of the factor."""
+    solve: Callable[[Tensor], Tensor]
+    """(I + K)⁻¹ times coefficients [C, N]."""
+    log_det: float
+    gamma: float
+    gamma_stderr: float
 
 
 @dataclass(frozen=True)
@@ -173,6 +213,35 @@ def factorise(
         f"I + K of {size} rows is not positive definite even in {accurate}: the rows are of "
         "extreme scale. Raise the prior precision."
     )
+
+
+def inverse_on(chosen: Tensor, system: System) -> Callable[[Tensor], Tensor]:
+    """(I + K_SS)⁻¹ on S and zero elsewhere, which makes it Woodbury's of the matrix that S alone gives."""
+
+    def solve(coefficients: Tensor) -> Tensor:
+        solved = torch.zeros_like(coefficients).flatten()
+        solved[chosen] = system.solve(coefficients.flatten()[chosen].unsqueeze(0)).squeeze(0)
+        return solved.view_as(coefficients)
+
+    return solve
+
+
+def _without_negligible(
+    layers: Sequence[KeptRows], precision: Mapping[str, float]
+) -> tuple[Sequence[KeptRows], Tensor | None]:
+    """The rows in their examples' eigenbasis, and the numbers of those that count; None where almost all do.
+
+    By Hadamard the others add at most Σ ln(1 + K_ii) to ln det(I + K). They may take eps · tr(I + K) in all, which
+    a factor in floating point does not tell from nothing; sums over 10,000 entries near 1 round by more.
+    """
+    grams = torch.stack([layer.example_grams(precision) for layer in layers]).sum(0)
+    eigenvalues = torch.linalg.eigvalsh(grams.to(accumulation_dtype(grams.device))).clamp_(min=0.0)
+    allowance = torch.finfo(grams.dtype).eps * (eigenvalues.numel() + eigenvalues.sum().item())
+    ascending = eigenvalues.flatten().sort().values
+    if (ascending.log1p().cumsum(0) <= allowance).sum() < WORTHWHILE * len(ascending):
+        return layers, None
+    rows = principal_rows(layers, grams.to(eigenvalues))
+    return rows.layers, rows.smallest_set(allowance)
 
 
 def _tiles(layers: Sequence[KeptRows]) -> list[slice]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_bayes.curvature.base import Curvature, CurvatureSummary, Problem, accumulation_dtype
+from lightning_bayes.curvature.base import CurvatureSummary, Problem, SpectralCurvature, accumulation_dtype
 from lightning_bayes.curvature.cholesky import (
     SMALL_ROUNDING,
     cholesky_in_place,
@@ -26,7 +26,7 @@ KEPT_ROWS = 4
 """Rows that are kept as they are, in units of p; more become a sum in float64."""
 
 
-class PrimalCurvature(Curvature):
+class PrimalCurvature(SpectralCurvature):
     """G [p, p] from the rows, while they are few, or by accumulation over the batches, in float64.
 
     From rows that are there, the model's own type is tried first and float64 is left for where it does not do.
@@ -61,6 +61,11 @@ class PrimalCurvature(Curvature):
         log_det, traces = log_det_of(factor), self._traces(factor)
         quadratic = self._quadratic(factor, precision, gradient)
         return CurvatureSummary(log_det, (log_det, log_det), sum(traces.values()), quadratic)
+
+    def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
+        """See `Curvature.log_det_and_gamma`."""
+        log_det, traces = self.log_det_and_traces(precision)
+        return log_det, sum(traces.values())
 
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
         """See `Curvature.spectrum`: all p of them."""
