@@ -17,6 +17,7 @@ __all__ = [
     "cholesky_in_place",
     "diagonal_of_inverse",
     "eigenvalues_of",
+    "keeps_the_identity",
     "log_det_of",
     "rounding_of_log_det",
     "solve",
@@ -45,7 +46,7 @@ def cholesky_in_place(buffer: Tensor, allowed: float = math.inf) -> Tensor | Non
     matrix = buffer.mT
     matrix.diagonal().add_(1.0)
     trace = matrix.diagonal().sum().item()
-    if not _keeps_the_identity(matrix) or not rounding_of_log_det(trace, matrix.dtype) <= allowed:
+    if not keeps_the_identity(matrix.diagonal()) or not rounding_of_log_det(trace, matrix.dtype) <= allowed:
         return None
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(matrix, out=(matrix, info))
@@ -115,12 +116,12 @@ def eigenvalues_of(matrix: Tensor) -> Tensor:
     return values.clamp_(min=0.0)
 
 
-def _keeps_the_identity(matrix: Tensor) -> bool:
+def keeps_the_identity(diagonal: Tensor) -> bool:
     """Whether the 1 in I + K survives beside the largest K: the factor's errors are of that entry's rounding.
 
     Pivots alone do not tell: rounding lifts as many of them as it lowers.
     """
-    rounding = torch.finfo(matrix.dtype).eps * matrix.diagonal().max().item()
+    rounding = torch.finfo(diagonal.dtype).eps * diagonal.max().item()
     return rounding <= ROUNDING_TOLERANCE
 
 

@@ -17,6 +17,7 @@ from lightning_bayes.curvature.cholesky import (
     cholesky_in_place,
     diagonal_of_inverse,
     eigenvalues_of,
+    keeps_the_identity,
     log_det_of,
     solve,
 )
@@ -36,6 +37,8 @@ NUM_PROBES = 256
 """Random vectors of the trace estimate beyond `SMALL`."""
 WORTHWHILE = 0.15
 """Share of the rows that must be negligible for them to be left out: turning and choosing rows costs something."""
+NEGLIGIBLE = 1e-3
+"""What rows that are left out may add to the log-determinant in all, in nats, however large its rounding."""
 TILE_ROWS, SMALLEST_TILE = 512, 128
 """Rows of one tile of the dual matrix: large enough for the matrix product, small beside the matrix."""
 
@@ -232,11 +235,15 @@ def _without_negligible(
     """The rows in their examples' eigenbasis, and the numbers of those that count; None where almost all do.
 
     By Hadamard the others add at most Σ ln(1 + K_ii) to ln det(I + K). They may take eps · tr(I + K) in all, which
-    a factor in floating point does not tell from nothing; sums over 10,000 entries near 1 round by more.
+    a factor in floating point does not tell from nothing (sums over 10,000 entries near 1 round by more), and no
+    more than `NEGLIGIBLE`. Where the factor will be one in float64 all rows stay.
     """
     grams = torch.stack([layer.example_grams(precision) for layer in layers]).sum(0)
+    if not keeps_the_identity(grams.diagonal(dim1=-2, dim2=-1)):
+        return layers, None
     eigenvalues = torch.linalg.eigvalsh(grams.to(accumulation_dtype(grams.device))).clamp_(min=0.0)
-    allowance = torch.finfo(grams.dtype).eps * (eigenvalues.numel() + eigenvalues.sum().item())
+    rounding = torch.finfo(grams.dtype).eps * (eigenvalues.numel() + eigenvalues.sum().item())
+    allowance = min(rounding, NEGLIGIBLE)
     ascending = eigenvalues.flatten().sort().values
     if (ascending.log1p().cumsum(0) <= allowance).sum() < WORTHWHILE * len(ascending):
         return layers, None
