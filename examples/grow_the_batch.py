@@ -157,6 +157,7 @@ def main():
         parser.error(
             "at least 2 seeds, for an error bar, and 3 epochs, one before, between and after the decays"
         )
+    torch.set_num_threads(1)  # a small net: more threads are slower, and round in another order
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's own use of what torch has deprecated
