@@ -106,7 +106,7 @@ def run_all(arguments: argparse.Namespace) -> Iterator[list[Row]]:
         "memory_limit_gb": round(arguments.memory, 1),
     }
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-    hopeless: set[tuple[str, str, str]] = set()
+    hopeless: set[tuple[str, str]] = set()
     notes = Notes(arguments)
     with Progress(*columns) as progress:
         task = progress.add_task("evidence", total=sum(map(len, jobs.values())))
@@ -117,8 +117,8 @@ def run_all(arguments: argparse.Namespace) -> Iterator[list[Row]]:
             for job in its_jobs:
                 line = f"{job.model}: {job.candidate} {job.dtype} ({job.repeat + 1})"
                 progress.update(task, description=line)
-                key = (job.model, job.candidate, job.dtype)
-                if key not in hopeless:  # what raises once raises again
+                key = (job.model, job.candidate)
+                if key not in hopeless:  # what raises once raises again, in float64 as well
                     result = notes.known(job) or notes.add(job, run_job(job, arguments))
                     if result["status"] != "ok":
                         hopeless.add(key)
@@ -171,8 +171,8 @@ class Notes:
 
 
 def limit_of(job: Job, arguments: argparse.Namespace) -> float:
-    """Seconds that a job may take; the exact value of a large model is waited for."""
-    exact = job.candidate == "lightning-bayes full"
+    """Seconds that a job may take; exact values of a large model, and brackets about them, are waited for."""
+    exact = job.candidate.startswith(("lightning-bayes full", "lightning-bayes tolerance"))
     return max(arguments.limit, MODELS[job.model].patience) if exact else float(arguments.limit)
 
 

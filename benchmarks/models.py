@@ -35,7 +35,7 @@ class Model:
     repeats: int = 100
     """At most: one of what takes minutes."""
     patience: float = 0.0
-    """Seconds that this package's exact value may take, if that is more than what all others may."""
+    """Seconds that the exact value and brackets of this package may take, if more than what all others may."""
 
 
 @dataclass(frozen=True)
