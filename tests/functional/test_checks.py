@@ -1,6 +1,7 @@
 """What advice is held against: each check passes, fails and is left open where it should."""
 
 import math
+import re
 
 import pytest
 from hypothesis import given
@@ -102,6 +103,29 @@ def diverges(learning_rate, h, configuration):
         if abs(x) > 1e3:
             return True
     return abs(x) > 1
+
+
+def test_a_large_batch_is_written_out():
+    # 50000/(1 + 194.313 * 0.1/10.3)
+    assert advise(PRESENT, target_learning_rate=10.3).summary.startswith(
+        "lr 10.3: batch 17322 (linear 26368);"
+    )
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.6, 0.9, 0.999])
+def test_nesterov_momentum_damps_the_noise(momentum):
+    """Which leaves the noise scale as little of the story as too much of it does."""
+    present = Configuration(0.1, 256, 50_000, momentum, nesterov=True)
+    left_open = check(advise(present, target_batch_size=512), "variance")
+    most = float(re.search(r"stays below (\S+)\.$", left_open.sentence)[1])
+    below, above = (
+        check(advise(present, target_batch_size=512, largest_eigenvalue=share * most), "variance")
+        for share in (0.999, 1.001)
+    )
+    assert below.passed is True and above.passed is False
+    side = 1.1 if above.value > 1 else 1 / 1.1
+    assert above.value == pytest.approx(side, rel=1e-2)
+    assert ("Nesterov's momentum damps" in above.sentence) == (side < 1)
 
 
 def test_variance_beyond_that_of_the_noise_scale():
