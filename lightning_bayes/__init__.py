@@ -1,6 +1,6 @@
 """Bayesian evidence, SGD noise scale and scaling advice for PyTorch Lightning."""
 
-from lightning_bayes.callbacks import LaplaceEvidence, ScalingAdvisor, SGDNoiseScale
+from lightning_bayes.callbacks import GradientNoiseScale, LaplaceEvidence, ScalingAdvisor, SGDNoiseScale
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.likelihoods import (
     Bernoulli,
@@ -20,6 +20,7 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     # Callbacks
     "LaplaceEvidence",
     "SGDNoiseScale",
+    "GradientNoiseScale",
     "ScalingAdvisor",
     # Without a Trainer
     "laplace_evidence",

@@ -16,14 +16,14 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_bayes.curvature.capture import WAY_OUT, CapturedLoss, capture_loss
+from lightning_bayes.curvature.capture import WAY_OUT, CapturedLoss, capture_loss, loss_of
 from lightning_bayes.curvature.flattened import layout_of_rows, rows_of_examples
 from lightning_bayes.curvature.isolation import throw_away_copy
 from lightning_bayes.curvature.layout import Layout
 from lightning_bayes.curvature.likelihoods import Likelihood
 from lightning_bayes.curvature.loss_arguments import Rows
 
-__all__ = ["ModuleReader", "NetworkOption"]
+__all__ = ["ModuleReader", "NetworkOption", "num_examples_of"]
 
 NetworkOption = str | Callable[[LightningModule, Any], tuple[Tensor, Tensor]] | None
 
@@ -51,7 +51,7 @@ class _ReadOnlyTrainer:
 
     def __setattr__(self, name: str, value: object) -> None:
         raise ValueError(
-            f"training_step sets trainer.{name}; LaplaceEvidence runs it on a copy, and must not. Set it in "
+            f"training_step sets trainer.{name}; this callback runs it on a copy, and must not. Set it in "
             f"another hook, such as on_train_batch_end. {WAY_OUT}"
         )
 
@@ -79,6 +79,7 @@ class ModuleReader:
         self._option = network
         self._kind: type[Likelihood] | None = None
         self._layout: Layout | None = None
+        self._takes_index: bool | None = None
         target = original_network(module, network)
         # Datasets and loaders that a module keeps would be copied with it, each time.
         data = (
@@ -116,6 +117,15 @@ class ModuleReader:
             )
         return captured
 
+    def loss(self, batch: Any, batch_idx: int) -> Tensor:
+        """Run one batch that has been through the hooks of transfer; return the loss as it is, whatever it is.
+
+        Raises:
+            ValueError: If training_step returns none.
+        """
+        with self._default_dtype(), torch.enable_grad():
+            return loss_of(self._training_step(self._converted(batch), batch_idx))
+
     def check_computed_by_copy(self, outputs: Tensor) -> None:
         """Raise unless the outputs were computed by the copy's parameters, and by no others.
 
@@ -141,7 +151,7 @@ class ModuleReader:
             return capture_loss(
                 lambda: self._training_step(batch, batch_idx),
                 self._likelihood,
-                partial(self._rows_of, _size_of(batch)),
+                partial(self._rows_of, num_examples_of(batch)),
             )
         if self._likelihood is None:
             raise ValueError("Argument `network` needs an explicit `likelihood`.")
@@ -156,12 +166,11 @@ class ModuleReader:
 
     def _training_step(self, batch: Any, batch_idx: int) -> object:
         step = self._hooks.training_step
-        if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
-            raise ValueError(f"training_step(dataloader_iter) takes its own batches. {WAY_OUT}")
-        arguments: tuple[Any, ...] = (batch,)
-        if is_param_in_hook_signature(step, "batch_idx", min_args=2):
-            arguments = (batch, batch_idx)
-        return step(*arguments)
+        if self._takes_index is None:
+            if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+                raise ValueError(f"training_step(dataloader_iter) takes its own batches. {WAY_OUT}")
+            self._takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+        return step(batch, batch_idx) if self._takes_index else step(batch)
 
     def _rows_of(self, num_examples: int | None, outputs: Tensor) -> Rows:
         """How the rows that a loss sees make examples."""
@@ -278,7 +287,7 @@ def _nothing(*args: object, **kwargs: object) -> None:
     return None
 
 
-def _size_of(batch: Any) -> int | None:
+def num_examples_of(batch: Any) -> int | None:
     """The examples of a batch; None where its tensors do not agree (graphs, ragged lists, class weights)."""
     sizes: set[int] = set()
     apply_to_collection(batch, Tensor, lambda tensor: sizes.add(len(tensor)) if tensor.dim() else None)

@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, cast
 
 import torch
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_bayes.curvature.likelihoods import Categorical, Likelihood
 from lightning_bayes.curvature.loss_arguments import READERS, WAY_OUT, Reading, Rows
 
-__all__ = ["KNOWN", "WAY_OUT", "CapturedLoss", "capture_loss"]
+__all__ = ["KNOWN", "WAY_OUT", "CapturedLoss", "capture_loss", "loss_of"]
 
 Reduction = Literal["mean", "sum"]
 
@@ -100,7 +101,7 @@ class _LossCalls(TorchFunctionMode):
         if func in SIGMOIDS and result.grad_fn is not None:
             self._sigmoids[result.grad_fn] = (args[0] if args else kwargs["input"], result)
         if func in KNOWN and isinstance(result, Tensor) and result.grad_fn is not None:
-            bound = inspect.signature(func).bind(*args, **kwargs)
+            bound = _signature(func).bind(*args, **kwargs)
             bound.apply_defaults()
             if func is F.binary_cross_entropy:
                 bound.arguments["logits"] = self._logits_of(bound.arguments["input"])
@@ -117,6 +118,11 @@ class _LossCalls(TorchFunctionMode):
             return None
         same = torch.equal(logits.detach().sigmoid().reshape(probabilities.shape), probabilities.detach())
         return logits.reshape(probabilities.shape) if same else None
+
+
+@cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def capture_loss(
@@ -138,14 +144,7 @@ def capture_loss(
             the loss that was found.
     """
     with _LossCalls() as recorder:
-        returned = step()
-    loss = returned["loss"] if isinstance(returned, Mapping) and "loss" in returned else returned
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = f" of shape {list(loss.shape)}" if isinstance(loss, Tensor) else ""
-        raise ValueError(
-            f"training_step returned {type(loss).__name__}{shape}; a scalar loss, or a dict that holds one under "
-            f"'loss', can be read. {WAY_OUT}"
-        )
+        loss = loss_of(step())
     call = _the_call(recorder.calls, loss)
     reading = _reading_of(call, rows_of)
     found = reading.likelihood
@@ -155,6 +154,22 @@ def capture_loss(
         found = _overridden(call, reading, likelihood)
         outputs, targets = found.prepare(reading.outputs, reading.targets)
     return CapturedLoss(outputs, targets, found, reduction, loss.item())
+
+
+def loss_of(returned: object) -> Tensor:
+    """The loss in what a training_step returned.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    loss = returned["loss"] if isinstance(returned, Mapping) and "loss" in returned else returned
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = f" of shape {list(loss.shape)}" if isinstance(loss, Tensor) else ""
+        raise ValueError(
+            f"training_step returned {type(loss).__name__}{shape}; a scalar loss, or a dict that holds one under "
+            f"'loss', can be read. {WAY_OUT}"
+        )
+    return loss
 
 
 def _the_call(calls: list[_Call], loss: Tensor) -> _Call:

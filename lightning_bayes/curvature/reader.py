@@ -125,6 +125,10 @@ class RowReader:
             outputs, targets, unit_loss = forward_of(forward, likelihood)
         return outputs, targets, unit_loss, calls
 
+    def _is_proof_due(self, read: int) -> bool:
+        """Whether the plan is tried again at this batch: 2, 4, 8, ..."""
+        return read & (read - 1) == 0
+
     def _roots(self, outputs: Tensor, targets: Tensor, likelihood: Likelihood) -> Tensor:
         if self._num_samples is None:
             return likelihood.sqrt_hessian(outputs, targets)
@@ -150,7 +154,7 @@ class RowReader:
             layers = None if plan is None else plan.layers(batch)
             # A network that sorts or routes its examples may have left them in place in the first batch: the
             # plan is tried again at the batches 2, 4, 8, ...
-            due = start == 0 and self._read & (self._read - 1) == 0
+            due = start == 0 and self._is_proof_due(self._read)
             if plan is not None and layers is not None and due and not plan.is_right(layers, batch):
                 outputs, _, _, calls = run_again()  # with all calls
                 batch, plan = Batch.backward(calls, outputs, roots[columns]), None
