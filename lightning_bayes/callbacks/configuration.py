@@ -123,7 +123,7 @@ def read_configuration(trainer: Trainer, dataset_size: int | None = None) -> Tra
 
 
 def changing_settings(trainer: Trainer) -> tuple[object, ...]:
-    """What `read_configuration` depends on that may change within an epoch: as long as it does not, neither does that.
+    """What `read_configuration` depends on that may change within an epoch; while it does not, nor does that.
 
     Args:
         trainer: as `read_configuration` takes it.

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from lightning_bayes.curvature.base import accumulation_dtype
+from lightning_bayes.curvature.batch import Batch
+from lightning_bayes.curvature.calls import Call
 from lightning_bayes.curvature.likelihoods import Likelihood
 from lightning_bayes.curvature.reader import RowReader
-from lightning_bayes.curvature.rows import CHUNK, DenseRows, LayerUse, Rows
+from lightning_bayes.curvature.rows import CHUNK, DenseRows, LayerUse, OuterRows, Rows
 
 __all__ = ["ExampleGradientReader", "GradientSums"]
 
@@ -70,16 +72,19 @@ class ExampleGradientReader(RowReader):
                 not independent.
         """
         outputs, _, unit_loss, calls = self._run(forward, likelihood, self._plan)
-        (root,) = torch.autograd.grad(unit_loss, outputs, retain_graph=True)
         if self._plan is not None and not self._plan.fits(calls, len(outputs)):
             self._plan = None  # its modules are called in another way: plan again, with all calls
-            outputs, _, _, calls = self._run(forward, likelihood, None)
-        run_again = lambda: self._run(forward, likelihood, None)  # noqa: E731
-        (block,) = self._blocks(calls, outputs, root.unsqueeze(0), run_again)
+            outputs, _, unit_loss, calls = self._run(forward, likelihood, None)
+        batch = _batch(outputs, unit_loss, calls)
+
+        def again() -> Batch:
+            outputs, _, unit_loss, calls = self._run(forward, likelihood, None)
+            return _batch(outputs, unit_loss, calls)
+
         found: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
-        for rows in block.layers:
+        for rows in self._layers(batch, again):
             found |= _sums(rows, keep_totals)
-        return self._collected(found, len(outputs), outputs, keep_totals)
+        return self._collected(found, batch, keep_totals)
 
     def _is_proof_due(self, read: int) -> bool:
         """Less often than for a pass over the data, where one batch is read in every few steps of training."""
@@ -88,11 +93,10 @@ class ExampleGradientReader(RowReader):
     def _collected(
         self,
         found: dict[str, tuple[Tensor, Tensor, Tensor | None]],
-        num_examples: int,
-        like: Tensor,
+        batch: Batch,
         keep_totals: bool,
     ) -> GradientSums:
-        zero = like.new_zeros(())
+        zero = batch.outputs.new_zeros(())
         totals = []
         for name, parameter in self.parameters.items():  # some may not have taken part in this batch
             _, _, total = found.setdefault(name, (zero, zero, None))
@@ -100,12 +104,20 @@ class ExampleGradientReader(RowReader):
                 totals.append(torch.zeros_like(parameter).flatten() if total is None else total)
         ordered = [found[name] for name in self.parameters]
         return GradientSums(
-            num_examples,
-            float(num_examples),
+            batch.num_examples,
+            float(batch.num_examples),
             _wide(torch.stack([squares for squares, _, _ in ordered]).detach()),
             _wide(torch.stack([squared for _, squared, _ in ordered]).detach()),
             totals if keep_totals else None,
         )
+
+
+def _batch(outputs: Tensor, unit_loss: Tensor, calls: list[Call]) -> Batch:
+    """The batch after the one backward pass, whose column is the loss's gradient in the outputs."""
+    tensors = [tensor for call in calls for tensor in call.outputs]
+    root, *grads = torch.autograd.grad(unit_loss, [outputs, *tensors], retain_graph=True, allow_unused=True)
+    found = iter([None if grad is None else grad.unsqueeze(0) for grad in grads])
+    return Batch(calls, outputs, root.unsqueeze(0), [[next(found) for _ in call.outputs] for call in calls])
 
 
 def _sums(rows: Rows, keep_total: bool) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
@@ -115,20 +127,37 @@ def _sums(rows: Rows, keep_total: bool) -> dict[str, tuple[Tensor, Tensor, Tenso
         return {rows.name: (squares, _squared(total), total if keep_total else None)}
     found: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
     inputs, grads = rows.inputs(), rows.grads()[0]
+    sizes, entries = inputs.shape[2] + grads.shape[2], inputs.shape[2] * grads.shape[2]
+    by_pairs = not keep_total and inputs.shape[:2].numel() * sizes <= 2 * entries
+    if by_pairs and inputs.shape[1] == 1:
+        return _sums_by_pairs(rows, inputs.squeeze(1), grads.squeeze(1))
     if rows.weight is not None:
         squares, found_total = _outer_squares(inputs, grads), None
-        positions, sizes = inputs.shape[0] * inputs.shape[1], inputs.shape[2] + grads.shape[2]
         a, g = inputs.flatten(0, 1), grads.flatten(0, 1)
-        if keep_total or positions * sizes > 2 * inputs.shape[2] * grads.shape[2]:
+        if by_pairs:
+            squared = _inner(a @ a.mT, g @ g.mT)
+        else:
             found_total = (g.mT @ a).flatten()
             squared = _squared(found_total)
-        else:
-            squared = _inner(a @ a.mT, g @ g.mT)
         found[rows.weight] = squares, squared, found_total
     if rows.bias is not None:
         summed = grads.sum(1)
         total = summed.sum(0)
         found[rows.bias] = _squared(summed), _squared(total), total if keep_total else None
+    return found
+
+
+def _sums_by_pairs(
+    rows: OuterRows, inputs: Tensor, grads: Tensor
+) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
+    """The same for one position of few examples: all of it is in the two [N, N] matrices of inner products."""
+    of_inputs, of_grads = inputs @ inputs.mT, grads @ grads.mT
+    found: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+    if rows.weight is not None:
+        squares = of_inputs.diagonal().dot(of_grads.diagonal())
+        found[rows.weight] = squares, _inner(of_inputs, of_grads), None
+    if rows.bias is not None:
+        found[rows.bias] = of_grads.trace(), of_grads.sum(), None
     return found
 
 

@@ -61,7 +61,7 @@ def isolated(*holders: object) -> Iterator[None]:
 
 def _seed_torch() -> None:
     """As `torch.manual_seed(0)` for the generators that are restored; which takes a millisecond without CUDA."""
-    torch.random.default_generator.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     if _num_cuda_devices():
         torch.cuda.manual_seed_all(0)
 
