@@ -2,8 +2,8 @@
 
     python benchmarks/overhead.py [--rounds 200] [--out docs/benchmarks]
 
-One fit, one process, one thread, float32 SGD with momentum through the Lightning Trainer, random data from memory. The
-candidates take turns within the fit, ten steps each, in a new random order in each round, so that what else the
+One fit, one process, one thread, float32 SGD with momentum through the Lightning Trainer, random data from memory.
+The candidates take turns within the fit, ten steps each, in a new random order in each round, so that what else the
 machine does falls on all of them; each is set against the plain steps of the same round. Time is that of the whole
 loop, loading included: wall time, and processor time of the process, which minds its neighbours less. The
 table has medians over the rounds and their quartiles. What a callback's own hooks take is measured apart, by
@@ -133,7 +133,7 @@ def seconds_in_hooks(steps: int = 300) -> dict[str, float]:
         durations = [
             sorted(times)[:-1]  # the longest of each hook is that of the first step
             for key, times in profiler.recorded_durations.items()
-            if key.startswith(f"[Callback]{type(callback).__qualname__}.") and len(times) >= steps
+            if key.startswith(f"[Callback]{callback.state_key}.") and len(times) >= steps
         ]
         found[name] = sum(map(sum, durations)) / (steps - 1)
     return found
@@ -153,8 +153,8 @@ def table(rows: list[dict[str, object]], hooks: dict[str, float]) -> str:
         for column in COLUMNS
     }
     lines = [
-        f"Plain step: {plain['wall_ms']:.2f} ms (processor time {plain['cpu_ms']:.2f} ms), medians. What each adds to it: "
-        f"medians of {1 + max(int(str(row['round'])) for row in rows)} rounds (quartiles in brackets), "
+        f"Plain step: {plain['wall_ms']:.2f} ms (processor time {plain['cpu_ms']:.2f} ms), medians. What each adds "
+        f"to it: medians of {1 + max(int(str(row['round'])) for row in rows)} rounds (quartiles in brackets), "
         f"{torch.get_num_threads()} thread, seed {SEED}, torch {torch.__version__}, lightning {L.__version__}.",
         "",
         "| callback | processor time | wall time | in its own hooks | target |",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,6 @@ from lightning_bayes.callbacks.live_copy import LiveCopy
 from lightning_bayes.callbacks.reading import num_examples_of
 from lightning_bayes.callbacks.two_batch_sizes import TwoBatchSizes, pooled
 from lightning_bayes.callbacks.untouched import untouched
-from lightning_bayes.curvature.base import accumulation_dtype
 from lightning_bayes.curvature.capture import CapturedLoss
 from lightning_bayes.curvature.example_gradients import ExampleGradientReader, GradientSums
 from lightning_bayes.curvature.likelihoods import Likelihood
@@ -65,8 +65,7 @@ class CopiedGradients:
 
     def nothing(self) -> TwoBatchSizes | None:
         """What a process says whose measurement failed, so that the others do not wait for it."""
-        named, device = dict(self._module.named_parameters()), self._module.device
-        lost = torch.full((len(self._names),), torch.nan, dtype=accumulation_dtype(device), device=device)
+        named, lost = dict(self._module.named_parameters()), [math.nan] * len(self._names)
         totals = [torch.full_like(named[name], torch.nan).flatten() for name in self._names]
         totals = [total.float() if total.itemsize < 4 else total for total in totals]  # as in the copy
         return pooled(self._trainer, GradientSums(1, 1.0, lost, lost, totals))
@@ -128,7 +127,7 @@ def training_loss_scale(captured: CapturedLoss) -> float:
     num_examples = len(captured.outputs)
     num_terms = captured.likelihood.num_terms(captured.outputs.detach(), captured.targets)
     if num_terms == 0:  # every target is ignored
-        return float("nan")
+        return math.nan
     total = captured.likelihood.loss_scale("sum", num_terms / num_examples, 1, 1.0)
     return num_examples * (total if captured.reduction == "sum" else total / num_terms)
 
@@ -138,17 +137,16 @@ def scaled(sums: GradientSums, factor: float) -> GradientSums:
     return GradientSums(
         sums.num_gradients,
         sums.inverse_sizes,
-        sums.squares * factor**2,
-        sums.squared_totals * factor**2,
+        [factor**2 * square for square in sums.squares],
+        [factor**2 * square for square in sums.squared_totals],
         None if sums.totals is None else [total * factor for total in sums.totals],
     )
 
 
 def _sums_of_parts(gradients: list[tuple[Tensor, ...]], size: int) -> GradientSums:
     by_parameter = list(zip(*gradients, strict=True))
-    wide = accumulation_dtype(gradients[0][0].device)
     stacked = [torch.stack([g.flatten() for g in parts]) for parts in by_parameter]
-    squares = torch.stack([parts.square().sum(dtype=wide) for parts in stacked])
     totals = [parts.sum(0) for parts in stacked]
-    squared = torch.stack([total.square().sum(dtype=wide) for total in totals])
+    squares = torch.stack([parts.square().sum() for parts in stacked]).tolist()
+    squared = torch.stack([total.square().sum() for total in totals]).tolist()
     return GradientSums(len(gradients), len(gradients) / size, squares, squared, totals)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,31 +34,28 @@ class GradientNoiseMetric(Metric):
     is_differentiable = False
     higher_is_better = None
 
-    traces: Tensor
-    squared_norms: Tensor
+    sums: Tensor
     weight: Tensor
 
     def __init__(self, ema: float = 0.95, num_parts: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.ema = fraction("ema", ema)
         self.num_parts = count("num_parts", num_parts)
-        zeros = torch.zeros(self.num_parts, dtype=torch.float64)
         # Means over processes: what each of them averages is unbiased, and so is the mean.
-        self.add_state("traces", zeros, dist_reduce_fx="mean", persistent=True)
-        self.add_state("squared_norms", zeros.clone(), dist_reduce_fx="mean", persistent=True)
+        zeros = torch.zeros(2, self.num_parts, dtype=torch.float64)  # tr Σ and ‖G‖² of each part
+        self.add_state("sums", zeros, dist_reduce_fx="mean", persistent=True)
         self.add_state("weight", torch.zeros((), dtype=torch.float64), dist_reduce_fx="mean", persistent=True)
 
-    def update(self, traces: Tensor, squared_norms: Tensor) -> None:
+    def update(self, noise: Sequence[GradientNoise]) -> None:
         """Take in one measurement.
 
         Args:
-            traces: tr Σ of each part, `[num_parts]`.
-            squared_norms: unbiased ‖G‖² of each part, `[num_parts]`; negative ones count as they are.
+            noise: of each part; a ‖G‖² below 0 counts as it is.
         """
+        measured = [[part.trace for part in noise], [part.squared_norm for part in noise]]
         gain = 1.0 - self.ema
-        self.traces = self.ema * self.traces + gain * traces.to(self.traces)
-        self.squared_norms = self.ema * self.squared_norms + gain * squared_norms.to(self.squared_norms)
-        self.weight = self.ema * self.weight + gain
+        self.sums = torch.lerp(self.sums, self.sums.new_tensor(measured), gain)
+        self.weight = torch.lerp(self.weight, torch.ones_like(self.weight), gain)
 
     def compute(self) -> Tensor:
         """The averages of tr Σ and ‖G‖² of all parameters and their ratio B_simple, `[3]`, over processes as well."""
@@ -79,4 +77,4 @@ class GradientNoiseMetric(Metric):
         return [GradientNoise.of(*pair) for pair in self._averages().T.tolist()]
 
     def _averages(self) -> Tensor:
-        return torch.stack([self.traces, self.squared_norms]) / self.weight
+        return self.sums / self.weight

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, get_args
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
@@ -269,13 +268,9 @@ class GradientNoiseScale(Callback):
         if norms is None:
             return
         named = {name: number for number, name in enumerate(self._parts)}
-        part_of = torch.tensor([named.get(_layer(name), 0) for name in self._names])
-        noise = norms.noise(part_of, len(self._parts))
+        noise = norms.noise([named.get(_layer(name), 0) for name in self._names], len(self._parts))
         if noise is not None:
-            self._metric.update(
-                torch.tensor([part.trace for part in noise], dtype=torch.float64),
-                torch.tensor([part.squared_norm for part in noise], dtype=torch.float64),
-            )
+            self._metric.update(noise)
 
     def _training_gradients(self, trainer: Trainer, pl_module: LightningModule) -> TrainingGradients:
         if not isinstance(self._source, TrainingGradients):

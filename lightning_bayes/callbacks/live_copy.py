@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_bayes.callbacks.reading import ModuleReader
@@ -39,6 +39,7 @@ class LiveCopy:
         self._original = module
         self._identity = _identity(module)
         self._parameters = list(zip(self.reader.network.parameters(), module.parameters(), strict=True))
+        self._buffers = list(self.reader.network.buffers())
         self._modules = list(zip(self.reader.network.modules(), module.modules(), strict=True))
         self._seen = [_plain_values(theirs) for _, theirs in self._modules]
         self._containers = [(mine, _containers(mine)) for mine, _ in self._modules if _containers(mine)]
@@ -51,16 +52,14 @@ class LiveCopy:
             False if the module is built in another way than when it was copied (parameters unfrozen, replaced or
             added): it has to be copied again.
         """
-        if _identity(self._original) != self._identity:
+        # A buffer that is assigned to is a new tensor each time: they are found by their place.
+        buffers = list(self._original.buffers())
+        if _identity(self._original) != self._identity or not _alike(self._buffers, buffers):
             return False
         with torch.no_grad():
             for mine, theirs in self._parameters:
                 mine.copy_(theirs)
-            # A buffer that is assigned to is a new tensor each time: they are found by their place.
-            buffers = zip(self.reader.network.buffers(), self._original.buffers(), strict=True)
-            for buffer, its_original in buffers:
-                if buffer.shape != its_original.shape:
-                    return False
+            for buffer, its_original in zip(self._buffers, buffers, strict=True):
                 buffer.copy_(its_original)
         for part, containers in self._containers:
             vars(part).update({name: _structure(value) for name, value in containers.items()})
@@ -82,11 +81,13 @@ class LiveCopy:
                     vars(mine)[name] = _structure(value)
 
 
-def _identity(module: nn.Module) -> list[object]:
-    """What must stay for the copy to be one: which parameters, which of them train, how many buffers."""
-    found: list[object] = [(id(parameter), parameter.requires_grad) for parameter in module.parameters()]
-    found.append(sum(1 for _ in module.buffers()))
-    return found
+def _identity(module: nn.Module) -> list[tuple[int, bool]]:
+    """What must stay for the copy to be one: which parameters, and which of them train."""
+    return [(id(parameter), parameter.requires_grad) for parameter in module.parameters()]
+
+
+def _alike(some: list[Tensor], others: list[Tensor]) -> bool:
+    return [tensor.shape for tensor in some] == [tensor.shape for tensor in others]
 
 
 def _plain_values(module: nn.Module) -> dict[str, Any]:

@@ -76,14 +76,19 @@ class TrainingGradients:
         small = torch.cat([self._small, sums])
         if replicas > 1:
             small = reduced(self._trainer, small)
-        number, inverse_sizes = small[-2:].tolist()
+        *squares, number, inverse_sizes = small.tolist()
         if number < 2:
             return None
         # Undo what the loss was multiplied by: 1/k under accumulation, and the scale of half precision.
         factor = self._trainer.accumulate_grad_batches / _loss_scale(self._trainer)
         size = number / inverse_sizes
         mean = factor * replicas / number  # `.grad` is the sum over micro-batches, and the mean over replicas
-        return TwoBatchSizes(small[:-2] * (factor**2 / number), size, self._large * mean**2, size * number)
+        return TwoBatchSizes(
+            [factor**2 * square / number for square in squares],
+            size,
+            [mean**2 * square for square in self._large.tolist()],
+            size * number,
+        )
 
     def stop(self) -> None:
         """Take the hooks off."""

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_bayes.curvature.base import accumulation_dtype
 from lightning_bayes.curvature.batch import Batch
-from lightning_bayes.curvature.calls import Call
+from lightning_bayes.curvature.calls import Call, recorded_calls
+from lightning_bayes.curvature.errors import check_finite
+from lightning_bayes.curvature.functional_rows import plain_kernels
 from lightning_bayes.curvature.likelihoods import Likelihood
+from lightning_bayes.curvature.plan import Plan
 from lightning_bayes.curvature.reader import RowReader
 from lightning_bayes.curvature.rows import CHUNK, DenseRows, LayerUse, OuterRows, Rows
 
@@ -30,23 +32,26 @@ MAX_ROWS = 2**27
 PROOFS = frozenset(2 * 10**power for power in range(10))
 """Batches at which a plan is tried again: 2, 20, 200, ..."""
 
+FEW = 2**23
+"""Multiplications that take no longer than the calls that would spare them."""
+
 
 @dataclass(frozen=True)
 class GradientSums:
-    """What some gradients leave behind, by parameter, in float64 where the device has it.
+    """What some gradients leave behind, by parameter.
 
     Attributes:
         num_gradients: K, of which the sums are.
         inverse_sizes: Σ over gradients of 1/(examples that it is the mean of): K for single examples.
-        squares: Σₖ ‖gₖ‖² for each parameter, [P].
-        squared_totals: ‖Σₖ gₖ‖² for each parameter, [P].
+        squares: Σₖ ‖gₖ‖² for each parameter.
+        squared_totals: ‖Σₖ gₖ‖² for each parameter.
         totals: Σₖ gₖ of each parameter, flat, where that was asked for.
     """
 
     num_gradients: int
     inverse_sizes: float
-    squares: Tensor
-    squared_totals: Tensor
+    squares: list[float]
+    squared_totals: list[float]
     totals: list[Tensor] | None = None
 
 
@@ -62,14 +67,14 @@ class ExampleGradientReader(RowReader):
         """Run one batch through the network and return the sums over its examples.
 
         Args:
-            forward: Runs the network and returns its outputs, with their graph, and the targets.
+            forward: Runs the network and returns its outputs, with their graph, and the targets, both as
+                `likelihood.prepare` returns them.
             likelihood: Of the targets given the outputs.
             keep_totals: Whether `totals` are wanted; their gradients are then formed.
 
         Raises:
-            EvidenceUnavailableError: If the outputs or targets are not finite.
-            ValueError: If outputs and targets do not fit the likelihood, or if the examples of the batch are
-                not independent.
+            EvidenceUnavailableError: If the loss is not finite.
+            ValueError: If the examples of the batch are not independent.
         """
         outputs, _, unit_loss, calls = self._run(forward, likelihood, self._plan)
         if self._plan is not None and not self._plan.fits(calls, len(outputs)):
@@ -85,6 +90,17 @@ class ExampleGradientReader(RowReader):
         for rows in self._layers(batch, again):
             found |= _sums(rows, keep_totals)
         return self._collected(found, batch, keep_totals)
+
+    def _run(
+        self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood, plan: Plan | None
+    ) -> tuple[Tensor, Tensor, Tensor, list[Call]]:
+        """As a pass over the data does, for outputs that are known to be prepared; one check of what came out."""
+        modules = self._holders if plan is None else plan.modules
+        with torch.enable_grad(), plain_kernels(), recorded_calls(modules) as calls:
+            outputs, targets = forward()
+            unit_loss = likelihood.unit_loss(outputs, targets)
+        check_finite(unit_loss.detach(), "the loss")
+        return outputs, targets, unit_loss, calls
 
     def _is_proof_due(self, read: int) -> bool:
         """Less often than for a pass over the data, where one batch is read in every few steps of training."""
@@ -103,11 +119,13 @@ class ExampleGradientReader(RowReader):
             if keep_totals:
                 totals.append(torch.zeros_like(parameter).flatten() if total is None else total)
         ordered = [found[name] for name in self.parameters]
+        both = torch.stack([squares for squares, _, _ in ordered] + [squared for _, squared, _ in ordered])
+        numbers, size = both.tolist(), batch.num_examples
         return GradientSums(
-            batch.num_examples,
-            float(batch.num_examples),
-            _wide(torch.stack([squares for squares, _, _ in ordered]).detach()),
-            _wide(torch.stack([squared for _, squared, _ in ordered]).detach()),
+            size,
+            float(size),
+            numbers[: len(ordered)],
+            numbers[len(ordered) :],
             totals if keep_totals else None,
         )
 
@@ -128,7 +146,8 @@ def _sums(rows: Rows, keep_total: bool) -> dict[str, tuple[Tensor, Tensor, Tenso
     found: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
     inputs, grads = rows.inputs(), rows.grads()[0]
     sizes, entries = inputs.shape[2] + grads.shape[2], inputs.shape[2] * grads.shape[2]
-    by_pairs = not keep_total and inputs.shape[:2].numel() * sizes <= 2 * entries
+    positions = inputs.shape[:2].numel()
+    by_pairs = not keep_total and (positions * sizes <= 2 * entries or positions**2 * sizes <= FEW)
     if by_pairs and inputs.shape[1] == 1:
         return _sums_by_pairs(rows, inputs.squeeze(1), grads.squeeze(1))
     if rows.weight is not None:
@@ -217,7 +236,3 @@ def _squared(tensor: Tensor) -> Tensor:
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:
     return left.reshape(-1).dot(right.reshape(-1))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(accumulation_dtype(tensor.device))
