@@ -76,9 +76,9 @@ class GradientNoiseScale(Callback):
         status: whether B_simple is resolved, or why it is not.
 
     Raises:
-        ValueError: at construction for an argument outside its domain; before the first step for a second
-            GradientNoiseScale with the same prefix, manual optimization, LBFGS, sharded weights, batches of one
-            example, or a training_step that `method` cannot read.
+        ValueError: at construction for an argument outside its domain; before the first step for manual
+            optimization, LBFGS, sharded weights, batches of one example, or a training_step that `method` cannot
+            read.
 
     Example::
 
@@ -153,10 +153,9 @@ class GradientNoiseScale(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check_alone(trainer)
         check_gradients_can_be_read(trainer, pl_module)
         self._forget()
-        self._last_logged_step = -1
+        self._due, self._last_logged_step = False, -1
         parts = _layers(pl_module) if self.per_layer else ("",)
         if trainer.global_step == 0 or parts != self._parts:
             self._parts, self._metric = parts, GradientNoiseMetric(self.ema, len(parts))
@@ -181,6 +180,8 @@ class GradientNoiseScale(Callback):
             self._measure_copy(trainer, pl_module, batch, batch_idx)
         if self._method == "micro_batches":
             source = self._training_gradients(trainer, pl_module)
+            if first:
+                source.stop()  # of a step that was not made
             source.begin(batch, step_batch_size(trainer))
 
     @override
@@ -265,10 +266,9 @@ class GradientNoiseScale(Callback):
 
     def _take(self, norms: TwoBatchSizes | None) -> None:
         """Average a measurement in, unless it is NaN or infinite or there is none."""
-        if norms is None:
-            return
         named = {name: number for number, name in enumerate(self._parts)}
-        noise = norms.noise([named.get(_layer(name), 0) for name in self._names], len(self._parts))
+        part_of = [named.get(_layer(name), 0) for name in self._names]
+        noise = None if norms is None else norms.noise(part_of, len(self._parts))
         if noise is not None:
             self._metric.update(noise)
 
@@ -300,21 +300,12 @@ class GradientNoiseScale(Callback):
     def _forget(self) -> None:
         if isinstance(self._source, TrainingGradients):
             self._source.stop()
-        self._source, self._names, self._due = None, [], False
+        self._source, self._names = None, []
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
             rank_zero_warn(f"GradientNoiseScale: {message}")
-
-    def _check_alone(self, trainer: Trainer) -> None:
-        others = [c for c in trainer.callbacks if isinstance(c, GradientNoiseScale) and c is not self]  # type: ignore[attr-defined]
-        if any(other.log_key_prefix == self.log_key_prefix for other in others):
-            raise ValueError(
-                "Expected argument `log_key_prefix` to differ between the GradientNoiseScale callbacks of a Trainer,"
-                f" but two have {self.log_key_prefix!r}, and would log under one key. Remove one, or give it another"
-                " prefix."
-            )
 
 
 def _layers(module: LightningModule) -> tuple[str, ...]:

@@ -99,11 +99,11 @@ def _plain_values(module: nn.Module) -> dict[str, Any]:
 
 
 def _containers(module: nn.Module) -> dict[str, Any]:
-    """The lists and dictionaries of a module that hold something else than plain values."""
+    """The lists and dictionaries of a module that hold something else than plain values, or nothing yet."""
     return {
         name: _structure(value)
         for name, value in vars(module).items()
-        if name not in OWN and type(value) in (list, dict) and not _is_plain(value)
+        if name not in OWN and type(value) in (list, dict) and not (value and _is_plain(value))
     }
 
 

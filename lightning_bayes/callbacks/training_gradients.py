@@ -63,8 +63,8 @@ class TrainingGradients:
         self._inverse_sizes += 1.0 / self._size
         if last:
             for index, parameter in enumerate(self._parameters):
-                if parameter.grad is not None:
-                    self._large[index] = _squared_norm(parameter.grad, self._large.dtype)
+                grad = parameter.grad
+                self._large[index] = 0.0 if grad is None else _squared_norm(grad, self._large.dtype)
 
     def finish(self) -> TwoBatchSizes | None:
         """At the optimizer step: the norms of its gradients; None where there were fewer than two."""
@@ -98,7 +98,8 @@ class TrainingGradients:
 
     def _start(self, device: torch.device) -> None:
         zeros = torch.zeros(len(self._parameters), dtype=accumulation_dtype(device), device=device)
-        self._small, self._large = zeros, zeros.clone()
+        # A step whose last micro-batch has no loss leaves NaN, and is not averaged in.
+        self._small, self._large = zeros, torch.full_like(zeros, torch.nan)
         self._number, self._inverse_sizes, self._size = 0, 0.0, 1
 
     def _see(self, index: int, gradient: Tensor) -> None:

@@ -33,8 +33,8 @@ class Quadratic(L.LightningModule):
         super().__init__()
         self.linear = nn.Linear(1, 4, bias=False)
         self.step, self.lr = step, lr
-        nn.init.constant_(self.linear.weight, OFFSET)
         self.double()
+        nn.init.constant_(self.linear.weight, OFFSET)
 
     def training_step(self, batch, batch_idx):
         return self.step(self, batch)

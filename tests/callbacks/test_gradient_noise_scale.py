@@ -30,6 +30,10 @@ from .noise_models import (
     targets,
 )
 from .sgd_models import trainer
+from .test_sgd_noise_scale import Recorder
+
+# One small batch often does not resolve B_simple; where that is the subject, `pytest.warns` sees it nevertheless.
+pytestmark = pytest.mark.filterwarnings("ignore:GradientNoiseScale. B_simple is not resolved:UserWarning")
 
 EVERY = {"every_n_steps": 1, "ema": 0.0}
 
@@ -166,14 +170,15 @@ def test_micro_batches_see_gradients_before_clipping_and_skip_a_step_without_los
         return None if torch.equal(batch[1], y[4:8]) else by_hand(module, batch)
 
     noise = GradientNoiseScale(method="micro_batches", **EVERY)
-    found = collected(
-        tmp_path,
-        noise,
-        loader(y, 4),
-        Quadratic(sometimes),
-        accumulate_grad_batches=3,
-        gradient_clip_val=1e-3,
-    )
+    with pytest.warns(UserWarning, match="returned `None`"):
+        found = collected(
+            tmp_path,
+            noise,
+            loader(y, 4),
+            Quadratic(sometimes),
+            accumulate_grad_batches=3,
+            gradient_clip_val=1e-3,
+        )
     first = literal_micro_batches(torch.cat([y[:4], y[8:12]]), [4, 4])
     second = literal_micro_batches(y[12:], [4, 4, 4])
     assert (found[0].trace, found[0].squared_norm) == pytest.approx(first, rel=1e-10)
@@ -196,6 +201,18 @@ def test_dropout_is_off_and_batch_norm_uses_running_statistics(tmp_path):
     noise = GradientNoiseScale(**EVERY)
     fit(tmp_path, module, classes(batch_size=21), noise)
     assert noise.estimate.trace == pytest.approx(expected.trace, rel=1e-10)
+
+
+def test_a_step_whose_last_micro_batch_has_no_loss_is_passed_over(tmp_path):
+    y = targets(16)
+
+    def sometimes(module, batch):
+        return None if torch.equal(batch[1], y[12:]) else by_hand(module, batch)
+
+    noise = GradientNoiseScale(method="micro_batches", **EVERY)
+    with pytest.warns(UserWarning, match="returned `None`"):
+        found = collected(tmp_path, noise, loader(y, 4), Quadratic(sometimes), accumulate_grad_batches=2)
+    assert found[-1] == found[0]
 
 
 # Following the module
@@ -245,7 +262,7 @@ def test_the_copy_follows_the_module(tmp_path):
             )
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
             source = self._source
-            assert len(source._copy.reader.network.losses) <= 2
+            assert len(source._copy.reader.network.losses) <= len(module.losses) + 2
 
     noise = Literal(**EVERY)
     found = collected(tmp_path, noise, classes(batch_size=21), module, max_epochs=4)
@@ -314,8 +331,6 @@ def test_resumed_is_uninterrupted(tmp_path, every):
 
 
 def test_keys_per_step_and_per_epoch(tmp_path):
-    from .test_sgd_noise_scale import Recorder
-
     recorder = Recorder()
     noise = GradientNoiseScale(every_n_steps=2, per_layer=True, log_key_prefix="x/")
     run = trainer(tmp_path, [noise], logger=recorder, log_every_n_steps=2)
@@ -390,7 +405,7 @@ def test_batch_norm_without_running_statistics_has_no_examples(tmp_path, caplog)
     module = Module(network, lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]))
     with caplog.at_level("INFO"):
         noise = GradientNoiseScale()
-        fit(tmp_path, module, classes(batch_size=20), noise)
+        fit(tmp_path, module, classes(batch_size=20, drop_last=True), noise)
     assert "mixes the examples" in caplog.text
     assert noise.estimate is not None
 
@@ -453,11 +468,6 @@ class Closures(Quadratic):
         return torch.optim.LBFGS(self.parameters())
 
 
-class NoTensors(Quadratic):
-    def training_step(self, batch, batch_idx):
-        return by_hand(self, (batch[0][:4], batch[1]))
-
-
 @pytest.mark.parametrize(
     ("module", "arguments", "batch_size", "message"),
     [
@@ -483,6 +493,6 @@ def test_a_batch_that_cannot_be_cut(tmp_path):
 
 
 def test_two_with_one_prefix(tmp_path):
-    run = trainer(tmp_path, [GradientNoiseScale(), GradientNoiseScale(ema=0.5)])
-    with pytest.raises((ValueError, RuntimeError), match="log_key_prefix|state_key"):
-        run.fit(Quadratic(), loader(targets(16), 8))
+    trainer(tmp_path, [GradientNoiseScale(), GradientNoiseScale(log_key_prefix="x/")])
+    with pytest.raises(RuntimeError, match="state_key"):
+        trainer(tmp_path, [GradientNoiseScale(), GradientNoiseScale(ema=0.5)])
