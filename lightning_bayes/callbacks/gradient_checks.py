@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import LBFGS
 
 from lightning_bayes.callbacks.reading import num_examples_of
 from lightning_bayes.callbacks.trainer_inputs import SHARDING_STRATEGIES, step_batch_size
+
+GradientMethod = Literal["auto", "per_example", "micro_batches", "split_batch"]
+
+
+def check_choices(method: object, per_layer: object) -> None:
+    """Raise a ValueError for arguments of `GradientNoiseScale` that are none of the choices."""
+    methods = get_args(GradientMethod)
+    if method not in methods:
+        raise ValueError(
+            f"Expected argument `method` to be one of {', '.join(map(repr, methods))}, but got {method!r}."
+        )
+    if not isinstance(per_layer, bool):
+        raise ValueError(f"Expected argument `per_layer` to be True or False, but got {per_layer!r}.")
 
 
 def check_gradients_can_be_read(trainer: Trainer, pl_module: LightningModule) -> None:

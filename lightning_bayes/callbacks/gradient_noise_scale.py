@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, get_args
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -12,12 +11,15 @@ from typing_extensions import override
 
 from lightning_bayes.callbacks.copied_gradients import CopiedGradients
 from lightning_bayes.callbacks.gradient_checks import (
+    GradientMethod,
     check_batch_size,
+    check_choices,
     check_gradients_can_be_read,
     check_several_micro_batches,
     num_micro_batches,
 )
 from lightning_bayes.callbacks.gradient_noise_metric import GradientNoiseMetric
+from lightning_bayes.callbacks.gradient_parts import layer_of, layers_of, logged_values
 from lightning_bayes.callbacks.step_logging import log_step
 from lightning_bayes.callbacks.trainer_inputs import step_batch_size
 from lightning_bayes.callbacks.training_gradients import TrainingGradients
@@ -29,7 +31,6 @@ from lightning_bayes.functional._validation import count, fraction, string
 
 __all__ = ["GradientMethod", "GradientNoiseScale"]
 
-GradientMethod = Literal["auto", "per_example", "micro_batches", "split_batch"]
 NOT_MEASURED = "not measured yet"
 RESOLVED = "resolved"
 
@@ -59,8 +60,8 @@ class GradientNoiseScale(Callback):
         every_n_steps: optimizer steps between measurements. At 1 training takes about 1.5 times as long.
         ema: ρ, in [0, 1): measurements are averaged over about the last 1/(1 - ρ). 0 keeps the last alone.
         log_key_prefix: put before every key.
-        method: "per_example" runs training_step on a copy of the module, in eval mode, and takes its
-            loss apart into examples. Dropout is off and batch norm uses its running statistics: in training it
+        method: "per_example" runs training_step on a copy of the module, in eval mode and in float32 at least,
+            and takes its loss apart into examples. Dropout is off and batch norm uses its running statistics: in training it
             couples the examples of a batch, which then have no gradients of their own. One micro-batch of a
             step is read, in every process. "micro_batches" compares the gradients of the micro-batches of an
             accumulation, and of data-parallel replicas, with their mean: as they come in training, dropout and
@@ -101,13 +102,7 @@ class GradientNoiseScale(Callback):
         self.every_n_steps = count("every_n_steps", every_n_steps)
         self.ema = fraction("ema", ema)
         self.log_key_prefix = string("log_key_prefix", log_key_prefix)
-        if method not in get_args(GradientMethod):
-            raise ValueError(
-                f"Expected argument `method` to be one of {', '.join(map(repr, get_args(GradientMethod)))}, but got"
-                f" {method!r}."
-            )
-        if not isinstance(per_layer, bool):
-            raise ValueError(f"Expected argument `per_layer` to be True or False, but got {per_layer!r}.")
+        check_choices(method, per_layer)
         self.method = method
         self.per_layer = per_layer
         self._metric = GradientNoiseMetric(self.ema)
@@ -115,7 +110,7 @@ class GradientNoiseScale(Callback):
         self._method: str | None = None  # in use
         self._names: list[str] = []
         self._source: CopiedGradients | TrainingGradients | None = None
-        self._due = False
+        self._due = self._proved = False
         self._last_logged_step = -1
         self._warned: set[str] = set()
 
@@ -155,8 +150,8 @@ class GradientNoiseScale(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_gradients_can_be_read(trainer, pl_module)
         self._forget()
-        self._due, self._last_logged_step = False, -1
-        parts = _layers(pl_module) if self.per_layer else ("",)
+        self._due, self._proved, self._last_logged_step = False, False, -1
+        parts = layers_of(pl_module) if self.per_layer else ("",)
         if trainer.global_step == 0 or parts != self._parts:
             self._parts, self._metric = parts, GradientNoiseMetric(self.ema, len(parts))
         # Apple's devices have no float64.
@@ -179,10 +174,11 @@ class GradientNoiseScale(Callback):
         if self._method != "micro_batches" and first:
             self._measure_copy(trainer, pl_module, batch, batch_idx)
         if self._method == "micro_batches":
-            source = self._training_gradients(trainer, pl_module)
+            if not isinstance(self._source, TrainingGradients):
+                self._source = TrainingGradients(trainer, pl_module, self._names)
             if first:
-                source.stop()  # of a step that was not made
-            source.begin(batch, step_batch_size(trainer))
+                self._source.stop()  # what was seen of a step that was not made
+            self._source.begin(batch, step_batch_size(trainer))
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -241,19 +237,13 @@ class GradientNoiseScale(Callback):
                 )
                 if self._method == "micro_batches":
                     return
-        if self._source is None:
-            self._try(trainer, pl_module, batch, batch_idx)
-            return
         try:
             self._try(trainer, pl_module, batch, batch_idx)
         except Exception as error:
-            # The first batch could be measured: what fails now is of this one, and not worth the run.
-            self._warn_once(
-                "failed",
-                f"a batch could not be measured; training goes on. {type(error).__name__}: {error}",
-            )
-            if trainer.world_size > 1 and isinstance(self._source, CopiedGradients):
-                self._source.nothing()  # the other processes are waiting
+            if not self._proved:
+                raise
+            # A batch could be measured before: what fails now is of this one, and not worth the run.
+            self._fail(trainer, f"{type(error).__name__}: {error}")
 
     def _try(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not isinstance(self._source, CopiedGradients):
@@ -261,21 +251,22 @@ class GradientNoiseScale(Callback):
             self._source = CopiedGradients(trainer, pl_module, self._names, self._method == "per_example")
         try:
             self._take(self._source.measure(batch, batch_idx))
+            self._proved = True
         except EvidenceUnavailableError as error:  # the batch, or the weights, are to blame: not the method
-            self._warn_once("failed", f"a batch could not be measured; training goes on. {error}")
+            self._fail(trainer, str(error))
+
+    def _fail(self, trainer: Trainer, reason: str) -> None:
+        self._warn_once("failed", f"a batch could not be measured; training goes on. {reason}")
+        if trainer.world_size > 1 and isinstance(self._source, CopiedGradients):
+            self._source.nothing()  # the other processes are waiting
 
     def _take(self, norms: TwoBatchSizes | None) -> None:
         """Average a measurement in, unless it is NaN or infinite or there is none."""
         named = {name: number for number, name in enumerate(self._parts)}
-        part_of = [named.get(_layer(name), 0) for name in self._names]
+        part_of = [named.get(layer_of(name), 0) for name in self._names]
         noise = None if norms is None else norms.noise(part_of, len(self._parts))
         if noise is not None:
             self._metric.update(noise)
-
-    def _training_gradients(self, trainer: Trainer, pl_module: LightningModule) -> TrainingGradients:
-        if not isinstance(self._source, TrainingGradients):
-            self._source = TrainingGradients(trainer, pl_module, self._names)
-        return self._source
 
     def _follow_parameters(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Parameters are unfrozen during a run."""
@@ -286,16 +277,7 @@ class GradientNoiseScale(Callback):
             self._names = names
 
     def _values(self) -> dict[str, float]:
-        estimate = self.estimate or GradientNoise(math.nan, math.nan, math.nan)
-        values = {
-            "gradient_noise_trace": estimate.trace,
-            "gradient_squared_norm": estimate.squared_norm,
-            "gradient_noise_scale": estimate.noise_scale,
-        }
-        layers = {
-            f"gradient_noise_scale/{name}": noise.noise_scale for name, noise in self.layer_estimates.items()
-        }
-        return {f"{self.log_key_prefix}{key}": value for key, value in (values | layers).items()}
+        return logged_values(self.log_key_prefix, self.estimate, self.layer_estimates)
 
     def _forget(self) -> None:
         if isinstance(self._source, TrainingGradients):
@@ -306,12 +288,3 @@ class GradientNoiseScale(Callback):
         if kind not in self._warned:
             self._warned.add(kind)
             rank_zero_warn(f"GradientNoiseScale: {message}")
-
-
-def _layers(module: LightningModule) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(_layer(name) for name, _ in module.named_parameters()))
-
-
-def _layer(name: str) -> str:
-    """The module that holds a parameter; a parameter of the LightningModule itself stands for itself."""
-    return name.rpartition(".")[0] or name

@@ -3,6 +3,7 @@
 Usage: python -m tests.callbacks.noise_ddp_script <folder>
 """
 
+import os
 import sys
 import warnings
 from dataclasses import astuple
@@ -10,7 +11,7 @@ from dataclasses import astuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_bayes import GradientNoiseScale
 from tests.callbacks.evidence_models import Module, tensors
@@ -28,6 +29,16 @@ CASES = {
 }
 
 
+TWO = {"devices": 2, "strategy": "ddp", "num_nodes": 1, "use_distributed_sampler": False}
+
+
+def every_other(data, replicas):
+    """In order; Lightning's own sampler shuffles."""
+    return (
+        None if replicas == 1 else DistributedSampler(data, 2, int(os.environ.get("LOCAL_RANK", "0")), False)
+    )
+
+
 def run(folder, case, replicas):
     """Estimates after every batch. The examples of a micro-batch are the same in both cases."""
     method, alone, each = CASES[case]
@@ -43,10 +54,10 @@ def run(folder, case, replicas):
     found = collected(
         folder,
         noise,
-        loader(y, per_process),
+        loader(y, per_process, sampler=every_other(y, replicas)),
         Quadratic(readable if method == "per_example" else by_hand),
         accumulate_grad_batches=accumulate,
-        **({} if replicas == 1 else {"devices": 2, "strategy": "ddp", "num_nodes": 1}),
+        **(TWO if replicas == 2 else {}),
     )
     return [astuple(estimate) for estimate in found[::accumulate]]
 
@@ -57,14 +68,15 @@ def trained(folder, method, replicas):
     network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     module = Module(network, lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]))
     noise = GradientNoiseScale(every_n_steps=2, ema=0.9, method=method, per_layer=True)
-    data = DataLoader(TensorDataset(*tensors(size=48)), 8 // replicas)
+    dataset = TensorDataset(*tensors(size=48))
+    data = DataLoader(dataset, 8 // replicas, sampler=every_other(dataset, replicas))
     collected(
         folder,
         noise,
         data,
         module,
         max_epochs=3,
-        **({} if replicas == 1 else {"devices": 2, "strategy": "ddp", "num_nodes": 1}),
+        **(TWO if replicas == 2 else {}),
     )
     return {name: astuple(noise) for name, noise in {"": noise.estimate, **noise.layer_estimates}.items()}
 
