@@ -61,14 +61,14 @@ class GradientNoiseScale(Callback):
         ema: ρ, in [0, 1): measurements are averaged over about the last 1/(1 - ρ). 0 keeps the last alone.
         log_key_prefix: put before every key.
         method: "per_example" runs training_step on a copy of the module, in eval mode and in float32 at least,
-            and takes its loss apart into examples. Dropout is off and batch norm uses its running statistics: in training it
-            couples the examples of a batch, which then have no gradients of their own. One micro-batch of a
-            step is read, in every process. "micro_batches" compares the gradients of the micro-batches of an
-            accumulation, and of data-parallel replicas, with their mean: as they come in training, dropout and
-            batch norm included, and for nothing; but few micro-batches tell less than many examples.
-            "split_batch" is for losses that cannot be taken apart: training_step runs on a copy in eval mode, on
-            a batch cut into four. "auto" is "per_example" where the loss can be read, else "micro_batches"
-            where there are two or more, else "split_batch", and says which and why.
+            and takes its loss apart into examples. Dropout is off and batch norm uses its running statistics: in
+            training it couples the examples of a batch, which then have no gradients of their own. One
+            micro-batch of a step is read, in every process. "micro_batches" compares the gradients of the
+            micro-batches of an accumulation, and of data-parallel replicas, with their mean: as they come in
+            training, dropout and batch norm included, and for nothing; but few micro-batches tell less than
+            many examples. "split_batch" is for losses that cannot be taken apart: training_step runs on a copy
+            in eval mode, on a batch cut into four. "auto" is "per_example" where the loss can be read, else
+            "micro_batches" where a step has two or more, else "split_batch", and says why.
         per_layer: whether to log `gradient_noise_scale/<layer>` for each module that holds parameters.
 
     Attributes:
