@@ -109,6 +109,7 @@ class GradientNoiseScale(Callback):
         self._parts: tuple[str, ...] = ("",)
         self._method: str | None = None  # in use
         self._names: list[str] = []
+        self._trained: list[tuple[int, bool]] = []
         self._source: CopiedGradients | TrainingGradients | None = None
         self._due = self._proved = False
         self._last_logged_step = -1
@@ -270,11 +271,11 @@ class GradientNoiseScale(Callback):
 
     def _follow_parameters(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Parameters are unfrozen during a run."""
-        held = [p for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]]
-        names = trainable_names(pl_module, held)
-        if names != self._names:
+        trained = [(id(parameter), parameter.requires_grad) for parameter in pl_module.parameters()]
+        if trained != self._trained:
             self._forget()
-            self._names = names
+            held = [p for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]]
+            self._names, self._trained = trainable_names(pl_module, held), trained
 
     def _values(self) -> dict[str, float]:
         return logged_values(self.log_key_prefix, self.estimate, self.layer_estimates)
@@ -282,7 +283,7 @@ class GradientNoiseScale(Callback):
     def _forget(self) -> None:
         if isinstance(self._source, TrainingGradients):
             self._source.stop()
-        self._source, self._names = None, []
+        self._source, self._names, self._trained = None, [], []
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
