@@ -24,6 +24,7 @@ from lightning_bayes.callbacks.step_logging import log_step
 from lightning_bayes.callbacks.trainer_inputs import step_batch_size
 from lightning_bayes.callbacks.training_gradients import TrainingGradients
 from lightning_bayes.callbacks.two_batch_sizes import TwoBatchSizes
+from lightning_bayes.curvature.capture import WAY_OUT
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.priors import trainable_names
 from lightning_bayes.functional import GradientNoise
@@ -31,6 +32,7 @@ from lightning_bayes.functional._validation import count, fraction, string
 
 __all__ = ["GradientMethod", "GradientNoiseScale"]
 
+OTHER_WAYS = 'method="split_batch", or method="micro_batches" with several of them, takes any loss.'
 NOT_MEASURED = "not measured yet"
 RESOLVED = "resolved"
 
@@ -234,15 +236,18 @@ class GradientNoiseScale(Callback):
                 self._source = None
                 self._method = "micro_batches" if num_micro_batches(trainer) > 1 else "split_batch"
                 rank_zero_info(
-                    f'GradientNoiseScale: method="{self._method}", because examples cannot be told apart. {error}'
+                    f'GradientNoiseScale: method="{self._method}", because examples cannot be told apart. '
+                    + str(error).replace(WAY_OUT, "").strip()
                 )
                 if self._method == "micro_batches":
                     return
         try:
             self._try(trainer, pl_module, batch, batch_idx)
         except Exception as error:
-            if not self._proved:
+            if not self._proved and not isinstance(error, ValueError):
                 raise
+            if not self._proved:
+                raise ValueError(str(error).replace(WAY_OUT, OTHER_WAYS)) from error
             # A batch could be measured before: what fails now is of this one, and not worth the run.
             self._fail(trainer, f"{type(error).__name__}: {error}")
 
