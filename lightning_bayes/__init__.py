@@ -2,6 +2,7 @@
 
 from lightning_bayes.callbacks import (
     BatchSizeScheduler,
+    GradientNoiseScale,
     LaplaceEvidence,
     ScalingAdvisor,
     SGDNoiseScale,
@@ -28,6 +29,7 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     # Callbacks
     "LaplaceEvidence",
     "SGDNoiseScale",
+    "GradientNoiseScale",
     "ScalingAdvisor",
     "BatchSizeScheduler",
     "Stability",

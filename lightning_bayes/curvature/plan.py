@@ -34,6 +34,8 @@ class Plan:
     proved: bool = False
     """Whether that batch had an example with rows, on which the plan could be tried."""
     replays: Replays = field(default_factory=Replays)
+    _found: tuple[object, dict[nn.Module, dict[str, str]]] = field(default=(None, {}), repr=False)
+    """The layers of some ways: they are asked for at every batch."""
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -130,6 +132,12 @@ class Plan:
 
     def _layers(self) -> dict[nn.Module, dict[str, str]]:
         """Modules whose derivatives are used, with the parameters that they hold: {local name: name}."""
+        ways = tuple(self.ways.items())
+        if self._found[0] != ways:
+            self._found = ways, self._find_layers()
+        return self._found[1]
+
+    def _find_layers(self) -> dict[nn.Module, dict[str, str]]:
         wanted = {id(p): name for name, p in self.parameters.items() if self.ways[name] == LAYER}
         found = {}
         for module in self.network.modules():

@@ -16,12 +16,16 @@ from lightning_bayes.functional.evidence import (
     log_occam_factor,
     weight_penalty,
 )
+from lightning_bayes.functional.gradient_noise import (
+    GradientNoise,
+    gradient_noise_scale,
+    gradient_noise_scale_from_batches,
+    gradient_noise_scale_from_sums,
+)
 from lightning_bayes.functional.layout import trainer_check
 from lightning_bayes.functional.noise_scale import (
-    GradientNoise,
     adam_noise_scale,
     batch_size_for_noise_scale,
-    gradient_noise_scale,
     learning_rate_for_noise_scale,
     sgd_noise_scale,
 )
@@ -47,6 +51,8 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "adam_noise_scale",
     "batch_size_for_noise_scale",
     "gradient_noise_scale",
+    "gradient_noise_scale_from_batches",
+    "gradient_noise_scale_from_sums",
     "learning_rate_for_noise_scale",
     "sgd_noise_scale",
     # Stability of training
