@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_bayes.curvature.capture import capture_loss, loss_of
 from lightning_bayes.curvature.isolation import isolated, throw_away_copy
 from lightning_bayes.curvature.largest_eigenvalue import largest_eigenpair
-from lightning_bayes.curvature.mean_loss import BatchLoss, MeanLoss, batch_norm_as_in
+from lightning_bayes.curvature.mean_loss import BatchLoss, MeanLoss, norms_as_in
 from lightning_bayes.curvature.priors import trainable_names
 from lightning_bayes.functional._validation import count, positive
 from lightning_bayes.laplace import examples_of_data, forward_of_pair, require_device
@@ -67,8 +67,8 @@ def largest_eigenvalue(
     starts to diverge. By Lanczos' method on products with vectors: no matrix is formed.
 
     Args:
-        model: Maps a batch of inputs to what `loss` takes. It is copied and left as it was. Dropout is off; batch norm
-            that is in training mode normalises by the batch, as when training.
+        model: Maps a batch of inputs to what `loss` takes. It is copied and left as it was. Dropout is off; batch
+            norm that is in training mode normalises by the batch, as when training.
         data: A DataLoader of (inputs, targets), read unshuffled, or the two tensors.
         loss: (outputs, targets) -> the mean loss of a batch, a scalar; cross-entropy by default.
         curvature: "hessian"; or "ggn", for losses that `LaplaceEvidence` can read.
@@ -95,7 +95,7 @@ def largest_eigenvalue(
     with isolated(data, loss):
         examples = examples_of_data(data, batch_size, max_examples)
         network = throw_away_copy(model)
-        batch_norm_as_in(model, network)
+        norms_as_in(model, network)
         if where is not None:
             network.to(where)
         batches = [_batch(network, batch, loss, examples.num_examples) for batch in examples.read()]

@@ -52,11 +52,13 @@ class StabilityReading:
     optimizers, whose edge is another.
 
     Attributes:
-        largest_eigenvalue: h, of the Hessian or the GGN of the mean training loss, in its unit; without weight decay.
+        largest_eigenvalue: h, of the Hessian or the GGN of the mean training loss, in its unit; without weight
+            decay.
         largest_eigenvalue_error: ‖Hv − hv‖: an eigenvalue lies within so much of h, and the largest is at least h.
-        stability_ratio: Learning rate times curvature over what SGD with this momentum stands, for one parameter group
-            ε (h + weight_decay)/(2(1 + m)): steps along v grow above 1. Of groups that differ it is the
-            largest eigenvalue of S(H + W)S, S² holding each parameter's ε over its 2(1 + m): the same statement, exact.
+        stability_ratio: Learning rate times curvature over what SGD with this momentum stands, for one parameter
+            group ε (h + weight_decay)/(2(1 + m)): above 1 steps along v grow. Of groups that differ it is the
+            largest eigenvalue of S(H + W)S, S² holding each parameter's ε over its 2(1 + m): the same statement,
+            exact.
         learning_rate: ε, where groups differ the largest.
         largest_stable_learning_rate: ε over the ratio, where it would be 1; where groups differ all are taken times
             as much. Infinite where no direction has positive curvature.
@@ -105,7 +107,8 @@ class StabilityReading:
         if self.sharpness is not None:
             rows.append(("sharpness (Keskar)", self.sharpness, "percent of 1 + loss, at least"))
         lines = [
-            f"Stability on {self.num_examples:,} examples, {matrix} of the mean loss in {self.num_parameters:,} parameters"
+            f"Stability on {self.num_examples:,} examples, {matrix} of the mean loss in {self.num_parameters:,} "
+            "parameters"
         ]
         lines += [f"{name:<22}{value:>16,.4f}  {remark}".rstrip() for name, value, remark in rows]
         if self.stability_ratio is None:

@@ -11,6 +11,7 @@ import torch
 
 from lightning_bayes.advising.parameter_groups import (
     ADAPTIVE_KEYS,
+    OTHER_KEYS,
     configuration_of,
     names_of,
     scheduled_learning_rate,
@@ -79,6 +80,12 @@ def groups_of_checkpoint(
     notes: list[str] = []
     for index, state in enumerate(states):
         param_groups = state["param_groups"]
+        other = [key for key in OTHER_KEYS if key in param_groups[0]]
+        if other or "lr" not in param_groups[0]:
+            raise ValueError(
+                f"Expected `reference` to be of SGD or an Adam-like optimizer, but the parameter groups in {source}"
+                f" have {sorted(map(str, param_groups[0]))}: neither noise scale describes it."
+            )
         adaptive = any(key in param_groups[0] for key in ADAPTIVE_KEYS)
         kind = ("Adam" if adaptive else "SGD") + (f"-{index}" if index else "")
         batch, examples = _sizes(checkpoint, source, sizes, adaptive, notes)

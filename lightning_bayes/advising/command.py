@@ -93,12 +93,18 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def number(text: str) -> int | float:
+    """A whole number as such: 1e5 is one too."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
 def _present_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--lr", dest="learning_rate", type=float, metavar="LR", help="(peak) learning rate")
     group.add_argument(
-        "--batch-size", type=float, metavar="B", help="examples per optimizer step, on all devices together"
+        "--batch-size", type=number, metavar="B", help="examples per optimizer step, on all devices together"
     )
-    group.add_argument("--dataset-size", type=float, metavar="N", help="training examples")
+    group.add_argument("--dataset-size", type=number, metavar="N", help="training examples")
     group.add_argument("--momentum", type=float, metavar="M", help="SGD's momentum (default: 0)")
     group.add_argument("--dampening", type=float, metavar="D", help="SGD's dampening (default: 0)")
     group.add_argument("--nesterov", action="store_true", default=None, help="Nesterov's momentum")
@@ -119,13 +125,13 @@ def _present_options(group: argparse._ArgumentGroup) -> None:
 
 def _target_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--target-batch-size", type=float, metavar="B", help="examples per optimizer step wanted"
+        "--target-batch-size", type=number, metavar="B", help="examples per optimizer step wanted"
     )
     group.add_argument(
         "--target-lr", dest="target_learning_rate", type=float, metavar="LR", help="learning rate wanted"
     )
     group.add_argument("--target-momentum", type=float, metavar="M", help="momentum wanted; SGD only")
-    group.add_argument("--target-dataset-size", type=float, metavar="N", help="training examples wanted")
+    group.add_argument("--target-dataset-size", type=number, metavar="N", help="training examples wanted")
     group.add_argument(
         "--devices",
         dest="replicas",

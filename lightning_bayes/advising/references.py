@@ -47,8 +47,9 @@ def read_reference(reference: ReferenceLike) -> Reference:
 
     A checkpoint holds the parameter groups of its optimizers; B and N are taken from what a ScalingAdvisor noted
     in it, else from `batch_size` (times `accumulate_grad_batches`) and `dataset_size` in its hyper_parameters or
-    those of the datamodule. A log directory is read for `scaling_advice.json`, the noise scale that SGDNoiseScale logged
-    (metrics.csv or TensorBoard's event file), or the configuration in hparams.yaml, in this order.
+    those of the datamodule. A log directory is read for `scaling_advice.json`, the noise scale that
+    SGDNoiseScale logged (metrics.csv or TensorBoard's event file), or the configuration in hparams.yaml, in this
+    order.
 
     Args:
         reference: a path, a configuration, a dict of one, a loaded checkpoint; or a dict with the "path" of a

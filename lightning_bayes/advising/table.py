@@ -31,7 +31,7 @@ def advice_text(advice: Sequence[Advice | AdamAdvice], comparisons: Sequence[Com
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
     with console.capture() as capture:
         console.print(advice_renderable(advice, comparisons))
-    return "\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines())
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
 
 
 def advice_renderable(
@@ -52,35 +52,42 @@ def _section(advice: Advice | AdamAdvice) -> RenderableType:
         Text(advice.summary, style="bold"),
         _table(advice),
     ]
+    sets = _check_sets(advice)
+    for which, checks in sets:
+        parts += _doubts(which, checks)
+    parts += _list("Notes", advice.notes)
+    for which, checks in sets:
+        actions = [check.sentence for check in checks if check.action and not check.passed]
+        parts += _list(f"With the move{which}", actions)
+    return _padded([*parts, *_list("Why", _why(advice))])
+
+
+def _check_sets(advice: Advice | AdamAdvice) -> list[tuple[str, list[Check]]]:
+    """The checks that all moves share, and those of each with its name."""
     shared = shared_checks(advice.moves)
-    if shared:
-        parts += _checks("", shared)
+    sets = [("", list(shared))]
     for move in advice.moves:
         which = f", new {move.solved_for.replace('_', ' ')}" if len(advice.moves) > 1 else ""
-        parts += _checks(which, [check for check in move.checks if check not in shared])
-    for heading, lines in (("Notes", advice.notes), ("Why", _why(advice))):
-        if lines:
-            parts += [Text(heading, style="bold"), _bullets(lines)]
-    return _padded(parts)
+        sets.append((which, [check for check in move.checks if check not in shared]))
+    return sets
 
 
 def _padded(parts: Sequence[RenderableType]) -> RenderableType:
     return Padding(Group(*parts), (1, 0, 0, 0), expand=False)
 
 
-def _checks(which: str, checks: Sequence[Check]) -> list[RenderableType]:
-    """What does not pass in full, what passes by name, and what is to be done."""
-    parts: list[RenderableType] = []
-    passed = [check.name.replace("_", " ") for check in checks if check.passed and not check.action]
-    doubts = [check for check in checks if not check.passed and not check.action]
-    if passed or doubts:
-        parts.append(Text(f"How sure{which}", style="bold"))
-        lines = [(check.status, check.sentence) for check in doubts]
-        parts.append(_labelled([*lines, *([("ok", ", ".join(passed))] if passed else [])]))
-    actions = [check.sentence for check in checks if check.action and not check.passed]
-    if actions:
-        parts += [Text(f"With the move{which}", style="bold"), _bullets(actions)]
-    return parts
+def _doubts(which: str, checks: Sequence[Check]) -> list[RenderableType]:
+    """What does not pass in full, what passes by name."""
+    validity = [check for check in checks if not check.action]
+    lines = [(check.status, check.sentence) for check in validity if not check.passed]
+    passed = [check.name.replace("_", " ") for check in validity if check.passed]
+    if passed:
+        lines.append(("ok", ", ".join(passed)))
+    return [Text(f"How sure{which}", style="bold"), _labelled(lines)] if lines else []
+
+
+def _list(heading: str, lines: Sequence[str]) -> list[RenderableType]:
+    return [Text(heading, style="bold"), _bullets(lines)] if lines else []
 
 
 def _labelled(lines: Sequence[tuple[str, str]]) -> Table:

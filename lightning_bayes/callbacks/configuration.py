@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 
 from lightning_bayes.advising.parameter_groups import (
@@ -22,12 +23,16 @@ __all__ = [
     "ParameterGroup",
     "Sizes",
     "TrainerConfiguration",
+    "changing_settings",
     "group_names",
     "is_adaptive",
     "loader_batch_size",
     "read_configuration",
     "read_sizes",
 ]
+
+# Settings of a parameter group that schedules move.
+CHANGING = ("lr", "momentum", "dampening", "betas", "alpha", "rho", "eps")
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,28 @@ def read_configuration(
             "Expected an optimizer, but `configure_optimizers` gave none. Remove the callback, or return one."
         )
     return TrainerConfiguration(tuple(groups), tuple(notes), sizes)
+
+
+def changing_settings(trainer: Trainer) -> tuple[object, ...]:
+    """What `read_configuration` depends on that may change within an epoch: as long as it does not, neither does that.
+
+    Args:
+        trainer: as `read_configuration` takes it.
+
+    Returns:
+        Values to compare with those of another step.
+    """
+    loader = trainer.train_dataloader
+    sizes = [getattr(part, "batch_size", None) for part in (loader, getattr(loader, "batch_sampler", None))]
+    values: list[object] = [id(loader), *sizes, trainer.accumulate_grad_batches, trainer.num_training_batches]
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            values += [_number(group.get(key)) for key in CHANGING]
+    return tuple(values)
+
+
+def _number(value: object) -> object:
+    return value.item() if isinstance(value, torch.Tensor) else value  # a tensor is changed in place
 
 
 def _loader(trainer: Trainer) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from lightning_bayes.callbacks.stability import Stability
 from lightning_bayes.functional.check import Measurements
 
 
@@ -27,8 +28,8 @@ def measured(trainer: Trainer) -> Measurements:
         if "GradientNoiseScale" in kinds:
             estimate: Any = callback.estimate
             noise = noise if estimate is None else float(estimate.noise_scale)
-        if "Stability" in kinds:
-            reading: Any = callback.reading
-            value = math.nan if reading is None else float(reading.largest_eigenvalue)
+        if isinstance(callback, Stability) and callback.reading is not None:
+            # NaN weights have no curvature.
+            value = callback.reading.largest_eigenvalue
             largest = value if math.isfinite(value) else largest
     return Measurements(noise, largest)

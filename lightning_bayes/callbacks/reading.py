@@ -51,7 +51,7 @@ class _ReadOnlyTrainer:
 
     def __setattr__(self, name: str, value: object) -> None:
         raise ValueError(
-            f"training_step sets trainer.{name}; LaplaceEvidence runs it on a copy, and must not. Set it in "
+            f"training_step sets trainer.{name}; it is run on a copy, and must not. Set it in "
             f"another hook, such as on_train_batch_end. {WAY_OUT}"
         )
 

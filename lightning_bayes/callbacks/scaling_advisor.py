@@ -14,7 +14,11 @@ from typing_extensions import override
 from lightning_bayes.advising.parameter_groups import ParameterGroup
 from lightning_bayes.advising.references import Reference, ReferenceLike, comparisons_with, read_reference
 from lightning_bayes.callbacks.advice_log import emit
-from lightning_bayes.callbacks.configuration import TrainerConfiguration, read_configuration
+from lightning_bayes.callbacks.configuration import (
+    TrainerConfiguration,
+    changing_settings,
+    read_configuration,
+)
 from lightning_bayes.callbacks.measured import measured
 from lightning_bayes.callbacks.peaks import PeakRecord, note_step
 from lightning_bayes.functional import (
@@ -111,6 +115,7 @@ class ScalingAdvisor(Callback):
         self.comparisons: list[Comparison] = []
         self._records: dict[str, PeakRecord] = {}
         self._latest: TrainerConfiguration | None = None
+        self._settings: tuple[object, ...] | None = None
         self._directory: str | None = None
         self._due = False
 
@@ -123,7 +128,7 @@ class ScalingAdvisor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_alone(trainer)
-        self.advice, self.comparisons = [], []
+        self.advice, self.comparisons, self._settings = [], [], None
         self._latest = configuration = read_configuration(trainer)
         if self.targets is not None:
             for group in configuration.groups:
@@ -145,8 +150,10 @@ class ScalingAdvisor(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        self._latest = read_configuration(trainer)
-        note_step(self._records, self._latest)
+        settings = changing_settings(trainer)
+        if settings != self._settings:
+            self._settings, self._latest = settings, read_configuration(trainer)
+            note_step(self._records, self._latest)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

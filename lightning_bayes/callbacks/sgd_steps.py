@@ -24,8 +24,8 @@ def why_not_sgd(trainer: Trainer) -> str | None:
         name = type(optimizer).__name__
         if any(group.get("maximize") for group in optimizer.param_groups):
             raise ValueError(
-                f"Stability is that of going down a loss, but {name} was given maximize=True. Return the negative loss "
-                "from training_step in its place."
+                f"Stability is that of going down a loss, but {name} was given maximize=True. Return the "
+                "negative loss from training_step in its place."
             )
         if is_adaptive(optimizer):
             return (

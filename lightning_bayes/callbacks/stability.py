@@ -36,31 +36,33 @@ KEYS = ("largest_eigenvalue", "stability", "largest_stable_learning_rate", "shar
 class Stability(Callback):
     """Logs how close SGD is to the edge of stability, and where a larger learning rate would put it.
 
-    largest_eigenvalue = h,    stability = ε (h + λ) / (2 (1 + m)),    largest_stable_learning_rate = 2 (1 + m) / (h + λ)
+    largest_eigenvalue = h
+    stability = ε (h + λ) / (2 (1 + m))
+    largest_stable_learning_rate = 2 (1 + m) / (h + λ)
 
-    h is the largest eigenvalue of the Hessian of the mean training loss (of the loss that the optimizer steps on, sum or
-    mean, whatever training_step makes of it), λ the weight decay, ε the learning rate at the last optimizer step and m its
-    momentum; with dampening τ the bound on ε(h + λ) is 2(1 + m)/(1 − τ), with Nesterov's momentum 2(1 + m)/(1 + 2m).
-    Parameter groups that differ are taken together exactly, see `StabilityReading`. Above stability 1 steps along the
-    sharpest direction of the quadratic model grow. Networks in full-batch training often hover there (Cohen et
-    al., ICLR 2021, arXiv:2103.00065).
+    h is the largest eigenvalue of the Hessian of the mean training loss (of whatever training_step returns, which is
+    what the optimizer steps on), λ the weight decay, ε the learning rate at the last optimizer step, m its
+    momentum. With dampening τ the bound on ε(h + λ) is 2(1 + m)/(1 − τ), with Nesterov's momentum
+    2(1 + m)/(1 + 2m). Parameter groups that differ are taken together exactly, see `StabilityReading`. Above
+    stability 1 steps along the sharpest direction of the quadratic model grow. Networks in full-batch training often
+    hover there (Cohen et al., ICLR 2021, arXiv:2103.00065).
 
     Adam and its kin step in another geometry: for them and other optimizers h alone is logged, and a line says so.
     Gradient clipping is not counted. The keys, with the prefix, are there for `ModelCheckpoint` and
     `EarlyStopping`, as those of `LaplaceEvidence`.
 
-    The training_step runs on a copy, on a fixed random part of the training set, with its own random state: training is
-    not disturbed. Dropout is off; batch norm normalises by the batch, as in training.
+    The training_step runs on a copy, on a fixed random part of the training set, with its own random state:
+    training is not disturbed. Dropout is off; batch norm normalises by the batch, as in training.
 
     Args:
-        every_n_epochs: Epochs between evaluations. One takes about ten products with the Hessian, each as long as about
-            three gradients of `max_examples` examples.
+        every_n_epochs: Epochs between evaluations. One takes about ten products with the Hessian, each about as long
+            as three gradients of `max_examples` examples.
         max_examples: On which the loss is the mean, in whole batches, one at least. The largest eigenvalue on a
             subset is on average above that of the whole.
         curvature: "hessian", of any loss; or "ggn", the Gauss-Newton matrix, of losses that `LaplaceEvidence` reads.
-        sharpness: Whether to measure Keskar's sharpness too (arXiv:1609.04836, metric 2.1), in percent: the rise of the loss
-            in the box |yᵢ| ≤ ε(|xᵢ| + 1), ε = 1e-3, in all parameters, by 10 iterations of L-BFGS-B from the
-            corner that the eigenvector points to; a lower bound.
+        sharpness: Whether to measure Keskar's sharpness too (arXiv:1609.04836, metric 2.1), in percent: the rise of
+            the loss in the box |yᵢ| ≤ ε(|xᵢ| + 1), ε = 1e-3, in all parameters, by 10 iterations of L-BFGS-B
+            from the corner of the box that the gradient or the eigenvector points to; a lower bound.
         network: For a training_step that cannot be run on a copy: the name of the submodule that maps `batch[0]` to
             outputs, or a function (module, batch) -> (outputs, targets). The loss is then the mean-reduced one of
             `likelihood`.
@@ -227,8 +229,8 @@ class Stability(Callback):
             if self.curvature == "ggn":
                 raise
             rank_zero_info(
-                "Stability: the loss is taken as training_step returns it, and as a mean over the examples of a batch; "
-                f"that it is a sum would go unnoticed. ({error})"
+                "Stability: the loss is taken as training_step returns it, and as a mean over the examples of a "
+                f"batch; that it is a sum would go unnoticed. ({error})"
             )
         matrix = "Hessian" if self.curvature == "hessian" else "Gauss-Newton matrix"
         rank_zero_info(
@@ -259,14 +261,14 @@ class Stability(Callback):
     def _announce_time(self, reading: StabilityReading, trained: float) -> None:
         if reading.seconds > trained:
             rank_zero_info(
-                f"Stability: the first reading took {reading.seconds:.3g} s, the epoch {trained:.3g} s. every_n_epochs= "
-                "or a smaller max_examples= make it cheaper."
+                f"Stability: the first reading took {reading.seconds:.3g} s, the epoch {trained:.3g} s. "
+                "every_n_epochs= or a smaller max_examples= make it cheaper."
             )
 
     def _check_prefix(self, trainer: Trainer) -> None:
         others = [c for c in trainer.callbacks if isinstance(c, Stability) and c is not self]  # type: ignore[attr-defined]
         if any(other.log_key_prefix == self.log_key_prefix for other in others):
             raise ValueError(
-                f"Several Stability callbacks log under log_key_prefix={self.log_key_prefix!r}: Lightning would log the "
-                "mean of their values. Give each its own, such as log_key_prefix='bayes/ggn/'."
+                f"Several Stability callbacks log under log_key_prefix={self.log_key_prefix!r}: Lightning would log "
+                "the mean of their values. Give each its own, such as log_key_prefix='bayes/ggn/'."
             )

@@ -56,8 +56,8 @@ def examples_of(
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader):
         raise ValueError(
-            f"LaplaceEvidence needs one torch DataLoader for training, got {type(loader).__name__}. Evidence "
-            "is of one training set: give fit() a single DataLoader, or call laplace_evidence() on a loader "
+            f"LaplaceEvidence and Stability need one torch DataLoader for training, got {type(loader).__name__}. "
+            "They speak of one training set: give fit() a single DataLoader, or call laplace_evidence() on a loader "
             "of your choice."
         )
     at_most = max_examples

@@ -8,13 +8,13 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from lightning_bayes.callbacks.reading import ModuleReader, NetworkOption, original_network
 from lightning_bayes.callbacks.trainer_inputs import examples_of, step_batch_size
 from lightning_bayes.curvature.capture import CapturedLoss, Reduction
 from lightning_bayes.curvature.likelihoods import Likelihood
-from lightning_bayes.curvature.mean_loss import BatchLoss, MeanLoss, batch_norm_as_in
+from lightning_bayes.curvature.mean_loss import BatchLoss, MeanLoss, norms_as_in
 
 __all__ = ["TrainingLoss"]
 
@@ -42,7 +42,7 @@ class TrainingLoss:
     def reader(self) -> ModuleReader:
         """A new copy of the module at its present weights."""
         reader = ModuleReader(self.trainer, self.module, self.likelihood, self.network)
-        batch_norm_as_in(original_network(self.module, self.network), reader.network)
+        norms_as_in(original_network(self.module, self.network), reader.network)
         return reader
 
     def num_training_examples(self) -> int:
@@ -59,15 +59,18 @@ class TrainingLoss:
         Raises:
             ValueError: If they cannot be told from the Trainer's loader.
         """
-        loader: DataLoader[Any] = self.trainer.train_dataloader  # type: ignore[assignment]
-        size = self.batch_size or loader.batch_size
-        whole = self.max_examples if size is None else max(1, self.max_examples // size) * size
-        if isinstance(loader.dataset, IterableDataset):
+        loader: Any = self.trainer.train_dataloader
+        size = self.batch_size or loader.batch_size  # None for a batch sampler of the user's own
+        at_most = self.max_examples
+        if loader.drop_last:  # a training_step may rely on the size of its batches
+            at_most = min(at_most, self.num_training_examples())
+        whole = at_most if size is None else max(1, at_most // size) * size
+        if isinstance(loader.dataset, IterableDataset):  # which cannot be drawn from: its first batches
             every = examples_of(self.trainer, size, None)
             number = min(every.num_examples, whole)
             sizes = [min(size, number - start) for start in range(0, number, size)]
             return list(itertools.islice(every.read(), len(sizes))), sizes
-        ours: DataLoader[Any] = examples_of(self.trainer, size, whole, mixed=True).read()
+        ours: Any = examples_of(self.trainer, size, whole, mixed=True).read()
         return list(ours), [len(indices) for indices in ours.batch_sampler]
 
     def function(
@@ -78,7 +81,7 @@ class TrainingLoss:
         sizes: list[int],
         reduction: Reduction,
     ) -> MeanLoss:
-        """The mean over batches of the loss that an optimizer step goes down, in some parameters of the reader's copy.
+        """The mean over batches of the loss that an optimizer step goes down, in parameters of the reader's copy.
 
         A loss that is a mean over its examples is weighted by their number: n_b/N. A sum over the B examples of a
         training_step weighs B/N in batches of whichever size, which is what one step sees on average.

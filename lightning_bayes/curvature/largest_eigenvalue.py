@@ -106,7 +106,8 @@ class _Lanczos:
             exhausted = beta <= SYMMETRY * self._eps * self.scale or used == len(remainder)
             if enough or exhausted or self.num_products >= self._max_products:
                 self._check_symmetric()
-                return self._basis[:used].mT @ vectors[:, -1].to(self._basis)
+                best_vector: Tensor = self._basis[:used].mT @ vectors[:, -1].to(self._basis)
+                return best_vector
             if used == len(self._basis):
                 self._check_symmetric()
                 used = self._restart(values, vectors, coupling)

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,16 @@ from lightning_bayes.curvature.capture import CapturedLoss
 from lightning_bayes.curvature.errors import check_finite
 from lightning_bayes.curvature.functional_rows import plain_kernels
 
-__all__ = ["BatchLoss", "MeanLoss", "batch_norm_as_in"]
+__all__ = ["BatchLoss", "MeanLoss", "norms_as_in"]
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+"""Those that normalise otherwise in training, if they keep running statistics."""
+
+NO_DERIVATIVE = ("Error", "NotImplemented")
+"""Nodes that stand in a graph for a derivative that there is none of."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +55,16 @@ class MeanLoss:
         self.parameters: dict[str, nn.Parameter] = {name: named[name] for name in parameters}
         self._weights = list(self.parameters.values())
         self._batches = batches
+        self._checked = False
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
 
     def flat(self) -> Tensor:
-        """x as one vector [p], a copy."""
+        """The weights x as one vector [p], a copy."""
         return torch.cat([weight.detach().flatten() for weight in self._weights])
 
     def first(self) -> Tensor:
         """The loss of the first batch, with its graph."""
-        with torch.enable_grad(), self._kernels(), _same_draws(0):
+        with torch.enable_grad(), self._kernels():
             return self._batches[0].loss()
 
     def first_captured(self) -> CapturedLoss:
@@ -64,17 +73,8 @@ class MeanLoss:
         Raises:
             ValueError: If that cannot be read.
         """
-        with torch.enable_grad(), self._kernels(), _same_draws(0):
+        with torch.enable_grad(), self._kernels():
             return self._batches[0].captured()
-
-    def value(self) -> float:
-        """f(x)."""
-        total = 0.0
-        with torch.no_grad():
-            for index, batch in enumerate(self._batches):
-                with self._kernels(), _same_draws(index):
-                    total += batch.weight * batch.loss().item()
-        return total
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """f(x) and its gradient [p].
@@ -83,8 +83,8 @@ class MeanLoss:
             EvidenceUnavailableError: If one of them is not finite.
         """
         total, gradient = 0.0, torch.zeros_like(self.flat())
-        for index, batch in enumerate(self._batches):
-            with torch.enable_grad(), self._kernels(), _same_draws(index):
+        for batch in self._passed():
+            with torch.enable_grad(), self._kernels():
                 loss = batch.loss()
                 parts = torch.autograd.grad(loss, self._weights, materialize_grads=True)
             total += batch.weight * loss.item()
@@ -101,13 +101,14 @@ class MeanLoss:
         """
         total = torch.zeros_like(vector)
         direction = self._apart(vector)
-        for index, batch in enumerate(self._batches):
-            with torch.enable_grad(), self._kernels(), _same_draws(index):
+        for batch in self._passed():
+            with torch.enable_grad(), self._kernels():
                 loss = batch.loss()
                 gradient = torch.autograd.grad(loss, self._weights, create_graph=True, materialize_grads=True)
                 slope = torch.stack([(g * v).sum() for g, v in zip(gradient, direction, strict=True)]).sum()
                 if not slope.requires_grad:  # a loss that is linear in the weights
                     continue
+                self._check_differentiable([slope])
                 parts = torch.autograd.grad(slope, self._weights, materialize_grads=True)
             total += batch.weight * _joined(parts)
         check_finite(total, "a product with the Hessian")
@@ -116,8 +117,8 @@ class MeanLoss:
     def gauss_newton_product(self, vector: Tensor) -> Tensor:
         """G v for the generalized Gauss-Newton matrix G = Σ_b w_b JᵀΛJ of f.
 
-        Λ is the Hessian of a batch's loss in its outputs, and J their Jacobian, over all examples of the batch at once.
-        J v is the derivative of Jᵀu in u, so both need backward passes alone.
+        Λ is the Hessian of a batch's loss in its outputs and J their Jacobian, all examples of the batch at once. J v
+        is the derivative of Jᵀu in u, so both need backward passes alone.
 
         Raises:
             EvidenceUnavailableError: If it is not finite.
@@ -125,14 +126,15 @@ class MeanLoss:
         """
         total = torch.zeros_like(vector)
         direction = self._apart(vector)
-        for index, batch in enumerate(self._batches):
-            with torch.enable_grad(), self._kernels(), _same_draws(index):
+        for batch in self._passed():
+            with torch.enable_grad(), self._kernels():
                 found = batch.captured()
                 dummy = torch.zeros_like(found.outputs, requires_grad=True)
                 pulled = torch.autograd.grad(
                     found.outputs, self._weights, dummy, create_graph=True, materialize_grads=True
                 )
                 dependent = [(g, v) for g, v in zip(pulled, direction, strict=True) if g.requires_grad]
+                self._check_differentiable([g for g, _ in dependent])
                 (pushed,) = torch.autograd.grad(
                     [g for g, _ in dependent], [dummy], [v for _, v in dependent], retain_graph=True
                 )
@@ -154,6 +156,23 @@ class MeanLoss:
             yield
         finally:
             self._set(before)
+
+    def _check_differentiable(self, gradient: Sequence[Tensor]) -> None:
+        """Refuse a gradient that autograd cannot differentiate: some such parts it takes for constants, silently."""
+        if self._checked:
+            return
+        ends = sorted({name for name in _nodes_of(gradient) if name in NO_DERIVATIVE})
+        if ends:
+            raise ValueError(
+                f"The gradient of this loss cannot be differentiated ({', '.join(ends)} in its graph): some operation is a "
+                "fused kernel, or a torch.autograd.Function that is once_differentiable. Write it in ordinary "
+                "operations, for attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+            )
+        self._checked = True
+
+    def _passed(self) -> Iterator[BatchLoss]:
+        _seed()
+        yield from self._batches
 
     @contextmanager
     def _kernels(self) -> Iterator[None]:
@@ -180,28 +199,33 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.detach().flatten() for part in parts])
 
 
-@contextmanager
-def _same_draws(index: int) -> Iterator[None]:
-    """Let batch `index` see the same random numbers at each run; the caller restores the streams."""
-    torch.manual_seed(index)
-    np.random.seed(index)
-    random.seed(index)
-    yield
+def _nodes_of(tensors: Sequence[Tensor]) -> Iterator[str]:
+    """The kinds of all nodes that a backward pass goes through."""
+    visited: set[object] = set()
+    pending: list[Any] = [tensor.grad_fn for tensor in tensors]
+    while pending:
+        node = pending.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        yield type(node).__name__
+        pending.extend(parent for parent, _ in node.next_functions)
 
 
-def batch_norm_as_in(original: nn.Module, duplicate: nn.Module) -> bool:
-    """Let the batch norm of a copy normalise as it does in training, which its copy in eval mode does not.
+def _seed() -> None:
+    """Let each pass see the same random numbers; the caller restores the streams."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
-    Batch norm in training divides by the batch's own statistics: that is the function whose gradient is stepped on, and its
-    curvature is another. Layers that the user has put into eval mode stay there. So does SyncBatchNorm, whose
-    kernel has no second derivative.
 
-    Returns:
-        Whether there is such a layer.
+def norms_as_in(original: nn.Module, duplicate: nn.Module) -> None:
+    """Let batch norm of a copy normalise as it does in training, which it does not in eval mode.
+
+    Batch norm in training divides by the batch's own statistics: that is the function whose gradient is stepped on,
+    and its curvature is another. Layers that the user has put into eval mode stay there. So does SyncBatchNorm,
+    whose kernel has no second derivative.
     """
-    found = False
     for theirs, ours in zip(original.modules(), duplicate.modules(), strict=True):
-        if isinstance(theirs, BATCH_NORMS) and theirs.training:
+        if isinstance(theirs, NORMS) and theirs.training:
             ours.train()
-            found = True
-    return found

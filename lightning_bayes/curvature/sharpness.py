@@ -28,9 +28,9 @@ class Rise:
 def largest_loss_in_box(function: MeanLoss, direction: Tensor, box: float = BOX) -> Rise:
     """Maximise f(x + y) over |yᵢ| ≤ ε (|xᵢ| + 1), in all p coordinates (A = I), by 10 iterations of L-BFGS-B.
 
-    A minimum x is a stationary point, from which no ascent starts, and the loss of a well trained network is nearly one.
-    The ascent therefore starts in the corner of the box to which the eigenvector of the largest
-    curvature points: y = ±ε (|x| + 1) sign(v), the sign that has the larger loss.
+    A minimum is a stationary point, from which no ascent starts, and a well trained network is nearly at one. The
+    ascent therefore starts in a corner of the box, the one with the largest loss of three: where the gradient
+    points, y = ε (|x| + 1) sign(∇f), and to both sides where the eigenvector of the largest curvature does.
 
     Args:
         function: f, at x.
@@ -40,30 +40,37 @@ def largest_loss_in_box(function: MeanLoss, direction: Tensor, box: float = BOX)
     Returns:
         The loss at x, and the largest that was found: a lower bound on the largest in the box.
     """
-    start = function.flat()
-    half_width = box * (start.abs() + 1.0)
-    corner = torch.where(direction >= 0.0, half_width, -half_width)
-    best = loss = function.value()
+    center = function.flat()
+    half_width = box * (center.abs() + 1.0)
+    loss, gradient = function.value_and_gradient()
+    best = loss
 
-    def descend(shift: np.ndarray) -> tuple[float, np.ndarray]:
+    def at(shift: Tensor) -> tuple[float, Tensor]:
         nonlocal best
-        with function.moved_to(start + torch.from_numpy(shift).to(start)):
-            value, gradient = function.value_and_gradient()
+        with function.moved_to(center + shift):
+            value, slope = function.value_and_gradient()
         best = max(best, value)
-        return -value, -gradient.double().cpu().numpy()
+        return value, slope
 
-    values = []
-    for sign in (1.0, -1.0):
-        with function.moved_to(start + sign * corner):
-            values.append(function.value())
-    best = max(best, *values)
-    ends = half_width.double().cpu().numpy()
+    def negative(shift: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slope = at(torch.from_numpy(shift).to(center))
+        return -value, -_numpy(slope)
+
+    corners = [
+        torch.where(vector >= 0.0, half_width, -half_width) for vector in (gradient, direction, -direction)
+    ]
+    start = max(corners, key=lambda corner: at(corner)[0])
+    ends = _numpy(half_width)
     minimize(
-        descend,
-        (corner if values[0] >= values[1] else -corner).double().cpu().numpy(),
+        negative,
+        _numpy(start),
         jac=True,
         method="L-BFGS-B",
         bounds=Bounds(-ends, ends),
         options={"maxiter": ITERATIONS},
     )
     return Rise(loss, best)
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.double().cpu().numpy()

@@ -11,6 +11,7 @@ from lightning_bayes.functional.adam_checks import adam_checks_of
 from lightning_bayes.functional.adam_scaling import AdamConfiguration, square_root_rule
 from lightning_bayes.functional.check import Check, Measurements, Verdict, verdict
 from lightning_bayes.functional.configuration import NoSolutionError, Targets, Unknown
+from lightning_bayes.functional.reach import largest_batch_size, reach_note
 from lightning_bayes.functional.summary import caveats_of, headline, no_solution
 
 
@@ -162,7 +163,10 @@ def advise_adam(
         f" {configuration.noise_scale:.6g}"
     )
     unchanged = _unchanged(configuration, targets)
-    notes = tuple(_notes(configuration, targets, unchanged, moves))
+    notes = (
+        *_reach(configuration, targets, measured, moves),
+        *_notes(configuration, targets, unchanged, moves),
+    )
     return AdamAdvice(configuration, unchanged, moves, notes, equation, name, targets.given())
 
 
@@ -261,6 +265,22 @@ def _linear(
     if batch_size < 1 or (dataset_size is not None and batch_size > dataset_size):
         return None
     return replace(present, learning_rate=learning_rate, batch_size=batch_size, dataset_size=dataset_size)
+
+
+def _reach(
+    present: AdamConfiguration, targets: Targets, measured: Measurements, moves: tuple[AdamMove, ...]
+) -> Iterator[str]:
+    """How far a growing batch may go, where the target goes too far."""
+    if targets.batch_size is None or len(moves) > 1 or moves[0].verdict not in ("doubtful", "impossible"):
+        return
+
+    def move_to(batch_size: int) -> AdamMove:
+        return _move(present, replace(targets, batch_size=batch_size), "learning_rate", measured)
+
+    found = largest_batch_size(present.batch_size, targets.batch_size, lambda batch: move_to(batch).checks)
+    advised = None if found is None else move_to(found).advised
+    if found is not None and advised is not None:
+        yield reach_note(found, advised.learning_rate)
 
 
 def _notes(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lightning_bayes.functional._validation import positive
 from lightning_bayes.functional.check import Check, Measurements, Verdict
 from lightning_bayes.functional.checks import checks_of
 from lightning_bayes.functional.configuration import Configuration, NoSolutionError, Targets, Unknown
 from lightning_bayes.functional.equations import exact_equation, linear_equation, noise_scale_equation
+from lightning_bayes.functional.reach import largest_batch_size, reach_note
 from lightning_bayes.functional.scaling import Move, Rule, solve
 from lightning_bayes.functional.summary import caveats_of, headline, no_solution
 
@@ -130,7 +131,10 @@ def advise(
     goal = targets.fixed(configuration)
     unchanged = goal.configuration() if goal.batch_size <= goal.dataset_size else None
     moves = tuple(_move(configuration, targets, unknown, measured) for unknown in targets.unknowns())
-    notes = tuple(_notes(configuration, targets, unchanged, moves))
+    notes = (
+        *_reach(configuration, targets, measured, moves),
+        *_notes(configuration, targets, unchanged, moves),
+    )
     equation = noise_scale_equation(configuration)
     return Advice(configuration, unchanged, moves, notes, equation, name, targets.given())
 
@@ -167,6 +171,22 @@ def _solution(
             f" {solution.learning_rate:g}."
         )
     return solution, ""
+
+
+def _reach(
+    present: Configuration, targets: Targets, measured: Measurements, moves: tuple[Move, ...]
+) -> Iterator[str]:
+    """How far a growing batch may go, where the target goes too far."""
+    if targets.batch_size is None or len(moves) > 1 or moves[0].verdict not in ("doubtful", "impossible"):
+        return
+
+    def move_to(batch_size: int) -> Move:
+        return _move(present, replace(targets, batch_size=batch_size), "learning_rate", measured)
+
+    found = largest_batch_size(present.batch_size, targets.batch_size, lambda batch: move_to(batch).checks)
+    exact = None if found is None else move_to(found).exact
+    if found is not None and exact is not None:
+        yield reach_note(found, exact.learning_rate)
 
 
 def _notes(

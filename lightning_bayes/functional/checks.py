@@ -86,7 +86,8 @@ def _stability(present: Configuration, exact: Configuration, measured: Measureme
     if rate >= largest:
         sentence = (
             f"The learning rate of {rate:.6g} is not below the largest stable one, {_edge(exact, 'h')} ="
-            f" {largest:.4g} at the measured curvature h = {h:.4g}: expect training to diverge."
+            f" {largest:.4g} at the measured curvature h = {h:.4g}: expect training to diverge, unless a"
+            " warm-up leads it to flatter weights."
         )
     yield Check("stability", rate < largest, rate, largest, sentence)
     factor = variance_inflation(rate, max(h, 0.0), exact.momentum, exact.dampening, nesterov=exact.nesterov)

@@ -91,7 +91,7 @@ class Comparison:
         return " ".join((f"{quantity} is {numbers}: {self.ratio:.4g} times.", *self._remedies()))
 
     def _remedies(self) -> Iterator[str]:
-        changes = [_phrase(change) for change in self.restorations]
+        changes = [_phrase(change, self.reference_noise_scale) for change in self.restorations]
         if abs(self.ratio - 1) > TOLERANCE:
             if changes:
                 yield f"Any one of these changes restores it: {', '.join(changes)}."
@@ -203,8 +203,12 @@ def _expected(reference: AdamConfiguration, batch_size: float) -> AdamConfigurat
         return None  # outside the rule's domain no betas go with the batch
 
 
-def _phrase(change: Restoration) -> str:
+def _phrase(change: Restoration, goal: float) -> str:
     name = change.quantity.replace("_", " ")
-    if change.quantity in ("batch_size", "dataset_size"):
-        return f"{name} {change.value:.6g}" if change.value < 1e6 else f"{name} {change.value:.4g}"
-    return f"{name} {change.value:.4g}"
+    if change.quantity not in ("batch_size", "dataset_size"):
+        return f"{name} {change.value:.4g}"
+    whole = (
+        math.floor(change.value + 0.5) if change.quantity == "batch_size" else math.ceil(change.value - 1e-9)
+    )
+    off = goal > 0 and abs(change.noise_scale / goal - 1) > TOLERANCE
+    return f"{name} {max(1, whole)}" + (f" ({change.noise_scale:.4g})" if off else "")

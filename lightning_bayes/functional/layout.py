@@ -85,7 +85,7 @@ def with_trainer_check(
                 accumulate_grad_batches=accumulate_grad_batches,
                 replicas=replicas,
             )
-            checks = (*checks, added)
+            checks = (added, *checks)
         moves.append(replace(move, checks=checks))
     return replace(advice, moves=tuple(moves))
 

@@ -27,7 +27,7 @@ def keskar_sharpness(loss: float, largest_loss: float) -> float:
     base = finite("loss", loss)
     if base <= -1:
         raise ValueError(
-            f"Expected argument `loss` to be above -1, but got {loss!r}: the measure divides by 1 + loss, which is meant"
-            " for losses that are at least 0."
+            f"Expected argument `loss` to be above -1, but got {loss!r}: the measure divides by 1 + loss, which is"
+            " meant for losses that are at least 0."
         )
     return 100 * (finite("largest_loss", largest_loss) - base) / (1 + base)

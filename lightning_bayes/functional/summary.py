@@ -42,7 +42,10 @@ def headline(targets: Mapping[str, float], moves: Sequence[AnyMove]) -> str:
         Such as "batch 8192: lr 3.807 (linear 3.2); doubtful, 2 of 6 checks fail; Trainer: yes".
     """
     given = ", ".join(f"{SHORT[name]} {value:.5g}" for name, value in targets.items())
-    return f"{given}: {', or '.join(map(_answer, moves))}"
+    answers, tails = [_answer(move) for move in moves], [_tail(move) for move in moves]
+    if len(set(tails)) == 1:
+        return f"{given}: {', or '.join(answers)}{tails[0]}"
+    return f"{given}: {', or '.join(answer + tail for answer, tail in zip(answers, tails, strict=True))}"
 
 
 def caveats_of(moves: Sequence[AnyMove], notes: Sequence[str]) -> tuple[str, ...]:
@@ -79,11 +82,15 @@ def _answer(move: AnyMove) -> str:
         return f"no {move.solved_for.replace('_', ' ')} keeps the noise"
     value, other = getattr(move.solution, move.solved_for), getattr(move.linear, move.solved_for, None)
     linear = "" if other is None or f"{other:.4g}" == f"{value:.4g}" else f" (linear {other:.4g})"
-    parts = [f"{SHORT[move.solved_for]} {value:.4g}{linear}", _how_sure(move)]
+    return f"{SHORT[move.solved_for]} {value:.4g}{linear}"
+
+
+def _tail(move: AnyMove) -> str:
+    if move.solution is None:
+        return ""
     trainer = next((check for check in move.checks if check.name == "trainer"), None)
-    if trainer is not None:
-        parts.append(f"Trainer: {'yes' if trainer.passed or trainer.action else 'no'}")
-    return "; ".join(parts)
+    can = "" if trainer is None else f"; Trainer: {'yes' if trainer.passed or trainer.action else 'no'}"
+    return f"; {_how_sure(move)}{can}"
 
 
 def _how_sure(move: AnyMove) -> str:
@@ -92,8 +99,8 @@ def _how_sure(move: AnyMove) -> str:
         return f"safe, {len(checks)} checks pass"
     failed = move.verdict == "doubtful"
     number = sum(check.passed is (False if failed else None) for check in checks)
-    ends = (" fails" if number == 1 else " fail") if failed else " not measured"
-    return f"{move.verdict}, {number} of {len(checks)} checks{ends}"
+    ends = f"checks fail{'s' if number == 1 else ''}" if failed else "unmeasured"
+    return f"{move.verdict}, {number} of {len(checks)} {ends}"
 
 
 def no_solution(reason: str) -> Check:
