@@ -46,6 +46,15 @@ class Eigenvalue:
     num_parameters: int
     num_products: int
 
+    def __str__(self) -> str:
+        """Return one line for people."""
+        doubt = "" if self.converged else f" (NOT CONVERGED in {self.num_products} products)"
+        matrix = "Hessian" if self.curvature == "hessian" else "GGN"
+        return (
+            f"{self.value:.6g} ± {self.error:.2g}{doubt}, largest eigenvalue of the {matrix} of the mean loss in "
+            f"{self.num_parameters:,} parameters on {self.num_examples:,} examples"
+        )
+
 
 def largest_eigenvalue(
     model: nn.Module,

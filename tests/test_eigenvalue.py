@@ -1,6 +1,7 @@
 """The largest eigenvalue of any network's loss against dense matrices by autograd."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -81,6 +82,18 @@ def test_batches_do_not_matter():
         parts = largest_eigenvalue(case.model, loader, tolerance=1e-8, batch_size=3)
         assert parts.value == pytest.approx(whole.value, rel=1e-9)
         assert parts.num_examples == 10
+
+
+def test_one_line_for_people():
+    case = make_case("linear")
+    data = case.inputs, case.targets
+    assert re.fullmatch(
+        r"0\.\d+ ± \S+, largest eigenvalue of the Hessian of the mean loss in 24 parameters on 7 examples",
+        str(largest_eigenvalue(case.model, data)),
+    )
+    assert "(NOT CONVERGED in 2 products), largest eigenvalue of the GGN" in str(
+        largest_eigenvalue(case.model, data, curvature="ggn", max_products=2)
+    )
 
 
 def test_part_of_the_examples():

@@ -91,6 +91,12 @@ def groups_of_checkpoint(
         batch, examples = _sizes(checkpoint, source, sizes, adaptive, notes)
         for name, group in zip(names_of(kind, param_groups), param_groups, strict=True):
             rate = scheduled_learning_rate(group)
+            if checkpoint.get("lr_schedulers") and "initial_lr" not in group:
+                # ReduceLROnPlateau does not write it down.
+                notes.append(
+                    f"The learning rate of the reference, {rate:g}, is that at the moment of {source}: its schedule"
+                    " does not say where it began."
+                )
             groups[name] = configuration_of(group, rate, batch, examples, adaptive=adaptive)
     return groups, tuple(dict.fromkeys(notes))
 

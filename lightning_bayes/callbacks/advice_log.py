@@ -64,7 +64,7 @@ def flat_keys(saved: SavedAdvice, prefix: str) -> dict[str, float | str]:
     """
     flat: dict[str, float | str] = {}
     for advice in saved.advice:
-        start = f"{prefix}/{advice.name}"
+        start = f"{prefix}/{_key(advice.name)}"
         flat[f"{start}/summary"], flat[f"{start}/verdict"] = advice.summary, advice.verdict
         for case, configuration in _cases(advice):
             flat[f"{start}/{case}/learning_rate"] = configuration.learning_rate
@@ -72,9 +72,14 @@ def flat_keys(saved: SavedAdvice, prefix: str) -> dict[str, float | str]:
             scale = "adam_noise_scale" if isinstance(configuration, AdamConfiguration) else "noise_scale"
             flat[f"{start}/{case}/{scale}"] = configuration.noise_scale
     for comparison in saved.comparisons:
-        flat[f"{prefix}/{comparison.name}/reference_noise_scale"] = comparison.reference_noise_scale
-        flat[f"{prefix}/{comparison.name}/reference_ratio"] = comparison.ratio
+        start = f"{prefix}/{_key(comparison.name)}"
+        flat[f"{start}/reference_noise_scale"] = comparison.reference_noise_scale
+        flat[f"{start}/reference_ratio"] = comparison.ratio
     return flat
+
+
+def _key(name: str) -> str:
+    return name.replace(", ", " ")  # MLflow takes no commas
 
 
 def _cases(advice: Advice | AdamAdvice) -> list[tuple[str, Configuration | AdamConfiguration]]:

@@ -147,6 +147,10 @@ class ScalingAdvisor(Callback):
             self._say(self.reference)
 
     @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settings = None  # the training set may have grown
+
+    @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:

@@ -61,7 +61,7 @@ class Stability(Callback):
             subset is on average above that of the whole.
         curvature: "hessian", of any loss; or "ggn", the Gauss-Newton matrix, of losses that `LaplaceEvidence` reads.
         sharpness: Whether to measure Keskar's sharpness too (arXiv:1609.04836, metric 2.1), in percent: the rise of
-            the loss in the box |yᵢ| ≤ ε(|xᵢ| + 1), ε = 1e-3, in all parameters, by 10 iterations of L-BFGS-B
+            the loss in the box abs(yᵢ) ≤ ε (abs(xᵢ) + 1), ε = 1e-3, in all parameters, by 10 iterations of L-BFGS-B
             from the corner of the box that the gradient or the eigenvector points to; a lower bound.
         network: For a training_step that cannot be run on a copy: the name of the submodule that maps `batch[0]` to
             outputs, or a function (module, batch) -> (outputs, targets). The loss is then the mean-reduced one of
@@ -135,7 +135,8 @@ class Stability(Callback):
         """Check everything that can be checked before a batch is seen."""
         check_trainer(trainer, pl_module, self.network, "Stability")
         self._check_prefix(trainer)
-        self._loss(trainer, pl_module).num_training_examples()
+        with untouched(trainer):  # somebody's own sampler may draw to be counted
+            self._loss(trainer, pl_module).num_training_examples()
         names_of_groups(trainer, original_network(pl_module, self.network))
         reason = why_not_sgd(trainer)
         self._is_sgd = reason is None
@@ -171,7 +172,7 @@ class Stability(Callback):
         """Measure, remember and log."""
         if (trainer.current_epoch + 1) % self.every_n_epochs != 0:
             return
-        trained = time.monotonic() - self._epoch_started
+        trained = (time.monotonic() - self._epoch_started) * self.every_n_epochs
         reading = trainer.strategy.broadcast(self._measure(trainer, pl_module))
         if reading is not None:
             if not self.history:
@@ -179,6 +180,23 @@ class Stability(Callback):
             self.history.append((trainer.current_epoch, reading))
         for name, value in self._logged_values(reading).items():
             pl_module.log(f"{self.log_key_prefix}{name}", value, on_step=False, on_epoch=True, sync_dist=True)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if the run ended beyond the edge, or the last eigenvalue is not to be believed."""
+        last = self.reading
+        if last is None:
+            return
+        if last.stability_ratio is not None and last.stability_ratio >= 1.0:
+            rank_zero_info(
+                f"Stability: training ended at {last.stability_ratio:.3g} times the edge of stability; SGD is stable "
+                f"there up to a learning rate of {last.largest_stable_learning_rate:.4g}."
+            )
+        if not last.converged:
+            rank_zero_info(
+                f"Stability: the largest eigenvalue did not converge in {last.num_products} products; it is at least "
+                f"{last.largest_eigenvalue:.4g}, and one lies within {last.largest_eigenvalue_error:.2g} of that."
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -225,17 +243,17 @@ class Stability(Callback):
             reduction = function.first_captured().reduction
         except EvidenceUnavailableError:  # of these weights, not of the loss
             pass
-        except ValueError as error:
+        except ValueError:
             if self.curvature == "ggn":
                 raise
             rank_zero_info(
-                "Stability: the loss is taken as training_step returns it, and as a mean over the examples of a "
-                f"batch; that it is a sum would go unnoticed. ({error})"
+                "Stability: the loss of training_step is none that is known to be a mean or a sum. It is taken as it "
+                "is returned, and as a mean over the examples of a batch."
             )
         matrix = "Hessian" if self.curvature == "hessian" else "Gauss-Newton matrix"
         rank_zero_info(
             f"Stability: {matrix} of the loss in {len(function.flat()):,} parameters, on {sum(sizes):,} of "
-            f"{loss.num_training_examples():,} examples in {len(sizes)} batches."
+            f"{loss.num_training_examples():,} examples, {sizes[0]:,} at a time."
         )
         try:
             rehearse(function, self.curvature)
@@ -261,8 +279,8 @@ class Stability(Callback):
     def _announce_time(self, reading: StabilityReading, trained: float) -> None:
         if reading.seconds > trained:
             rank_zero_info(
-                f"Stability: the first reading took {reading.seconds:.3g} s, the epoch {trained:.3g} s. "
-                "every_n_epochs= or a smaller max_examples= make it cheaper."
+                f"Stability: the first reading took {reading.seconds:.3g} s, training from one to the next about "
+                f"{trained:.3g} s. A larger every_n_epochs= or a smaller max_examples= make it cheaper."
             )
 
     def _check_prefix(self, trainer: Trainer) -> None:

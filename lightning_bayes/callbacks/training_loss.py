@@ -14,7 +14,7 @@ from lightning_bayes.callbacks.reading import ModuleReader, NetworkOption, origi
 from lightning_bayes.callbacks.trainer_inputs import examples_of, step_batch_size
 from lightning_bayes.curvature.capture import CapturedLoss, Reduction
 from lightning_bayes.curvature.likelihoods import Likelihood
-from lightning_bayes.curvature.mean_loss import BatchLoss, MeanLoss, norms_as_in
+from lightning_bayes.curvature.mean_loss import BatchLoss, MeanLoss, normalises_by_batch, norms_as_in
 
 __all__ = ["TrainingLoss"]
 
@@ -29,7 +29,8 @@ class TrainingLoss:
         likelihood: See `ModuleReader`.
         network: Likewise.
         batch_size: Examples at a time; None for those of a training_step.
-        max_examples: Examples to take: the nearest number of whole batches below, one batch at least.
+        max_examples: Examples to take: the nearest number of whole batches below, one batch at least; or all there
+            are, without an incomplete batch where training drops it or batch norm depends on it.
     """
 
     trainer: Trainer
@@ -62,7 +63,9 @@ class TrainingLoss:
         loader: Any = self.trainer.train_dataloader
         size = self.batch_size or loader.batch_size  # None for a batch sampler of the user's own
         at_most = self.max_examples
-        if loader.drop_last:  # a training_step may rely on the size of its batches
+        network = original_network(self.module, self.network)
+        # A training_step may rely on the size of its batches, and batch norm has other statistics in a small one.
+        if loader.drop_last or normalises_by_batch(network):
             at_most = min(at_most, self.num_training_examples())
         whole = at_most if size is None else max(1, at_most // size) * size
         if isinstance(loader.dataset, IterableDataset):  # which cannot be drawn from: its first batches

@@ -126,7 +126,7 @@ class _Lanczos:
         image = image - basis.mT @ coefficients
         again = basis @ image  # once more: rounding leaves a part of the first
         image = image - basis.mT @ again
-        self._matrix[: self._used, self._used - 1] = (coefficients + again).double().cpu()
+        self._matrix[: self._used, self._used - 1] = (coefficients + again).cpu().double()
         return image, image.norm().item()
 
     def _restart(self, values: Tensor, vectors: Tensor, coupling: Tensor) -> int:

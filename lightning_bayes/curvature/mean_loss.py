@@ -17,7 +17,7 @@ from lightning_bayes.curvature.capture import CapturedLoss
 from lightning_bayes.curvature.errors import check_finite
 from lightning_bayes.curvature.functional_rows import plain_kernels
 
-__all__ = ["BatchLoss", "MeanLoss", "norms_as_in"]
+__all__ = ["BatchLoss", "MeanLoss", "normalises_by_batch", "norms_as_in"]
 
 NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
@@ -164,8 +164,8 @@ class MeanLoss:
         ends = sorted({name for name in _nodes_of(gradient) if name in NO_DERIVATIVE})
         if ends:
             raise ValueError(
-                f"The gradient of this loss cannot be differentiated ({', '.join(ends)} in its graph): some operation is a "
-                "fused kernel, or a torch.autograd.Function that is once_differentiable. Write it in ordinary "
+                f"The gradient of this loss has no derivative ({', '.join(ends)} in its graph): some operation "
+                "is a fused kernel, or a torch.autograd.Function that is once_differentiable. Write it in ordinary "
                 "operations, for attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
             )
         self._checked = True
@@ -217,6 +217,11 @@ def _seed() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
+
+
+def normalises_by_batch(network: nn.Module) -> bool:
+    """Whether some batch norm of a network takes the statistics of its batch."""
+    return any(isinstance(module, NORMS) and module.training for module in network.modules())
 
 
 def norms_as_in(original: nn.Module, duplicate: nn.Module) -> None:

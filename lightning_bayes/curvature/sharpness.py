@@ -73,4 +73,4 @@ def largest_loss_in_box(function: MeanLoss, direction: Tensor, box: float = BOX)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.double().cpu().numpy()
+    return tensor.cpu().double().numpy()

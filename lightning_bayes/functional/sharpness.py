@@ -8,7 +8,7 @@ from lightning_bayes.functional._validation import finite
 def keskar_sharpness(loss: float, largest_loss: float) -> float:
     """How much the loss rises within a small box about the weights, in percent of 1 + loss.
 
-    100 (max_{y ∈ C} f(x + y) - f(x)) / (1 + f(x)),    C = {y : |yᵢ| ≤ ε (|xᵢ| + 1)}
+    100 (max_{y ∈ C} f(x + y) - f(x)) / (1 + f(x)),    C = {y : abs(yᵢ) ≤ ε (abs(xᵢ) + 1)}
 
     Args:
         loss: f(x), mean loss at the weights; above -1.

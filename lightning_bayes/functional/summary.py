@@ -41,11 +41,16 @@ def headline(targets: Mapping[str, float], moves: Sequence[AnyMove]) -> str:
     Returns:
         Such as "batch 8192: lr 3.807 (linear 3.2); doubtful, 2 of 6 checks fail; Trainer: yes".
     """
-    given = ", ".join(f"{SHORT[name]} {value:.5g}" for name, value in targets.items())
+    given = ", ".join(f"{SHORT[name]} {_number(value)}" for name, value in targets.items())
+    if {"batch_size", "learning_rate"} <= targets.keys():
+        # Both leave nothing to solve for: either of them, in place of its target, restores the noise.
+        given += ": instead"
+    else:
+        given += ":"
     answers, tails = [_answer(move) for move in moves], [_tail(move) for move in moves]
     if len(set(tails)) == 1:
-        return f"{given}: {', or '.join(answers)}{tails[0]}"
-    return f"{given}: {', or '.join(answer + tail for answer, tail in zip(answers, tails, strict=True))}"
+        return f"{given} {', or '.join(answers)}{tails[0]}"
+    return f"{given} {', or '.join(answer + tail for answer, tail in zip(answers, tails, strict=True))}"
 
 
 def caveats_of(moves: Sequence[AnyMove], notes: Sequence[str]) -> tuple[str, ...]:
@@ -83,6 +88,10 @@ def _answer(move: AnyMove) -> str:
     value, other = getattr(move.solution, move.solved_for), getattr(move.linear, move.solved_for, None)
     linear = "" if other is None or f"{other:.4g}" == f"{value:.4g}" else f" (linear {other:.4g})"
     return f"{SHORT[move.solved_for]} {value:.4g}{linear}"
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.5g}"
 
 
 def _tail(move: AnyMove) -> str:

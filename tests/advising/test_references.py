@@ -80,6 +80,38 @@ def test_checkpoint_in_the_middle_of_a_schedule_has_its_base(tmp_path):
     assert only(read_reference({"path": path, "batch_size": 10, "dataset_size": 100})) == GOOD
 
 
+def test_checkpoint_of_one_cycle_has_its_peak(tmp_path):
+    def one_cycle(module):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=0.1, total_steps=20, cycle_momentum=False
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    path = checkpoint(tmp_path, Net(one_cycle))
+    assert only(read_reference({"path": path, "batch_size": 10, "dataset_size": 100})) == GOOD
+
+
+def test_checkpoint_of_a_schedule_without_a_base_says_so(tmp_path):
+    def plateau(module):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "monitor": "loss", "strict": False},
+        }
+
+    class Logging(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss)
+            return loss
+
+    path = checkpoint(tmp_path, Logging(plateau))
+    reference = read_reference({"path": path, "batch_size": 10, "dataset_size": 100})
+    assert "that at the moment of" in reference.notes[0]
+
+
 def test_checkpoint_of_adam_does_without_the_dataset(tmp_path):
     path = checkpoint(tmp_path, Net(adam(lr=0.01, betas=(0.8, 0.99))))
     reference = read_reference({"path": path, "batch_size": 10})

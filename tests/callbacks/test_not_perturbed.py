@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_bayes import LaplaceEvidence, ScalingAdvisor, SGDNoiseScale, Stability
 
-from .evidence_models import Module, Rich, fit, loader, optimizer, tensors
+from .evidence_models import Module, N, Rich, fit, loader, optimizer, tensors
 
 
 class Model(Module):
@@ -210,3 +210,28 @@ def test_samplers_keep_their_state(tmp_path):
 
     assert order([LaplaceEvidence()]) == order([])
     assert order([Stability()]) == order([])
+
+
+class Half(torch.utils.data.Sampler):
+    """Draws half of the examples from the global generator."""
+
+    def __iter__(self):
+        return iter(torch.randperm(N)[: N // 2].tolist())
+
+    def __len__(self):
+        return N // 2
+
+
+@pytest.mark.parametrize("callback", [LaplaceEvidence, Stability])
+def test_a_sampler_of_the_users_own_is_not_drawn_from(tmp_path, callback):
+    def seen(callbacks):
+        torch.manual_seed(0)
+
+        def step(module, batch):
+            return F.cross_entropy(module(batch[0]), batch[1])
+
+        module = Module(Rich(), step)
+        fit(tmp_path, module, loader(batch_size=5, sampler=Half()), *callbacks, max_epochs=2)
+        return [p.detach().clone() for p in module.parameters()]
+
+    assert same(seen([callback()]), seen([]))

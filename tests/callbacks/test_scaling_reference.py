@@ -1,9 +1,11 @@
 """ScalingAdvisor beside a known-good run, with other callbacks' measurements, and what it writes."""
 
 import json
+import math
 import warnings
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -16,7 +18,13 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_bayes import ScalingAdvisor, Stability
 from lightning_bayes.callbacks.configuration import read_configuration
 from lightning_bayes.callbacks.measured import measured
-from lightning_bayes.functional import AdamConfiguration, Configuration, SavedAdvice, advise
+from lightning_bayes.functional import (
+    AdamConfiguration,
+    Configuration,
+    GradientNoise,
+    SavedAdvice,
+    advise,
+)
 from lightning_bayes.functional.check import Measurements
 
 from .sgd_models import Net, dataset, loader, scheduled, sgd, trainer
@@ -178,6 +186,22 @@ def test_curvature_of_a_stability_callback(tmp_path):
     assert measured(run) == Measurements(None, h)
     assert found.limit == pytest.approx(2 * 1.9 / h) and found.passed is not None
     assert measured(trainer(tmp_path, [Stability()])) == Measurements()
+
+
+class GradientNoiseScale(L.Callback):
+    """Stands for the callback of that name."""
+
+    def __init__(self, estimate):
+        self.estimate = estimate
+
+
+@pytest.mark.parametrize(("noise", "passed"), [(300.0, True), (20.0, False), (math.nan, None)])
+def test_gradient_noise_of_a_callback(tmp_path, noise, passed):
+    advisor = ScalingAdvisor(target_batch_size=50)
+    fit(tmp_path, sgd(), GradientNoiseScale(GradientNoise(1.0, 1.0, noise)), advisor)
+    (found,) = [check for check in advisor.advice[0].checks if check.name == "gradient_noise_scale"]
+    assert found.passed is passed
+    assert measured(trainer(tmp_path, [GradientNoiseScale(None)])) == Measurements()
 
 
 def test_ema_decay(tmp_path):

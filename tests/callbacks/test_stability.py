@@ -165,7 +165,7 @@ def test_a_loss_that_is_no_likelihood(tmp_path, caplog):
     assert reading.largest_eigenvalue == pytest.approx(
         expected(module, tensors("regression"), huber), rel=TIGHT
     )
-    assert "taken as training_step returns it" in caplog.text
+    assert "taken as it is returned, and as a mean over the examples" in caplog.text
 
 
 def test_network_read_directly(tmp_path):
@@ -206,6 +206,15 @@ def test_whole_batches(tmp_path, max_examples, count):
     reading = reading_of(
         tmp_path, Module(mlp(), cross_entropy), loader(), Stability(max_examples=max_examples)
     )
+    assert reading.num_examples == count
+
+
+@pytest.mark.parametrize(("batch_size", "count"), [(4, 20), (8, 16), (100, 21)])
+def test_batch_norm_sees_no_incomplete_batch(tmp_path, batch_size, count):
+    """Of one example it would raise."""
+    module = Module(Rich(), cross_entropy)
+    data = loader(batch_size=batch_size, sampler=range(N - 1) if batch_size == 4 else None)
+    reading = reading_of(tmp_path, module, data)
     assert reading.num_examples == count
 
 
@@ -346,3 +355,36 @@ def test_draws_of_a_training_step_are_the_same_in_each_product(tmp_path):
     first, again = reading(), reading()
     assert first.converged
     assert first.largest_eigenvalue == again.largest_eigenvalue
+
+
+def test_an_end_beyond_the_edge_is_said(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        module = Module(linear(), mean_squared_error, optimizer(lr=2.0))
+        reading = reading_of(tmp_path, module, full_batch())
+    assert reading.stability_ratio > 1
+    assert f"ended at {reading.stability_ratio:.3g} times the edge of stability" in caplog.text
+    assert f"up to a learning rate of {reading.largest_stable_learning_rate:.4g}" in caplog.text
+
+
+def test_too_few_products_are_said(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("lightning_bayes.stability.MAX_PRODUCTS", 3)
+    with caplog.at_level("INFO"):
+        reading = reading_of(tmp_path, Module(mlp(), cross_entropy), loader())
+    assert not reading.converged
+    assert "did not converge in 3 products" in caplog.text
+
+
+def test_fast_dev_run(tmp_path):
+    reading = reading_of(tmp_path, Module(mlp(), cross_entropy), loader(), fast_dev_run=True)
+    assert reading.num_examples == 8
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_reduced_precision_is_read_in_full(tmp_path, precision):
+    """The products take float32: in half precision an eigenvalue is lost in rounding."""
+    x, y = tensors()
+    module = Module(mlp(), cross_entropy, optimizer(lr=0.0)).float()
+    reading = reading_of(tmp_path, module, loader(data=(x.float(), y)), precision=precision)
+    matrix = dense_matrix(module.network.double(), x, y, F.cross_entropy, "hessian")
+    assert reading.largest_eigenvalue == pytest.approx(torch.linalg.eigvalsh(matrix)[-1].item(), rel=1e-2)
+    assert reading.largest_eigenvalue_error < 1e-3 * reading.largest_eigenvalue

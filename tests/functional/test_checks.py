@@ -268,6 +268,13 @@ def test_two_moves_have_their_own_checks():
     assert advice.summary == (
         "momentum 0.5: lr 0.5, or batch 51.41 (linear 51.2); unverified, 2 of 5 unmeasured"
     )
+    both = advise(PRESENT, target_batch_size=512, target_learning_rate=0.3)
+    assert both.summary.startswith(
+        "batch 512, lr 0.3: instead lr 0.201 (linear 0.2), or batch 760.2 (linear 768); "
+    )
+    assert advise(PRESENT, target_dataset_size=100_000).summary.startswith(
+        "N 100000: lr 0.04987 (linear 0.05); safe"
+    )
     text = advice_text([advice])
     assert "How sure, new learning rate" in text and "With the move, new batch size" in text
     assert any(caveat.startswith("With the new batch size: A batch of 51.41") for caveat in advice.caveats)
