@@ -17,4 +17,4 @@ autodoc_member_order = "bysource"
 add_module_names = False
 html_theme = "furo"
 html_title = "lightning-bayes"
-exclude_patterns = ["_build", "benchmarks/*.md"]  # included by benchmarks.md
+exclude_patterns = ["_build", "benchmarks/*.md", "examples/*.md"]  # included by benchmarks.md and scale_out.md
