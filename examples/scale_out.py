@@ -190,7 +190,7 @@ def train_all(options: argparse.Namespace) -> tuple[list[Move], list[Row]]:
     train, _ = digits(options.mnist_root, 0)
     sizes = {"advised": LARGER, "far": len(train) // 4, "too far": 3 * len(train) // 4}
     advisors = [ScalingAdvisor(target_batch_size=size) for size in sizes.values()]
-    rows = fit(small, 0, options, [GradientNoiseScale(ema=0.99), Stability(), *advisors])
+    rows = fit(small, 0, options, [GradientNoiseScale(), Stability(), *advisors])
     moves = [advised(name, advisor.advice[0]) for name, advisor in zip(sizes, advisors, strict=True)]
     moves = [small, moves[0], Move("naive", LARGER, LEARNING_RATE), *moves[1:]]
     for seed in range(options.seeds):
