@@ -120,7 +120,8 @@ class Digits(L.LightningModule):
         sgd = torch.optim.SGD(self.parameters(), lr=self.move.learning_rate, momentum=MOMENTUM)
         if not self.move.warm_up:
             return sgd
-        steps = self.trainer.num_training_batches * WARM_UP_EPOCHS
+        # The Trainer knows its number of batches only later, and this number at once.
+        steps = self.trainer.estimated_stepping_batches * WARM_UP_EPOCHS // self.trainer.max_epochs
         warm_up = LinearLR(sgd, LEARNING_RATE / self.move.learning_rate, total_iters=steps)
         return [sgd], [{"scheduler": warm_up, "interval": "step"}]
 
@@ -190,7 +191,7 @@ def train_all(options: argparse.Namespace) -> tuple[list[Move], list[Row]]:
     train, _ = digits(options.mnist_root, 0)
     sizes = {"advised": LARGER, "far": len(train) // 4, "too far": 3 * len(train) // 4}
     advisors = [ScalingAdvisor(target_batch_size=size) for size in sizes.values()]
-    rows = fit(small, 0, options, [GradientNoiseScale(), Stability(), *advisors])
+    rows = fit(small, 0, options, [GradientNoiseScale(ema=0.99), Stability(), *advisors])
     moves = [advised(name, advisor.advice[0]) for name, advisor in zip(sizes, advisors, strict=True)]
     moves = [small, moves[0], Move("naive", LARGER, LEARNING_RATE), *moves[1:]]
     for seed in range(options.seeds):
