@@ -263,7 +263,7 @@ def claims(moves: list[Move], rows: list[Row]) -> dict[str, bool]:
 
 def draw(moves: list[Move], rows: list[Row], path: Path) -> None:
     """Test error against epochs, and the differences at the end."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=[3, 2], layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), width_ratios=[3, 2], layout="constrained")
     epochs = sorted({row.epoch for row in rows})
     for move in moves:
         color = COLORS[move.name]
@@ -274,7 +274,7 @@ def draw(moves: list[Move], rows: list[Row], path: Path) -> None:
         left.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
     left.set(xlabel="epoch", ylabel="test error (%)", yscale="log")
     left.set_yticks([5, 10, 20, 50, 90], ["5", "10", "20", "50", "90"], minor=False)
-    left.legend()
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     for height, move in enumerate(reversed(moves[1:])):
         mean, error = difference(rows, move.name, epochs[-1])
         right.errorbar(mean, height, xerr=2 * error, fmt="o", capsize=4, color=COLORS[move.name])
@@ -283,10 +283,11 @@ def draw(moves: list[Move], rows: list[Row], path: Path) -> None:
         )
     right.axvline(0, color="black")
     right.set_xscale("symlog", linthresh=1)
-    right.set_xticks([-30, -10, -3, -1, 0, 1], ["-30", "-10", "-3", "-1", "0", "1"])
+    right.set_xticks([-100, -10, -1, 0, 1, 10], ["-100", "-10", "-1", "0", "1", "10"])
     names = [f"{move.name}\nadvisor: {move.verdict.partition(':')[0]}" for move in reversed(moves[1:])]
     right.set_yticks(range(len(names)), names)
     right.set(
+        xlim=(-300, 10),
         ylim=(-0.5, len(names) - 0.3),
         xlabel="test accuracy minus small batch\n(points, ± two standard errors)",
     )
