@@ -268,23 +268,28 @@ def draw(moves: list[Move], rows: list[Row], path: Path) -> None:
     for move in moves:
         color = COLORS[move.name]
         points = [mean_and_error(accuracies(rows, move.name, epoch)) for epoch in epochs]
-        label = f"{move.name}: batch {move.batch_size}, learning rate {move.learning_rate:.3g}"
+        label = f"{move.name}: B = {move.batch_size}, lr {move.learning_rate:.3g}"
         left.plot(epochs, [100 - mean for mean, _ in points], color=color, label=label)
         low, high = ([100 - mean + sign * 2 * error for mean, error in points] for sign in (-1, 1))
         left.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
     left.set(xlabel="epoch", ylabel="test error (%)", yscale="log")
     left.set_yticks([5, 10, 20, 50, 90], ["5", "10", "20", "50", "90"], minor=False)
-    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    fig.legend(
+        *left.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=5,
+        frameon=False,
+        fontsize="small",
+        columnspacing=1,
+    )
+    names = []
     for height, move in enumerate(reversed(moves[1:])):
         mean, error = difference(rows, move.name, epochs[-1])
         right.errorbar(mean, height, xerr=2 * error, fmt="o", capsize=4, color=COLORS[move.name])
-        right.annotate(
-            f"{mean:+.2f} ± {2 * error:.2f}", (mean, height), (0, 9), textcoords="offset points", ha="center"
-        )
+        names.append(f"{move.name}\nadvisor: {move.verdict.partition(':')[0]}\n{mean:+.2f} ± {2 * error:.2f}")
     right.axvline(0, color="black")
     right.set_xscale("symlog", linthresh=1)
     right.set_xticks([-100, -10, -1, 0, 1, 10], ["-100", "-10", "-1", "0", "1", "10"])
-    names = [f"{move.name}\nadvisor: {move.verdict.partition(':')[0]}" for move in reversed(moves[1:])]
     right.set_yticks(range(len(names)), names)
     right.set(
         xlim=(-300, 10),
