@@ -17,4 +17,5 @@ autodoc_member_order = "bysource"
 add_module_names = False
 html_theme = "furo"
 html_title = "lightning-bayes"
-exclude_patterns = ["_build", "benchmarks/*.md", "gradient_noise/*.md"]  # included by other pages
+# Included by other pages.
+exclude_patterns = ["_build", "benchmarks/*.md", "examples/*.md", "gradient_noise/*.md"]
