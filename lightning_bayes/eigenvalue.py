@@ -15,8 +15,8 @@ from lightning_bayes.curvature.largest_eigenvalue import largest_eigenpair
 from lightning_bayes.curvature.mean_loss import BatchLoss, MeanLoss, norms_as_in
 from lightning_bayes.curvature.priors import trainable_names
 from lightning_bayes.functional._validation import count, positive
-from lightning_bayes.laplace import examples_of_data, forward_of_pair, require_device
 from lightning_bayes.options import check_options
+from lightning_bayes.pairs import examples_of_data, forward_of_pair, require_device
 from lightning_bayes.stability import require_curvature
 
 __all__ = ["Eigenvalue", "largest_eigenvalue"]

@@ -11,6 +11,7 @@ from lightning_bayes.functional import (
     Configuration,
     advise,
     advise_adam,
+    compare,
     trainer_check,
 )
 
@@ -26,6 +27,12 @@ def test_output_is_that_of_the_commands(monkeypatch):
     assert len(module.BLOCK.findall(PAGE)) >= 3
     # Else: python docs/run_commands.py docs/scaling.md
     assert module.refreshed(PAGE) == PAGE
+
+
+def test_the_warning_is_that_of_the_advisor():
+    good = Configuration(0.1, 256, 50_000, 0.9)
+    comparison = compare(Configuration(0.1, 512, 50_000, 0.9), good, name="SGD", source="as given")
+    assert f"ScalingAdvisor: {comparison.summary}" in " ".join(PAGE.split())
 
 
 def test_every_check_is_explained():

@@ -77,13 +77,22 @@ def _padded(parts: Sequence[RenderableType]) -> RenderableType:
 
 
 def _doubts(which: str, checks: Sequence[Check]) -> list[RenderableType]:
-    """What does not pass in full, what passes by name."""
+    """What does not pass in full, what passes in short."""
     validity = [check for check in checks if not check.action]
     lines = [(check.status, check.sentence) for check in validity if not check.passed]
-    passed = [check.name.replace("_", " ") for check in validity if check.passed]
+    passed = [_passed(check) for check in validity if check.passed]
     if passed:
         lines.append(("ok", ", ".join(passed)))
     return [Text(f"How sure{which}", style="bold"), _labelled(lines)] if lines else []
+
+
+def _passed(check: Check) -> str:
+    """The name of a check, and by how much it passes."""
+    name = check.name.replace("_", " ")
+    if check.value is None or check.limit is None:
+        return name
+    value, limit = (f"{x:.0f}" if 1e3 <= x < 1e9 else f"{x:.3g}" for x in (abs(check.value), check.limit))
+    return f"{name} ({value} of {limit})"
 
 
 def _list(heading: str, lines: Sequence[str]) -> list[RenderableType]:
