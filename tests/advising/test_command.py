@@ -63,7 +63,7 @@ def test_every_check_can_be_given(capsys):
         capsys,
         *RUN,
         *("--nesterov", "--target-batch-size", "2048", "--devices", "8", "--ema-decay", "0.999"),
-        *("--gradient-noise-scale", "3000", "--largest-eigenvalue", "0.05"),
+        *("--gradient-noise-scale", "3000", "--largest-eigenvalue", "0.01"),
     ).advice
     assert advice.verdict == "safe" and advice.present.nesterov
     actions = {one.name: one for one in advice.checks if one.action}
