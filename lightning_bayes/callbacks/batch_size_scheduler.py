@@ -11,10 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_bayes.callbacks.batch_planner import BatchPlanner
 from lightning_bayes.callbacks.configuration import Sizes, group_names, read_sizes
-from lightning_bayes.callbacks.growing_loader import GrowingLoader, why_not_reload
-from lightning_bayes.callbacks.growth_checks import (
+from lightning_bayes.callbacks.growth.batch_planner import BatchPlanner
+from lightning_bayes.callbacks.growth.checks import (
     check_alone,
     check_schedulers,
     check_trainer,
@@ -23,15 +22,16 @@ from lightning_bayes.callbacks.growth_checks import (
     limit_reached,
     warnings_at_start,
 )
-from lightning_bayes.callbacks.growth_schedule import (
+from lightning_bayes.callbacks.growth.growing_loader import GrowingLoader, why_not_reload
+from lightning_bayes.callbacks.growth.schedule import (
     DecaySchedule,
     LearningRateDecay,
     Milestones,
     Schedule,
     parse_schedule,
 )
-from lightning_bayes.callbacks.schedule_steps import Pace, ScheduleSteps
-from lightning_bayes.callbacks.step_learning_rate import StepLearningRate
+from lightning_bayes.callbacks.growth.schedule_steps import Pace, ScheduleSteps
+from lightning_bayes.callbacks.growth.step_learning_rate import StepLearningRate
 from lightning_bayes.functional import BatchGrowth
 from lightning_bayes.functional._validation import count, string
 from lightning_bayes.functional.batch_growth import METHODS, RULES, GrowthMethod

@@ -9,8 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_bayes.callbacks.copied_gradients import CopiedGradients
-from lightning_bayes.callbacks.gradient_checks import (
+from lightning_bayes.callbacks.gradient_noise.checks import (
     GradientMethod,
     check_batch_size,
     check_choices,
@@ -18,12 +17,13 @@ from lightning_bayes.callbacks.gradient_checks import (
     check_several_micro_batches,
     num_micro_batches,
 )
-from lightning_bayes.callbacks.gradient_noise_metric import GradientNoiseMetric
-from lightning_bayes.callbacks.gradient_parts import layer_of, layers_of, logged_values
+from lightning_bayes.callbacks.gradient_noise.copied_gradients import CopiedGradients
+from lightning_bayes.callbacks.gradient_noise.metric import GradientNoiseMetric
+from lightning_bayes.callbacks.gradient_noise.parts import layer_of, layers_of, logged_values
+from lightning_bayes.callbacks.gradient_noise.training_gradients import TrainingGradients
+from lightning_bayes.callbacks.gradient_noise.two_batch_sizes import TwoBatchSizes
 from lightning_bayes.callbacks.step_logging import log_step
 from lightning_bayes.callbacks.trainer_inputs import step_batch_size
-from lightning_bayes.callbacks.training_gradients import TrainingGradients
-from lightning_bayes.callbacks.two_batch_sizes import TwoBatchSizes
 from lightning_bayes.curvature.capture import WAY_OUT
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.priors import trainable_names

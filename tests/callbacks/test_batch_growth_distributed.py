@@ -1,32 +1,19 @@
 """Two processes under DDP grow the batch as one process with twice the batch does."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from .growth_models import Data, column, fit
+from .processes import run_script
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """A function from method and run to what each of the two ranks saved."""
     folder = tmp_path_factory.mktemp("ddp")
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.growth_ddp_script", str(folder)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_script("growth_ddp_script", folder)
     return lambda method, run: [torch.load(folder / f"{method}-{run}-{rank}.pt") for rank in range(2)]
 
 

@@ -1,37 +1,25 @@
 """Gradient noise of two processes under DDP is that of one."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from .noise_ddp_script import CASES, STEPS, run, trained
 from .noise_models import SQUARED_NORM, TRACE
+from .processes import run_script
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:GradientNoiseScale. B_simple is not resolved:UserWarning"),
 ]
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What each of the two ranks saved."""
     folder = tmp_path_factory.mktemp("ddp")
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.noise_ddp_script", str(folder)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_script("noise_ddp_script", folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bayes import GradientNoiseScale
-from lightning_bayes.callbacks.gradient_noise_metric import GradientNoiseMetric
+from lightning_bayes.callbacks.gradient_noise.metric import GradientNoiseMetric
 from lightning_bayes.functional import GradientNoise, gradient_noise_scale
 from tests.cases import make_case
 

@@ -11,9 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_bayes.callbacks.live_copy import LiveCopy
+from lightning_bayes.callbacks.gradient_noise.live_copy import LiveCopy
+from lightning_bayes.callbacks.gradient_noise.two_batch_sizes import TwoBatchSizes, pooled
 from lightning_bayes.callbacks.reading import num_examples_of
-from lightning_bayes.callbacks.two_batch_sizes import TwoBatchSizes, pooled
 from lightning_bayes.callbacks.untouched import untouched
 from lightning_bayes.curvature.capture import CapturedLoss
 from lightning_bayes.curvature.example_gradients import ExampleGradientReader, GradientSums

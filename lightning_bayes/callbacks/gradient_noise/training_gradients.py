@@ -17,8 +17,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_bayes.callbacks.gradient_noise.two_batch_sizes import TwoBatchSizes, reduced
 from lightning_bayes.callbacks.reading import num_examples_of
-from lightning_bayes.callbacks.two_batch_sizes import TwoBatchSizes, reduced
 from lightning_bayes.curvature.base import accumulation_dtype
 
 
