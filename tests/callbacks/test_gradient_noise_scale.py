@@ -221,16 +221,17 @@ def test_a_step_whose_last_micro_batch_has_no_loss_is_passed_over(tmp_path):
 
 
 class Changing(Module):
-    """A coefficient, a buffer and a frozen layer that change in each epoch; a list that grows with every step."""
+    """Coefficients, a buffer and a frozen layer that change in each epoch; a list that grows with every step."""
 
     def __init__(self):
         super().__init__(mlp(), None, lambda module: torch.optim.SGD(module.parameters(), lr=0.05))
         self.register_buffer("shift", torch.zeros(3).double())
         self.scale, self.schedule, self.losses = 1.0, {"power": [1]}, []
+        self.temperature = torch.ones(1).double()  # no buffer
         self.network[0].requires_grad_(False)
 
     def logits(self, network, x):
-        return self.scale * network(x) ** self.schedule["power"][0] + self.shift
+        return self.scale / self.temperature * network(x) ** self.schedule["power"][0] + self.shift
 
     def training_step(self, batch, batch_idx):
         loss = F.cross_entropy(self.logits(self.network, batch[0]), batch[1])
@@ -239,6 +240,7 @@ class Changing(Module):
 
     def on_train_epoch_start(self):
         self.scale += 0.5
+        self.temperature = self.temperature * 0.7
         self.schedule["power"][0] = 1 + self.current_epoch % 2
         self.shift = self.shift + torch.arange(3.0).double()
         if self.current_epoch == 2:

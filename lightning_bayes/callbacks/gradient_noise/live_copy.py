@@ -22,9 +22,9 @@ class LiveCopy:
     """A `ModuleReader` whose copy takes over the weights, buffers and plain values of the module when told to.
 
     Weights are copied rather than shared: an embedding with `max_norm`, or a training_step that clips weights,
-    writes to them. Numbers, strings, and small lists and dictionaries of them are taken over too, such as a
-    coefficient that a schedule moves; other lists and dictionaries, and metrics, are each time as they were
-    when the module was copied, so that what a training_step appends to them is not kept.
+    writes to them. Tensors, numbers, strings, and small lists and dictionaries of the latter two are taken over
+    too, such as a coefficient that a schedule moves; other lists and dictionaries, other objects, and metrics, are
+    each time as they were when the module was copied, so that what a training_step appends to them is not kept.
 
     Args:
         trainer: Read only.
@@ -79,6 +79,11 @@ class LiveCopy:
             for name, value in values.items():
                 if not isinstance(value, PLAIN):
                     vars(mine)[name] = _structure(value)
+            for name, value in vars(
+                theirs
+            ).items():  # a temperature, say, that nobody has registered as a buffer
+                if isinstance(value, Tensor):
+                    vars(mine)[name] = value.detach().clone()
 
 
 def _identity(module: nn.Module) -> list[tuple[int, bool]]:
