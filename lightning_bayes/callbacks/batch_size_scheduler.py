@@ -15,6 +15,7 @@ from lightning_bayes.callbacks.configuration import Sizes, group_names, read_siz
 from lightning_bayes.callbacks.growth.batch_planner import BatchPlanner
 from lightning_bayes.callbacks.growth.checks import (
     check_alone,
+    check_mean_loss,
     check_schedulers,
     check_trainer,
     describe_milestones,
@@ -71,9 +72,9 @@ class BatchSizeScheduler(Callback):
         max_device_batch_size: limit on a batch of the loader in examples, for the memory of a device.
         method: "accumulate" takes k times as many batches per step and is always possible; "reload" has the
             DataModule make its training loader anew with a larger `batch_size`, which is faster, and accumulates
-            beyond `max_device_batch_size`; "auto" reloads where that limit is given, a DataModule has a
-            `batch_size`, and validation would stay where it is, and accumulates otherwise. Batch norm sees batches
-            of the loader: with "accumulate" they stay as small as they are.
+            beyond `max_device_batch_size`, and wants a loss that is a mean; "auto" reloads where that limit is
+            given, a DataModule has a `batch_size`, and validation would stay where it is, and accumulates
+            otherwise. Batch norm sees batches of the loader: with "accumulate" they stay as small as they are.
         rule: what is kept: "linear" ε/B, as in the paper; "exact" g with its -1, which raises ε by up to
             1/(1 - B/N); "sqrt" ε/√B for Adam-like optimizers, whose batch then grows by k² for each k.
         dataset_size: N in place of the counted one; needed for an IterableDataset without length.
@@ -170,6 +171,7 @@ class BatchSizeScheduler(Callback):
         self._planner.plan(math.inf, self._method)
         if self._loader is not None:
             self._loader.check()
+            check_mean_loss(trainer, pl_module)
         self._learning_rate.install(trainer.optimizers)
         if self.growth is None:
             rank_zero_info(f"BatchSizeScheduler: {self._announcement(trainer)}")

@@ -183,9 +183,10 @@ def _epochs_and_steps(present: Configuration, exact: Configuration) -> Iterator[
     passed = max(abs(time - 1), abs(steps - 1)) <= NOTICEABLE
     yield Check("epochs", passed, time, 1.0, epochs, action=True)
     counted = "A schedule or warm-up counted in steps stays as it is."
-    if abs(steps - 1) > NOTICEABLE:
+    in_all = steps / time  # of as many epochs as train as long
+    if abs(in_all - 1) > NOTICEABLE:
         counted = (
-            f"An epoch takes {exact.steps_per_epoch:.4g} steps in place of {present.steps_per_epoch:.4g}: multiply"
-            f" what is counted in steps (schedule, warm-up, max_steps) by {steps:.4g}."
+            f"An epoch takes {exact.steps_per_epoch:.4g} steps in place of {present.steps_per_epoch:.4g}: to train as"
+            f" long, multiply what is counted in steps (schedule, warm-up, max_steps) by {in_all:.4g}."
         )
-    yield Check("steps", abs(steps - 1) <= NOTICEABLE, steps, 1.0, counted, action=True)
+    yield Check("steps", abs(in_all - 1) <= NOTICEABLE, in_all, 1.0, counted, action=True)

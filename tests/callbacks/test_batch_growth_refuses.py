@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch.nn import functional as F
 from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -146,3 +147,19 @@ def test_deepspeed_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="DeepSpeedStrategy accumulates"):
         run = trainer(tmp_path, BatchSizeScheduler([1]), strategy=DeepSpeedStrategy("cpu"))
         run.fit(Net(), DataLoader(dataset(), BATCH))
+
+
+@pytest.mark.parametrize("method", ["accumulate", "reload"])
+def test_a_summed_loss_grows_with_the_batch_of_the_loader(tmp_path, method):
+    class Summed(Net):
+        def training_step(self, batch, batch_idx):
+            return F.mse_loss(self.network(batch[0]), batch[1], reduction="sum")
+
+    def run():
+        return fit(tmp_path, [1], net=Summed(), options={"factor": 2, "method": method}, max_epochs=2)
+
+    if method == "accumulate":
+        assert run().epochs[-1]["batch_size"] == 8
+        return
+    with pytest.raises(ValueError, match=r"mean over the batch.*got a sum.*accumulate"):
+        run()

@@ -145,7 +145,9 @@ def test_what_is_to_be_done_with_a_move():
     advice = advise(PRESENT, target_batch_size=2048, ema_decay=0.999)
     actions = {one.name: one for one in advice.checks if one.action}
     assert actions["warm_up"].value == pytest.approx(advice.exact.learning_rate / 0.1)
-    assert actions["steps"].value == pytest.approx(1 / 8)
+    # As many steps as leave learning rate x steps where it was, of epochs that are fewer by the same token.
+    assert actions["steps"].value == pytest.approx(0.1 / advice.exact.learning_rate)
+    assert actions["steps"].value * actions["epochs"].value == pytest.approx(1 / 8)
     assert (actions["weight_ema"].value, actions["weight_ema"].limit) == (0.999, pytest.approx(0.999**8))
     assert {one.status for one in actions.values()} == {"do"}
     # None of them is a reason to doubt.

@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_bayes.callbacks.configuration import Sizes, is_adaptive
+from lightning_bayes.callbacks.training_loss import TrainingLoss
+from lightning_bayes.callbacks.untouched import untouched
+from lightning_bayes.curvature.capture import CapturedLoss
+from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.functional import BatchGrowth
 from lightning_bayes.functional.scaling import Rule
 
@@ -38,6 +43,30 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
             f"BatchSizeScheduler cannot change how many batches {type(trainer.strategy).__name__} accumulates: its"
             " engine fixes that at the start. Use another strategy."
         )
+
+
+def check_mean_loss(trainer: Trainer, module: LightningModule) -> None:
+    """Raise a ValueError for a summed loss: its gradient grows with the loader's batch, as ε would.
+
+    A loss that cannot be read is taken to be a mean.
+    """
+    captured = _captured(trainer, module)
+    if captured is not None and captured.reduction == "sum":
+        raise ValueError(
+            'Expected a loss that is a mean over the batch with method="reload", but got a sum: from a batch k times'
+            " as large its gradient is k times as large, which undoes the growth. Use the mean, or"
+            ' method="accumulate".'
+        )
+
+
+def _captured(trainer: Trainer, module: LightningModule) -> CapturedLoss | None:
+    loss = TrainingLoss(trainer, module, None, None, None, 1)
+    with untouched(trainer), torch.enable_grad():
+        try:
+            (batch, *_), _ = loss.batches()
+            return loss.reader().read(batch, 0)
+        except (ValueError, EvidenceUnavailableError):
+            return None
 
 
 def check_schedulers(trainer: Trainer, reloads: bool) -> None:
