@@ -22,6 +22,7 @@ from lightning_bayes.functional.gradient_noise import (
     gradient_noise_scale_from_batches,
     gradient_noise_scale_from_sums,
 )
+from lightning_bayes.functional.group_advice import GroupAdvice
 from lightning_bayes.functional.layout import trainer_check
 from lightning_bayes.functional.noise_scale import (
     adam_noise_scale,
@@ -75,6 +76,7 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "AdamAdvice",
     "AdamMove",
     "Advice",
+    "GroupAdvice",
     "Check",
     "Comparison",
     "Move",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from lightning_bayes.functional._validation import positive
 from lightning_bayes.functional.adam_checks import adam_checks_of
 from lightning_bayes.functional.adam_scaling import AdamConfiguration, square_root_rule
 from lightning_bayes.functional.check import Check, Measurements, Verdict, verdict
 from lightning_bayes.functional.configuration import NoSolutionError, Targets, Unknown
+from lightning_bayes.functional.group_advice import GroupAdvice
 from lightning_bayes.functional.reach import largest_batch_size, reach_note
-from lightning_bayes.functional.summary import caveats_of, headline, no_solution
+from lightning_bayes.functional.summary import no_solution
 
 
 @dataclass(frozen=True)
@@ -54,67 +55,16 @@ class AdamMove:
 
 
 @dataclass(frozen=True)
-class AdamAdvice:
-    """What to do about one parameter group of an Adam-like optimizer, as data.
+class AdamAdvice(GroupAdvice[AdamConfiguration, AdamMove]):
+    """What to do about one parameter group of an Adam-like optimizer, as data: `GroupAdvice` by the square-root rule.
 
-    Attributes:
-        present: the configuration as it is (under a schedule: at its peak learning rate).
-        unchanged: the targets put in and nothing else changed; None if the batch would exceed the data.
-        moves: the ways to keep the noise, each with its checks; two, of which one is to be taken, where both
-            learning rate and batch size are targeted.
-        notes: what is to be said beside the checks, each a sentence.
-        equation: the invariant ε/√B with its numbers put in.
-        name: the parameter groups it is for, such as "Adam".
-        targets: what was given, by the names of the fields of an `AdamConfiguration`.
+    ε/√B is what its moves keep, and its `equation`; it is not on the scale of SGD's g.
     """
-
-    present: AdamConfiguration
-    unchanged: AdamConfiguration | None
-    moves: tuple[AdamMove, ...]
-    notes: tuple[str, ...]
-    equation: str
-    name: str = ""
-    targets: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def advised(self) -> AdamConfiguration | None:
         """The first move."""
         return self.moves[0].advised
-
-    @property
-    def checks(self) -> tuple[Check, ...]:
-        """The checks of all moves, each once."""
-        return tuple(dict.fromkeys(check for move in self.moves for check in move.checks))
-
-    @property
-    def caveats(self) -> tuple[str, ...]:
-        """Everything that limits this advice or goes with it, each a sentence: checks not passed, and notes."""
-        return caveats_of(self.moves, self.notes)
-
-    @property
-    def verdict(self) -> Verdict:
-        """How far to trust the first move: "safe", "unverified", "doubtful" or "impossible"."""
-        return self.moves[0].verdict
-
-    @property
-    def summary(self) -> str:
-        """The answer in one line."""
-        return headline(self.targets, self.moves)
-
-    @property
-    def noise_scale_before(self) -> float:
-        """The invariant ε/√B of the present configuration; not on the scale of SGD's g."""
-        return self.present.noise_scale
-
-    @property
-    def noise_scale_unchanged(self) -> float | None:
-        """The invariant ε/√B with the targets put in and nothing else changed."""
-        return None if self.unchanged is None else self.unchanged.noise_scale
-
-    @property
-    def noise_scale_after(self) -> float | None:
-        """The invariant ε/√B after the first move."""
-        return None if self.advised is None else self.advised.noise_scale
 
 
 def advise_adam(

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from lightning_bayes.functional._validation import positive
-from lightning_bayes.functional.check import Check, Measurements, Verdict
+from lightning_bayes.functional.check import Check, Measurements
 from lightning_bayes.functional.checks import checks_of
 from lightning_bayes.functional.configuration import Configuration, NoSolutionError, Targets, Unknown
 from lightning_bayes.functional.equations import exact_equation, linear_equation, noise_scale_equation
+from lightning_bayes.functional.group_advice import GroupAdvice
 from lightning_bayes.functional.reach import largest_batch_size, reach_note
 from lightning_bayes.functional.scaling import Move, Rule, solve
-from lightning_bayes.functional.summary import caveats_of, headline, no_solution
+from lightning_bayes.functional.summary import no_solution
 
 
 @dataclass(frozen=True)
-class Advice:
-    """What to do about one parameter group, as data.
+class Advice(GroupAdvice[Configuration, Move]):
+    """What to do about one parameter group of SGD, as data: `GroupAdvice` by the exact inverse of g.
 
-    Attributes:
-        present: the configuration as it is (under a schedule: at its peak learning rate).
-        unchanged: the targets put in and nothing else changed; None if the batch would exceed the data.
-        moves: the ways to keep the noise scale, each with its checks. One where a batch size or a learning
-            rate is targeted; else two, of which one is to be taken.
-        notes: what is to be said beside the checks, each a sentence.
-        equation: g of the present configuration with its numbers put in.
-        name: the parameter groups it is for, such as "SGD/pg1".
-        targets: what was given, by the names of the fields of a `Configuration`.
+    g = ε (N/B - 1) (1 - τ) / (1 - m) is what its moves keep, and its `equation`.
     """
-
-    present: Configuration
-    unchanged: Configuration | None
-    moves: tuple[Move, ...]
-    notes: tuple[str, ...]
-    equation: str
-    name: str = ""
-    targets: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def exact(self) -> Configuration | None:
@@ -47,41 +32,6 @@ class Advice:
     def linear(self) -> Configuration | None:
         """The first move, by the linear rule."""
         return self.moves[0].linear
-
-    @property
-    def checks(self) -> tuple[Check, ...]:
-        """The checks of all moves, each once."""
-        return tuple(dict.fromkeys(check for move in self.moves for check in move.checks))
-
-    @property
-    def caveats(self) -> tuple[str, ...]:
-        """Everything that limits this advice or goes with it, each a sentence: checks not passed, and notes."""
-        return caveats_of(self.moves, self.notes)
-
-    @property
-    def verdict(self) -> Verdict:
-        """How far to trust the first move: "safe", "unverified", "doubtful" or "impossible"."""
-        return self.moves[0].verdict
-
-    @property
-    def summary(self) -> str:
-        """The answer in one line."""
-        return headline(self.targets, self.moves)
-
-    @property
-    def noise_scale_before(self) -> float:
-        """The noise scale g of the present configuration."""
-        return self.present.noise_scale
-
-    @property
-    def noise_scale_unchanged(self) -> float | None:
-        """The noise scale g with the targets put in and nothing else changed."""
-        return None if self.unchanged is None else self.unchanged.noise_scale
-
-    @property
-    def noise_scale_after(self) -> float | None:
-        """The noise scale g after the first move by the exact inverse."""
-        return None if self.exact is None else self.exact.noise_scale
 
 
 def advise(
