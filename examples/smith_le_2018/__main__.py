@@ -1,0 +1,4 @@
+from examples.smith_le_2018.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The command line: `python -m examples.smith_le_2018 FIGURE --preset quick|paper`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from examples.smith_le_2018.claims import Claim, write_claims
+from examples.smith_le_2018.context import Context
+from examples.smith_le_2018.figure_4 import figure_4
+from examples.smith_le_2018.figure_5 import figure_5
+from examples.smith_le_2018.figure_6 import figure_6
+from examples.smith_le_2018.figure_7 import figure_7
+from examples.smith_le_2018.presets import PRESETS
+from examples.smith_le_2018.sweep import RunTable
+
+__all__ = ["FIGURES", "main"]
+
+FIGURES: dict[str, Callable[[Context], list[Claim]]] = {
+    "fig4": figure_4,
+    "fig5": figure_5,
+    "fig7": figure_7,
+    "fig6": figure_6,
+}
+"""Name on the command line to the function that trains, draws and judges, in the order of `all`."""
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make figures, and the table of claims.
+
+    Args:
+        arguments: of the command line; by default the process's.
+    """
+    chosen = _parser().parse_args(arguments)
+    preset = PRESETS[chosen.preset]
+    folder = (chosen.results or RESULTS) / preset.name
+    report = partial(print, flush=True)
+    runs = RunTable(folder, chosen.mnist_root, chosen.workers, report)
+    context = Context(
+        preset, chosen.seeds or preset.seeds, folder, chosen.mnist_root, runs, report, not chosen.draw_only
+    )
+    for name in FIGURES if chosen.figure == "all" else [chosen.figure]:
+        start = time.monotonic()
+        claims = FIGURES[name](context)
+        table = write_claims(folder, claims, FIGURES)
+        for claim in claims:
+            report(
+                f"{name}: {claim.quantity} = {claim.estimate:.4g} ({claim.low:.4g} to {claim.high:.4g}),"
+                f" expected {claim.expected}: {claim.verdict}"
+            )
+        report(f"{name}: {folder / name}.png, {(time.monotonic() - start) / 60:.1f} min")
+    report(f"Claims: {table}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.smith_le_2018", description="Figures of Smith & Le (ICLR 2018), with intervals."
+    )
+    parser.add_argument("figure", choices=[*FIGURES, "all"])
+    parser.add_argument("--preset", choices=list(PRESETS), default="quick", help="default: %(default)s")
+    parser.add_argument("--mnist-root", type=Path, help="folder of the whole of MNIST, downloaded there if absent")
+    parser.add_argument("--seeds", type=int, help="repeats of each run; default: the preset's")
+    parser.add_argument("--results", type=Path, help="folder of the results; default: beside this example")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one a core")
+    parser.add_argument("--draw-only", action="store_true", help="train nothing, draw the seeds that are complete")
+    return parser
