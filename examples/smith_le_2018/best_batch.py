@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from examples.smith_le_2018.claims import Claim, contains
 from examples.smith_le_2018.peak import PowerLaw, power_law
-from examples.smith_le_2018.plotting import batch_axis, band, colours, figure, log_axis
+from examples.smith_le_2018.plotting import band, batch_axis, colours, figure, log_axis
 
 __all__ = ["Sweep", "draw", "slope_claim"]
 
@@ -30,6 +31,11 @@ class Sweep:
     grids: Sequence[tuple[Sequence[int], np.ndarray]]
     labels: Sequence[str]
     fitted: int | None = None
+
+    def from_x(self, least: float) -> Sweep:
+        """The part with x of at least so much."""
+        first = next(place for place, value in enumerate(self.x) if value >= least)
+        return Sweep(self.x[first:], self.grids[first:], self.labels[first:])
 
     def law(self) -> PowerLaw:
         """The exponent over the x that are fitted."""
@@ -63,14 +69,23 @@ def draw(path: Path, sweep: Sweep, name: str, *, accuracy_floor: Callable[[float
     return law
 
 
-def _draw_law(axis, sweep: Sweep, law: PowerLaw, name: str) -> None:
+def _draw_law(axis: Axes, sweep: Sweep, law: PowerLaw, name: str) -> None:
     x = np.array(sweep.x, dtype=float)[: sweep.fitted]
     spread = np.abs(np.array([law.best_low, law.best_high]) - law.best)
-    axis.errorbar(x, law.best, yerr=spread, fmt="o", color="#1f4fd8", capsize=3, label="best batch, 95 % interval")
+    axis.errorbar(
+        x, law.best, yerr=spread, fmt="o", color="#1f4fd8", capsize=3, label="best batch, 95 % interval"
+    )
     label = f"slope {law.slope:.2f}, 95 % {law.low:.2f} to {law.high:.2f}"
     axis.plot(x, law.at(x), color="#1f4fd8", linewidth=1.3, label=label)
     middle = np.exp(np.log(x).mean()), np.exp(np.log(law.best).mean())
-    axis.plot(x, middle[1] * x / middle[0], color="#888888", linestyle="--", linewidth=1.2, label="slope 1, the paper's")
+    axis.plot(
+        x,
+        middle[1] * x / middle[0],
+        color="#888888",
+        linestyle="--",
+        linewidth=1.2,
+        label="slope 1, the paper's",
+    )
     log_axis(axis, "x")
     log_axis(axis, "y")
     axis.set(xlabel=name, ylabel="best batch size (examples)")

@@ -79,7 +79,12 @@ def _read(path: Path) -> list[Claim]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return [
-            Claim(**{key: float(value) if key in ("estimate", "low", "high") else value for key, value in row.items()})
+            Claim(
+                **{
+                    key: float(value) if key in ("estimate", "low", "high") else value
+                    for key, value in row.items()
+                }
+            )
             for row in csv.DictReader(file)
         ]
 
@@ -91,7 +96,15 @@ def _markdown(rows: list[Claim]) -> list[str]:
     ]
     for row in rows:
         interval = f"{_number(row.low)} to {_number(row.high)}"
-        cells = [row.figure, row.claim, row.quantity, _number(row.estimate), interval, row.expected, row.verdict]
+        cells = [
+            row.figure,
+            row.claim,
+            row.quantity,
+            _number(row.estimate),
+            interval,
+            row.expected,
+            row.verdict,
+        ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return lines
 

@@ -10,21 +10,27 @@ from functools import partial
 from pathlib import Path
 
 from examples.smith_le_2018.claims import Claim, write_claims
+from examples.smith_le_2018.collapse import collapse
 from examples.smith_le_2018.context import Context
+from examples.smith_le_2018.figure_3 import figure_3
 from examples.smith_le_2018.figure_4 import figure_4
 from examples.smith_le_2018.figure_5 import figure_5
 from examples.smith_le_2018.figure_6 import figure_6
 from examples.smith_le_2018.figure_7 import figure_7
+from examples.smith_le_2018.goyal import goyal
 from examples.smith_le_2018.presets import PRESETS
 from examples.smith_le_2018.sweep import RunTable
 
 __all__ = ["FIGURES", "main"]
 
 FIGURES: dict[str, Callable[[Context], list[Claim]]] = {
+    "fig3": figure_3,
     "fig4": figure_4,
     "fig5": figure_5,
-    "fig7": figure_7,
     "fig6": figure_6,
+    "fig7": figure_7,
+    "goyal": goyal,
+    "collapse": collapse,
 }
 """Name on the command line to the function that trains, draws and judges, in the order of `all`."""
 RESULTS = Path(__file__).parent / "results"
@@ -59,13 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m examples.smith_le_2018", description="Figures of Smith & Le (ICLR 2018), with intervals."
+        prog="python -m examples.smith_le_2018",
+        description="Figures of Smith & Le (ICLR 2018), with intervals.",
     )
     parser.add_argument("figure", choices=[*FIGURES, "all"])
     parser.add_argument("--preset", choices=list(PRESETS), default="quick", help="default: %(default)s")
-    parser.add_argument("--mnist-root", type=Path, help="folder of the whole of MNIST, downloaded there if absent")
+    parser.add_argument(
+        "--mnist-root", type=Path, help="folder of the whole of MNIST, downloaded there if absent"
+    )
     parser.add_argument("--seeds", type=int, help="repeats of each run; default: the preset's")
     parser.add_argument("--results", type=Path, help="folder of the results; default: beside this example")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one a core")
-    parser.add_argument("--draw-only", action="store_true", help="train nothing, draw the seeds that are complete")
+    parser.add_argument(
+        "--draw-only", action="store_true", help="train nothing, draw the seeds that are complete"
+    )
     return parser

@@ -45,7 +45,7 @@ class Run:
 
     @property
     def noise_scale(self) -> float:
-        """g = ε (N/B - 1)/(1 - m)."""
+        """G = ε (N/B - 1)/(1 - m)."""
         return sgd_noise_scale(self.learning_rate, self.batch_size, self.num_examples, self.momentum)
 
 
@@ -88,7 +88,9 @@ class Trained:
         first, first_bias, last, last_bias = self.weights
         hidden = torch.addmm(first_bias, inputs, first.t()).relu_()
         logits = torch.addmm(last_bias, hidden, last.t())
-        delta = logits.softmax(1).sub_(self.targets[indices])  # B times the mean loss's gradient in the logits
+        delta = logits.softmax(1).sub_(
+            self.targets[indices]
+        )  # B times the mean loss's gradient in the logits
         hidden_delta = (delta @ last).mul_(hidden > 0)
         share = 1 / len(indices)
         for (weight, bias), signal, source in (

@@ -6,7 +6,6 @@ import numpy as np
 
 from examples.smith_le_2018.claims import Claim, above
 from examples.smith_le_2018.context import Context
-from examples.smith_le_2018.engine import Run
 from examples.smith_le_2018.peak import best_batch_size, mean_interval
 from examples.smith_le_2018.plotting import band, batch_axis, figure
 
@@ -19,14 +18,18 @@ def figure_4(context: Context) -> list[Claim]:
     sizes = preset.batch_sizes
     seeds = context.measure("fig4", lambda seed: [preset.run(size, seed) for size in sizes])
     accuracy, loss = (
-        context.column(name, lambda size, seed: preset.run(size, seed), seeds, sizes)
-        for name in ("test_accuracy", "test_loss")
+        context.column(name, preset.run, seeds, sizes) for name in ("test_accuracy", "test_loss")
     )
     best = best_batch_size(sizes, accuracy)
     with figure(context.folder / "fig4.png") as (_, (left, right)):
-        for axis, values, name in ((left, accuracy, "test accuracy"), (right, loss, "test cross-entropy (nats)")):
+        for axis, values, name in (
+            (left, accuracy, "test accuracy"),
+            (right, loss, "test cross-entropy (nats)"),
+        ):
             band(axis, np.array(sizes), values, color="#1f4fd8")
-            axis.axvline(best, color="#888888", linestyle="--", linewidth=1, label=f"best accuracy: B = {best:.0f}")
+            axis.axvline(
+                best, color="#888888", linestyle="--", linewidth=1, label=f"best accuracy: B = {best:.0f}"
+            )
             axis.set_ylabel(name)
             batch_axis(axis)
         right.set_yscale("log")
@@ -37,7 +40,9 @@ def figure_4(context: Context) -> list[Claim]:
 
 def _claim(sizes: list[int], accuracy: np.ndarray, end: int, where: str, settings: str) -> Claim:
     """Best inside against one end; each seed's best batch size is chosen by the other seeds."""
-    others = [np.delete(accuracy, seed, 0) if len(accuracy) > 1 else accuracy for seed in range(len(accuracy))]
+    others = [
+        np.delete(accuracy, seed, 0) if len(accuracy) > 1 else accuracy for seed in range(len(accuracy))
+    ]
     inside = np.array([found[other.mean(0).argmax()] for found, other in zip(accuracy, others, strict=True)])
     estimate = mean_interval(inside - accuracy[:, end])
     return Claim(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
+from functools import partial
 
 from examples.smith_le_2018.best_batch import Sweep, draw, slope_claim
 from examples.smith_le_2018.claims import Claim, contains
 from examples.smith_le_2018.context import Context
 from examples.smith_le_2018.engine import Run
-from examples.smith_le_2018.peak import peak_ratio
+from examples.smith_le_2018.peak import Grid, peak_ratio
 from examples.smith_le_2018.presets import Preset
 
-__all__ = ["figure_5"]
+__all__ = ["figure_5", "learning_rate_runs"]
 
 
 def figure_5(context: Context) -> list[Claim]:
@@ -19,37 +19,33 @@ def figure_5(context: Context) -> list[Claim]:
     preset = context.preset
     rates = [*preset.learning_rates, *preset.too_large]
     seeds = context.measure(
-        "fig5", lambda seed: [run for rate in rates for run in _runs(preset, seed, rate)]
+        "fig5", lambda seed: [run for rate in rates for run in learning_rate_runs(preset, seed, rate)]
     )
     grids = [_grid(context, seeds, rate) for rate in rates]
     sweep = Sweep(rates, grids, [f"ε = {rate:g}" for rate in rates], len(preset.learning_rates))
-    law = draw(
-        context.folder / "fig5.png", sweep, "learning rate ε", accuracy_floor=lambda best: best - 0.08
-    )
+    law = draw(context.folder / "fig5.png", sweep, "learning rate ε", accuracy_floor=lambda best: best - 0.08)
     return [
         slope_claim("fig5", "5. The best batch size is proportional to the learning rate", "ε", law),
         _longer(context),
     ]
 
 
-def _runs(preset: Preset, seed: int, rate: float, times: float = 1.0) -> list[Run]:
+def learning_rate_runs(preset: Preset, seed: int, rate: float, times: float = 1.0) -> list[Run]:
+    """The batch sizes of one learning rate, about the best that the paper predicts."""
     sizes = preset.batch_sizes_about(learning_rate=rate)
     return [preset.run(size, seed, learning_rate=rate, times=times) for size in sizes]
 
 
-def _grid(context: Context, seeds: list[int], rate: float, times: float = 1.0) -> tuple[list[int], np.ndarray]:
+def _grid(context: Context, seeds: list[int], rate: float, times: float = 1.0) -> Grid:
     sizes = context.preset.batch_sizes_about(learning_rate=rate)
-
-    def run(size: int, seed: int) -> Run:
-        return context.preset.run(size, seed, learning_rate=rate, times=times)
-
+    run = partial(context.preset.run, learning_rate=rate, times=times)
     return sizes, context.column("test_accuracy", run, seeds, sizes)
 
 
 def _longer(context: Context) -> Claim:
     """The best batch size after 2T in units of that after T."""
     rate = context.preset.longer
-    seeds = context.measure("fig5, 2T", lambda seed: _runs(context.preset, seed, rate, times=2))
+    seeds = context.measure("fig5, 2T", lambda seed: learning_rate_runs(context.preset, seed, rate, times=2))
     ratio = peak_ratio(_grid(context, seeds, rate, times=2), _grid(context, seeds, rate))
     return Claim(
         "fig5",

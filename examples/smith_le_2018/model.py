@@ -37,7 +37,7 @@ class ShuffledBatches(BatchSampler):
 
     As `DataLoader(shuffle=True, drop_last=True)`: what is left of an epoch when fewer than B examples remain is
     left out, so that every step has B of them. Give it to a DataLoader as `batch_sampler`. It draws once an epoch;
-    torch's `RandomSampler`, as which callbacks see it, draws a second time or not, depending on where its reader stops.
+    torch's `RandomSampler` draws a second time or not, depending on where its reader stops.
 
     Args:
         num_examples: N.

@@ -54,7 +54,7 @@ def best_batch_size(batch_sizes: Sequence[int], accuracies: np.ndarray) -> float
     near = (np.abs(x - x[top]) <= OCTAVES) & (error <= TOP * error[top])
     if near.sum() < 3:
         return float(batch_sizes[top])
-    constant, linear, square = Polynomial.fit(x[near], error[near], 2).convert().coef
+    _, linear, square = Polynomial.fit(x[near], error[near], 2).convert().coef
     if square <= 0:
         return float(batch_sizes[top])
     return float(2 ** np.clip(-linear / (2 * square), x[near].min(), x[near].max()))
@@ -75,7 +75,9 @@ def power_law(x: Sequence[float], grids: Sequence[Grid]) -> PowerLaw:
     lines = np.array([stats.linregress(log_x, row)[:2] for row in log_best])
     low, high = np.quantile(lines[1:, 0], [0.025, 0.975])
     best_low, best_high = np.exp(np.quantile(log_best[1:], [0.025, 0.975], axis=0))
-    return PowerLaw(*map(float, (lines[0, 0], low, high, lines[0, 1])), np.exp(log_best[0]), best_low, best_high)
+    return PowerLaw(
+        *map(float, (lines[0, 0], low, high, lines[0, 1])), np.exp(log_best[0]), best_low, best_high
+    )
 
 
 def peak_ratio(numerator: Grid, denominator: Grid) -> tuple[float, float, float]:
@@ -101,8 +103,11 @@ def _resampled_log_best(grids: Sequence[Grid]) -> np.ndarray:
     """
     seeds = len(grids[0][1])
     generator = np.random.default_rng(0)
-    draws = [np.arange(seeds), *generator.integers(seeds, size=(RESAMPLES, seeds))]
-    return np.log([[best_batch_size(sizes, found[draw]) for sizes, found in grids] for draw in draws])
+    draws = [np.arange(seeds), *np.sort(generator.integers(seeds, size=(RESAMPLES, seeds)))]
+    # Few seeds have few distinct resamples (126 of five): each is fitted once.
+    distinct, which = np.unique(draws, axis=0, return_inverse=True)
+    log_best = np.log([[best_batch_size(sizes, found[draw]) for sizes, found in grids] for draw in distinct])
+    return log_best[which.reshape(-1)]
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float, float]:

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
-__all__ = ["batch_axis", "band", "colours", "figure", "log_axis"]
+__all__ = ["band", "batch_axis", "colours", "figure", "log_axis"]
 
 STYLE = {
     "font.size": 10,
@@ -33,7 +33,9 @@ STYLE = {
 
 
 @contextmanager
-def figure(path: Path, columns: int = 2, width: float = 8.4, height: float = 3.5) -> Iterator[tuple[Figure, list[Axes]]]:
+def figure(
+    path: Path, columns: int = 2, width: float = 8.4, height: float = 3.5
+) -> Iterator[tuple[Figure, list[Axes]]]:
     """Panels in a row; written to `path` at the end."""
     with plt.rc_context(STYLE):
         made, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")

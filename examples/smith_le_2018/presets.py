@@ -88,7 +88,9 @@ class Preset:
             seed=seed,
         )
 
-    def batch_sizes_about(self, *, learning_rate: float | None = None, momentum: float | None = None) -> list[int]:
+    def batch_sizes_about(
+        self, *, learning_rate: float | None = None, momentum: float | None = None
+    ) -> list[int]:
         """Batch sizes `around` times ε/(1 - m) in units of this preset's; whole, from 1 to N.
 
         Args:

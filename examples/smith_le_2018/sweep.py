@@ -69,7 +69,9 @@ class RunTable:
                 self.table.append(row | {"seconds": round(seconds, 1)})
             done += cost(run)
             left = (time.monotonic() - start) * (total - done) / done
-            self.report(f"{name}: {number} of {len(jobs)} runs, {_duration(left)} left. {_describe(run, found[-1])}")
+            self.report(
+                f"{name}: {number} of {len(jobs)} runs, {_duration(left)} left. {_describe(run, found[-1])}"
+            )
 
     def find(self, run: Run, step: int | None = None) -> Row | None:
         """The measurement of a run after some steps (its last by default), None if there is none yet."""

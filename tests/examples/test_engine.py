@@ -29,7 +29,8 @@ def lightning_weights(run: Run, images, labels, callbacks) -> list[torch.Tensor]
         network(run.seed, hidden=30).double(), run.learning_rate, run.momentum, run.weight_decay
     )
     loader = DataLoader(
-        TensorDataset(images, labels), batch_sampler=ShuffledBatches(run.num_examples, run.batch_size, run.seed)
+        TensorDataset(images, labels),
+        batch_sampler=ShuffledBatches(run.num_examples, run.batch_size, run.seed),
     )
     trainer = L.Trainer(
         max_steps=run.steps,
