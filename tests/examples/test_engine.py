@@ -8,20 +8,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from examples.smith_le_2018.data import Digits
 from examples.smith_le_2018.engine import Run, Trained, train
 from examples.smith_le_2018.model import DigitClassifier, ShuffledBatches, network
 from lightning_bayes import LaplaceEvidence, SGDNoiseScale
+from tests.examples.digits import made_digits, sparse_images
 
 STEPS = 48
-
-
-def sparse_digits(size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images in float64 of which some pixels are zero throughout, as the corners of MNIST are."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.rand(size, 784, generator=generator, dtype=torch.float64)
-    images[:, torch.rand(784, generator=generator) < 0.3] = 0
-    return images, torch.randint(10, (size,), generator=generator)
 
 
 def lightning_weights(run: Run, images, labels, callbacks) -> list[torch.Tensor]:
@@ -49,7 +41,7 @@ def lightning_weights(run: Run, images, labels, callbacks) -> list[torch.Tensor]
 @pytest.mark.parametrize("batch_size", [7, 50], ids=["last batch left out", "full batch"])
 def test_same_trajectory_as_lightning_with_callbacks(batch_size, weight_decay):
     run = Run(50, batch_size, 0.1, 0.9, weight_decay, STEPS, seed=3)
-    images, labels = sparse_digits(run.num_examples)
+    images, labels = sparse_images(run.num_examples)
     noise = SGDNoiseScale(dataset_size=50)  # the last batch that is left out is another in each epoch
     evidence = LaplaceEvidence(structure="diag", prior_precision=1.0, every_n_epochs=4)
     expected = lightning_weights(run, images, labels, [noise, evidence])
@@ -70,7 +62,7 @@ def test_same_trajectory_as_lightning_with_callbacks(batch_size, weight_decay):
 
 def test_noise_scale_is_that_of_the_callback():
     run = Run(50, 7, 0.1, 0.9, 0.0, 5, seed=0)
-    images, labels = sparse_digits(run.num_examples)
+    images, labels = sparse_images(run.num_examples)
     noise = SGDNoiseScale(dataset_size=50)  # the last batch that is left out is another in each epoch
     module = DigitClassifier(network(0, hidden=30).double(), run.learning_rate, run.momentum)
     loader = DataLoader(TensorDataset(images, labels), batch_sampler=ShuffledBatches(50, 7, 0))
@@ -88,19 +80,14 @@ def test_noise_scale_is_that_of_the_callback():
     assert trainer.callback_metrics["bayes/noise_scale"].item() == pytest.approx(run.noise_scale, rel=1e-6)
 
 
-def tiny_digits(size: int = 60) -> Digits:
-    images, labels = sparse_digits(size)
-    return Digits("made", (images * 255).byte(), labels, (images[:20] * 255).byte(), labels[:20])
-
-
 def test_a_longer_run_passes_through_a_shorter_one():
     short, long = Run(40, 8, 0.05, 0.9, 0.0, 30, seed=1), Run(40, 8, 0.05, 0.9, 0.0, 60, seed=1)
-    digits = tiny_digits()
+    digits = made_digits()
     assert train(digits, long, [30])[0] == train(digits, short)[0]
 
 
 def test_a_run_that_overflows_ends_as_a_guess():
-    found = train(tiny_digits(), Run(40, 4, 1e30, 0.9, 0.0, 300, seed=0), [100])
+    found = train(made_digits(), Run(40, 4, 1e30, 0.9, 0.0, 300, seed=0), [100])
     assert [measured.step for measured in found] == [100, 300]
     assert all(measured.test_loss == float("inf") for measured in found)
     assert found[0] == replace(found[1], step=100)
