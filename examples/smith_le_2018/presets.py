@@ -111,7 +111,7 @@ PRESETS = {
     for preset in (
         Preset(
             name="quick",
-            seeds=2,
+            seeds=5,
             num_examples=1000,
             learning_rate=0.2,
             momentum=0.9,
@@ -129,7 +129,7 @@ PRESETS = {
                 4000: (48, 64, 96, 128, 256),
             },
             small_batch=60,
-            prior_precisions=(0.0, 10.0),
+            prior_precisions=(0.0, 1.0, 10.0),
             points=12,
         ),
         Preset(

@@ -87,6 +87,11 @@ class RunTable:
     def _settings(self, run: Run, step: int) -> Row:
         return {"digits": self.digits, **{name: getattr(run, name) for name in SETTINGS}, "step": step}
 
+    def run_of(self, row: Row) -> Run:
+        """The run that a row of `runs.csv` is the last measurement of."""
+        settings = {name: row[name] for name in SETTINGS}
+        return Run(steps=int(row["step"]), **settings)  # type: ignore[arg-type] # each column has its type
+
     def _results(
         self, jobs: Sequence[tuple[Run, Sequence[int]]]
     ) -> Iterator[tuple[Run, list[Measurement], float]]:

@@ -46,7 +46,9 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path, torn):
 def test_other_columns_are_refused(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "runs.csv").write_text("seed,accuracy\n")
-    with pytest.raises(ValueError, match=r"columns \['seed', 'rate', 'accuracy'\], but got \['seed', 'accuracy'\]"):
+    with pytest.raises(
+        ValueError, match=r"columns \['seed', 'rate', 'accuracy'\], but got \['seed', 'accuracy'\]"
+    ):
         table(tmp_path)
 
 
@@ -61,7 +63,7 @@ def test_claims_of_other_figures_stay_and_order_is_kept(tmp_path):
     rows = path.read_text().splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| fig3", "| fig4", "| fig5"]
     assert "a \\| quantity" in rows[0]
-    assert "−1,234" in rows[2]  # noqa: RUF001
+    assert "−1,234" in rows[2]
 
 
 def test_verdicts():

@@ -57,7 +57,9 @@ def test_what_was_done_before_an_interruption_is_kept(tmp_path, trained, monkeyp
 def test_progress_says_what_and_how_long(tmp_path, trained):
     lines = []
     RunTable(tmp_path, report=lines.append).measure("fig9", RUNS, last_step)
-    assert lines[-1].startswith("fig9: 4 of 4 runs, 0.0 min left. N=40 B=8 ε=0.05 m=0.9 L2=0 seed=1: test accuracy")
+    assert lines[-1].startswith(
+        "fig9: 4 of 4 runs, 0.0 min left. N=40 B=8 ε=0.05 m=0.9 L2=0 seed=1: test accuracy"
+    )
 
 
 def test_a_value_that_is_not_there_says_so(tmp_path, trained):
@@ -89,8 +91,10 @@ def test_training_sets_are_nested_and_never_hold_a_test_image():
     large, _ = training_set(digits, 1000, seed=4)
     assert (large[:500] == small).all() and labels.bincount().min() > 20
     test = {image.numpy().tobytes() for image in digits.test_images}
-    assert len(digits.test_labels) == 1000 and not test & {image.numpy().tobytes() for image in digits.train_images}
-    with pytest.raises(ValueError, match="from 1 to 4000, .* but got 5000. Give `--mnist-root`"):
+    assert len(digits.test_labels) == 1000 and not test & {
+        image.numpy().tobytes() for image in digits.train_images
+    }
+    with pytest.raises(ValueError, match=r"from 1 to 4000, .* but got 5000. Give `--mnist-root`"):
         training_set(digits, 5000, seed=0)
 
 

@@ -1,0 +1,59 @@
+"""Rows of `runs.csv` once more: the settings and the seed in a row are all that its numbers come from."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from examples.smith_le_2018.context import Context
+from examples.smith_le_2018.data import load_digits
+from examples.smith_le_2018.engine import train
+from examples.smith_le_2018.results import Row
+from examples.smith_le_2018.sweep import cost
+
+__all__ = ["TOLERANCE", "check", "differences"]
+
+TOLERANCE = 0.005
+"""In test accuracy. On one machine nothing differs; another one's sums round otherwise, and training amplifies it."""
+CHEAP = 0.5
+"""Of the runs that were trained to the end, the cheaper share is what is run once more."""
+
+
+def check(context: Context, rows: int = 2) -> None:
+    """Run some rows again, drawn at random, and say what came out.
+
+    Args:
+        context: whose `runs.csv` it is.
+        rows: how many.
+
+    Raises:
+        ValueError: if a test accuracy differs by more than the tolerance.
+    """
+    worst = 0.0
+    for row, accuracy in differences(context, rows, random.Random()):
+        difference = abs(accuracy - float(row["test_accuracy"]))
+        worst = max(worst, difference)
+        context.report(
+            f"{context.runs.run_of(row)}: test accuracy {row['test_accuracy']} in the file, {accuracy} now"
+        )
+    if worst > TOLERANCE:
+        raise ValueError(
+            f"Expected the same test accuracies within {TOLERANCE}, but one differs by {worst:.4f}."
+        )
+
+
+def differences(context: Context, rows: int, draw: random.Random) -> list[tuple[Row, float]]:
+    """Rows of the file, each with the test accuracy that its run reaches now.
+
+    Drawn from the runs that fit their training set; one that never settles differs after a rounding.
+    """
+    table = context.runs
+    settled = [
+        row for row in table.table.rows if row["digits"] == table.digits and float(row["train_loss"]) < 0.01
+    ]
+    settled.sort(key=lambda row: cost(table.run_of(row)))
+    chosen = draw.sample(settled[: max(rows, round(CHEAP * len(settled)))], rows)
+    torch.set_num_threads(1)
+    digits = load_digits(context.mnist_root)
+    return [(row, train(digits, table.run_of(row))[-1].test_accuracy) for row in chosen]
