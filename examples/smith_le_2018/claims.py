@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-__all__ = ["Claim", "above", "contains", "write_claims"]
+__all__ = ["Claim", "above", "contains", "insert_table", "write_claims"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,24 @@ def write_claims(folder: Path, claims: Iterable[Claim], order: Iterable[str]) ->
     markdown = folder / "claims.md"
     markdown.write_text("\n".join(_markdown(rows)) + "\n", encoding="utf-8")
     return markdown
+
+
+def insert_table(page: Path, preset: str, table: Path) -> None:
+    """Put a table of claims into a page, between the comments that name the preset; a page without them stays.
+
+    Args:
+        page: a Markdown file with `<!-- claims: PRESET -->` and `<!-- end of claims: PRESET -->`.
+        preset: whose claims they are.
+        table: `claims.md`.
+    """
+    text = page.read_text(encoding="utf-8")
+    begin, end = f"<!-- claims: {preset} -->\n", f"<!-- end of claims: {preset} -->\n"
+    before, found, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if found and found_end:
+        page.write_text(
+            f"{before}{begin}\n{table.read_text(encoding='utf-8')}\n{end}{after}", encoding="utf-8"
+        )
 
 
 def _read(path: Path) -> list[Claim]:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from examples.smith_le_2018.check import check
-from examples.smith_le_2018.claims import Claim, write_claims
+from examples.smith_le_2018.claims import Claim, insert_table, write_claims
 from examples.smith_le_2018.collapse import collapse
 from examples.smith_le_2018.context import Context
 from examples.smith_le_2018.data import SMALL_TRAIN_SIZE
@@ -36,6 +36,7 @@ FIGURES: dict[str, Callable[[Context], list[Claim]]] = {
 }
 """Name on the command line to the function that trains, draws and judges, in the order of `all`."""
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent / "README.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,24 +56,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     folder = (chosen.results or RESULTS) / preset.name
     report = partial(print, flush=True)
-    runs = RunTable(folder, chosen.mnist_root, chosen.workers, report)
-    context = Context(
-        preset, chosen.seeds or preset.seeds, folder, chosen.mnist_root, runs, report, not chosen.draw_only
-    )
-    if chosen.figure == "check":
-        check(context)
-        return
-    for name in FIGURES if chosen.figure == "all" else [chosen.figure]:
-        start = time.monotonic()
-        claims = FIGURES[name](context)
-        table = write_claims(folder, claims, FIGURES)
-        for claim in claims:
-            report(
-                f"{name}: {claim.quantity} = {claim.estimate:.4g} ({claim.low:.4g} to {claim.high:.4g}),"
-                f" expected {claim.expected}: {claim.verdict}"
-            )
-        report(f"{name}: {folder / name}.png, {(time.monotonic() - start) / 60:.1f} min")
+    with RunTable(folder, chosen.mnist_root, chosen.workers, report) as runs:
+        seeds = chosen.seeds or preset.seeds
+        context = Context(preset, seeds, folder, chosen.mnist_root, runs, report, not chosen.draw_only)
+        if chosen.figure == "check":
+            check(context)
+            return
+        for name in FIGURES if chosen.figure == "all" else [chosen.figure]:
+            table = _make(name, context)
+    if chosen.results is None:
+        insert_table(README, preset.name, table)
     report(f"Claims: {table}")
+
+
+def _make(name: str, context: Context) -> Path:
+    """One figure, its lines in the table of claims, and on the screen."""
+    start = time.monotonic()
+    claims = FIGURES[name](context)
+    for claim in claims:
+        context.report(
+            f"{name}: {claim.quantity} = {claim.estimate:.4g} ({claim.low:.4g} to {claim.high:.4g}), expected"
+            f" {claim.expected}: {claim.verdict}"
+        )
+    context.report(f"{name}: {context.folder / name}.png, {(time.monotonic() - start) / 60:.1f} min")
+    return write_claims(context.folder, claims, FIGURES)
 
 
 def _count(text: str) -> int:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from multiprocessing import get_context
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 import torch
@@ -42,8 +43,19 @@ class RunTable:
         self.mnist_root = mnist_root
         self.workers = workers
         self.report = report
+        self._pool: Pool | None = None
         columns = {"digits": str, **SETTINGS, **MEASURED, "seconds": float}
         self.table = Table(folder / "runs.csv", columns, ["digits", *SETTINGS, "step"])
+
+    def __enter__(self) -> RunTable:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Let the processes go; they start at the first run, and stay for the figures after it."""
+        if self._pool is not None:
+            self._pool.terminate()
+            self._pool.join()
+            self._pool = None
 
     @property
     def digits(self) -> str:
@@ -99,9 +111,10 @@ class RunTable:
             _start(self.mnist_root)
             yield from map(_work, jobs)
             return
-        # "spawn": a forked copy of a process that has used torch's threads may hang.
-        with get_context("spawn").Pool(self.workers, _start, (self.mnist_root,)) as pool:
-            yield from pool.imap_unordered(_work, jobs)
+        if self._pool is None:
+            # "spawn": a forked copy of a process that has used torch's threads may hang.
+            self._pool = get_context("spawn").Pool(self.workers, _start, (self.mnist_root,))
+        yield from self._pool.imap_unordered(_work, jobs)
 
 
 def cost(run: Run) -> float:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from examples.smith_le_2018.claims import Claim, above, contains, write_claims
+from examples.smith_le_2018.claims import Claim, above, contains, insert_table, write_claims
 from examples.smith_le_2018.results import Table
 
 COLUMNS = {"seed": int, "rate": float, "accuracy": float}
@@ -64,6 +64,17 @@ def test_claims_of_other_figures_stay_and_order_is_kept(tmp_path):
     assert [row.split(" | ")[0] for row in rows] == ["| fig3", "| fig4", "| fig5"]
     assert "a \\| quantity" in rows[0]
     assert "−1,234" in rows[2]
+
+
+def test_table_is_put_into_a_page(tmp_path):
+    page, table = tmp_path / "README.md", tmp_path / "claims.md"
+    page.write_text("a\n<!-- claims: quick -->\nold\n<!-- end of claims: quick -->\nb\n")
+    table.write_text("| new |\n")
+    for _ in range(2):
+        insert_table(page, "quick", table)
+        insert_table(page, "paper", table)
+    expected = "a\n<!-- claims: quick -->\n\n| new |\n\n<!-- end of claims: quick -->\nb\n"
+    assert page.read_text() == expected
 
 
 def test_verdicts():

@@ -78,11 +78,14 @@ def test_moments_on_the_way_are_measured_and_asked_for(tmp_path, trained):
 @pytest.mark.slow
 def test_number_of_processes_does_not_matter(tmp_path):
     runs = [Run(100, size, 0.05, 0.9, 0.0, 20, seed=1) for size in (5, 10, 20)]
-    tables = [RunTable(tmp_path / str(workers), workers=workers) for workers in (1, 2)]
-    for table in tables:
-        table.measure("a", runs, last_step)
-    one, two = ([table.find(run) | {"seconds": 0} for run in runs] for table in tables)
-    assert one == two
+
+    def measured(workers):
+        with RunTable(tmp_path / str(workers), workers=workers) as table:
+            table.measure("a", runs[:1], last_step)
+            table.measure("b", runs, last_step)
+            return [table.find(run) | {"seconds": 0} for run in runs]
+
+    assert measured(1) == measured(2)
 
 
 def test_training_sets_are_nested_and_never_hold_a_test_image():
