@@ -60,8 +60,10 @@ def draw(path: Path, sweep: Sweep, name: str, *, accuracy_floor: Callable[[float
         for (sizes, found), label, colour in zip(
             sweep.grids, sweep.labels, colours(len(sweep.x)), strict=True
         ):
-            band(left, np.array(sizes), found, color=colour, label=label)
-        left.set_ylim(accuracy_floor(best), None)
+            highest = found.mean(0).max()
+            unseen = f", at most {highest:.2f}" if highest < accuracy_floor(best) else ""
+            band(left, np.array(sizes), found, color=colour, label=label + unseen)
+        left.set_ylim(accuracy_floor(best), best + 0.1 * (best - accuracy_floor(best)))
         left.set_ylabel("test accuracy")
         batch_axis(left)
         left.legend(fontsize=8, ncols=2 if len(sweep.x) > 4 else 1, loc="lower right", handlelength=1.2)

@@ -7,7 +7,7 @@ import numpy as np
 from examples.smith_le_2018.claims import Claim, above
 from examples.smith_le_2018.context import Context
 from examples.smith_le_2018.peak import best_batch_size, mean_interval
-from examples.smith_le_2018.plotting import band, batch_axis, figure
+from examples.smith_le_2018.plotting import band, batch_axis, figure, log_axis
 
 __all__ = ["figure_4"]
 
@@ -32,7 +32,7 @@ def figure_4(context: Context) -> list[Claim]:
             )
             axis.set_ylabel(name)
             batch_axis(axis)
-        right.set_yscale("log")
+        log_axis(right, "y", [0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0])
         left.legend(loc="lower right", fontsize=9)
     settings = f"N = {preset.num_examples:,}, ε = {preset.learning_rate:g}, m = {preset.momentum:g}"
     return [_claim(sizes, accuracy, end, where, settings) for end, where in ((0, "smallest"), (-1, "full"))]

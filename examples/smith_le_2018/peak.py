@@ -15,7 +15,7 @@ Grid = tuple[Sequence[int], np.ndarray]
 """Batch sizes [b] and the test accuracies that they reach, [seeds, b]."""
 
 RESAMPLES = 2000
-TOP = 1.5
+TOP = 1.25
 """The peak is fitted to batch sizes whose test error is at most so many times the least one's..."""
 OCTAVES = 1.01
 """... and that are at most an octave from the best of the grid."""
