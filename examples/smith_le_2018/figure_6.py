@@ -12,9 +12,6 @@ from examples.smith_le_2018.presets import Preset
 
 __all__ = ["figure_6", "num_examples_runs"]
 
-LARGE = 0.2
-"""The paper's claim is on the larger training sets: here those of at least this share of the largest."""
-
 
 def figure_6(context: Context) -> list[Claim]:
     """Training sets from small to nearly all digits, each trained for the same number of steps."""
@@ -30,12 +27,12 @@ def figure_6(context: Context) -> list[Claim]:
     sweep = Sweep(list(by_size), grids, [f"N = {n:,}" for n in by_size])
     path = context.folder / "fig6.png"
     law = draw(path, sweep, "training examples N", accuracy_floor=lambda best: best - 0.12)
-    large = sweep.from_x(LARGE * max(by_size))
+    large = sweep.from_x(preset.proportional_from)
     claim = "6. The best batch size is proportional to the training set's"
-    return [
-        slope_claim("fig6", claim, f"N, for N ≥ {large.x[0]:,}", large.law()),
-        slope_claim("fig6", "The same, small training sets included", "N, all", law),
-    ]
+    claims = [slope_claim("fig6", claim, f"N, from {preset.proportional_from:,} on", large.law())]
+    if len(large.x) < len(sweep.x):
+        claims.append(slope_claim("fig6", "The same, for smaller training sets as well", "N, all", law))
+    return claims
 
 
 def num_examples_runs(preset: Preset, seed: int, num_examples: int) -> list[Run]:
