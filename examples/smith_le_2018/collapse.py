@@ -20,6 +20,9 @@ from examples.smith_le_2018.presets import Preset
 __all__ = ["collapse", "explained"]
 
 RESAMPLES = 2000
+MARKERS = "osD^vP*X<>dph"
+SHOWN = 0.06
+"""How far below the best accuracy the axes go."""
 BINS_PER_OCTAVE = 1
 """Bins of g or B, within which accuracy should be the same."""
 
@@ -40,12 +43,13 @@ def collapse(context: Context) -> list[Claim]:
         "collapse", lambda seed: [run for _, runs in _sweeps(preset, seed) for run in runs]
     )
     clouds = [_cloud(context, seeds, number) for number in range(len(_sweeps(preset, 0)))]
-    same_n = [cloud for cloud in clouds if cloud.runs[0].num_examples == preset.num_examples]
-    by_n = [cloud for cloud in clouds if cloud.label.startswith("N")]
+    by_n = clouds[-len(preset.by_num_examples) :]
+    same_n = clouds[: -len(by_n)]
     with figure(context.folder / "collapse.png", columns=3, width=10.8, height=3.7) as (_, axes):
         _scatter(axes[0], same_n, "batch_size")
         _scatter(axes[1], same_n, "noise_scale")
         _by_n(axes[2], by_n)
+        axes[0].set_ylabel("test accuracy")
         axes[1].legend(fontsize=7, ncols=2, loc="lower left", handletextpad=0.1, columnspacing=0.6)
     return [_claim(same_n)]
 
@@ -67,20 +71,14 @@ def _cloud(context: Context, seeds: list[int], number: int) -> _Cloud:
 
 
 def _scatter(axis: Axes, clouds: list[_Cloud], of: str) -> None:
+    """All settings of one N, those that did not train below the axis."""
     best = max(cloud.accuracies.mean(0).max() for cloud in clouds)
-    for cloud, colour, marker in zip(
-        clouds, colours(len(clouds)), "osD^vP*X<>dph"[: len(clouds)], strict=True
-    ):
-        axis.plot(
-            [getattr(run, of) for run in cloud.runs],
-            cloud.accuracies.mean(0),
-            marker,
-            color=colour,
-            alpha=0.8,
-            label=cloud.label,
-        )
-    axis.set_ylim(best - 0.08, best + 0.004)
-    axis.set_ylabel("test accuracy")
+    for cloud, colour, marker in zip(clouds, colours(len(clouds)), MARKERS[: len(clouds)], strict=True):
+        mean = cloud.accuracies.mean(0)
+        seen = mean > best - SHOWN
+        x = np.array([getattr(run, of) for run in cloud.runs])
+        axis.plot(x[seen], mean[seen], marker, color=colour, alpha=0.8, label=cloud.label)
+    axis.set_ylim(best - SHOWN, best + 0.05 * SHOWN)
     if of == "batch_size":
         batch_axis(axis)
     else:

@@ -23,9 +23,9 @@ def figure_5(context: Context) -> list[Claim]:
     )
     grids = [_grid(context, seeds, rate) for rate in rates]
     sweep = Sweep(rates, grids, [f"ε = {rate:g}" for rate in rates], len(preset.learning_rates))
-    law = draw(context.folder / "fig5.png", sweep, "learning rate ε", accuracy_floor=lambda best: best - 0.08)
+    draw(context.folder / "fig5.png", sweep, "learning rate ε", accuracy_floor=lambda best: best - 0.08)
     return [
-        slope_claim("fig5", "5. The best batch size is proportional to the learning rate", "ε", law),
+        slope_claim("fig5", "5. The best batch size is proportional to the learning rate", "ε", sweep),
         _longer(context),
     ]
 

@@ -26,12 +26,12 @@ def figure_6(context: Context) -> list[Claim]:
     ]
     sweep = Sweep(list(by_size), grids, [f"N = {n:,}" for n in by_size])
     path = context.folder / "fig6.png"
-    law = draw(path, sweep, "training examples N", accuracy_floor=lambda best: best - 0.12)
+    draw(path, sweep, "training examples N", accuracy_floor=lambda best: best - 0.12)
     large = sweep.from_x(preset.proportional_from)
     claim = "6. The best batch size is proportional to the training set's"
-    claims = [slope_claim("fig6", claim, f"N, from {preset.proportional_from:,} on", large.law())]
+    claims = [slope_claim("fig6", claim, f"N, from {preset.proportional_from:,} on", large)]
     if len(large.x) < len(sweep.x):
-        claims.append(slope_claim("fig6", "The same, for smaller training sets as well", "N, all", law))
+        claims.append(slope_claim("fig6", "The same, for smaller training sets as well", "N, all", sweep))
     return claims
 
 

@@ -25,9 +25,9 @@ def figure_7(context: Context) -> list[Claim]:
         grids.append((sizes, context.column("test_accuracy", partial(preset.run, momentum=m), seeds, sizes)))
     sweep = Sweep([1 / (1 - m) for m in preset.momenta], grids, [f"m = {m:g}" for m in preset.momenta])
     path = context.folder / "fig7.png"
-    law = draw(path, sweep, "1/(1 − m), m the momentum", accuracy_floor=lambda best: best - 0.08)
+    draw(path, sweep, "1/(1 − m), m the momentum", accuracy_floor=lambda best: best - 0.08)
     claim = "7. The best batch size is proportional to 1/(1 − m)"
-    return [slope_claim("fig7", claim, "1/(1 − m)", law)]
+    return [slope_claim("fig7", claim, "1/(1 − m)", sweep)]
 
 
 def momentum_runs(preset: Preset, seed: int, momentum: float) -> list[Run]:

@@ -48,7 +48,8 @@ def goyal(context: Context) -> list[Claim]:
         for line, colour in zip(kept, colours(len(kept)), strict=True):
             band(axis, line.rates, line.accuracies, color=colour, label=line.label)
         log_axis(axis, ticks=list(preset.learning_rates))
-        axis.set_ylim(kept[best].accuracies.mean() - 0.08, None)
+        highest = kept[best].accuracies.mean()
+        axis.set_ylim(highest - 0.06, highest + 0.01)
         axis.set(xlabel="learning rate ε", ylabel="test accuracy")
         axis.legend(title="B/ε, kept constant", fontsize=8, title_fontsize=8, ncols=2, loc="lower left")
     return [_claim(kept[best])]
