@@ -47,11 +47,19 @@ def differences(context: Context, rows: int, draw: random.Random) -> list[tuple[
     """Rows of the file, each with the test accuracy that its run reaches now.
 
     Drawn from the runs that fit their training set; one that never settles differs after a rounding.
+
+    Raises:
+        ValueError: if there are too few.
     """
     table = context.runs
     settled = [
         row for row in table.table.rows if row["digits"] == table.digits and float(row["train_loss"]) < 0.01
     ]
+    if len(settled) < rows:
+        raise ValueError(
+            f"Expected {table.table.path} to have at least {rows} runs on {table.digits} that fit their training set,"
+            f" but got {len(settled)}. Make a figure first."
+        )
     settled.sort(key=lambda row: cost(table.run_of(row)))
     chosen = draw.sample(settled[: max(rows, round(CHEAP * len(settled)))], rows)
     torch.set_num_threads(1)
