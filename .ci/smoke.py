@@ -1,6 +1,9 @@
 """The built wheel, used once: imported from where it was installed, typed, and right on a known number."""
 
+import json
 import math
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,4 +28,9 @@ if not math.isclose(evidence.log_evidence, -0.5 * math.log(2 * math.pi * 2), rel
     raise SystemExit(f"wrong evidence: {evidence}")
 if not math.isclose(sgd_noise_scale(0.1, 32, 1000, 0.9), 30.25):
     raise SystemExit("wrong noise scale")
+command = [sys.executable, "-m", "lightning_bayes", "advise", "--lr", "0.1", "--batch-size", "32"]
+command += ["--dataset-size", "1000", "--target-batch-size", "64", "--json"]
+(advice,) = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)["advice"]
+if not math.isclose(advice["moves"][0]["linear"]["learning_rate"], 0.2):
+    raise SystemExit(f"wrong advice: {advice}")
 print("wheel", lightning_bayes.__version__, "works")

@@ -1,6 +1,6 @@
 """Bayesian evidence, SGD noise scale and scaling advice for PyTorch Lightning."""
 
-from lightning_bayes.callbacks import LaplaceEvidence, ScalingAdvisor, SGDNoiseScale
+from lightning_bayes.callbacks import LaplaceEvidence, ScalingAdvisor, SGDNoiseScale, Stability
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.likelihoods import (
     Bernoulli,
@@ -10,9 +10,11 @@ from lightning_bayes.curvature.likelihoods import (
     Likelihood,
 )
 from lightning_bayes.curve import EvidenceCurve, evidence_curve
+from lightning_bayes.eigenvalue import Eigenvalue, largest_eigenvalue
 from lightning_bayes.evidence import Evidence
 from lightning_bayes.laplace import laplace_evidence
 from lightning_bayes.refitting import refit_prior_precision
+from lightning_bayes.stability import StabilityReading
 
 __version__ = "0.1.0"
 
@@ -21,12 +23,16 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "LaplaceEvidence",
     "SGDNoiseScale",
     "ScalingAdvisor",
+    "Stability",
+    "StabilityReading",
     # Without a Trainer
     "laplace_evidence",
     "Evidence",
     "evidence_curve",
     "EvidenceCurve",
     "refit_prior_precision",
+    "largest_eigenvalue",
+    "Eigenvalue",
     "EvidenceUnavailableError",
     # Likelihoods
     "Bernoulli",

@@ -26,7 +26,7 @@ from lightning_bayes.evaluation import Forward, Totals, evidence_of, read_all
 from lightning_bayes.evidence import Evidence
 from lightning_bayes.options import Method, check_options, sampling_if_many_columns
 
-__all__ = ["Computation", "laplace_evidence"]
+__all__ = ["Computation", "examples_of_data", "forward_of_pair", "laplace_evidence", "require_device"]
 
 _Result = TypeVar("_Result")
 
@@ -136,7 +136,7 @@ class Computation:
         check_options(self.batch_size, self.max_examples)
         require_prior_precision(self.prior_precision)
         resolve_likelihood(self.likelihood)
-        _device(self.device)
+        require_device(self.device)
 
     def run(
         self, model: nn.Module, data: object, conclude: Callable[[Totals, Likelihood, Prior], _Result]
@@ -146,11 +146,11 @@ class Computation:
             raise ValueError(
                 f"Expected argument `model` to be a torch.nn.Module, got {type(model).__name__}."
             )
-        likelihood, device = resolve_likelihood(self.likelihood), _device(self.device)
+        likelihood, device = resolve_likelihood(self.likelihood), require_device(self.device)
         if self.subset_of_weights != "last_layer":  # a wrong prior is found before the data are read
             prior_from(model, self.prior_precision, subset=self._named_subset(model))
         with isolated(data):
-            examples = _examples(data, self.batch_size, self.max_examples)
+            examples = examples_of_data(data, self.batch_size, self.max_examples)
             network = throw_away_copy(model)
             if device is not None:
                 network.to(device)
@@ -160,7 +160,7 @@ class Computation:
             method, subset = self._settled(network, first, where)
             prior = prior_from(network, self.prior_precision, subset=subset)
             whole = batches if first is None else itertools.chain([first], batches)
-            forwards = (_forward(network, batch, where) for batch in whole)
+            forwards = (forward_of_pair(network, batch, where) for batch in whole)
             announce = logging.getLogger("lightning_bayes").info
             totals = read_all(network, forwards, likelihood, prior, method, examples.num_examples, announce)
             return conclude(totals, likelihood, prior)
@@ -187,7 +187,7 @@ class Computation:
         method, subset = self._method(), self._named_subset(network)
         if first is None or (method.structure != "auto" and self.subset_of_weights != "last_layer"):
             return method, subset
-        few = _forward(network, _first_examples(first), device)
+        few = forward_of_pair(network, _first_examples(first), device)
         if self.subset_of_weights == "last_layer":
             subset = last_layer(network, lambda: few()[0])
         with torch.no_grad():
@@ -199,7 +199,12 @@ class Computation:
         return method, subset
 
 
-def _examples(data: object, batch_size: int | None, max_examples: int | None) -> Examples:
+def examples_of_data(data: object, batch_size: int | None, max_examples: int | None) -> Examples:
+    """Examples of a DataLoader or of a pair of tensors.
+
+    Raises:
+        ValueError: If it is neither, or cannot be read.
+    """
     if isinstance(data, DataLoader):
         return examples_from_loader(data, batch_size, max_examples)
     if isinstance(data, tuple | list):
@@ -210,7 +215,12 @@ def _examples(data: object, batch_size: int | None, max_examples: int | None) ->
     )
 
 
-def _device(device: object) -> torch.device | None:
+def require_device(device: object) -> torch.device | None:
+    """A device by its name, None for the model's own.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
     if device is None or isinstance(device, torch.device):
         return device
     try:
@@ -237,7 +247,12 @@ def _tracked(examples: Examples, progress: bool) -> Iterable[Any]:
     return track(examples.read(), description="evidence", total=examples.num_batches)
 
 
-def _forward(network: nn.Module, batch: Any, device: torch.device) -> Forward:
+def forward_of_pair(network: nn.Module, batch: Any, device: torch.device) -> Forward:
+    """The call of a network on one batch of (inputs, targets), not made yet.
+
+    Raises:
+        ValueError: If the batch is something else.
+    """
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         raise ValueError(
             f"Expected the DataLoader to yield (inputs, targets), got {type(batch).__name__}. For other "

@@ -11,13 +11,17 @@ PACKAGE = "lightning_bayes"
 RANKS = {
     "functional": 0,
     "curvature": 1,
+    "advising": 1,
     "evidence": 1,
     "options": 2,
     "evaluation": 2,
     "laplace": 2,
     "curve": 2,
     "refitting": 2,
+    "stability": 2,
+    "eigenvalue": 2,
     "callbacks": 3,
+    "__main__": 3,
     "examples": 4,
 }
 """A module may import modules of its own rank and below; `evidence` is the plain result of `laplace`."""

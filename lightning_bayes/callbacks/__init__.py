@@ -3,5 +3,6 @@
 from lightning_bayes.callbacks.laplace_evidence import LaplaceEvidence
 from lightning_bayes.callbacks.scaling_advisor import ScalingAdvisor
 from lightning_bayes.callbacks.sgd_noise_scale import SGDNoiseScale
+from lightning_bayes.callbacks.stability import Stability
 
-__all__ = ["LaplaceEvidence", "SGDNoiseScale", "ScalingAdvisor"]
+__all__ = ["LaplaceEvidence", "SGDNoiseScale", "ScalingAdvisor", "Stability"]

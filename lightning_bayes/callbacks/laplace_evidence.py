@@ -151,7 +151,8 @@ class LaplaceEvidence(Callback):
         """Check everything that can be checked before a batch is seen."""
         check_trainer(trainer, pl_module, self.network)
         self._check_prefix(trainer)
-        self._examples(trainer)
+        with untouched(trainer):  # somebody's own sampler may draw to be counted
+            self._examples(trainer)
         self._resolved, self._last_layer, self._planned, self._logged_if_known = None, None, None, ()
         if self.method.subset_of_weights != "last_layer":  # which layer that is, the first batch tells
             self._announce(trainer, pl_module)

@@ -16,7 +16,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_bayes.curvature.capture import WAY_OUT, CapturedLoss, capture_loss
+from lightning_bayes.curvature.capture import WAY_OUT, CapturedLoss, capture_loss, loss_of
 from lightning_bayes.curvature.flattened import layout_of_rows, rows_of_examples
 from lightning_bayes.curvature.isolation import throw_away_copy
 from lightning_bayes.curvature.layout import Layout
@@ -51,7 +51,7 @@ class _ReadOnlyTrainer:
 
     def __setattr__(self, name: str, value: object) -> None:
         raise ValueError(
-            f"training_step sets trainer.{name}; LaplaceEvidence runs it on a copy, and must not. Set it in "
+            f"training_step sets trainer.{name}; it is run on a copy, and must not. Set it in "
             f"another hook, such as on_train_batch_end. {WAY_OUT}"
         )
 
@@ -115,6 +115,26 @@ class ModuleReader:
                 f"{self._kind.__name__}: the evidence needs one likelihood for all examples. {WAY_OUT}"
             )
         return captured
+
+    def loss(self, batch: Any, batch_idx: int, *, transferred: bool = False) -> Tensor:
+        """Run one batch as Lightning would and return the loss that training steps on, whatever it is made of.
+
+        Where `network` is given, it is PyTorch's mean-reduced loss of the likelihood.
+
+        Args:
+            batch: As for `read`.
+            batch_idx: As for `read`.
+            transferred: As for `read`.
+
+        Raises:
+            ValueError: If training_step returns no scalar loss.
+        """
+        if self._option is not None:
+            captured = self.read(batch, batch_idx, transferred=transferred)
+            return captured.scale * captured.likelihood.unit_loss(captured.outputs, captured.targets)
+        batch = self._converted(batch if transferred else self._transferred(batch))
+        with self._default_dtype():
+            return loss_of(self._training_step(batch, batch_idx)).reshape(())
 
     def check_computed_by_copy(self, outputs: Tensor) -> None:
         """Raise unless the outputs were computed by the copy's parameters, and by no others.

@@ -2,54 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
-from rich.console import Console
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_bayes.callbacks.advice_table import advice_renderable, advice_text
-from lightning_bayes.callbacks.configuration import ParameterGroup, TrainerConfiguration, read_configuration
+from lightning_bayes.advising.parameter_groups import ParameterGroup
+from lightning_bayes.advising.references import Reference, ReferenceLike, comparisons_with, read_reference
+from lightning_bayes.callbacks.advice_log import emit
+from lightning_bayes.callbacks.configuration import (
+    TrainerConfiguration,
+    changing_settings,
+    read_configuration,
+)
+from lightning_bayes.callbacks.measured import measured
+from lightning_bayes.callbacks.peaks import PeakRecord, note_step
 from lightning_bayes.functional import (
     AdamAdvice,
     AdamConfiguration,
     Advice,
+    Comparison,
     Configuration,
+    SavedAdvice,
     advise,
     advise_adam,
 )
 from lightning_bayes.functional._validation import string
 from lightning_bayes.functional.adam_advice import check_adam_targets
+from lightning_bayes.functional.check import Measurements
 from lightning_bayes.functional.configuration import Targets
+from lightning_bayes.functional.layout import AnyAdvice, with_trainer_check
 
-SCHEDULE_CAVEAT = (
+SCHEDULE_NOTE = (
     "The learning rate followed a schedule; the one shown is its peak. Multiply the whole schedule by"
     " the ratio of the advised to the present one."
 )
-
-
-@dataclass
-class PeakRecord:
-    """What one parameter group did over the run.
-
-    Attributes:
-        peak: the configuration at the step with the largest learning rate, the latest of equals.
-        changed: which of "learning_rate", "batch_size", "dataset_size", "momentum" and "betas" were not constant.
-    """
-
-    peak: Configuration | AdamConfiguration
-    changed: set[str] = field(default_factory=set)
-
-    def update(self, configuration: Configuration | AdamConfiguration) -> None:
-        """Takes one optimizer step into account."""
-        for name in ("learning_rate", "batch_size", "dataset_size", "momentum", "betas"):
-            if getattr(configuration, name, None) != getattr(self.peak, name, None):
-                self.changed.add(name)
-        if configuration.learning_rate >= self.peak.learning_rate:
-            self.peak = configuration
 
 
 class ScalingAdvisor(Callback):
@@ -62,10 +53,17 @@ class ScalingAdvisor(Callback):
     momentum or dataset size by both, of which one is to be taken; batch size and learning rate together by
     what becomes of g and the single change that restores it.
 
-    After fit, or when Ctrl-C ends it, a table is printed (on rank zero), logged as text under `advice` to
-    loggers that take text (TensorBoard), and kept as data in `advice`, one entry per set of parameter groups
-    with the same values. Under a learning-rate schedule the advice is for its peak and multiplies the whole
-    schedule. The peak survives a checkpoint.
+    After fit, or when Ctrl-C ends it, answer, table and checks are printed (on rank zero), logged as text under
+    `advice` to loggers that take text (TensorBoard) and as hyper-parameters, saved as `scaling_advice.json` in
+    the Trainer's log_dir where there is a logger, and kept as data in `advice`, one entry per set of parameter
+    groups with the same values. Under a learning-rate schedule the advice is for its peak and multiplies the
+    whole schedule. The peak survives a checkpoint.
+
+    Each move carries checks: what it was held against. A GradientNoiseScale and a Stability callback in the same
+    Trainer give the gradient noise scale and the curvature for them; without, those checks say "not measured".
+
+    With a reference, a known-good run, the noise is compared at the start of training, and once more at its end:
+    where it differs by more than 1 %, a warning says which single change restores it. `comparisons` holds it.
 
     Args:
         target_batch_size: examples per optimizer step wanted: loader batch x accumulation x replicas.
@@ -73,13 +71,17 @@ class ScalingAdvisor(Callback):
             that of the largest, and the others are multiplied alike.
         target_momentum: momentum wanted, in [0, 1); SGD only.
         target_dataset_size: number of training examples wanted.
-        reference: not supported yet; leave it None.
+        reference: a known-good run, with or without a target: the path of a Lightning checkpoint, of a log
+            directory or of a saved `scaling_advice.json`; a Configuration or a dict of one; or a dict with the "path"
+            of a checkpoint and the "batch_size" and "dataset_size" that it does not hold.
+        ema_decay: decay of an average of the weights, if there is one, to be told what becomes of it.
         log_key_prefix: put before `advice`.
 
     Raises:
-        ValueError: at construction without a target, or for one outside its domain; at the start of
-            training for a target batch larger than the training set, a momentum target with an Adam-like
-            optimizer, a second advisor with the same targets, and whatever `SGDNoiseScale` refuses.
+        ValueError: at construction without target and reference, for one outside its domain, or for a reference
+            that does not hold a configuration; at the start of training for a target batch larger than the training
+            set, a momentum target with an Adam-like optimizer, a reference of another kind of optimizer, a second
+            advisor with the same targets, and whatever `SGDNoiseScale` refuses.
 
     Example::
 
@@ -99,50 +101,63 @@ class ScalingAdvisor(Callback):
         target_learning_rate: float | None = None,
         target_momentum: float | None = None,
         target_dataset_size: int | None = None,
-        reference: object | None = None,
+        reference: ReferenceLike | None = None,
+        ema_decay: float | None = None,
         log_key_prefix: str = "bayes/",
     ) -> None:
         super().__init__()
-        self.targets = Targets(target_batch_size, target_learning_rate, target_momentum, target_dataset_size)
-        if reference is not None:
-            raise ValueError(
-                f"Expected argument `reference` to be None, but got {reference!r}: advice relative to"
-                " another run is not supported yet. Leave it out to take the present run as reference;"
-                " for another one call `lightning_bayes.functional.advise` with its Configuration."
-            )
+        self.reference = None if reference is None else read_reference(reference)
+        targets = (target_batch_size, target_learning_rate, target_momentum, target_dataset_size)
+        self.targets = None if reference is not None and targets == (None,) * 4 else Targets(*targets)
+        self.ema_decay = Measurements(ema_decay=ema_decay).ema_decay
         self.log_key_prefix = string("log_key_prefix", log_key_prefix)
         self.advice: list[Advice | AdamAdvice] = []
+        self.comparisons: list[Comparison] = []
         self._records: dict[str, PeakRecord] = {}
-        self._notes: tuple[str, ...] = ()
+        self._latest: TrainerConfiguration | None = None
+        self._settings: tuple[object, ...] | None = None
+        self._directory: str | None = None
         self._due = False
 
     @property
     @override
     def state_key(self) -> str:
         # Two advisors with different targets can be in one Trainer.
-        return self._generate_state_key(**asdict(self.targets))
+        return self._generate_state_key(**({} if self.targets is None else asdict(self.targets)))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_alone(trainer)
-        self.advice = []
-        configuration = read_configuration(trainer)
-        self._notes = configuration.notes
-        for group in configuration.groups:
-            if isinstance(group.configuration, AdamConfiguration):
-                check_adam_targets(self.targets)
-            self.targets.check_against(int(group.configuration.dataset_size or 0))
+        self.advice, self.comparisons, self._settings = [], [], None
+        self._latest = configuration = read_configuration(trainer)
+        if self.targets is not None:
+            for group in configuration.groups:
+                if isinstance(group.configuration, AdamConfiguration):
+                    check_adam_targets(self.targets)
+                self.targets.check_against(int(group.configuration.dataset_size or 0))
         # Only a resumed run has records of its own past: a second fit from the start, or one of another
         # model, begins anew.
         if trainer.global_step == 0 or self._records.keys() != {group.name for group in configuration.groups}:
             self._records = {}
+        # Asked on every process: it is the same on all.
+        self._directory = trainer.log_dir if trainer.loggers else None
         self._due = True
+        if self.reference is not None:
+            self._compare(read_configuration(trainer, scheduled=True).groups)
+            self._say(self.reference)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settings = None  # the training set may have grown
 
     @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        self._record(read_configuration(trainer))
+        settings = changing_settings(trainer)
+        if settings != self._settings:
+            self._settings, self._latest = settings, read_configuration(trainer)
+            note_step(self._records, self._latest)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -156,48 +171,31 @@ class ScalingAdvisor(Callback):
             self._emit(trainer)
         self._due = False
 
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {name: record.state_dict() for name, record in self._records.items()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._records = {name: PeakRecord.from_state_dict(state) for name, state in state_dict.items()}
+
     def _emit(self, trainer: Trainer) -> None:
-        """Keeps the advice as data, prints it and logs it as text."""
+        """Keeps the advice as data, prints, logs and saves it."""
         self._due = False
-        self.advice = self._advise()
-        if not self.advice:
+        trained = {name: record for name, record in self._records.items() if record.peak.learning_rate > 0}
+        if not trained:
             rank_zero_warn(
                 "ScalingAdvisor: no optimizer step with a learning rate above 0 was taken: no advice."
             )
             return
-        if not trainer.is_global_zero:
-            return
-        Console().print(advice_renderable(self.advice))
-        text = advice_text(self.advice)
-        for logger in trainer.loggers:
-            # Not every logger takes text; TensorBoard's does, whichever Lightning package made it.
-            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
-            if callable(add_text):
-                # As a code block: TensorBoard renders text as Markdown.
-                add_text(f"{self.log_key_prefix}advice", f"```\n{text}\n```", trainer.global_step)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            name: {
-                "adaptive": isinstance(record.peak, AdamConfiguration),
-                "peak": asdict(record.peak),
-                "changed": sorted(record.changed),
-            }
-            for name, record in self._records.items()
-        }
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._records = {}
-        for name, state in state_dict.items():
-            peak = dict(state["peak"])
-            if state["adaptive"]:
-                record = PeakRecord(AdamConfiguration(**{**peak, "betas": tuple(peak["betas"])}))
-            else:
-                record = PeakRecord(Configuration(**peak))
-            record.changed = set(state["changed"])
-            self._records[name] = record
+        if self.targets is not None:
+            self.advice = self._advise(trained, self.targets, measured(trainer))
+        if self.reference is not None:
+            self._compare([ParameterGroup(name, record.peak) for name, record in trained.items()])
+        configurations = {name: record.peak for name, record in trained.items()}
+        saved = SavedAdvice(configurations, tuple(self.advice), tuple(self.comparisons))
+        others = [other for other in trainer.callbacks if isinstance(other, ScalingAdvisor)]  # type: ignore[attr-defined]
+        emit(trainer, saved, self.log_key_prefix, self._directory, others.index(self))
 
     def _check_alone(self, trainer: Trainer) -> None:
         """Two callbacks with one `state_key` would overwrite each other's state in checkpoints."""
@@ -208,43 +206,67 @@ class ScalingAdvisor(Callback):
                     f" {self.targets}: they would give the same advice and cannot share a checkpoint. Remove one."
                 )
 
-    def _record(self, configuration: TrainerConfiguration) -> None:
-        for group in configuration.groups:
-            if group.name in self._records:
-                self._records[group.name].update(group.configuration)
-            else:
-                self._records[group.name] = PeakRecord(group.configuration)
+    def _compare(self, groups: Sequence[ParameterGroup]) -> None:
+        if self.reference is not None:
+            self.comparisons = comparisons_with(self.reference, groups)
 
-    def _advise(self) -> list[Advice | AdamAdvice]:
+    def _say(self, reference: Reference) -> None:
+        for note in reference.notes:
+            rank_zero_info(f"ScalingAdvisor: {note}")
+        for comparison in self.comparisons:
+            say = rank_zero_warn if comparison.differs else rank_zero_info
+            say(f"ScalingAdvisor: {comparison.summary}")
+
+    def _advise(
+        self, records: Mapping[str, PeakRecord], targets: Targets, found: Measurements
+    ) -> list[Advice | AdamAdvice]:
         """Advice for each set of parameter groups with the same configuration and history."""
         alike: dict[tuple[Configuration | AdamConfiguration, frozenset[str]], list[str]] = {}
-        for name, record in self._records.items():
-            if record.peak.learning_rate > 0:
-                alike.setdefault((record.peak, frozenset(record.changed)), []).append(name)
-        largest = max((peak.learning_rate for peak, _ in alike), default=0.0)
+        for name, record in records.items():
+            alike.setdefault((record.peak, frozenset(record.changed)), []).append(name)
+        largest = max(peak.learning_rate for peak, _ in alike)
         return [
-            self._advise_group(ParameterGroup(", ".join(names), peak), changed, peak.learning_rate / largest)
+            self._advise_group(
+                ParameterGroup(", ".join(names), peak), targets, found, changed, peak.learning_rate / largest
+            )
             for (peak, changed), names in alike.items()
         ]
 
     def _advise_group(
-        self, group: ParameterGroup, changed: frozenset[str], share: float
+        self,
+        group: ParameterGroup,
+        targets: Targets,
+        found: Measurements,
+        changed: frozenset[str],
+        share: float,
     ) -> Advice | AdamAdvice:
-        targets = {f"target_{name}": value for name, value in asdict(self.targets).items()}
-        caveats = list(self._notes)
-        if self.targets.learning_rate is not None and share != 1:
-            targets["target_learning_rate"] = self.targets.learning_rate * share
-            caveats.append(
+        arguments: dict[str, Any] = {f"target_{name}": value for name, value in targets.given().items()}
+        notes = [] if self._latest is None else list(self._latest.notes)
+        if targets.learning_rate is not None and share != 1:
+            arguments["target_learning_rate"] = targets.learning_rate * share
+            notes.append(
                 "The target learning rate is that of the parameter group with the largest; this group's"
                 " is multiplied alike."
             )
         if "learning_rate" in changed:
-            caveats.append(SCHEDULE_CAVEAT)
+            notes.append(SCHEDULE_NOTE)
         if changed - {"learning_rate"}:
             names = " and ".join(sorted(changed - {"learning_rate"})).replace("_", " ")
-            caveats.append(f"The {names} changed during the run: the present values are those at the peak.")
+            notes.append(f"The {names} changed during the run: the present values are those at the peak.")
+        arguments |= {"gradient_noise_scale": found.gradient_noise_scale, "ema_decay": self.ema_decay}
         if isinstance(group.configuration, AdamConfiguration):
-            adam = advise_adam(group.configuration, name=group.name, **targets)
-            return replace(adam, caveats=(*adam.caveats, *caveats))
-        sgd = advise(group.configuration, name=group.name, **targets)
-        return replace(sgd, caveats=(*sgd.caveats, *caveats))
+            return self._complete(advise_adam(group.configuration, name=group.name, **arguments), notes)
+        arguments["largest_eigenvalue"] = found.largest_eigenvalue
+        return self._complete(advise(group.configuration, name=group.name, **arguments), notes)
+
+    def _complete(self, advice: AnyAdvice, notes: Sequence[str]) -> AnyAdvice:
+        """The advice with what the Trainer adds to it."""
+        if self._latest is not None:
+            sizes = self._latest.sizes
+            advice = with_trainer_check(
+                advice,
+                loader_batch_size=sizes.device_batch_size,
+                accumulate_grad_batches=sizes.accumulation,
+                replicas=sizes.replicas,
+            )
+        return replace(advice, notes=(*advice.notes, *notes))

@@ -39,13 +39,16 @@ DECOUPLED = ("AdamW", "Adafactor", "Lion", "Muon", "SGDW")
 SHARDING_STRATEGIES = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
-def examples_of(trainer: Trainer, batch_size: int | None, max_examples: int | None) -> Examples:
+def examples_of(
+    trainer: Trainer, batch_size: int | None, max_examples: int | None, mixed: bool = False
+) -> Examples:
     """The training set of a Trainer that is fitting.
 
     Args:
         trainer: Read only.
         batch_size: See `examples_from_loader`.
         max_examples: Likewise.
+        mixed: Likewise.
 
     Raises:
         ValueError: If there is not one DataLoader whose examples can be counted.
@@ -53,14 +56,14 @@ def examples_of(trainer: Trainer, batch_size: int | None, max_examples: int | No
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader):
         raise ValueError(
-            f"LaplaceEvidence needs one torch DataLoader for training, got {type(loader).__name__}. Evidence "
-            "is of one training set: give fit() a single DataLoader, or call laplace_evidence() on a loader "
+            f"LaplaceEvidence and Stability need one torch DataLoader for training, got {type(loader).__name__}. "
+            "They speak of one training set: give fit() a single DataLoader, or call laplace_evidence() on a loader "
             "of your choice."
         )
     at_most = max_examples
     if trainer.fast_dev_run:  # type: ignore[attr-defined] # a rehearsal of the code, not of the sums
         at_most = min(at_most or 32, 32)
-    return examples_from_loader(loader, batch_size, at_most, num_batches(trainer, loader))
+    return examples_from_loader(loader, batch_size, at_most, num_batches(trainer, loader), mixed)
 
 
 def num_batches(trainer: Trainer, loader: "DataLoader[Any]") -> int | None:
@@ -152,12 +155,14 @@ def is_decoupled(optimizer: Any) -> bool:
     return bool(decayed and (named_so or optimizer.defaults.get("decoupled_weight_decay", False)))
 
 
-def check_trainer(trainer: Trainer, pl_module: LightningModule, network: NetworkOption) -> None:
+def check_trainer(
+    trainer: Trainer, pl_module: LightningModule, network: NetworkOption, who: str = "LaplaceEvidence"
+) -> None:
     """Raise a ValueError for ways to train whose weights or loss cannot be read."""
     # By name: the strategies of `lightning` and of `pytorch_lightning` are different classes.
     if any(base.__name__ in SHARDING_STRATEGIES for base in type(trainer.strategy).__mro__):
         raise ValueError(
-            f"LaplaceEvidence cannot read weights that {type(trainer.strategy).__name__} shards. Use "
+            f"{who} cannot read weights that {type(trainer.strategy).__name__} shards. Use "
             "strategy='ddp' or a single device, or call laplace_evidence() on a gathered checkpoint."
         )
     if network is None and not pl_module.automatic_optimization:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_bayes.curvature.likelihoods import Categorical, Likelihood
 from lightning_bayes.curvature.loss_arguments import READERS, WAY_OUT, Reading, Rows
 
-__all__ = ["KNOWN", "WAY_OUT", "CapturedLoss", "capture_loss"]
+__all__ = ["KNOWN", "WAY_OUT", "CapturedLoss", "Reduction", "capture_loss", "loss_of"]
 
 Reduction = Literal["mean", "sum"]
 
@@ -71,6 +71,16 @@ class CapturedLoss:
     likelihood: Likelihood
     reduction: Reduction
     value: float
+
+    @property
+    def scale(self) -> float:
+        """How many times the likelihood's `unit_loss` of this batch the loss is."""
+        scale = self.likelihood.loss_scale("sum", 1.0, 1, 1.0)
+        if self.reduction == "sum":
+            return scale
+        num_terms = self.likelihood.num_terms(self.outputs, self.targets)
+        # As in PyTorch, the mean over no token at all is not a number.
+        return scale / num_terms if num_terms else math.nan
 
 
 @dataclass(frozen=True)
@@ -138,14 +148,7 @@ def capture_loss(
             the loss that was found.
     """
     with _LossCalls() as recorder:
-        returned = step()
-    loss = returned["loss"] if isinstance(returned, Mapping) and "loss" in returned else returned
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = f" of shape {list(loss.shape)}" if isinstance(loss, Tensor) else ""
-        raise ValueError(
-            f"training_step returned {type(loss).__name__}{shape}; a scalar loss, or a dict that holds one under "
-            f"'loss', can be read. {WAY_OUT}"
-        )
+        loss = loss_of(step())
     call = _the_call(recorder.calls, loss)
     reading = _reading_of(call, rows_of)
     found = reading.likelihood
@@ -155,6 +158,22 @@ def capture_loss(
         found = _overridden(call, reading, likelihood)
         outputs, targets = found.prepare(reading.outputs, reading.targets)
     return CapturedLoss(outputs, targets, found, reduction, loss.item())
+
+
+def loss_of(returned: object) -> Tensor:
+    """The loss in what a training step returned.
+
+    Raises:
+        ValueError: If it is no scalar tensor.
+    """
+    loss = returned["loss"] if isinstance(returned, Mapping) and "loss" in returned else returned
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = f" of shape {list(loss.shape)}" if isinstance(loss, Tensor) else ""
+        raise ValueError(
+            f"training_step returned {type(loss).__name__}{shape}; a scalar loss, or a dict that holds one under "
+            f"'loss', can be read. {WAY_OUT}"
+        )
+    return loss
 
 
 def _the_call(calls: list[_Call], loss: Tensor) -> _Call:

@@ -68,6 +68,7 @@ def examples_from_loader(
     batch_size: int | None,
     max_examples: int | None,
     num_batches: int | None = None,
+    mixed: bool = False,
 ) -> Examples:
     """Examples that a training loader draws from: unshuffled, nothing dropped, nothing twice, no shard.
 
@@ -77,6 +78,7 @@ def examples_from_loader(
         max_examples: A random subset of this size, the same at every call.
         num_batches: Training stops an epoch after so many batches; without shuffling the examples behind
             them are never seen, and do not count. None for all.
+        mixed: In a fixed random order instead, for what depends on which examples meet in a batch.
 
     Raises:
         ValueError: If the loader is empty, of unknown length, or yields whole batches.
@@ -120,6 +122,9 @@ def examples_from_loader(
             indices = indices[: num_batches * own_size]
         if max_examples is not None and max_examples < len(indices):
             indices = _subset(indices, max_examples)
+        if mixed:
+            order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
+            indices = [indices[i] for i in order.tolist()]
         num_examples = len(indices)
         arguments["sampler"] = indices
     if num_examples == 0:

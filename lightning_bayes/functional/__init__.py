@@ -3,6 +3,9 @@
 from lightning_bayes.functional.adam_advice import AdamAdvice, AdamMove, advise_adam
 from lightning_bayes.functional.adam_scaling import AdamConfiguration, rescale_adam
 from lightning_bayes.functional.advice import Advice, advise
+from lightning_bayes.functional.advice_json import SavedAdvice
+from lightning_bayes.functional.check import Check
+from lightning_bayes.functional.comparison import Comparison, Restoration, compare
 from lightning_bayes.functional.configuration import Configuration, NoSolutionError
 from lightning_bayes.functional.evidence import (
     effective_parameters,
@@ -12,6 +15,7 @@ from lightning_bayes.functional.evidence import (
     log_occam_factor,
     weight_penalty,
 )
+from lightning_bayes.functional.layout import trainer_check
 from lightning_bayes.functional.noise_scale import (
     GradientNoise,
     adam_noise_scale,
@@ -21,6 +25,13 @@ from lightning_bayes.functional.noise_scale import (
     sgd_noise_scale,
 )
 from lightning_bayes.functional.scaling import Move, rescale
+from lightning_bayes.functional.sharpness import keskar_sharpness
+from lightning_bayes.functional.stability import (
+    largest_stable_learning_rate,
+    stability_edge,
+    stability_ratio,
+    variance_inflation,
+)
 
 __all__ = [  # noqa: RUF022 - grouped by subject
     # Evidence
@@ -37,6 +48,12 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "gradient_noise_scale",
     "learning_rate_for_noise_scale",
     "sgd_noise_scale",
+    # Stability of training
+    "keskar_sharpness",
+    "largest_stable_learning_rate",
+    "stability_edge",
+    "stability_ratio",
+    "variance_inflation",
     # Rescaling
     "AdamConfiguration",
     "Configuration",
@@ -47,7 +64,13 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "AdamAdvice",
     "AdamMove",
     "Advice",
+    "Check",
+    "Comparison",
     "Move",
+    "Restoration",
+    "SavedAdvice",
     "advise",
     "advise_adam",
+    "compare",
+    "trainer_check",
 ]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from lightning_bayes.functional._validation import positive
+from lightning_bayes.functional.adam_checks import adam_checks_of
 from lightning_bayes.functional.adam_scaling import AdamConfiguration, square_root_rule
-from lightning_bayes.functional.caveats import large_batch, rounding
+from lightning_bayes.functional.check import Check, Measurements, Verdict, verdict
 from lightning_bayes.functional.configuration import NoSolutionError, Targets, Unknown
+from lightning_bayes.functional.reach import largest_batch_size, reach_note
+from lightning_bayes.functional.summary import caveats_of, headline, no_solution
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,34 @@ class AdamMove:
         solved_for: "learning_rate" or "batch_size"; betas and eps move along with either.
         advised: the configuration by the square-root rule; None outside its domain (a caveat says why).
         why: the equation with its numbers put in.
+        linear: learning rate and batch size in proportion, betas and eps as they are: SGD's rule, common in
+            practice, and the other end of the range to try. None where it leaves the training set.
+        checks: what the move was held against, and what is to be done with it.
     """
 
     solved_for: Unknown
     advised: AdamConfiguration | None
     why: tuple[str, ...]
+    linear: AdamConfiguration | None = None
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def solution(self) -> AdamConfiguration | None:
+        """The configuration by the square-root rule."""
+        return self.advised
+
+    @property
+    def verdict(self) -> Verdict:
+        """How far to trust it, as `verdict` documents it."""
+        return verdict(self.checks)
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """The least and the largest value that the rules ask for; None where none has a solution."""
+        values = [
+            getattr(found, self.solved_for) for found in (self.advised, self.linear) if found is not None
+        ]
+        return (min(values), max(values)) if values else None
 
 
 @dataclass(frozen=True)
@@ -34,24 +60,46 @@ class AdamAdvice:
     Attributes:
         present: the configuration as it is (under a schedule: at its peak learning rate).
         unchanged: the targets put in and nothing else changed; None if the batch would exceed the data.
-        moves: the ways to keep the noise; two, of which one is to be taken, where both learning rate and
-            batch size are targeted.
-        caveats: everything that limits this advice, each a sentence.
+        moves: the ways to keep the noise, each with its checks; two, of which one is to be taken, where both
+            learning rate and batch size are targeted.
+        notes: what is to be said beside the checks, each a sentence.
         equation: the invariant ε/√B with its numbers put in.
         name: the parameter groups it is for, such as "Adam".
+        targets: what was given, by the names of the fields of an `AdamConfiguration`.
     """
 
     present: AdamConfiguration
     unchanged: AdamConfiguration | None
     moves: tuple[AdamMove, ...]
-    caveats: tuple[str, ...]
+    notes: tuple[str, ...]
     equation: str
     name: str = ""
+    targets: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def advised(self) -> AdamConfiguration | None:
         """The first move."""
         return self.moves[0].advised
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """The checks of all moves, each once."""
+        return tuple(dict.fromkeys(check for move in self.moves for check in move.checks))
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """Everything that limits this advice or goes with it, each a sentence: checks not passed, and notes."""
+        return caveats_of(self.moves, self.notes)
+
+    @property
+    def verdict(self) -> Verdict:
+        """How far to trust the first move: "safe", "unverified", "doubtful" or "impossible"."""
+        return self.moves[0].verdict
+
+    @property
+    def summary(self) -> str:
+        """The answer in one line."""
+        return headline(self.targets, self.moves)
 
     @property
     def noise_scale_before(self) -> float:
@@ -76,9 +124,11 @@ def advise_adam(
     target_learning_rate: float | None = None,
     target_momentum: float | None = None,
     target_dataset_size: int | None = None,
+    gradient_noise_scale: float | None = None,
+    ema_decay: float | None = None,
     name: str = "",
 ) -> AdamAdvice:
-    """What the targets do to Adam's noise, what keeps it by the square-root rule, and every caveat.
+    """What the targets do to Adam's noise, what keeps it by the square-root rule, and how far to trust that.
 
     B → κB,   ε → ε√κ,   1-β → κ(1-β) for every β,   eps → eps/√κ
 
@@ -88,10 +138,12 @@ def advise_adam(
         target_learning_rate: ε', above 0.
         target_momentum: must be None: Adam has betas, and the rule moves them.
         target_dataset_size: N'; whole. The rule does not depend on it, weight decay does.
+        gradient_noise_scale: measured B_simple = tr Σ/‖G‖² in examples; NaN where it was not resolved.
+        ema_decay: ρ in [0, 1) of an average of the weights, if there is one.
         name: copied into the advice.
 
     Returns:
-        The advice. Outside the rule's domain `advised` is None, and a caveat says why.
+        The advice. Outside the rule's domain `advised` is None, and its check "solution" says why.
 
     Raises:
         ValueError: naming the argument that is outside its domain, or if no target is given.
@@ -100,23 +152,22 @@ def advise_adam(
         Malladi et al., NeurIPS 2022, arXiv:2205.10287.
     """
     targets = Targets(target_batch_size, target_learning_rate, target_momentum, target_dataset_size)
+    measured = Measurements(gradient_noise_scale, None, ema_decay)
     check_adam_targets(targets)
     positive("learning_rate", configuration.learning_rate)
     if configuration.dataset_size is not None:
         targets.check_against(configuration.dataset_size)
-    start = configuration
-    if targets.dataset_size is not None:
-        # The new size bounds the solved batch, not the old one: it is put in with the solution.
-        start = replace(start, dataset_size=None)
-    solved = [_move(start, targets, unknown) for unknown in _unknowns(targets)]
-    reasons = dict.fromkeys(reason for _, why_not in solved for reason in why_not)
-    moves = tuple(move for move, _ in solved)
+    moves = tuple(_move(configuration, targets, unknown, measured) for unknown in _unknowns(targets))
     equation = (
-        f"lr/sqrt(B) = {start.learning_rate:.6g}/sqrt({start.batch_size:.6g}) = {start.noise_scale:.6g}"
+        f"lr/sqrt(B) = {configuration.learning_rate:.6g}/sqrt({configuration.batch_size:.6g}) ="
+        f" {configuration.noise_scale:.6g}"
     )
     unchanged = _unchanged(configuration, targets)
-    caveats = (*reasons, *_caveats(configuration, targets, unchanged, moves))
-    return AdamAdvice(configuration, unchanged, moves, caveats, equation, name)
+    notes = (
+        *_reach(configuration, targets, measured, moves),
+        *_notes(configuration, targets, unchanged, moves),
+    )
+    return AdamAdvice(configuration, unchanged, moves, notes, equation, name, targets.given())
 
 
 def check_adam_targets(targets: Targets) -> None:
@@ -145,36 +196,49 @@ def _unchanged(present: AdamConfiguration, targets: Targets) -> AdamConfiguratio
     return replace(present, learning_rate=learning_rate, batch_size=batch_size, dataset_size=dataset_size)
 
 
-def _move(present: AdamConfiguration, targets: Targets, unknown: Unknown) -> tuple[AdamMove, list[str]]:
-    """The move, and the reason where the rule has no solution."""
+def _move(present: AdamConfiguration, targets: Targets, unknown: Unknown, measured: Measurements) -> AdamMove:
+    # A new size bounds the solved batch, not the old one.
+    dataset_size = present.dataset_size if targets.dataset_size is None else targets.dataset_size
+    start = replace(present, dataset_size=None)
+    factor, result = _equations(start, targets, unknown)
+    linear = _linear(start, targets, unknown, dataset_size)
+    try:
+        advised = _solution(start, targets, unknown, dataset_size)
+    except NoSolutionError as error:
+        alone = ""
+        if unknown == "learning_rate":
+            alone = f" The learning-rate part alone would be {result}, without betas to match it."
+        return AdamMove(unknown, None, (factor,), linear, (no_solution(str(error) + alone),))
+    why = (factor, f"sqrt: {result}", "1 - beta' = kappa (1 - beta), eps' = eps/sqrt(kappa)")
+    checks = tuple(adam_checks_of(present, advised, linear, unknown, measured))
+    return AdamMove(unknown, advised, why, linear, checks)
+
+
+def _equations(present: AdamConfiguration, targets: Targets, unknown: Unknown) -> tuple[str, str]:
+    """κ and what follows from it, with their numbers."""
     old_lr, old_batch = present.learning_rate, present.batch_size
     if unknown == "learning_rate":
         new_batch = old_batch if targets.batch_size is None else targets.batch_size
         kappa = new_batch / old_batch
-        factor = f"kappa = B'/B = {new_batch:.6g}/{old_batch:.6g} = {kappa:.6g}"
-        result = f"lr' = lr sqrt(kappa) = {old_lr:.6g} * sqrt({kappa:.6g}) = {old_lr * math.sqrt(kappa):.6g}"
-    else:
-        new_lr = old_lr if targets.learning_rate is None else targets.learning_rate
-        kappa = (new_lr / old_lr) * (new_lr / old_lr)
-        factor = f"kappa = (lr'/lr)^2 = ({new_lr:.6g}/{old_lr:.6g})^2 = {kappa:.6g}"
-        result = f"B' = kappa B = {kappa:.6g} * {old_batch:.6g} = {kappa * old_batch:.6g}"
-    try:
-        advised = _solution(present, targets, unknown)
-    except NoSolutionError as error:
-        alone = f" The learning-rate part alone would be {result}, without betas to match it."
-        return AdamMove(unknown, None, (factor,)), [
-            str(error) + (alone if unknown == "learning_rate" else "")
-        ]
-    why = (factor, f"sqrt: {result}", "1 - beta' = kappa (1 - beta), eps' = eps/sqrt(kappa)")
-    return AdamMove(unknown, advised, why), []
+        return (
+            f"kappa = B'/B = {new_batch:.6g}/{old_batch:.6g} = {kappa:.6g}",
+            f"lr' = lr sqrt(kappa) = {old_lr:.6g} * sqrt({kappa:.6g}) = {old_lr * math.sqrt(kappa):.6g}",
+        )
+    new_lr = old_lr if targets.learning_rate is None else targets.learning_rate
+    kappa = (new_lr / old_lr) * (new_lr / old_lr)
+    return (
+        f"kappa = (lr'/lr)^2 = ({new_lr:.6g}/{old_lr:.6g})^2 = {kappa:.6g}",
+        f"B' = kappa B = {kappa:.6g} * {old_batch:.6g} = {kappa * old_batch:.6g}",
+    )
 
 
-def _solution(present: AdamConfiguration, targets: Targets, unknown: Unknown) -> AdamConfiguration:
+def _solution(
+    present: AdamConfiguration, targets: Targets, unknown: Unknown, dataset_size: int | None
+) -> AdamConfiguration:
     if unknown == "learning_rate":
         advised = square_root_rule(present, batch_size=targets.batch_size)
     else:
         advised = square_root_rule(present, learning_rate=targets.learning_rate)
-    dataset_size = present.dataset_size if targets.dataset_size is None else targets.dataset_size
     if dataset_size is not None and advised.batch_size > dataset_size:
         raise NoSolutionError(
             f"A batch of {advised.batch_size:g} does not fit into a training set of {dataset_size}: a smaller"
@@ -188,7 +252,38 @@ def _solution(present: AdamConfiguration, targets: Targets, unknown: Unknown) ->
     return replace(advised, dataset_size=dataset_size)
 
 
-def _caveats(
+def _linear(
+    present: AdamConfiguration, targets: Targets, unknown: Unknown, dataset_size: int | None
+) -> AdamConfiguration | None:
+    learning_rate, batch_size = present.learning_rate, present.batch_size
+    if unknown == "learning_rate" and targets.batch_size is not None:
+        learning_rate *= targets.batch_size / batch_size
+        batch_size = targets.batch_size
+    elif unknown == "batch_size" and targets.learning_rate is not None:
+        batch_size *= targets.learning_rate / learning_rate
+        learning_rate = targets.learning_rate
+    if batch_size < 1 or (dataset_size is not None and batch_size > dataset_size):
+        return None
+    return replace(present, learning_rate=learning_rate, batch_size=batch_size, dataset_size=dataset_size)
+
+
+def _reach(
+    present: AdamConfiguration, targets: Targets, measured: Measurements, moves: tuple[AdamMove, ...]
+) -> Iterator[str]:
+    """How far a growing batch may go, where the target goes too far."""
+    if targets.batch_size is None or len(moves) > 1 or moves[0].verdict not in ("doubtful", "impossible"):
+        return
+
+    def move_to(batch_size: int) -> AdamMove:
+        return _move(present, replace(targets, batch_size=batch_size), "learning_rate", measured)
+
+    found = largest_batch_size(present.batch_size, targets.batch_size, lambda batch: move_to(batch).checks)
+    advised = None if found is None else move_to(found).advised
+    if found is not None and advised is not None:
+        yield reach_note(found, advised.learning_rate)
+
+
+def _notes(
     present: AdamConfiguration,
     targets: Targets,
     unchanged: AdamConfiguration | None,
@@ -196,69 +291,14 @@ def _caveats(
 ) -> Iterator[str]:
     yield (
         "This is Adam's square-root rule (Malladi et al. 2022), not SGD's linear one: learning rate,"
-        " betas and eps move together. It is derived for Adam and RMSprop where the noise dominates the"
-        " gradient."
+        " betas and eps move together."
     )
-    if present.betas:
-        yield (
-            "It holds while kappa (1 - beta) < 1, here below a batch of"
-            f" {present.largest_batch_size:.6g}; close to that the running averages forget within a"
-            " step or two and the rule is an extrapolation."
-        )
     if len(moves) > 1 and unchanged is not None:
         yield (
             f"With both targets lr/sqrt(B) goes from {present.noise_scale:.6g} to"
             f" {unchanged.noise_scale:.6g}; the two moves are the single changes of a target that restore it."
         )
-    solutions = [move.advised for move in moves if move.advised is not None]
-    law = (
-        "the square-root rule takes the gradient's variance to fall as 1/B, which is so for B << N only (it"
-        " falls as 1/B - 1/N), and is an extrapolation there"
-    )
-    yield from large_batch(present, solutions, law)
-    for solution in solutions:
-        yield from rounding(solution, "lr/sqrt(B)")
-    advised = moves[0].advised
-    if advised is not None and advised.learning_rate > present.learning_rate * (1 + 1e-9):
+    if targets.dataset_size is not None and targets.dataset_size != present.dataset_size:
         yield (
-            f"The learning rate grows {advised.learning_rate / present.learning_rate:.3g} times: keep"
-            " or lengthen the warm-up."
-        )
-    if advised is not None and abs(advised.batch_size / present.batch_size - 1) > 1e-9:
-        steps = present.batch_size / advised.batch_size
-        yield (
-            "Hold the number of epochs, not of steps: steps per epoch, and whatever is counted in steps"
-            f" (schedule, warm-up, max_steps), are multiplied by {steps:.4g}. An average of the weights"
-            f" with decay rho becomes rho^{1 / steps:.4g}."
-        )
-    yield from _decoupled_decay(present, moves)
-    yield from _dataset_caveats(present, targets)
-
-
-def _decoupled_decay(present: AdamConfiguration, moves: tuple[AdamMove, ...]) -> Iterator[str]:
-    # Each step shrinks the weights by ε wd, an epoch of N/B steps by ε wd N/B. The rule makes of it
-    # (ε √κ) wd N/(κ B) = (ε wd N/B)/√κ, so wd √κ keeps it; in the SDE, whose time is ε² a step, likewise.
-    for move in moves:
-        if move.advised is None:
-            continue
-        root = math.sqrt(move.advised.batch_size / present.batch_size)
-        if abs(root - 1) <= 1e-9:
-            continue
-        which = f" with the new {move.solved_for.replace('_', ' ')}" if len(moves) > 1 else ""
-        yield (
-            "Decoupled weight decay (AdamW) shrinks the weights by lr * weight_decay * N/B an epoch, which"
-            f" the rule divides by sqrt(kappa): to keep it{which}, multiply weight_decay by sqrt(kappa) ="
-            f" {root:.6g}. An L2 penalty inside the gradient (Adam) needs no change."
-        )
-
-
-def _dataset_caveats(present: AdamConfiguration, targets: Targets) -> Iterator[str]:
-    if targets.dataset_size is None or targets.dataset_size == present.dataset_size:
-        return
-    yield "The dataset size does not enter Adam's rule: it asks for no change of learning rate or batch size."
-    if present.dataset_size is not None:
-        ratio = present.dataset_size / targets.dataset_size
-        yield (
-            "Weight decay is about a prior of precision N * weight_decay: to keep it, multiply"
-            f" weight_decay by N/N' = {present.dataset_size}/{targets.dataset_size} = {ratio:.6g}."
+            "The dataset size does not enter Adam's rule: it asks for no change of learning rate or batch size."
         )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from lightning_bayes.functional._validation import positive
-from lightning_bayes.functional.caveats import caveats_of
+from lightning_bayes.functional.check import Check, Measurements, Verdict
+from lightning_bayes.functional.checks import checks_of
 from lightning_bayes.functional.configuration import Configuration, NoSolutionError, Targets, Unknown
 from lightning_bayes.functional.equations import exact_equation, linear_equation, noise_scale_equation
+from lightning_bayes.functional.reach import largest_batch_size, reach_note
 from lightning_bayes.functional.scaling import Move, Rule, solve
+from lightning_bayes.functional.summary import caveats_of, headline, no_solution
 
 
 @dataclass(frozen=True)
@@ -18,19 +22,21 @@ class Advice:
     Attributes:
         present: the configuration as it is (under a schedule: at its peak learning rate).
         unchanged: the targets put in and nothing else changed; None if the batch would exceed the data.
-        moves: the ways to keep the noise scale. One where a batch size or a learning rate is targeted; else
-            two, of which one is to be taken.
-        caveats: everything that limits this advice, each a sentence.
+        moves: the ways to keep the noise scale, each with its checks. One where a batch size or a learning
+            rate is targeted; else two, of which one is to be taken.
+        notes: what is to be said beside the checks, each a sentence.
         equation: g of the present configuration with its numbers put in.
         name: the parameter groups it is for, such as "SGD/pg1".
+        targets: what was given, by the names of the fields of a `Configuration`.
     """
 
     present: Configuration
     unchanged: Configuration | None
     moves: tuple[Move, ...]
-    caveats: tuple[str, ...]
+    notes: tuple[str, ...]
     equation: str
     name: str = ""
+    targets: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def exact(self) -> Configuration | None:
@@ -41,6 +47,26 @@ class Advice:
     def linear(self) -> Configuration | None:
         """The first move, by the linear rule."""
         return self.moves[0].linear
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """The checks of all moves, each once."""
+        return tuple(dict.fromkeys(check for move in self.moves for check in move.checks))
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """Everything that limits this advice or goes with it, each a sentence: checks not passed, and notes."""
+        return caveats_of(self.moves, self.notes)
+
+    @property
+    def verdict(self) -> Verdict:
+        """How far to trust the first move: "safe", "unverified", "doubtful" or "impossible"."""
+        return self.moves[0].verdict
+
+    @property
+    def summary(self) -> str:
+        """The answer in one line."""
+        return headline(self.targets, self.moves)
 
     @property
     def noise_scale_before(self) -> float:
@@ -65,9 +91,12 @@ def advise(
     target_learning_rate: float | None = None,
     target_momentum: float | None = None,
     target_dataset_size: int | None = None,
+    gradient_noise_scale: float | None = None,
+    largest_eigenvalue: float | None = None,
+    ema_decay: float | None = None,
     name: str = "",
 ) -> Advice:
-    """What the targets do to the noise scale of SGD, which change keeps it, and every caveat that applies.
+    """What the targets do to the noise scale of SGD, which change keeps it, and how far to trust that.
 
     g = ε (N/B - 1) (1 - τ) / (1 - m) stays, by its exact inverse and by the linear rule B ∝ ε N / (1 - m)
 
@@ -81,10 +110,13 @@ def advise(
         target_learning_rate: ε', above 0.
         target_momentum: m', in [0, 1).
         target_dataset_size: N'; whole.
+        gradient_noise_scale: measured B_simple = tr Σ/‖G‖² in examples; NaN where it was not resolved.
+        largest_eigenvalue: measured h of the Hessian of the mean loss.
+        ema_decay: ρ in [0, 1) of an average of the weights, if there is one.
         name: copied into the advice.
 
     Returns:
-        The advice. A move without solution is None in it, and a caveat says why.
+        The advice. A move without solution is None in it, and its check "solution" says why.
 
     Raises:
         ValueError: naming the argument that is outside its domain, or if no target is given.
@@ -93,41 +125,92 @@ def advise(
         Smith & Le, ICLR 2018, arXiv:1710.06451, section 5.
     """
     targets = Targets(target_batch_size, target_learning_rate, target_momentum, target_dataset_size)
+    measured = Measurements(gradient_noise_scale, largest_eigenvalue, ema_decay)
     targets.check_against(configuration.dataset_size)
     positive("learning_rate", configuration.learning_rate)
     goal = targets.fixed(configuration)
     unchanged = goal.configuration() if goal.batch_size <= goal.dataset_size else None
-    solved = [_move(configuration, targets, unknown) for unknown in targets.unknowns()]
-    moves = tuple(move for move, _ in solved)
-    # The same reason can hold for both moves and both rules: say it once.
-    reasons = dict.fromkeys(reason for _, why_not in solved for reason in why_not)
-    caveats = (*reasons, *caveats_of(configuration, targets, unchanged, moves))
-    return Advice(configuration, unchanged, moves, caveats, noise_scale_equation(configuration), name)
+    moves = tuple(_move(configuration, targets, unknown, measured) for unknown in targets.unknowns())
+    notes = (
+        *_reach(configuration, targets, measured, moves),
+        *_notes(configuration, targets, unchanged, moves),
+    )
+    equation = noise_scale_equation(configuration)
+    return Advice(configuration, unchanged, moves, notes, equation, name, targets.given())
 
 
-def _move(present: Configuration, targets: Targets, unknown: Unknown) -> tuple[Move, list[str]]:
-    """The move, and the reasons where a rule has no solution."""
+def _move(present: Configuration, targets: Targets, unknown: Unknown, measured: Measurements) -> Move:
     exact, no_exact = _solution(present, targets, "exact", unknown)
     linear, no_linear = _solution(present, targets, "linear", unknown)
     why = []
+    checks: list[Check] = []
     if exact is not None:
         why.append(exact_equation(present.noise_scale, exact, unknown))
+        checks += checks_of(present, exact, linear, unknown, measured)
+    else:
+        checks.append(no_solution(no_exact))
     if linear is not None:
         why.append(linear_equation(present, linear, unknown))
-    return Move(unknown, exact, linear, tuple(why)), [*no_exact, *no_linear]
+    elif no_linear != no_exact:
+        checks.insert(0, Check("rules_agree", False, None, None, no_linear))
+    return Move(unknown, exact, linear, tuple(why), tuple(checks))
 
 
 def _solution(
     present: Configuration, targets: Targets, rule: Rule, unknown: Unknown
-) -> tuple[Configuration | None, list[str]]:
+) -> tuple[Configuration | None, str]:
+    """The configuration by a rule, or the reason why there is none."""
     try:
         solution = solve(present, targets, rule, unknown)
     except NoSolutionError as error:
-        return None, [str(error)]
+        return None, str(error)
     if solution.batch_size < 1:
-        return None, [
+        return None, (
             f"The {rule} rule asks for a batch of {solution.batch_size:.3g}: a batch holds at least one"
             " example, so no batch has so large a noise scale at a learning rate of"
             f" {solution.learning_rate:g}."
-        ]
-    return solution, []
+        )
+    return solution, ""
+
+
+def _reach(
+    present: Configuration, targets: Targets, measured: Measurements, moves: tuple[Move, ...]
+) -> Iterator[str]:
+    """How far a growing batch may go, where the target goes too far."""
+    if targets.batch_size is None or len(moves) > 1 or moves[0].verdict not in ("doubtful", "impossible"):
+        return
+
+    def move_to(batch_size: int) -> Move:
+        return _move(present, replace(targets, batch_size=batch_size), "learning_rate", measured)
+
+    found = largest_batch_size(present.batch_size, targets.batch_size, lambda batch: move_to(batch).checks)
+    exact = None if found is None else move_to(found).exact
+    if found is not None and exact is not None:
+        yield reach_note(found, exact.learning_rate)
+
+
+def _notes(
+    present: Configuration, targets: Targets, unchanged: Configuration | None, moves: tuple[Move, ...]
+) -> Iterator[str]:
+    if targets.momentum == 0 and present.dampening > 0:
+        yield "Dampening acts through the momentum buffer: without momentum it is 0."
+    if len(moves) < 2:
+        return
+    if targets.batch_size is None and targets.learning_rate is None:
+        if all(move.exact is not None for move in moves):
+            yield "The learning rate and the batch size are alternatives: change one of them, not both."
+        return
+    if unchanged is not None:
+        before, after = present.noise_scale, unchanged.noise_scale
+        times = f", {after / before:.3g} times the present one" if before > 0 else ""
+        yield f"With both targets the noise scale goes from {before:.6g} to {after:.6g}{times}."
+    goal = targets.fixed(present)
+    for move in moves:
+        if move.exact is None:
+            continue
+        if move.solved_for == "learning_rate":
+            learning_rate = f"{move.exact.learning_rate:.6g}"
+            yield f"To restore it at a batch size of {goal.batch_size:g}: learning rate {learning_rate}."
+        else:
+            batch_size = f"{move.exact.batch_size:.6g}"
+            yield f"To restore it at a learning rate of {goal.learning_rate:g}: batch size {batch_size}."

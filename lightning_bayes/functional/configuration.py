@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from lightning_bayes.functional._validation import (
@@ -31,6 +31,7 @@ class Configuration:
         dataset_size: N, training examples.
         momentum: m, in [0, 1).
         dampening: τ, in [0, 1).
+        nesterov: whether the momentum is Nesterov's. g is the same; the largest stable learning rate is not.
 
     Raises:
         ValueError: naming the argument, if one is not a number, not finite or outside its domain.
@@ -41,6 +42,7 @@ class Configuration:
     dataset_size: int
     momentum: float = 0.0
     dampening: float = 0.0
+    nesterov: bool = False
 
     def __post_init__(self) -> None:
         non_negative("learning_rate", self.learning_rate)
@@ -49,6 +51,13 @@ class Configuration:
         batch_within_dataset("batch_size", self.batch_size, "dataset_size", self.dataset_size)
         fraction("momentum", self.momentum)
         fraction("dampening", self.dampening)
+        if not isinstance(self.nesterov, bool):
+            raise ValueError(f"Expected argument `nesterov` to be a bool, but got {self.nesterov!r}.")
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ValueError(
+                "Expected `nesterov` to come with momentum and without dampening, as in torch.optim.SGD, but got"
+                f" momentum {self.momentum!r} and dampening {self.dampening!r}."
+            )
 
     @property
     def noise_scale(self) -> float:
@@ -109,6 +118,10 @@ class Targets:
             name = "dataset_size" if self.dataset_size is None else "target_dataset_size"
             batch_within_dataset("target_batch_size", self.batch_size, name, examples)
 
+    def given(self) -> dict[str, float]:
+        """The targets that are not None, by the names of the fields of a `Configuration`."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
     def unknowns(self) -> tuple[Unknown, ...]:
         """What can be solved for: the partner of a given batch size or learning rate, else either of them."""
         if self.learning_rate is None and self.batch_size is not None:
@@ -127,6 +140,7 @@ class Targets:
             momentum=momentum,
             # Dampening acts on what enters the momentum buffer. Without momentum there is no buffer.
             dampening=0.0 if self.momentum == 0 else present.dampening,
+            nesterov=present.nesterov and momentum > 0,
         )
 
 
@@ -139,9 +153,15 @@ class Goal:
     dataset_size: int
     momentum: float
     dampening: float
+    nesterov: bool
 
     def configuration(self) -> Configuration:
         """The same values as a checked `Configuration`."""
         return Configuration(
-            self.learning_rate, self.batch_size, self.dataset_size, self.momentum, self.dampening
+            self.learning_rate,
+            self.batch_size,
+            self.dataset_size,
+            self.momentum,
+            self.dampening,
+            self.nesterov,
         )

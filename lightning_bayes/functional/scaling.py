@@ -7,6 +7,7 @@ from typing import Literal
 
 from lightning_bayes.functional._validation import count, positive
 from lightning_bayes.functional.adam_scaling import AdamConfiguration, square_root_rule
+from lightning_bayes.functional.check import Check, Verdict, verdict
 from lightning_bayes.functional.configuration import Configuration, Goal, NoSolutionError, Targets, Unknown
 from lightning_bayes.functional.noise_scale import (
     batch_size_for_noise_scale,
@@ -26,12 +27,30 @@ class Move:
         exact: the configuration by the exact inverse; None where there is none (a caveat says why).
         linear: the configuration by B ∝ ε N / (1 - m); None where it leaves the training set.
         why: the equations with their numbers put in, exact first.
+        checks: what the move was held against, and what is to be done with it.
     """
 
     solved_for: Unknown
     exact: Configuration | None
     linear: Configuration | None
     why: tuple[str, ...]
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def solution(self) -> Configuration | None:
+        """The configuration by the exact inverse."""
+        return self.exact
+
+    @property
+    def verdict(self) -> Verdict:
+        """How far to trust it, as `verdict` documents it."""
+        return verdict(self.checks)
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """The least and the largest value that the rules ask for; None where none has a solution."""
+        values = [getattr(found, self.solved_for) for found in (self.exact, self.linear) if found is not None]
+        return (min(values), max(values)) if values else None
 
 
 def rescale(

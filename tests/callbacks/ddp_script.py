@@ -9,10 +9,11 @@ from dataclasses import asdict
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
-from lightning_bayes import LaplaceEvidence, ScalingAdvisor, SGDNoiseScale
+from lightning_bayes import LaplaceEvidence, ScalingAdvisor, SGDNoiseScale, Stability
 from tests.callbacks.evidence_models import Module, Rich, cross_entropy, loader, tensors
 from tests.callbacks.sgd_models import trainer
 
@@ -46,10 +47,13 @@ def main(case, folder):
     step, make, options = CASES[case]
     torch.manual_seed(0)
     callback, module = LaplaceEvidence(**options), Module(Rich(), step)
+    stability = Stability()
     checkpoint = ModelCheckpoint(f"{folder}/{case}", "{epoch}", monitor="bayes/log_evidence", mode="max")
+    advisor = ScalingAdvisor(target_batch_size=16)
     run = trainer(
         folder,
-        [callback, SGDNoiseScale(), ScalingAdvisor(target_batch_size=16), checkpoint],
+        [callback, SGDNoiseScale(), advisor, stability, checkpoint],
+        logger=CSVLogger(folder, name=case, version=0),
         devices=2,
         strategy="ddp",
         max_epochs=2,
@@ -63,11 +67,16 @@ def main(case, folder):
         error = str(caught)
     torch.save(
         {
+            "stability": [(epoch, asdict(reading)) for epoch, reading in stability.history],
             "history": [(epoch, asdict(evidence)) for epoch, evidence in callback.history],
             "weights": module.state_dict(),
             "logged": {name: value.item() for name, value in run.callback_metrics.items()},
             "steps": run.global_step,
             "error": error,
+            "log_dir": f"{folder}/{case}/version_0",
+            "advice": [
+                (asdict(one.present), [asdict(check) for check in one.checks]) for one in advisor.advice
+            ],
         },
         f"{folder}/{case}-{run.global_rank}.pt",
     )

@@ -183,7 +183,7 @@ def test_two_callbacks_under_one_prefix(tmp_path):
 
 
 class Poison(Callback):
-    """Stands before LaplaceEvidence and makes the weights NaN at the end of epoch 1."""
+    """Stands before the callback and makes the weights NaN at the end of epoch 1."""
 
     def on_train_epoch_end(self, trainer, pl_module):
         if trainer.current_epoch == 1:
@@ -194,11 +194,11 @@ class Poison(Callback):
 class Heal(Callback):
     """Stands behind it, notes what was logged, and undoes the harm."""
 
-    def __init__(self, poison):
-        self.poison, self.logged = poison, []
+    def __init__(self, poison, key="bayes/log_evidence"):
+        self.poison, self.key, self.logged = poison, key, []
 
     def on_train_epoch_end(self, trainer, pl_module):
-        self.logged.append(trainer.callback_metrics["bayes/log_evidence"].item())
+        self.logged.append(trainer.callback_metrics[self.key].item())
         if trainer.current_epoch == 1:
             pl_module.network[0].weight.data.copy_(self.poison.saved)
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_bayes import LaplaceEvidence, ScalingAdvisor, SGDNoiseScale
+from lightning_bayes import LaplaceEvidence, ScalingAdvisor, SGDNoiseScale, Stability
 
-from .evidence_models import Module, Rich, fit, loader, optimizer, tensors
+from .evidence_models import Module, N, Rich, fit, loader, optimizer, tensors
 
 
 class Model(Module):
@@ -109,7 +109,12 @@ def same(a, b):
 
 
 def observers():
-    return [LaplaceEvidence(), SGDNoiseScale(logging_interval="step"), ScalingAdvisor(target_batch_size=12)]
+    return [
+        LaplaceEvidence(),
+        SGDNoiseScale(logging_interval="step"),
+        ScalingAdvisor(target_batch_size=12),
+        Stability(sharpness=True),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +141,32 @@ def test_bit_identical_with_the_network_read_directly(tmp_path):
     with_callback = trained(tmp_path / "a", [callback])
     without = trained(tmp_path / "b", [])
     assert len(callback.history) == 3
+    assert [name for name in without if not same(with_callback[name], without[name])] == []
+
+
+STABILITY = {
+    "hessian": {},
+    "ggn": {"curvature": "ggn"},
+    "sharpness": {"sharpness": True},
+    "network": {"network": "network", "likelihood": "classification", "max_examples": 12},
+}
+
+
+@pytest.mark.parametrize("options", STABILITY)
+def test_bit_identical_with_stability(tmp_path, options):
+    callback = Stability(**STABILITY[options])
+    with_callback = trained(tmp_path / "a", [callback])
+    without = trained(tmp_path / "b", [])
+    assert len(callback.history) == 3
+    assert [name for name in without if not same(with_callback[name], without[name])] == []
+
+
+def test_bit_identical_beside_a_reference(tmp_path):
+    reference = {"learning_rate": 0.1, "batch_size": 6, "dataset_size": 21, "momentum": 0.9}
+    callback = ScalingAdvisor(target_batch_size=12, reference=reference, ema_decay=0.9)
+    with_callback = trained(tmp_path / "a", [callback])
+    without = trained(tmp_path / "b", [])
+    assert callback.advice and not callback.comparisons[0].differs
     assert [name for name in without if not same(with_callback[name], without[name])] == []
 
 
@@ -178,3 +209,29 @@ def test_samplers_keep_their_state(tmp_path):
         return seen
 
     assert order([LaplaceEvidence()]) == order([])
+    assert order([Stability()]) == order([])
+
+
+class Half(torch.utils.data.Sampler):
+    """Draws half of the examples from the global generator."""
+
+    def __iter__(self):
+        return iter(torch.randperm(N)[: N // 2].tolist())
+
+    def __len__(self):
+        return N // 2
+
+
+@pytest.mark.parametrize("callback", [LaplaceEvidence, Stability])
+def test_a_sampler_of_the_users_own_is_not_drawn_from(tmp_path, callback):
+    def seen(callbacks):
+        torch.manual_seed(0)
+
+        def step(module, batch):
+            return F.cross_entropy(module(batch[0]), batch[1])
+
+        module = Module(Rich(), step)
+        fit(tmp_path, module, loader(batch_size=5, sampler=Half()), *callbacks, max_epochs=2)
+        return [p.detach().clone() for p in module.parameters()]
+
+    assert same(seen([callback()]), seen([]))

@@ -1,0 +1,8 @@
+"""The command line: `python -m lightning_bayes advise --help`."""
+
+import sys
+
+from lightning_bayes.advising.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

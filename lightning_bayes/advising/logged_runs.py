@@ -1,0 +1,132 @@
+"""What a log directory says of a run's noise: saved advice, logged noise scales, or hyper-parameters."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ADVICE_FILE = "scaling_advice.json"
+# `SGDNoiseScale`'s keys: "bayes/noise_scale", "bayes/adam_noise_scale-Adam/pg1"; not "bayes/gradient_noise_scale".
+KEY = re.compile(r"(?:^|/)(?P<adam>adam_)?noise_scale(?:-(?P<group>.+))?$")
+# What hyper-parameters are commonly called, and the fields of a configuration.
+NAMES = {"lr": "learning_rate"}
+USED = ("learning_rate", "batch_size", "dataset_size", "momentum", "dampening", "nesterov", "betas", "eps")
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """One of three things that a log directory can hold.
+
+    Attributes:
+        source: the file.
+        noise_scales: the largest noise scale that was logged, by parameter group.
+        adaptive: whether that is Adam's ε/√B.
+        values: hyper-parameters by the names of a configuration's fields. With neither, `source` is saved advice.
+        notes: what had to be assumed, each a sentence.
+    """
+
+    source: str
+    noise_scales: Mapping[str, float] | None = None
+    adaptive: bool = False
+    values: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read_logged_run(directory: Path) -> LoggedRun:
+    """Reads a log directory of CSVLogger or TensorBoardLogger.
+
+    Args:
+        directory: such as lightning_logs/version_0.
+
+    Returns:
+        What is there, the most telling first: saved advice, logged noise scales, hyper-parameters.
+
+    Raises:
+        ValueError: if there is none of the three.
+    """
+    saved = directory / ADVICE_FILE
+    if saved.is_file():
+        return LoggedRun(str(saved))
+    table = directory / "metrics.csv"
+    if table.is_file():
+        found = _run(str(table), _csv_series(table))
+        if found is not None:
+            return found
+    if any(directory.glob("events.out.tfevents*")):
+        found = _run(str(directory), _event_series(directory))
+        if found is not None:
+            return found
+    values = _hyper_parameters(directory / "hparams.yaml")
+    if {"learning_rate", "batch_size"} <= values.keys():
+        source = str(directory / "hparams.yaml")
+        note = (
+            f"The batch size of the reference is from {source}: examples per optimizer step, on one device."
+        )
+        return LoggedRun(source, values=values, notes=(note,))
+    raise ValueError(
+        f"Expected `reference` {str(directory)!r} to hold {ADVICE_FILE} (written by a ScalingAdvisor), a noise scale"
+        " in metrics.csv or an event file of TensorBoard (logged by SGDNoiseScale), or learning_rate and batch_size"
+        f" in hparams.yaml, but found only {sorted(path.name for path in directory.iterdir())}. Give a dict of the"
+        " configuration in its place."
+    )
+
+
+def _run(source: str, series: Iterable[tuple[str, list[float]]]) -> LoggedRun | None:
+    found: dict[bool, dict[str, float]] = {}
+    logged = 0
+    for key, values in series:
+        match, known = KEY.search(key), [value for value in values if math.isfinite(value)]
+        if match is None or not known:
+            continue
+        logged = max(logged, len(known))
+        found.setdefault(match["adam"] is not None, {})[match["group"] or ""] = max(known)
+    if not found:
+        return None
+    # A Trainer with both kinds of optimizer: SGD's g says more.
+    adaptive = False not in found
+    groups = found[adaptive]
+    if len(groups) > 1:
+        # From the moment that groups differ each has a key; the common one from before says less.
+        groups.pop("", None)
+    note = f"The noise scale of the reference is the largest of {logged} logged in {source}."
+    return LoggedRun(source, groups, adaptive, notes=(note,))
+
+
+def _csv_series(table: Path) -> list[tuple[str, list[float]]]:
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    columns = [key for key in (rows[0] if rows else {}) if key is not None and KEY.search(key)]
+    return [(key, [float(row[key]) for row in rows if row[key]]) for key in columns]
+
+
+def _event_series(directory: Path) -> list[tuple[str, list[float]]]:
+    # 0 keeps every value: by default long series are thinned out, and the peak can be lost.
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if KEY.search(tag)]
+    return [(tag, [event.value for event in events.Scalars(tag)]) for tag in tags]
+
+
+def _hyper_parameters(path: Path) -> dict[str, Any]:
+    """The fields of a configuration that a file of hyper-parameters has."""
+    if not path.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        return {}  # objects among the hyper-parameters; the error above names what is needed
+    if not isinstance(found, Mapping):
+        return {}
+    named = {NAMES.get(str(name), str(name)): value for name, value in found.items()}
+    values = {name: named[name] for name in USED if named.get(name) is not None}
+    accumulated = named.get("accumulate_grad_batches")
+    if isinstance(accumulated, int) and isinstance(values.get("batch_size"), int):
+        values["batch_size"] *= accumulated
+    return values

@@ -1,0 +1,292 @@
+"""How close a run is to the edge of stability, at the end of each training epoch."""
+
+import math
+import time
+from dataclasses import asdict
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_bayes.callbacks.reading import NetworkOption, original_network
+from lightning_bayes.callbacks.sgd_steps import names_of_groups, sgd_steps, why_not_sgd
+from lightning_bayes.callbacks.trainer_inputs import check_arguments, check_trainer
+from lightning_bayes.callbacks.training_loss import TrainingLoss
+from lightning_bayes.callbacks.untouched import untouched
+from lightning_bayes.curvature.capture import Reduction
+from lightning_bayes.curvature.errors import EvidenceUnavailableError
+from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
+from lightning_bayes.functional._validation import count
+from lightning_bayes.options import check_options
+from lightning_bayes.stability import (
+    SGDStep,
+    StabilityReading,
+    measure_stability,
+    rehearse,
+    require_curvature,
+)
+
+__all__ = ["Stability"]
+
+KEYS = ("largest_eigenvalue", "stability", "largest_stable_learning_rate", "sharpness")
+
+
+class Stability(Callback):
+    """Logs how close SGD is to the edge of stability, and where a larger learning rate would put it.
+
+    largest_eigenvalue = h
+    stability = ε (h + λ) / (2 (1 + m))
+    largest_stable_learning_rate = 2 (1 + m) / (h + λ)
+
+    h is the largest eigenvalue of the Hessian of the mean training loss (of whatever training_step returns, which is
+    what the optimizer steps on), λ the weight decay, ε the learning rate at the last optimizer step, m its
+    momentum. With dampening τ the bound on ε(h + λ) is 2(1 + m)/(1 − τ), with Nesterov's momentum
+    2(1 + m)/(1 + 2m). Parameter groups that differ are taken together exactly, see `StabilityReading`. Above
+    stability 1 steps along the sharpest direction of the quadratic model grow. Networks in full-batch training often
+    hover there (Cohen et al., ICLR 2021, arXiv:2103.00065).
+
+    Adam and its kin step in another geometry: for them and other optimizers h alone is logged, and a line says so.
+    Gradient clipping is not counted. The keys, with the prefix, are there for `ModelCheckpoint` and
+    `EarlyStopping`, as those of `LaplaceEvidence`.
+
+    The training_step runs on a copy, on a fixed random part of the training set, with its own random state:
+    training is not disturbed. Dropout is off; batch norm normalises by the batch, as in training.
+
+    Args:
+        every_n_epochs: Epochs between evaluations. One takes about ten products with the Hessian, each about as long
+            as three gradients of `max_examples` examples.
+        max_examples: On which the loss is the mean, in whole batches, one at least. The largest eigenvalue on a
+            subset is on average above that of the whole.
+        curvature: "hessian", of any loss; or "ggn", the Gauss-Newton matrix, of losses that `LaplaceEvidence` reads.
+        sharpness: Whether to measure Keskar's sharpness too (arXiv:1609.04836, metric 2.1), in percent: the rise of
+            the loss in the box abs(yᵢ) ≤ ε (abs(xᵢ) + 1), ε = 1e-3, in all parameters, by 10 iterations of L-BFGS-B
+            from the corner of the box that the gradient or the eigenvector points to; a lower bound.
+        network: For a training_step that cannot be run on a copy: the name of the submodule that maps `batch[0]` to
+            outputs, or a function (module, batch) -> (outputs, targets). The loss is then the mean-reduced one of
+            `likelihood`.
+        likelihood: "auto", or beside `network` "classification", "binary", "regression" or a `Likelihood`.
+        batch_size: Examples at a time; None for those of a training_step. Another number changes what batch norm
+            normalises by.
+        log_key_prefix: Goes before each key.
+
+    Attributes:
+        history: List of (epoch, StabilityReading); it survives a checkpoint.
+
+    Raises:
+        ValueError: At construction for wrong arguments; before the first training step for a module, loader or
+            optimizer that cannot be used. Later trouble (NaN weights) is a warning, and NaN is logged.
+
+    Example::
+
+        trainer = Trainer(callbacks=[Stability(every_n_epochs=5)])
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_epochs: int = 1,
+        max_examples: int = 1024,
+        curvature: str = "hessian",
+        sharpness: bool = False,
+        network: NetworkOption = None,
+        likelihood: str | Likelihood = "auto",
+        batch_size: int | None = None,
+        log_key_prefix: str = "bayes/",
+    ) -> None:
+        super().__init__()
+        require_curvature(curvature)
+        check_options(batch_size, count("max_examples", max_examples))
+        check_arguments(likelihood, network, every_n_epochs, None, log_key_prefix)
+        if likelihood != "auto" and network is None:
+            raise ValueError(
+                "Expected argument `likelihood` to be 'auto' without `network`, got "
+                f"{likelihood!r}: the curvature is that of the loss that training_step returns."
+            )
+        if not isinstance(sharpness, bool):
+            raise ValueError(f"Expected argument `sharpness` to be a boolean, but got {sharpness!r}.")
+        self.every_n_epochs = every_n_epochs
+        self.max_examples = max_examples
+        self.curvature = curvature
+        self.sharpness = sharpness
+        self.network = network
+        self.likelihood = None if likelihood == "auto" else resolve_likelihood(likelihood)
+        self.batch_size = batch_size
+        self.log_key_prefix = log_key_prefix
+        self.history: list[tuple[int, StabilityReading]] = []
+        self._is_sgd = False
+        self._steps: list[SGDStep] | None = None
+        self._reduction: Reduction | None = None
+        self._epoch_started = math.nan
+
+    @property
+    def reading(self) -> StabilityReading | None:
+        """The latest, None before the first."""
+        return self.history[-1][1] if self.history else None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(curvature=self.curvature, log_key_prefix=self.log_key_prefix)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check everything that can be checked before a batch is seen."""
+        check_trainer(trainer, pl_module, self.network, "Stability")
+        self._check_prefix(trainer)
+        with untouched(trainer):  # somebody's own sampler may draw to be counted
+            self._loss(trainer, pl_module).num_training_examples()
+        names_of_groups(trainer, original_network(pl_module, self.network))
+        reason = why_not_sgd(trainer)
+        self._is_sgd = reason is None
+        if reason is not None:
+            rank_zero_info(f"Stability: {reason}. The largest eigenvalue alone is logged.")
+        self._steps, self._reduction = None, None
+        if trainer.global_step == 0:  # a new run, not one that goes on from a checkpoint
+            self.history = []
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epoch_started = time.monotonic()
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Differentiate a batch twice before the first step, so that what cannot be read fails now."""
+        if self._reduction is None:
+            with untouched(trainer):
+                self._reduction = self._rehearse(trainer, pl_module)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        # At the end of an epoch Lightning has already moved its schedulers on to the next.
+        if self._is_sgd:
+            self._steps = sgd_steps(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, remember and log."""
+        if (trainer.current_epoch + 1) % self.every_n_epochs != 0:
+            return
+        trained = (time.monotonic() - self._epoch_started) * self.every_n_epochs
+        reading = trainer.strategy.broadcast(self._measure(trainer, pl_module))
+        if reading is not None:
+            if not self.history:
+                self._announce_time(reading, trained)
+            self.history.append((trainer.current_epoch, reading))
+        for name, value in self._logged_values(reading).items():
+            pl_module.log(f"{self.log_key_prefix}{name}", value, on_step=False, on_epoch=True, sync_dist=True)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if the run ended beyond the edge, or the last eigenvalue is not to be believed."""
+        last = self.reading
+        if last is None:
+            return
+        if last.stability_ratio is not None and last.stability_ratio >= 1.0:
+            rank_zero_info(
+                f"Stability: training ended at {last.stability_ratio:.3g} times the edge of stability; SGD is stable "
+                f"there up to a learning rate of {last.largest_stable_learning_rate:.4g}."
+            )
+        if not last.converged:
+            rank_zero_info(
+                f"Stability: the largest eigenvalue did not converge in {last.num_products} products; it is at least "
+                f"{last.largest_eigenvalue:.4g}, and one lies within {last.largest_eigenvalue_error:.2g} of that."
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": [(epoch, asdict(reading)) for epoch, reading in self.history]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = [(epoch, StabilityReading(**fields)) for epoch, fields in state_dict["history"]]
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> StabilityReading | None:
+        try:
+            with untouched(trainer):
+                return self._reading(trainer, pl_module)
+        except Exception as error:
+            # The first batches have been read before the first step: what fails now is of this epoch or of the
+            # user's code on another batch, and not worth the run.
+            rank_zero_warn(
+                f"Stability: no reading for epoch {trainer.current_epoch}; training goes on. "
+                f"{type(error).__name__}: {error} (NaN is logged.)"
+            )
+            return None
+
+    def _reading(self, trainer: Trainer, pl_module: LightningModule) -> StabilityReading:
+        loss, groups = self._loss(trainer, pl_module), self._groups(trainer, pl_module)
+        batches, sizes = loss.batches()
+        function = loss.function(loss.reader(), groups, batches, sizes, self._reduction or "mean")
+        steps = None
+        if self._is_sgd:
+            present = self._steps or sgd_steps(trainer)  # no step yet: what the next would be
+            steps = {name: present[index] for name, index in groups.items()}
+        return measure_stability(
+            function, steps, sum(sizes), curvature=self.curvature, sharpness=self.sharpness
+        )
+
+    def _rehearse(self, trainer: Trainer, pl_module: LightningModule) -> Reduction:
+        """Take the first batch of our own all the way through two products with the curvature."""
+        loss, groups = self._loss(trainer, pl_module), self._groups(trainer, pl_module)
+        reader = loss.reader()
+        batches, sizes = loss.batches()
+        function = loss.function(reader, groups, batches[:1], sizes[:1], "mean")
+        reader.check_computed_by_copy(function.first())
+        reduction: Reduction = "mean"
+        try:
+            reduction = function.first_captured().reduction
+        except EvidenceUnavailableError:  # of these weights, not of the loss
+            pass
+        except ValueError:
+            if self.curvature == "ggn":
+                raise
+            rank_zero_info(
+                "Stability: the loss of training_step is none that is known to be a mean or a sum. It is taken as it "
+                "is returned, and as a mean over the examples of a batch."
+            )
+        matrix = "Hessian" if self.curvature == "hessian" else "Gauss-Newton matrix"
+        rank_zero_info(
+            f"Stability: {matrix} of the loss in {len(function.flat()):,} parameters, on {sum(sizes):,} of "
+            f"{loss.num_training_examples():,} examples, {sizes[0]:,} at a time."
+        )
+        try:
+            rehearse(function, self.curvature)
+        except EvidenceUnavailableError as error:
+            rank_zero_warn(f"Stability: the first batch has no reading. {error}")
+        return reduction
+
+    def _loss(self, trainer: Trainer, pl_module: LightningModule) -> TrainingLoss:
+        return TrainingLoss(
+            trainer, pl_module, self.likelihood, self.network, self.batch_size, self.max_examples
+        )
+
+    def _groups(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
+        return names_of_groups(trainer, original_network(pl_module, self.network))
+
+    def _logged_values(self, reading: StabilityReading | None) -> dict[str, float]:
+        wanted = [KEYS[0], *(KEYS[1:3] if self._is_sgd else ()), *(KEYS[3:] if self.sharpness else ())]
+        if reading is None:
+            return dict.fromkeys(wanted, math.nan)
+        fields = asdict(reading) | {"stability": reading.stability_ratio}
+        return {name: fields[name] for name in wanted}
+
+    def _announce_time(self, reading: StabilityReading, trained: float) -> None:
+        if reading.seconds > trained:
+            rank_zero_info(
+                f"Stability: the first reading took {reading.seconds:.3g} s, training from one to the next about "
+                f"{trained:.3g} s. A larger every_n_epochs= or a smaller max_examples= make it cheaper."
+            )
+
+    def _check_prefix(self, trainer: Trainer) -> None:
+        others = [c for c in trainer.callbacks if isinstance(c, Stability) and c is not self]  # type: ignore[attr-defined]
+        if any(other.log_key_prefix == self.log_key_prefix for other in others):
+            raise ValueError(
+                f"Several Stability callbacks log under log_key_prefix={self.log_key_prefix!r}: Lightning would log "
+                "the mean of their values. Give each its own, such as log_key_prefix='bayes/ggn/'."
+            )

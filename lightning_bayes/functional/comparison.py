@@ -1,0 +1,214 @@
+"""A run beside a known-good one: whether their noise differs, and which single change makes it the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lightning_bayes.functional._validation import non_negative
+from lightning_bayes.functional.adam_scaling import AdamConfiguration, square_root_rule
+from lightning_bayes.functional.configuration import Configuration, NoSolutionError
+from lightning_bayes.functional.noise_scale import momentum_factor
+
+Quantity = Literal["learning_rate", "batch_size", "momentum", "dataset_size"]
+
+TOLERANCE = 0.01
+"""Relative difference of two noise scales beyond which they differ."""
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """One change of the present run that gives it the noise of the reference.
+
+    Attributes:
+        quantity: what changes: "learning_rate", "batch_size", "momentum" or "dataset_size".
+        value: its new value. Batch and dataset sizes are not rounded.
+        noise_scale: what it leads to where the value has to be whole, after rounding; else the reference's.
+    """
+
+    quantity: Quantity
+    value: float
+    noise_scale: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The noise of a run beside that of a known-good one, as data.
+
+    Attributes:
+        present: the run's configuration.
+        reference: the known-good one; None where only its noise scale is known.
+        reference_noise_scale: g of the reference; ε/√B for Adam-like optimizers.
+        restorations: the single changes, whichever solve.
+        expected: for Adam, the reference carried to the present batch size by the square-root rule, betas and
+            eps with it; None where there is none.
+        name: the parameter groups that it is for.
+        source: where the reference was read.
+    """
+
+    present: Configuration | AdamConfiguration
+    reference: Configuration | AdamConfiguration | None
+    reference_noise_scale: float
+    restorations: tuple[Restoration, ...]
+    expected: AdamConfiguration | None = None
+    name: str = ""
+    source: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """The present noise scale over the reference's; infinite where only the reference has none."""
+        if self.reference_noise_scale == 0:
+            return 1.0 if self.present.noise_scale == 0 else math.inf
+        return self.present.noise_scale / self.reference_noise_scale
+
+    @property
+    def differs(self) -> bool:
+        """Whether the noise scales differ by more than 1 %, or Adam's memory in examples does."""
+        return abs(self.ratio - 1) > TOLERANCE or self.betas_differ
+
+    @property
+    def betas_differ(self) -> bool:
+        """Whether some 1-β is more than 1 % off what the square-root rule makes of the reference's."""
+        if self.expected is None or not isinstance(self.present, AdamConfiguration):
+            return False
+        found, expected = self.present.betas, self.expected.betas
+        return len(found) != len(expected) or any(
+            abs((1 - one) / (1 - other) - 1) > TOLERANCE for one, other in zip(found, expected, strict=True)
+        )
+
+    @property
+    def summary(self) -> str:
+        """In one or two sentences: both noise scales, and every single change that makes them the same."""
+        quantity = "lr/sqrt(B)" if isinstance(self.present, AdamConfiguration) else "The noise scale g"
+        whose = f" of {self.name}" if self.name else ""
+        where = f" ({self.source})" if self.source else ""
+        here, there = f"{self.present.noise_scale:.5g}{whose}", f"{self.reference_noise_scale:.5g}"
+        numbers = f"{here}, and {there} in the reference{where}"
+        if not self.differs:
+            return f"{quantity} is {numbers}: the same within {TOLERANCE:.0%}."
+        return " ".join((f"{quantity} is {numbers}: {self.ratio:.4g} times.", *self._remedies()))
+
+    def _remedies(self) -> Iterator[str]:
+        changes = [_phrase(change, self.reference_noise_scale) for change in self.restorations]
+        if abs(self.ratio - 1) > TOLERANCE:
+            if changes:
+                yield f"Any one of these changes restores it: {', '.join(changes)}."
+            else:
+                yield "No single change of learning rate, batch size, momentum or data restores it."
+        if self.betas_differ and self.expected is not None:
+            betas = ", ".join(f"{beta:.6g}" for beta in self.expected.betas)
+            yield (
+                f"At this batch size the reference's betas become ({betas}), and its eps {self.expected.eps:.4g}"
+                " (square-root rule)."
+            )
+
+
+def compare(
+    present: Configuration | AdamConfiguration,
+    reference: Configuration | AdamConfiguration | float,
+    *,
+    name: str = "",
+    source: str = "",
+) -> Comparison:
+    """Whether a run has the noise of a known-good one, and which single change restores it.
+
+    g = ε (N/B - 1) (1 - τ) / (1 - m), solved for each of ε, B, m and N with the others as they are:
+
+    ε = g (1 - m) / ((N/B - 1)(1 - τ)),    B = N / (1 + g (1 - m) / (ε (1 - τ))),
+    m = 1 - ε (N/B - 1)(1 - τ) / g,        N = B (1 + g (1 - m) / (ε (1 - τ)))
+
+    For Adam-like optimizers ε/√B, solved for ε and for B, with betas by the square-root rule.
+
+    Args:
+        present: the run.
+        reference: the known-good configuration; or its noise scale alone, of the kind that goes with `present`.
+        name: copied into the comparison.
+        source: copied into the comparison.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        ValueError: for SGD beside an Adam-like optimizer, whose noise scales are no one quantity.
+
+    Reference:
+        Smith & Le, ICLR 2018, arXiv:1710.06451, section 5; for Adam Malladi et al., NeurIPS 2022,
+        arXiv:2205.10287.
+    """
+    known: Configuration | AdamConfiguration | None = None
+    if isinstance(reference, Configuration | AdamConfiguration):
+        known, scale = reference, reference.noise_scale
+        if type(known) is not type(present):
+            raise ValueError(
+                f"Expected argument `reference` to be a {type(present).__name__}, as the present run is, but got"
+                f" {known}: the noise scales of SGD and of Adam-like optimizers are different quantities."
+            )
+    else:
+        scale = non_negative("reference", reference)
+    if isinstance(present, AdamConfiguration):
+        restorations = tuple(_adam_restorations(present, scale))
+        expected = None
+        if isinstance(known, AdamConfiguration) and known.learning_rate > 0:
+            expected = _expected(known, present.batch_size)
+        return Comparison(present, known, scale, restorations, expected, name, source)
+    return Comparison(present, known, scale, tuple(_restorations(present, scale)), None, name, source)
+
+
+def _restorations(present: Configuration, scale: float) -> Iterator[Restoration]:
+    rate, batch, examples = present.learning_rate, present.batch_size, present.dataset_size
+    factor = momentum_factor(present.momentum, present.dampening)
+    ratio = (examples - batch) / batch
+    if scale == 0:
+        # Only the whole training set in every batch has no noise.
+        yield Restoration("batch_size", examples, 0.0)
+        return
+    if ratio > 0:
+        yield Restoration("learning_rate", scale / (ratio * factor), scale)
+    if rate == 0:
+        return
+    solved = examples / (1 + scale / (rate * factor))
+    if solved >= 1:
+        yield _rounded(present, "batch_size", solved)
+    momentum = 1 - rate * ratio * (1 - present.dampening) / scale
+    # Dampening acts in the momentum buffer only, and Nesterov's momentum is positive.
+    if 0 < momentum < 1:
+        yield Restoration("momentum", momentum, scale)
+    yield _rounded(present, "dataset_size", batch * (1 + scale / (rate * factor)))
+
+
+def _rounded(present: Configuration, quantity: Quantity, value: float) -> Restoration:
+    whole = max(1, math.floor(value + 0.5))
+    if quantity == "batch_size":
+        return Restoration(quantity, value, replace(present, batch_size=whole).noise_scale)
+    # Rounded up: the batch still has to fit.
+    return Restoration(quantity, value, replace(present, dataset_size=math.ceil(value - 1e-9)).noise_scale)
+
+
+def _adam_restorations(present: AdamConfiguration, scale: float) -> Iterator[Restoration]:
+    if scale == 0:
+        return
+    yield Restoration("learning_rate", scale * math.sqrt(present.batch_size), scale)
+    batch = (present.learning_rate / scale) * (present.learning_rate / scale)
+    if batch >= 1 and (present.dataset_size is None or batch <= present.dataset_size):
+        whole = replace(present, batch_size=max(1, math.floor(batch + 0.5)))
+        yield Restoration("batch_size", batch, whole.noise_scale)
+
+
+def _expected(reference: AdamConfiguration, batch_size: float) -> AdamConfiguration | None:
+    try:
+        return square_root_rule(replace(reference, dataset_size=None), batch_size=batch_size)
+    except NoSolutionError:
+        return None  # outside the rule's domain no betas go with the batch
+
+
+def _phrase(change: Restoration, goal: float) -> str:
+    name = change.quantity.replace("_", " ")
+    if change.quantity not in ("batch_size", "dataset_size"):
+        return f"{name} {change.value:.4g}"
+    whole = (
+        math.floor(change.value + 0.5) if change.quantity == "batch_size" else math.ceil(change.value - 1e-9)
+    )
+    off = goal > 0 and abs(change.noise_scale / goal - 1) > TOLERANCE
+    return f"{name} {max(1, whole)}" + (f" ({change.noise_scale:.4g})" if off else "")

@@ -1,0 +1,117 @@
+"""Advice in few words: the answer in one line, and the caveats that its checks amount to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+from lightning_bayes.functional.adam_scaling import AdamConfiguration
+from lightning_bayes.functional.check import SOLUTION, Check, Verdict
+from lightning_bayes.functional.configuration import Configuration, Unknown
+
+SHORT = {"learning_rate": "lr", "batch_size": "batch", "momentum": "momentum", "dataset_size": "N"}
+
+
+class AnyMove(Protocol):
+    """What the moves of SGD and of Adam have in common."""
+
+    @property
+    def solved_for(self) -> Unknown: ...  # noqa: D102
+
+    @property
+    def solution(self) -> Configuration | AdamConfiguration | None: ...  # noqa: D102
+
+    @property
+    def linear(self) -> Configuration | AdamConfiguration | None: ...  # noqa: D102
+
+    @property
+    def checks(self) -> tuple[Check, ...]: ...  # noqa: D102
+
+    @property
+    def verdict(self) -> Verdict: ...  # noqa: D102
+
+
+def headline(targets: Mapping[str, float], moves: Sequence[AnyMove]) -> str:
+    """The answer in one line: what is given, what follows from it, how sure that is, can the Trainer do it.
+
+    Args:
+        targets: what is given, by the names of its fields.
+        moves: the ways to keep the noise.
+
+    Returns:
+        Such as "batch 8192: lr 3.807 (linear 3.2); doubtful, 2 of 6 checks fail; Trainer: yes".
+    """
+    given = ", ".join(f"{SHORT[name]} {_number(value)}" for name, value in targets.items())
+    if {"batch_size", "learning_rate"} <= targets.keys():
+        # Both leave nothing to solve for: either of them, in place of its target, restores the noise.
+        given += ": instead"
+    else:
+        given += ":"
+    answers, tails = [_answer(move) for move in moves], [_tail(move) for move in moves]
+    if len(set(tails)) == 1:
+        return f"{given} {', or '.join(answers)}{tails[0]}"
+    return f"{given} {', or '.join(answer + tail for answer, tail in zip(answers, tails, strict=True))}"
+
+
+def caveats_of(moves: Sequence[AnyMove], notes: Sequence[str]) -> tuple[str, ...]:
+    """Everything that limits the advice or goes with it, each a sentence: the checks that do not pass, and notes.
+
+    Args:
+        moves: the ways to keep the noise.
+        notes: what is to be said beside the checks.
+
+    Returns:
+        The sentences, those about one of several moves with its name before them.
+    """
+    return (*dict.fromkeys(sentence for sentence in _sentences(moves)), *notes)
+
+
+def shared_checks(moves: Sequence[AnyMove]) -> tuple[Check, ...]:
+    """The checks that several moves have in common, word for word."""
+    first, *others = (move.checks for move in moves)
+    return tuple(check for check in first if others and all(check in other for other in others))
+
+
+def _sentences(moves: Sequence[AnyMove]) -> Iterator[str]:
+    shared = shared_checks(moves)
+    yield from (check.sentence for check in shared if not check.passed)
+    for move in moves:
+        which = f"With the new {move.solved_for.replace('_', ' ')}: " if len(moves) > 1 else ""
+        for check in move.checks:
+            if not check.passed and check not in shared:
+                yield which + check.sentence
+
+
+def _answer(move: AnyMove) -> str:
+    if move.solution is None:
+        return f"no {move.solved_for.replace('_', ' ')} keeps the noise"
+    value, other = getattr(move.solution, move.solved_for), getattr(move.linear, move.solved_for, None)
+    linear = "" if other is None or f"{other:.4g}" == f"{value:.4g}" else f" (linear {other:.4g})"
+    return f"{SHORT[move.solved_for]} {value:.4g}{linear}"
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.5g}"
+
+
+def _tail(move: AnyMove) -> str:
+    if move.solution is None:
+        return ""
+    trainer = next((check for check in move.checks if check.name == "trainer"), None)
+    can = "" if trainer is None else f"; Trainer: {'yes' if trainer.passed or trainer.action else 'no'}"
+    return f"; {_how_sure(move)}{can}"
+
+
+def _how_sure(move: AnyMove) -> str:
+    checks = [check for check in move.checks if not check.action]
+    if move.verdict == "safe":
+        return f"safe, {len(checks)} checks pass"
+    failed = move.verdict == "doubtful"
+    number = sum(check.passed is (False if failed else None) for check in checks)
+    ends = f"checks fail{'s' if number == 1 else ''}" if failed else "unmeasured"
+    return f"{move.verdict}, {number} of {len(checks)} {ends}"
+
+
+def no_solution(reason: str) -> Check:
+    """The check that there is a solution, where there is none, and why."""
+    return Check(SOLUTION, False, None, None, reason)
