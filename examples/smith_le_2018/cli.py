@@ -19,6 +19,7 @@ from examples.smith_le_2018.figure_4 import figure_4
 from examples.smith_le_2018.figure_5 import figure_5
 from examples.smith_le_2018.figure_6 import figure_6
 from examples.smith_le_2018.figure_7 import figure_7
+from examples.smith_le_2018.figures_1_2 import figure_1, figure_2
 from examples.smith_le_2018.goyal import goyal
 from examples.smith_le_2018.presets import PRESETS
 from examples.smith_le_2018.sweep import RunTable
@@ -26,6 +27,8 @@ from examples.smith_le_2018.sweep import RunTable
 __all__ = ["FIGURES", "main"]
 
 FIGURES: dict[str, Callable[[Context], list[Claim]]] = {
+    "fig1": figure_1,
+    "fig2": figure_2,
     "fig3": figure_3,
     "fig4": figure_4,
     "fig5": figure_5,

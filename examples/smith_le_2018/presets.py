@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from examples.smith_le_2018.engine import Run
+from examples.smith_le_2018.evidence_presets import PAPER_EVIDENCE, QUICK_EVIDENCE, EvidencePreset
 
 __all__ = ["PRESETS", "Preset"]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """The settings of figures 3 to 7.
+    """The settings of all figures.
 
     Attributes:
         name: of the preset, and of its folder of results.
@@ -33,6 +34,7 @@ class Preset:
         small_batch: of figure 3, against the full batch.
         prior_precisions: of figure 3: λ = N · weight_decay.
         points: of figure 3's curves.
+        evidence: the settings of figures 1 and 2, and of (a), (b), (c) and (e).
     """
 
     name: str
@@ -52,6 +54,7 @@ class Preset:
     small_batch: int
     prior_precisions: Sequence[float]
     points: int
+    evidence: EvidencePreset
 
     def run(
         self,
@@ -134,6 +137,7 @@ PRESETS = {
             small_batch=60,
             prior_precisions=(0.0, 1.0, 10.0),
             points=12,
+            evidence=QUICK_EVIDENCE,
         ),
         Preset(
             name="paper",
@@ -161,6 +165,7 @@ PRESETS = {
             small_batch=30,
             prior_precisions=(0.0, 0.1, 1.0, 10.0),
             points=40,
+            evidence=PAPER_EVIDENCE,
         ),
     )
 }
