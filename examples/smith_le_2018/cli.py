@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from examples.smith_le_2018.check import check
+from examples.smith_le_2018.choose_l2 import choose_l2
 from examples.smith_le_2018.claims import Claim, insert_table, write_claims
 from examples.smith_le_2018.collapse import collapse
 from examples.smith_le_2018.context import Context
@@ -21,7 +22,10 @@ from examples.smith_le_2018.figure_6 import figure_6
 from examples.smith_le_2018.figure_7 import figure_7
 from examples.smith_le_2018.figures_1_2 import figure_1, figure_2
 from examples.smith_le_2018.goyal import goyal
+from examples.smith_le_2018.langevin import langevin
+from examples.smith_le_2018.memorise import memorise
 from examples.smith_le_2018.presets import PRESETS
+from examples.smith_le_2018.sharpness import sharpness
 from examples.smith_le_2018.sweep import RunTable
 
 __all__ = ["FIGURES", "main"]
@@ -34,7 +38,11 @@ FIGURES: dict[str, Callable[[Context], list[Claim]]] = {
     "fig5": figure_5,
     "fig6": figure_6,
     "fig7": figure_7,
+    "memorise": memorise,
+    "l2": choose_l2,
+    "sharpness": sharpness,
     "goyal": goyal,
+    "langevin": langevin,
     "collapse": collapse,
 }
 """Name on the command line to the function that trains, draws and judges, in the order of `all`."""

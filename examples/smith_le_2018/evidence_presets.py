@@ -27,7 +27,7 @@ class EvidencePreset:
         sharpness_loss: the training loss at which its nets are compared, nats per example.
         sharpness_precision: λ of the prior of (c), which is trained without L2.
         langevin_seeds: repeats of (e).
-        langevin_precision: its λ.
+        langevin_precisions: its λ, ascending.
         langevin_chains: at once.
         langevin_times: time sampled, in units of the slowest relaxation, 1/λ; half as much again before it.
     """
@@ -46,7 +46,7 @@ class EvidencePreset:
     sharpness_loss: float
     sharpness_precision: float
     langevin_seeds: int
-    langevin_precision: float
+    langevin_precisions: Sequence[float]
     langevin_chains: int
     langevin_times: float
 
@@ -71,10 +71,10 @@ QUICK_EVIDENCE = EvidencePreset(
     sharpness_rate=0.1,
     sharpness_loss=0.02,
     sharpness_precision=1.0,
-    langevin_seeds=2,
-    langevin_precision=100.0,
-    langevin_chains=16,
-    langevin_times=10.0,
+    langevin_seeds=3,
+    langevin_precisions=(100.0, 1000.0),
+    langevin_chains=32,
+    langevin_times=20.0,
 )
 PAPER_EVIDENCE = EvidencePreset(
     logistic_seeds=10,
@@ -90,8 +90,8 @@ PAPER_EVIDENCE = EvidencePreset(
     sharpness_rate=0.1,
     sharpness_loss=0.02,
     sharpness_precision=1.0,
-    langevin_seeds=3,
-    langevin_precision=10.0,
-    langevin_chains=32,
+    langevin_seeds=5,
+    langevin_precisions=(10.0, 100.0, 1000.0),
+    langevin_chains=64,
     langevin_times=20.0,
 )

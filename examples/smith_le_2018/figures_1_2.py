@@ -37,7 +37,9 @@ class _Curves:
         self.converged = (decrement < CONVERGED).all(0)
         self.precisions = np.array(self.preset.logistic_precisions)[self.converged]
         if not self.converged.any():
-            raise ValueError(f"Expected fits with a Newton decrement below {CONVERGED} nats, but no λ has them.")
+            raise ValueError(
+                f"Expected fits with a Newton decrement below {CONVERGED} nats, but no λ has them."
+            )
 
     def _wanted(self, seed: int) -> list[LogisticSettings]:
         wanted = [
@@ -122,7 +124,9 @@ def figure_2(context: Context) -> list[Claim]:
 def _two_curves(axis: Axes, curves: _Curves, task: str) -> None:
     """Test cross-entropy on the left axis, the log evidence ratio on the right one."""
     loss, ratio = curves.settled("test_loss", task), curves.settled("log_evidence_ratio", task)
-    band(axis, curves.precisions, loss, color="#444444", marker="s", linestyle="--", label="test cross-entropy")
+    band(
+        axis, curves.precisions, loss, color="#444444", marker="s", linestyle="--", label="test cross-entropy"
+    )
     log_axis(axis, "y", [0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30])
     axis.set(ylabel="test cross-entropy (nats per example)", title=f"{task} labels")
     other = axis.twinx()
@@ -161,7 +165,9 @@ def _true_label_claims(curves: _Curves) -> list[Claim]:
     seeds, precisions = len(curves.seeds), curves.precisions
     correlation = bootstrap(lambda draw: rank_correlation(-ratio[draw].mean(0), loss[draw].mean(0)), seeds)
     decades = bootstrap(
-        lambda draw: best_place(precisions, -ratio[draw].mean(0)) - best_place(precisions, loss[draw].mean(0)),
+        lambda draw: (
+            best_place(precisions, -ratio[draw].mean(0)) - best_place(precisions, loss[draw].mean(0))
+        ),
         seeds,
     )
     highest = mean_interval(ratio.max(1))

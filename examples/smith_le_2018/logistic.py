@@ -26,6 +26,7 @@ __all__ = [
     "LogisticSettings",
     "TwoDigits",
     "cost_and_derivatives",
+    "design_of",
     "fit",
     "linear",
     "two_digits",
@@ -132,11 +133,13 @@ def fit(inputs: Tensor, labels: Tensor, prior_precision: float) -> Tensor:
     Returns:
         The weights, and the bias last, [p].
     """
-    design, signs = _design(inputs), 2 * labels.numpy() - 1
+    design, signs = design_of(inputs), 2 * labels.numpy() - 1
 
     def cost(weights: np.ndarray) -> float:
         # ln σ(z), which does not underflow where σ does
-        return float(-special.log_expit(signs * (design @ weights)).sum() + prior_precision / 2 * weights @ weights)
+        return float(
+            -special.log_expit(signs * (design @ weights)).sum() + prior_precision / 2 * weights @ weights
+        )
 
     def gradient(weights: np.ndarray) -> np.ndarray:
         return cost_and_derivatives(weights, design, labels.numpy(), prior_precision)[0]
@@ -261,7 +264,8 @@ def _scores(module: nn.Linear, inputs: Tensor, labels: Tensor) -> tuple[float, f
     return right, F.binary_cross_entropy_with_logits(logits, labels).item()
 
 
-def _design(inputs: Tensor) -> np.ndarray:
+def design_of(inputs: Tensor) -> np.ndarray:
+    """Inputs with a last column of ones, for the bias."""
     return np.hstack([inputs.numpy(), np.ones((len(inputs), 1))])
 
 

@@ -93,7 +93,9 @@ class Trials:
         """The row of these settings, None if there is none yet."""
         return self.table.find({"digits": self.digits, **asdict(settings)})
 
-    def grid(self, column: str, make: Callable[[Any, int], Any], seeds: Sequence[int], over: Sequence[Any]) -> np.ndarray:
+    def grid(
+        self, column: str, make: Callable[[Any, int], Any], seeds: Sequence[int], over: Sequence[Any]
+    ) -> np.ndarray:
         """One measured number of a grid of trials.
 
         Args:
