@@ -231,7 +231,7 @@ def _lightning_claim(curves: _Curves) -> Claim:
     return Claim(
         "fig2",
         "A Lightning run with LaplaceEvidence gives the same number",
-        f"log evidence ratio of a Trainer's run less that of the fit, λ = {curves.preset.lightning_precision:g} (nats)",
+        f"log evidence ratio of a Trainer's run − that of the fit, λ = {curves.preset.lightning_precision:g} (nats)",
         *estimate,
         f"all within ±{AGREEMENT:g}",
         "holds" if np.abs(difference).max() <= AGREEMENT else "does not hold",

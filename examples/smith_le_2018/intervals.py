@@ -40,7 +40,7 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def best_place(x: np.ndarray, values: np.ndarray) -> float:
-    """Log10 of where a curve has its minimum: the vertex of the parabola through its lowest point and the two beside it.
+    """Log10 of where a curve has its minimum: the vertex of the parabola through its lowest point and its neighbours.
 
     Args:
         x: [k], positive, ascending.

@@ -28,8 +28,8 @@ from examples.smith_le_2018.trials import Kind, Trials
 __all__ = ["LANGEVIN", "LangevinSettings", "Sampled", "langevin", "sample"]
 
 STEP = 0.05
-"""η in units of 1/(largest curvature at the minimum). A Gaussian's variance comes out 1/(1 - ηk/2) times too large: by
-2.5 % along the stiffest direction, by less along all others."""
+"""η in units of 1/(largest curvature at the minimum). A Gaussian's variance comes out 1/(1 - ηk/2) times too large:
+by 2.5 % along the stiffest direction, by less along all others."""
 BURN_IN = 0.5
 """Of the sampled time, before it."""
 LOOKS_PER_TIME = 20
@@ -221,7 +221,7 @@ def langevin(context: Context) -> list[Claim]:
         band(
             right,
             np.array(precisions),
-            drop,
+            loss,
             color="#e07b00",
             marker="s",
             label="mean −ln P of the training set",

@@ -6,6 +6,10 @@ Gauss-Newton matrix, so that nothing but Laplace's own approximation stands betw
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import lightning as L
@@ -107,8 +111,8 @@ def two_digits(digits: Digits, num_examples: int, labels: str, seed: int) -> Two
     test_size = min(TEST_PER_DIGIT, *(len(place) - size for place in places))
     if size < 1 or test_size < 1:
         raise ValueError(
-            f"Expected argument `num_examples` to be from 2 to {2 * (size + test_size - 1)}, so that {digits.name} has"
-            f" zeros and ones left for the test set, but got {num_examples}."
+            f"Expected argument `num_examples` to be from 2 to {2 * (size + test_size - 1)}, so that {digits.name}"
+            f" has zeros and ones left for the test set, but got {num_examples}."
         )
     places = [place[torch.randperm(len(place), generator=generator)] for place in places]
     train = torch.cat([place[:size] for place in places])
@@ -207,18 +211,34 @@ def by_lightning(data: TwoDigits, prior_precision: float) -> tuple[nn.Linear, Ev
     # No shuffle: the one batch is the whole training set.
     loader = DataLoader(TensorDataset(data.train_inputs, data.train_labels[:, None]), len(data.train_labels))
     evidence = LaplaceEvidence(structure="full", every_n_epochs=LIGHTNING_STEPS)
-    trainer = L.Trainer(
-        max_epochs=LIGHTNING_STEPS,
-        accelerator="cpu",
-        callbacks=[evidence],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
-    trainer.fit(module, loader)
+    with _quiet("lightning.pytorch"):
+        trainer = L.Trainer(
+            max_epochs=LIGHTNING_STEPS,
+            accelerator="cpu",
+            callbacks=[evidence],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+        )
+        trainer.fit(module, loader)
     return module.net, evidence.history[-1][1]
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without the lines that a Trainer prints for each of many runs."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # Lightning's own use of a class that torch has since deprecated, and its advice on loaders.
+            warnings.filterwarnings("ignore", message=".*(LeafSpec|does not have many workers).*")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def measure(digits: Digits, settings: LogisticSettings) -> LogisticMeasured:

@@ -46,13 +46,13 @@ def memorise(context: Context) -> list[Claim]:
     }
     with figure(context.folder / "memorise.png", columns=2, width=8.8) as (_, (left, right)):
         _accuracies(left, np.array(precisions), found)
-        for task in COLOURS:
+        for task, colour in COLOURS.items():
             band(
                 right,
                 np.array(precisions),
                 found["log_evidence_ratio", task],
                 marker=MARKERS[task],
-                color=COLOURS[task],
+                color=colour,
                 label=f"{task} labels",
             )
         right.axhline(0, color="#888888", linewidth=1)

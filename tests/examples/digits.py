@@ -3,6 +3,7 @@
 import torch
 
 from examples.smith_le_2018.data import Digits
+from examples.smith_le_2018.evidence_presets import EvidencePreset
 from examples.smith_le_2018.presets import Preset
 
 TINY = Preset(
@@ -23,6 +24,25 @@ TINY = Preset(
     small_batch=8,
     prior_precisions=(0.0, 1.0),
     points=4,
+    evidence=EvidencePreset(
+        logistic_seeds=2,
+        logistic_examples=20,
+        logistic_precisions=(0.1, 10.0),
+        lightning_precision=10.0,
+        net_seeds=2,
+        net_examples=20,
+        net_hidden=20,
+        net_precisions=(1.0, 10.0),
+        random_precisions=(1.0,),
+        sharpness_batches=(5, 20),
+        sharpness_rate=0.1,
+        sharpness_loss=0.5,
+        sharpness_precision=1.0,
+        langevin_seeds=2,
+        langevin_precisions=(1000.0,),
+        langevin_chains=4,
+        langevin_times=2.0,
+    ),
 )
 
 

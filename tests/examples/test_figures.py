@@ -5,6 +5,7 @@ import csv
 import pytest
 
 from examples.smith_le_2018 import cli
+from examples.smith_le_2018.evidence_presets import EvidencePreset
 from examples.smith_le_2018.presets import Preset
 
 REDUCED = Preset(
@@ -25,6 +26,25 @@ REDUCED = Preset(
     small_batch=48,
     prior_precisions=(0.0, 10.0),
     points=6,
+    evidence=EvidencePreset(
+        logistic_seeds=2,
+        logistic_examples=200,
+        logistic_precisions=(1e-4, 1e-2, 1.0, 100.0, 1e4, 1e5),
+        lightning_precision=1.0,
+        net_seeds=2,
+        net_examples=200,
+        net_hidden=800,
+        net_precisions=(0.1, 1.0, 10.0),
+        random_precisions=(0.1, 10.0),
+        sharpness_batches=(16, 200),
+        sharpness_rate=0.05,
+        sharpness_loss=0.02,
+        sharpness_precision=1.0,
+        langevin_seeds=2,
+        langevin_precisions=(100.0, 1000.0),
+        langevin_chains=32,
+        langevin_times=20.0,
+    ),
 )
 
 pytestmark = pytest.mark.slow
@@ -40,6 +60,43 @@ def claims(tmp_path_factory):
     with (folder / "reduced" / "claims.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {name: [float(row["estimate"]) for row in rows if row["figure"] == name] for name in cli.FIGURES}
+
+
+def test_figure_1_only_true_labels_generalise(claims):
+    train_true, train_random, test_true, test_random = claims["fig1"]
+    assert train_true > 0.99 and train_random > 0.9 and test_true > 0.98
+    assert abs(test_random - 0.5) < 0.07
+
+
+def test_figure_2_evidence_ranks_l2_and_sees_through_random_labels(claims):
+    correlation, _, true, weak_random, random, lightning = claims["fig2"]
+    assert correlation > 0.5
+    assert true > 50 and weak_random < -50 and random < 1
+    assert abs(lightning) < 1e-3
+
+
+def test_memorise_exact_evidence_sees_through_random_labels(claims):
+    memorised, random, difference, best, largest_random = claims["memorise"]
+    assert memorised > 0.99
+    assert random < 0 < difference and best > 0 and largest_random < best
+
+
+def test_l2_exact_evidence_chooses_better_than_kron_and_diag(claims):
+    """Each structure has three rows: decades off, cost of the choice, rank correlation."""
+    exact, kron, diag = (claims["l2"][first + 1] for first in (0, 3, 6))
+    assert exact <= kron <= diag + 1e-9
+    assert exact < 0.05
+
+
+def test_sharpness_large_batches_end_in_sharper_minima(claims):
+    eigenvalue, trace, evidence, _ = claims["sharpness"]
+    assert eigenvalue > 0 and trace > 0 and evidence < 0
+
+
+def test_langevin_noise_samples_laplaces_posterior(claims):
+    """Variances along stiff eigenvectors, along all, and the mean log-likelihood, for two λ."""
+    for value in claims["langevin"]:
+        assert abs(value - 1) < 0.15
 
 
 def test_figure_3_small_batches_generalise_better_and_l2_shrinks_the_gap(claims):
