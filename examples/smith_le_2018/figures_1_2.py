@@ -138,7 +138,7 @@ def _two_curves(axis: Axes, curves: _Curves, task: str) -> None:
     other.tick_params(axis="y", colors=COLOURS[task])
     _precision_axis(axis)
     handles = [*axis.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
-    axis.legend(handles=handles, fontsize=9, loc="upper left" if task == "true" else "center right")
+    axis.legend(handles=handles, fontsize=9, loc="center left" if task == "true" else "center right")
 
 
 def _precision_axis(axis: Axes) -> None:
@@ -148,8 +148,6 @@ def _precision_axis(axis: Axes) -> None:
 
 def _accuracy(values: np.ndarray, quantity: str, least: float) -> Claim:
     mean, low, high = mean_interval(values)
-    if np.ptp(values) == 0:  # the same in all draws
-        low = high = mean
     claim = "1. Both tasks are (nearly) memorised, only true labels generalise"
     return Claim("fig1", claim, quantity, mean, low, high, f"> {least:g}", above(least, low, high))
 

@@ -117,10 +117,12 @@ def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
         values: [seeds].
 
     Returns:
-        (mean, low, high); an infinite interval for a single value.
+        (mean, low, high); an infinite interval for a single value, none for values that are all the same.
     """
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, -np.inf, np.inf
+    if np.ptp(values) == 0:  # for instance an accuracy of 1 in every repeat, of which scipy would warn
+        return mean, mean, mean
     interval = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
     return mean, float(interval.low), float(interval.high)

@@ -169,5 +169,5 @@ def scores(net: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[float, float
     return (logits.argmax(1) == labels).double().mean().item(), F.cross_entropy(logits, labels).item()
 
 
-NETS = Kind("nets", NetSettings, NetMeasured, measure)
+NETS = Kind("nets", NetSettings, NetMeasured, measure, "log_evidence_ratio")
 """Its rows are in `nets.csv`."""

@@ -192,7 +192,7 @@ def measure(digits: Digits, settings: SharpnessSettings) -> SharpnessMeasured:
     )
 
 
-SHARPNESS = Kind("sharpness", SharpnessSettings, SharpnessMeasured, measure)
+SHARPNESS = Kind("sharpness", SharpnessSettings, SharpnessMeasured, measure, "largest_eigenvalue")
 """Its rows are in `sharpness.csv`."""
 
 

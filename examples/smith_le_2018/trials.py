@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 import torch
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Kind", "Trials"]
 
-TYPES = {"int": int, "float": float, "str": str}
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -36,12 +34,14 @@ class Kind:
         settings: dataclass of its settings, `seed` among them; with the digits they determine what comes out.
         measured: dataclass of what comes out.
         run: (digits, settings) -> measured, a function at the top of a module.
+        headline: the measured number that `check` compares.
     """
 
     name: str
     settings: type
     measured: type
     run: Callable[[Digits, Any], Any]
+    headline: str
 
 
 class Trials:
@@ -146,7 +146,7 @@ class Trials:
 
 
 def _columns(kind: type) -> dict[str, type]:
-    return {field.name: TYPES[str(field.type)] for field in fields(kind)}
+    return get_type_hints(kind)
 
 
 def _work(job: tuple[Callable[[Digits, Any], Any], Path | None, Any]) -> tuple[Any, Any, float]:

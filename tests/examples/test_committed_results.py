@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.smith_le_2018.check import TOLERANCE, differences
+from examples.smith_le_2018.check import RELATIVE, TOLERANCE, differences, trial_differences
 from examples.smith_le_2018.cli import RESULTS
 from examples.smith_le_2018.context import Context
 from examples.smith_le_2018.presets import PRESETS
@@ -27,3 +27,5 @@ def test_random_rows_come_out_again(name):
     context = Context(PRESETS[name], PRESETS[name].seeds, folder, root, runs)
     for row, accuracy in differences(context, 2, random.Random(0)):
         assert accuracy == pytest.approx(row["test_accuracy"], abs=TOLERANCE), runs.run_of(row)
+    for kind, row, now in trial_differences(context, random.Random(0)):
+        assert now == pytest.approx(row[kind.headline], rel=RELATIVE, abs=RELATIVE), row
