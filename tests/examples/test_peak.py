@@ -71,6 +71,7 @@ def test_mean_interval_is_students():
     mean, low, high = mean_interval(np.arange(1.0, 6.0))
     assert (mean, low, high) == pytest.approx((3.0, 3 - 2.776 * 0.5**0.5, 3 + 2.776 * 0.5**0.5), abs=1e-3)
     assert mean_interval(np.array([0.5])) == (0.5, -np.inf, np.inf)
+    assert mean_interval(np.array([1.0, 1.0])) == (1.0, 1.0, 1.0)
 
 
 def test_what_a_function_of_x_explains():

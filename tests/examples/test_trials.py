@@ -45,7 +45,7 @@ def make(seed):
     return [Settings(factor, seed) for factor in (0.1, 2.0)]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_each_trial_is_a_row(tmp_path, workers):
     trials = Trials(KIND, context(tmp_path, workers))
     assert trials.measure("name", make) == [0, 1, 2]
