@@ -73,8 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if chosen.figure == "check":
             check(context)
             return
-        for name in FIGURES if chosen.figure == "all" else [chosen.figure]:
-            table = _make(name, context)
+        try:
+            for name in FIGURES if chosen.figure == "all" else [chosen.figure]:
+                table = _make(name, context)
+        except KeyboardInterrupt:
+            report(f"Stopped. {runs.table.path} has what was finished; the same command goes on from there.")
+            raise SystemExit(130) from None
     if chosen.results is None:
         insert_table(README, preset.name, table)
     report(f"Claims: {table}")

@@ -14,6 +14,7 @@ from examples.smith_le_2018.engine import Run
 from examples.smith_le_2018.figure_5 import learning_rate_runs
 from examples.smith_le_2018.figure_6 import num_examples_runs
 from examples.smith_le_2018.figure_7 import momentum_runs
+from examples.smith_le_2018.peak import resampled_interval
 from examples.smith_le_2018.plotting import batch_axis, colours, figure, log_axis
 from examples.smith_le_2018.presets import Preset
 
@@ -136,15 +137,15 @@ def _claim(clouds: list[_Cloud]) -> Claim:
     draws = [np.arange(len(values)), *generator.integers(len(values), size=(RESAMPLES, len(values)))]
     by_g = np.array([explained(scales, values[draw].mean(0)) for draw in draws])
     by_b = np.array([explained(sizes, values[draw].mean(0)) for draw in draws])
-    low, high = np.quantile((by_g - by_b)[1:], [0.025, 0.975])
+    low, high = resampled_interval((by_g - by_b)[1:], len(values))
     return Claim(
         "collapse",
         "8. Accuracy depends on the noise scale alone",
         f"share of the variance of accuracy's ranks explained by g, less that by B; g alone explains {by_g[0]:.2f},"
         f" {len(first)} settings of one N",
         float(by_g[0] - by_b[0]),
-        float(low),
-        float(high),
+        low,
+        high,
         "> 0",
         above(0.0, low, high),
     )

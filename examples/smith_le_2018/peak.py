@@ -9,7 +9,7 @@ import numpy as np
 from numpy.polynomial import Polynomial
 from scipy import stats
 
-__all__ = ["PowerLaw", "best_batch_size", "mean_interval", "peak_ratio", "power_law"]
+__all__ = ["PowerLaw", "best_batch_size", "mean_interval", "peak_ratio", "power_law", "resampled_interval"]
 
 Grid = tuple[Sequence[int], np.ndarray]
 """Batch sizes [b] and the test accuracies that they reach, [seeds, b]."""
@@ -72,12 +72,11 @@ def power_law(x: Sequence[float], grids: Sequence[Grid]) -> PowerLaw:
     """
     log_x = np.log(np.asarray(x, dtype=float))
     log_best = _resampled_log_best(grids)
-    lines = np.array([stats.linregress(log_x, row)[:2] for row in log_best])
-    low, high = np.quantile(lines[1:, 0], [0.025, 0.975])
+    lines = np.polyfit(log_x, log_best.T, 1).T  # [1 + resamples, (slope, intercept)]
+    low, high = resampled_interval(lines[1:, 0], len(grids[0][1]))
     best_low, best_high = np.exp(np.quantile(log_best[1:], [0.025, 0.975], axis=0))
-    return PowerLaw(
-        *map(float, (lines[0, 0], low, high, lines[0, 1])), np.exp(log_best[0]), best_low, best_high
-    )
+    slope, intercept = map(float, lines[0])
+    return PowerLaw(slope, low, high, intercept, np.exp(log_best[0]), best_low, best_high)
 
 
 def peak_ratio(numerator: Grid, denominator: Grid) -> tuple[float, float, float]:
@@ -92,8 +91,23 @@ def peak_ratio(numerator: Grid, denominator: Grid) -> tuple[float, float, float]
     """
     log_best = _resampled_log_best([numerator, denominator])
     ratios = np.exp(log_best[:, 0] - log_best[:, 1])
-    low, high = np.quantile(ratios[1:], [0.025, 0.975])
-    return float(ratios[0]), float(low), float(high)
+    return float(ratios[0]), *resampled_interval(ratios[1:], len(numerator[1]))
+
+
+def resampled_interval(values: np.ndarray, seeds: int) -> tuple[float, float]:
+    """The 95 % interval of a bootstrap over seeds.
+
+    Args:
+        values: [resamples].
+        seeds: how many were resampled.
+
+    Returns:
+        (low, high); infinite for a single seed, which says nothing of others.
+    """
+    if seeds < 2:
+        return -np.inf, np.inf
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _resampled_log_best(grids: Sequence[Grid]) -> np.ndarray:

@@ -30,7 +30,6 @@ class Preset:
         longer: the learning rate of figure 5 that is also trained for 2T.
         momenta: of figure 7.
         by_num_examples: of figure 6: N to its batch sizes.
-        proportional_from: least N of which the paper says that the best batch size is proportional to it.
         small_batch: of figure 3, against the full batch.
         prior_precisions: of figure 3: λ = N · weight_decay.
         points: of figure 3's curves.
@@ -50,7 +49,6 @@ class Preset:
     longer: float
     momenta: Sequence[float]
     by_num_examples: Mapping[int, Sequence[int]]
-    proportional_from: int
     small_batch: int
     prior_precisions: Sequence[float]
     points: int
@@ -130,10 +128,9 @@ PRESETS = {
             by_num_examples={
                 500: (24, 32, 48, 64, 96),
                 1000: (32, 48, 64, 96, 128),
-                2000: (48, 64, 96, 128, 192),
-                4000: (64, 96, 128, 192, 256, 384),
+                2000: (32, 48, 64, 96, 128),
+                4000: (48, 64, 96, 128, 192),
             },
-            proportional_from=500,
             small_batch=60,
             prior_precisions=(0.0, 1.0, 10.0),
             points=12,
@@ -161,7 +158,6 @@ PRESETS = {
                 35_000: (48, 64, 96, 128, 192, 256, 384),
                 50_000: (64, 96, 128, 192, 256, 384, 512, 768),
             },
-            proportional_from=20_000,
             small_batch=30,
             prior_precisions=(0.0, 0.1, 1.0, 10.0),
             points=40,

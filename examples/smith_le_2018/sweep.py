@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
@@ -113,7 +114,7 @@ class RunTable:
             return
         if self._pool is None:
             # "spawn": a forked copy of a process that has used torch's threads may hang.
-            self._pool = get_context("spawn").Pool(self.workers, _start, (self.mnist_root,))
+            self._pool = get_context("spawn").Pool(self.workers, _start_process, (self.mnist_root,))
         yield from self._pool.imap_unordered(_work, jobs)
 
 
@@ -130,6 +131,12 @@ def _start(mnist_root: Path | None) -> None:
     torch.set_num_threads(1)
     _ROOT[0] = mnist_root
     load_digits(mnist_root)
+
+
+def _start_process(mnist_root: Path | None) -> None:
+    # Ctrl-C is for the command, which then lets its processes go.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _start(mnist_root)
 
 
 def _work(job: tuple[Run, Sequence[int]]) -> tuple[Run, list[Measurement], float]:

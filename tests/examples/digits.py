@@ -20,7 +20,6 @@ TINY = Preset(
     longer=0.2,
     momenta=(0.8, 0.9),
     by_num_examples={64: (4, 6, 8), 128: (8, 12, 16)},
-    proportional_from=64,
     small_batch=8,
     prior_precisions=(0.0, 1.0),
     points=4,

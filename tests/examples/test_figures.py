@@ -22,7 +22,6 @@ REDUCED = Preset(
     longer=0.1,
     momenta=(0.8, 0.9, 0.95),
     by_num_examples={500: (24, 32, 48, 64), 4000: (48, 64, 96, 128, 192)},
-    proportional_from=500,
     small_batch=48,
     prior_precisions=(0.0, 10.0),
     points=6,

@@ -66,6 +66,12 @@ def test_ratio_of_two_peaks():
     assert (ratio, low, high) == pytest.approx((2.0, 2.0, 2.0), rel=1e-6)
 
 
+def test_one_seed_has_no_interval():
+    law = power_law([1.0, 2.0], [(GRID, accuracies(GRID, best, seeds=1)) for best in (20.0, 40.0)])
+    assert law.slope == pytest.approx(1.0, abs=0.05)
+    assert (law.low, law.high) == (-np.inf, np.inf)
+
+
 def test_mean_interval_is_students():
     # t with 4 degrees of freedom: 2.776; the standard error of 1..5 is sqrt(2.5/5).
     mean, low, high = mean_interval(np.arange(1.0, 6.0))
