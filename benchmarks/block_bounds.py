@@ -1,10 +1,11 @@
 """Bounds on the evidence of 784-800-10 beyond exact: time and memory against the number of examples.
 
-    python benchmarks/block_bounds.py --mnist-root DIR [--sizes 15000 30000 60000] [--landmarks 256]
+    python benchmarks/block_bounds.py --mnist-root DIR [--sizes 15000 30000 60000] [--landmarks 256] [--num-blocks 16]
 
 `laplace_evidence(structure="blocks")` on so many digits, float32, each size in a process of its own; the
-landmarks are held at one number, so that only the examples differ. Prints seconds, the bracket, the peak of
-the resident set beyond the data, and the exponent of time in the number of examples (least squares).
+landmarks are held at one number, so that only the examples differ. With --num-blocks, from the rows of so many
+random batches. Prints seconds, the bracket, the value with its standard error, the peak of the resident set beyond
+the data, and the exponent of time in the number of examples (least squares).
 """
 
 import argparse
@@ -18,24 +19,27 @@ import numpy as np
 from models import MODELS, trained
 
 from lightning_bayes import laplace_evidence
-from lightning_bayes.curvature import blocks
+from lightning_bayes.curvature import blocks_budget
 
 
-def measure(size: int, landmarks: int, mnist_root: str) -> dict[str, float]:
+def measure(size: int, landmarks: int, num_blocks: int | None, mnist_root: str) -> dict[str, float]:
     """One size, in this process."""
     data = trained(MODELS["mlp-60000"], mnist_root)
-    blocks.MAX_LANDMARKS = landmarks
+    blocks_budget.MAX_LANDMARKS = landmarks
     x, y = data.x[:size].clone(), data.y[:size].clone()
-    laplace_evidence(data.net, (x[:500], y[:500]), structure="blocks", batch_size=250)
+    arguments = {"structure": "blocks", "batch_size": 250, "num_blocks": num_blocks}
+    laplace_evidence(data.net, (x[:500], y[:500]), **arguments)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    evidence = laplace_evidence(data.net, (x, y), structure="blocks", batch_size=250)
+    evidence = laplace_evidence(data.net, (x, y), **arguments)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "seconds": seconds,
         "lower": evidence.lower,
         "upper": evidence.upper,
+        "value": evidence.log_evidence,
+        "stderr": evidence.log_evidence_stderr,
         "more_mb": (peak - before) / 1024,
     }
 
@@ -48,10 +52,15 @@ def main() -> None:
     parser.add_argument("--mnist-root", required=True)
     parser.add_argument("--sizes", type=int, nargs="+", default=[15_000, 30_000, 60_000])
     parser.add_argument("--landmarks", type=int, default=256)
+    parser.add_argument("--num-blocks", type=int)
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one is not None:
-        print(json.dumps(measure(arguments.one, arguments.landmarks, arguments.mnist_root)))
+        print(
+            json.dumps(
+                measure(arguments.one, arguments.landmarks, arguments.num_blocks, arguments.mnist_root)
+            )
+        )
         return
     seconds = []
     for size in arguments.sizes:
@@ -60,7 +69,8 @@ def main() -> None:
         found = json.loads(output.splitlines()[-1])
         seconds.append(found["seconds"])
         print(
-            f"N = {size:,}: {found['seconds']:.1f} s, in [{found['lower']:,.0f}, {found['upper']:,.0f}] nats, "
+            f"N = {size:,}: {found['seconds']:.1f} s, {found['value']:,.0f} ± {found['stderr']:,.0f} nats in "
+            f"[{found['lower']:,.0f}, {found['upper']:,.0f}], "
             f"{found['more_mb']:.0f} MB beyond what a pass over 500 examples took"
         )
     exponent = np.polyfit(np.log(arguments.sizes), np.log(seconds), 1)[0]

@@ -1,7 +1,7 @@
 """The evidence by this package, laplace-torch, curvlinops and dense torch: value, error, time and memory.
 
     python benchmarks/evidence.py [--models logistic lenet] [--repeats 3] [--mnist-root DIR]
-                                  [--output-dir docs/benchmarks] [--summary]
+                                  [--output-dir docs/benchmarks] [--resume] [--summary]
 
 Same model, data, prior (λ = 1) and batches for all, in one run. Every candidate has a process of its own, so
 that peak memory is its own and what it raises is a row of the table; the candidates take turns over the
@@ -10,7 +10,8 @@ set in the same batches, measured around the candidate in its own process. Impor
 up on 16 examples and do not count. Each value is computed once in float64 as well, untimed in the summary.
 
 Writes evidence.csv, evidence.md and evidence.png to the output folder; models that were not run keep their rows.
-`--summary` reads the CSV and prints the tables alone. Needs `.[benchmark]`.
+Each result is noted in the temporary folder as well; `--resume` takes up a run that was broken off, with the
+same settings, where it ended. `--summary` reads the CSV and prints the tables alone. Needs `.[benchmark]`.
 """
 
 import argparse
@@ -75,10 +76,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--candidates", nargs="+", choices=list(CANDIDATES), help="default: all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--limit", type=float, default=600, help="seconds that a candidate may take")
+    parser.add_argument("--limit", type=float, default=45, help="seconds that a candidate may take")
     parser.add_argument("--memory", type=float, default=0.8 * memory_gb(), help="GiB of address space")
     parser.add_argument("--mnist-root", help="60,000 digits, in torchvision's MNIST layout")
     parser.add_argument("--output-dir", default="docs/benchmarks")
+    parser.add_argument("--resume", action="store_true", help="keep the results of a run that was broken off")
     parser.add_argument(
         "--summary", dest="run", action="store_false", help="only print and draw what is there"
     )
@@ -104,7 +106,8 @@ def run_all(arguments: argparse.Namespace) -> Iterator[list[Row]]:
         "memory_limit_gb": round(arguments.memory, 1),
     }
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-    hopeless: set[tuple[str, str, str]] = set()
+    hopeless: set[tuple[str, str]] = set()
+    notes = Notes(arguments)
     with Progress(*columns) as progress:
         task = progress.add_task("evidence", total=sum(map(len, jobs.values())))
         for model, its_jobs in jobs.items():
@@ -112,11 +115,11 @@ def run_all(arguments: argparse.Namespace) -> Iterator[list[Row]]:
             trained(MODELS[model], arguments.mnist_root)
             rows: list[Row] = []
             for job in its_jobs:
-                line = f"{job.model}: {job.candidate} {job.dtype} ({job.repeat + 1}/{arguments.repeats})"
+                line = f"{job.model}: {job.candidate} {job.dtype} ({job.repeat + 1})"
                 progress.update(task, description=line)
-                key = (job.model, job.candidate, job.dtype)
-                if key not in hopeless:  # what raises once raises again
-                    result = run_job(job, arguments)
+                key = (job.model, job.candidate)
+                if key not in hopeless:  # what raises once raises again, in float64 as well
+                    result = notes.known(job) or notes.add(job, run_job(job, arguments))
                     if result["status"] != "ok":
                         hopeless.add(key)
                         progress.console.print(f"{line} {result['status']}", markup=False, highlight=False)
@@ -132,7 +135,7 @@ def jobs_of(name: str, arguments: argparse.Namespace) -> Iterator[Job]:
         for candidate in candidates_of(MODELS[name])
         if arguments.candidates is None or candidate.name in arguments.candidates
     ]
-    for repeat in range(arguments.repeats):
+    for repeat in range(min(arguments.repeats, MODELS[name].repeats)):
         # Back and forth: a machine that becomes slower does not always meet the same ones last.
         for candidate in chosen if repeat % 2 == 0 else reversed(chosen):
             yield Job(name, candidate, "float32", repeat)
@@ -140,6 +143,37 @@ def jobs_of(name: str, arguments: argparse.Namespace) -> Iterator[Job]:
         for candidate in chosen:
             if CANDIDATES[candidate].structure != "GEMM + Cholesky":
                 yield Job(name, candidate, "float64", 0)
+
+
+class Notes:
+    """What has been measured, in the temporary folder, for as long as the settings stay the same."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._path = Path(tempfile.gettempdir()) / "lightning-bayes-benchmarks" / "run.jsonl"
+        self._settings = json.dumps([versions(), SEED, arguments.threads, arguments.limit, arguments.memory])
+        self._found: dict[str, Row] = {}
+        if not arguments.resume:
+            self._path.unlink(missing_ok=True)
+        elif self._path.exists():
+            lines = map(json.loads, self._path.read_text().splitlines())
+            self._found = {key: result for settings, key, result in lines if settings == self._settings}
+
+    def known(self, job: Job) -> Row | None:
+        """The result of a job that was run before."""
+        return self._found.get(repr(job))
+
+    def add(self, job: Job, result: Row) -> Row:
+        """Note a result and return it."""
+        self._path.parent.mkdir(exist_ok=True)
+        with self._path.open("a") as file:
+            file.write(json.dumps([self._settings, repr(job), result]) + "\n")
+        return result
+
+
+def limit_of(job: Job, arguments: argparse.Namespace) -> float:
+    """Seconds that a job may take; exact values of a large model, and brackets about them, are waited for."""
+    exact = job.candidate.startswith(("lightning-bayes full", "lightning-bayes tolerance"))
+    return max(arguments.limit, MODELS[job.model].patience) if exact else float(arguments.limit)
 
 
 def settings(job: Job) -> Row:
@@ -171,7 +205,7 @@ def run_job(job: Job, arguments: argparse.Namespace) -> Row:
         answer, log = Path(folder) / "answer.json", Path(folder) / "log.txt"
         process = PROCESSES.Process(target=work, args=(request, str(answer), str(log)))
         process.start()
-        process.join(arguments.limit)
+        process.join(limit_of(job, arguments))
         if process.is_alive():
             process.kill()
             process.join()

@@ -29,6 +29,7 @@ MARKERS = {
     "full": "o",
     "kron": "s",
     "kron_joint": "P",
+    "kron_expand": "X",
     "diag": "^",
     "tolerance 1": "D",
     "tolerance 10": "d",
@@ -118,6 +119,7 @@ def _legend(axis: Axes) -> None:
 
     structures = {
         "kron_joint": "kron, weight and bias joint",
+        "kron_expand": "kron, positions apart",
         "tolerance 1": "bracket of 1 nat",
         "tolerance 10": "bracket of 10 nats",
         "auto": "auto",

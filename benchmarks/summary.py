@@ -83,6 +83,15 @@ def _ratios(rows: list[Row]) -> Table:
                     ratio = min(times) / _time(own, ours)
                     target = f">= {faster if group == 'laplace-torch' else 1}"
                     _add(table, f"{structure}: fastest of {group}, same number / ours", model, ratio, target)
+            alike = _time(own, ("torch", "", "full, all fields"))
+            if structure == "full":
+                _add(
+                    table,
+                    "full: dense torch with the same fields / ours",
+                    model,
+                    alike / _time(own, ours),
+                    ">= 1",
+                )
             if passes:
                 needed = median_of(of_candidate(own, ours), "gradient_passes")
                 _add(table, f"{structure}: gradient passes", model, needed, f"<= {passes}")

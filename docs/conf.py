@@ -17,4 +17,5 @@ autodoc_member_order = "bysource"
 add_module_names = False
 html_theme = "furo"
 html_title = "lightning-bayes"
-exclude_patterns = ["_build", "benchmarks/*.md"]  # included by benchmarks.md
+# Included by other pages.
+exclude_patterns = ["_build", "benchmarks/*.md", "examples/*.md", "gradient_noise/*.md"]

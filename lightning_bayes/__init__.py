@@ -1,6 +1,13 @@
 """Bayesian evidence, SGD noise scale and scaling advice for PyTorch Lightning."""
 
-from lightning_bayes.callbacks import LaplaceEvidence, ScalingAdvisor, SGDNoiseScale, Stability
+from lightning_bayes.callbacks import (
+    BatchSizeScheduler,
+    GradientNoiseScale,
+    LaplaceEvidence,
+    ScalingAdvisor,
+    SGDNoiseScale,
+    Stability,
+)
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.likelihoods import (
     Bernoulli,
@@ -22,7 +29,9 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     # Callbacks
     "LaplaceEvidence",
     "SGDNoiseScale",
+    "GradientNoiseScale",
     "ScalingAdvisor",
+    "BatchSizeScheduler",
     "Stability",
     "StabilityReading",
     # Without a Trainer

@@ -1,6 +1,7 @@
 """The log-evidence as a curve over the prior precision, from one pass over the data."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -8,13 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_bayes.curvature.base import CurvatureSummary, SpectralCurvature
+from lightning_bayes.curvature.bracket import BracketCurvature
+from lightning_bayes.curvature.fixed_weights import FixedWeights
+from lightning_bayes.curvature.hessian import HessianCurvature
 from lightning_bayes.curvature.likelihoods import Likelihood
-from lightning_bayes.curvature.prior_search import FixedWeights, maximize_evidence
+from lightning_bayes.curvature.prior_search import maximize_evidence
 from lightning_bayes.curvature.priors import Prior
-from lightning_bayes.evaluation import Totals, fixed_weights, mean_loss
 from lightning_bayes.functional import evidence as terms
 from lightning_bayes.functional._validation import positive
 from lightning_bayes.laplace import Computation
+from lightning_bayes.prior_choice import best_prior, fixed_weights, mean_loss
+from lightning_bayes.totals import Totals
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,6 +47,9 @@ class EvidenceCurve:
         effective_parameters: γ = tr G(G + λ)⁻¹.
         best: The λ that maximises the log-evidence, not bound to the grid.
         best_log_evidence: The log-evidence there.
+        lower: Certified lower bound at each λ, or an estimate of one where blocks are sampled; None for "kron" and
+            "diag", of which none is known.
+        upper: Certified upper bound at each λ, or None. Both are the log-evidence where it is exact.
     """
 
     prior_precisions: Tensor
@@ -51,6 +60,8 @@ class EvidenceCurve:
     effective_parameters: Tensor
     best: float
     best_log_evidence: float
+    lower: Tensor | None = None
+    upper: Tensor | None = None
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the curve, what fit and prior take of it, and the best λ.
@@ -67,6 +78,8 @@ class EvidenceCurve:
             ax = plt.subplots(layout="constrained")[1]
         x = self.prior_precisions.numpy()
         ax.semilogx(x, self.log_evidence.numpy(), label="log-evidence", linewidth=2)
+        if self.lower is not None and self.upper is not None and not torch.equal(self.lower, self.upper):
+            ax.fill_between(x, self.lower.numpy(), self.upper.numpy(), alpha=0.2, label="bracket")
         fit = self.log_likelihood - self.weight_penalty
         ax.semilogx(x, fit.numpy(), "--", label="log-likelihood − weight penalty")
         ax.semilogx(x, self.log_occam_factor.numpy(), ":", label="log Occam factor")
@@ -86,7 +99,8 @@ def evidence_curve(
 ) -> EvidenceCurve:
     """Log-evidence of a network at its present weights for many prior precisions, one λ for all parameters.
 
-    One pass over the data and one spectrum of the curvature serve all of them. The weights stand still:
+    One pass over the data and one spectrum of the curvature serve all of them; structure="blocks" takes a factor of
+    its kept rows for each. With `tolerance`, the rows are kept that the smallest λ needs. The weights stand still:
     where they were trained for one λ, the curve far from it is not that of re-trained networks.
 
     Args:
@@ -106,13 +120,11 @@ def evidence_curve(
         raise ValueError(
             "evidence_curve() takes `prior_precisions`, the values of λ to evaluate, and not `prior_precision`."
         )
-    if arguments.get("tolerance") is not None:
-        raise ValueError("evidence_curve() has no bracket for a curve: leave `tolerance` out.")
     grid = None if prior_precisions is None else _checked(prior_precisions)
     computation = Computation(prior_precision="optimize", **arguments)
 
     def conclude(totals: Totals, likelihood: Likelihood, prior: Prior) -> EvidenceCurve:
-        return _curve(fixed_weights(totals, likelihood, prior, mean_loss), prior, grid)
+        return _curve(totals, fixed_weights(totals, likelihood, prior, mean_loss), prior, grid)
 
     return computation.run(model, data, conclude)
 
@@ -122,6 +134,10 @@ class _OneSpectrum:
     """Answers for every prior that is one λ for all parameters, from the eigenvalues of G."""
 
     values: Tensor
+    above: float = math.inf
+    """What the log-determinant of the whole matrix may be above at most."""
+    below: float = math.inf
+    """Likewise below."""
 
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
         return self.values / next(iter(precision.values()))
@@ -129,39 +145,75 @@ class _OneSpectrum:
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
         raise NotImplementedError("one λ for all parameters never asks for the traces of each")
 
+    def at(self, precision: Mapping[str, float]) -> CurvatureSummary:
+        values = self.spectrum(precision)
+        log_det = terms.log_det_from_eigenvalues(values, 1.0).item()
+        bounds = (log_det - self.below, log_det + self.above)
+        return CurvatureSummary(log_det, bounds, terms.effective_parameters(values, 1.0).item(), 0.0)
 
-def _curve(weights: FixedWeights, prior: Prior, grid: list[float] | None) -> EvidenceCurve:
-    known = replace(weights, curved=_OneSpectrum(weights.curved.spectrum(dict.fromkeys(weights.sizes, 1.0))))
-    (best,) = set(maximize_evidence(known, prior).precision.values())
+
+_Answers = Callable[[Mapping[str, float]], CurvatureSummary]
+"""The curvature at a prior in units of the dispersion."""
+
+
+def _curve(totals: Totals, weights: FixedWeights, prior: Prior, grid: list[float] | None) -> EvidenceCurve:
+    curved, unit = totals.curved, dict.fromkeys(weights.sizes, 1.0)
+    known, nothing = weights, {name: torch.zeros_like(weight) for name, weight in totals.weights.items()}
+    answers: _Answers = lambda precision: curved.at(precision, nothing)  # noqa: E731
+    if isinstance(curved, SpectralCurvature | HessianCurvature) and not isinstance(curved, BracketCurvature):
+        unknown = 0.0 if totals.method.structure == "full" else math.inf
+        spectrum = _OneSpectrum(curved.spectrum(unit), unknown, unknown)
+        known, answers = replace(weights, curved=spectrum, total=None), spectrum.at
+    optimum = best_prior(known, totals, prior)
+    (best,) = set(optimum.precision.values())
     if grid is None:
         steps = range(-DECADES * POINTS_PER_DECADE, DECADES * POINTS_PER_DECADE + 1)
         grid = [best * 10 ** (step / POINTS_PER_DECADE) for step in steps]
-    columns = zip(*(_terms(known, value) for value in (*grid, best)), strict=True)
-    log_likelihood, penalty, occam, gamma = (torch.tensor(column, dtype=torch.float64) for column in columns)
-    total = log_likelihood - penalty + occam
+    if isinstance(curved, BracketCurvature):
+        # What the rows of the smallest λ leave out is less at every larger one; the noise is not below its estimate.
+        least = weights.likelihood.estimate_dispersion(weights.unit_loss, weights.num_terms) * min(
+            *grid, best
+        )
+        kept = curved.of_kept_rows(dict.fromkeys(unit, least))
+        spectrum = _OneSpectrum(kept.spectrum(unit), 2.0 * (totals.method.tolerance or 0.0), 0.0)
+        known, answers = replace(weights, curved=spectrum, total=None), spectrum.at
+    return _evaluated(known, answers, grid, best)
+
+
+def _evaluated(known: FixedWeights, answers: _Answers, grid: list[float], best: float) -> EvidenceCurve:
+    columns = zip(*(_terms(known, answers, value) for value in (*grid, best)), strict=True)
+    log_likelihood, penalty, log_dets, gamma, least, most = (
+        torch.tensor(column, dtype=torch.float64) for column in columns
+    )
+    fit = log_likelihood - penalty
+    total, lower, upper = (fit - 0.5 * values for values in (log_dets, most, least))
+    bounded = bool(lower.isfinite().all() and upper.isfinite().all())
     return EvidenceCurve(
         prior_precisions=torch.tensor(grid, dtype=torch.float64),
         log_evidence=total[:-1],
         log_likelihood=log_likelihood[:-1],
         weight_penalty=penalty[:-1],
-        log_occam_factor=occam[:-1],
+        log_occam_factor=-0.5 * log_dets[:-1],
         effective_parameters=gamma[:-1],
         best=best,
         best_log_evidence=total[-1].item(),
+        lower=lower[:-1] if bounded else None,
+        upper=upper[:-1] if bounded else None,
     )
 
 
-def _terms(weights: FixedWeights, precision: float) -> tuple[float, float, float, float]:
-    """Log-likelihood, weight penalty, log Occam factor and γ at one λ, the noise optimized where asked for."""
+def _terms(weights: FixedWeights, answers: _Answers, precision: float) -> tuple[float, ...]:
+    """Log-likelihood, weight penalty, log-determinant, γ and bounds at one λ, the noise optimized if asked for."""
     fixed = dict.fromkeys(weights.sizes, precision)
     at_precision = replace(weights, precision_at=lambda dispersion: dict(fixed))
     dispersion = maximize_evidence(at_precision, Prior(fixed)).dispersion
-    values = weights.curved.spectrum(dict.fromkeys(fixed, dispersion * precision))
+    summary = answers(dict.fromkeys(fixed, dispersion * precision))
     return (
         weights.likelihood.log_likelihood(weights.unit_loss, dispersion, weights.num_terms),
         0.5 * precision * sum(weights.squared_norms.values()),
-        terms.log_occam_factor(terms.log_det_from_eigenvalues(values, 1.0).item()),
-        terms.effective_parameters(values, 1.0).item(),
+        summary.log_det,
+        summary.effective_parameters,
+        *summary.bounds,
     )
 
 

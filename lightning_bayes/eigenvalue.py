@@ -15,8 +15,8 @@ from lightning_bayes.curvature.largest_eigenvalue import largest_eigenpair
 from lightning_bayes.curvature.mean_loss import BatchLoss, MeanLoss, norms_as_in
 from lightning_bayes.curvature.priors import trainable_names
 from lightning_bayes.functional._validation import count, positive
-from lightning_bayes.laplace import examples_of_data, forward_of_pair, require_device
 from lightning_bayes.options import check_options
+from lightning_bayes.pairs import examples_of_data, forward_of_pair, require_device
 from lightning_bayes.stability import require_curvature
 
 __all__ = ["Eigenvalue", "largest_eigenvalue"]
@@ -79,7 +79,8 @@ def largest_eigenvalue(
         model: Maps a batch of inputs to what `loss` takes. It is copied and left as it was. Dropout is off; batch
             norm that is in training mode normalises by the batch, as when training.
         data: A DataLoader of (inputs, targets), read unshuffled, or the two tensors.
-        loss: (outputs, targets) -> the mean loss of a batch, a scalar; cross-entropy by default.
+        loss: (outputs, targets) -> the mean loss of a batch, a scalar; cross-entropy by default. A known loss that is
+            a sum is refused.
         curvature: "hessian"; or "ggn", for losses that `LaplaceEvidence` can read.
         max_examples: A random subset of this size, the same at every call.
         batch_size: Examples at a time; None for the loader's own (at least 32), or 256 for tensors.
@@ -109,6 +110,7 @@ def largest_eigenvalue(
             network.to(where)
         batches = [_batch(network, batch, loss, examples.num_examples) for batch in examples.read()]
         function = MeanLoss(network, trainable_names(network), batches)
+        _refuse_sum(function)
         product = function.hessian_product if curvature == "hessian" else function.gauss_newton_product
         pair = largest_eigenpair(product, function.flat(), tolerance=tolerance, max_products=max_products)
     return Eigenvalue(
@@ -120,6 +122,19 @@ def largest_eigenvalue(
         num_parameters=len(pair.vector),
         num_products=pair.num_products,
     )
+
+
+def _refuse_sum(function: MeanLoss) -> None:
+    """The eigenvalue of a sum grows with the batches that it is computed in."""
+    try:
+        reduction = function.first_captured().reduction
+    except ValueError:  # a loss that is none that is known, or weights that are not finite
+        return
+    if reduction == "sum":
+        raise ValueError(
+            "Expected argument `loss` to be a mean over the examples of a batch, but got a sum. Use "
+            "reduction='mean'; the eigenvalue of the sum over a batch of B is B times as large."
+        )
 
 
 def _batch(

@@ -19,21 +19,22 @@ class Evidence:
 
     Attributes:
         log_evidence: log_likelihood − weight_penalty + log_occam_factor.
-        lower: Certified lower bound of the log-evidence with the whole curvature matrix, −∞ if none is known.
+        lower: Certified lower bound of the log-evidence with the whole curvature matrix, −∞ if none is known; an
+            estimate of one where `lower_stderr` is not 0.
         upper: Certified upper bound; equal to `lower` when the structure is exact.
         log_evidence_ratio: log_evidence minus that of guessing; above 0 the data believe the model rather
             than chance. None for regression, where there is no guess to compare with.
         log_likelihood: ln P(y | ω, x).
         weight_penalty: ½ Σ λ ω² over the parameters that carry a prior.
         log_occam_factor: −½ ln det(I + Λ⁻¹ᐟ² G Λ⁻¹ᐟ²), at most 0.
-        effective_parameters: γ = tr G(G + Λ)⁻¹, the parameters that the data determine; of "blocks", those
-            within the landmarks' span, a lower bound.
+        effective_parameters: γ = tr G(G + Λ)⁻¹, the parameters that the data determine; of "blocks" an
+            estimate, the derivative of twice the log Occam factor in ln λ.
         newton_decrement: ½ ∇Cᵀ(G + Λ)⁻¹∇C, what one Newton step would take off the cost. The Laplace
             approximation is about a minimum; see `at_minimum`.
         prior_precision: λ, or one for each parameter where they differ.
         num_examples: N.
         num_parameters: p, the parameters that carry a prior.
-        structure: "full", "blocks", "kron", "kron_joint" or "diag".
+        structure: "full", "blocks", "kron", "kron_joint", "kron_expand" or "diag".
         curvature: "ggn", "hessian" or "hessian_positive" (the eigenvalues λᵢ ≥ λ of the cost's Hessian alone).
         seconds: What it took.
         effective_parameters_stderr: Standard error of `effective_parameters`; 0 where it is exact.
@@ -47,6 +48,9 @@ class Evidence:
             Hessian in units of the prior.)
         num_negative_eigenvalues: Those at or below 0; above 0 there is no minimum.
         num_samples: Columns of the loss Hessian's root that were sampled, None for all.
+        num_blocks: Batches whose rows were read for "blocks", None for all. The log-likelihood, the weight penalty
+            and the gradient are those of all examples all the same.
+        lower_stderr: Standard error of `lower`; above 0 it is an estimate from sampled blocks and no certificate.
         subset_of_weights: As it was asked for.
     """
 
@@ -74,6 +78,8 @@ class Evidence:
     num_negative_eigenvalues: int | None = None
     num_samples: int | None = None
     subset_of_weights: str | tuple[str, ...] = "all"
+    num_blocks: int | None = None
+    lower_stderr: float = 0.0
 
     @property
     def at_minimum(self) -> bool:
@@ -144,6 +150,11 @@ class Evidence:
             return f"{self.structure}{columns}; no bounds known"
         if math.isinf(self.lower):
             return f"{self.structure}{columns}; log-evidence at most {self.upper:,.2f}"
+        if self.lower_stderr:
+            return (
+                f"{self.structure}; log-evidence at most {self.upper:,.2f}, and at least {self.lower:,.2f} ± "
+                f"{self.lower_stderr:.2g}: estimated from {self.num_blocks} batches, not certified"
+            )
         return f"{self.structure}{columns}; log-evidence in [{self.lower:,.2f}, {self.upper:,.2f}]"
 
     def _eigenvalue_lines(self) -> list[str]:

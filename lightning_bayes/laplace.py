@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_bayes.curvature.data import Examples, examples_from_loader, examples_from_tensors
+from lightning_bayes.curvature.data import Examples
 from lightning_bayes.curvature.isolation import isolated, throw_away_copy
 from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
 from lightning_bayes.curvature.priors import (
@@ -22,11 +22,13 @@ from lightning_bayes.curvature.priors import (
     trainable_names,
 )
 from lightning_bayes.curvature.subset import Subset, last_layer, matching
-from lightning_bayes.evaluation import Forward, Totals, evidence_of, read_all
+from lightning_bayes.evaluation import evidence_of
 from lightning_bayes.evidence import Evidence
 from lightning_bayes.options import Method, check_options, sampling_if_many_columns
+from lightning_bayes.pairs import examples_of_data, forward_of_pair, require_device
+from lightning_bayes.totals import Totals, read_all
 
-__all__ = ["Computation", "examples_of_data", "forward_of_pair", "laplace_evidence", "require_device"]
+__all__ = ["Computation", "laplace_evidence"]
 
 _Result = TypeVar("_Result")
 
@@ -45,6 +47,7 @@ def laplace_evidence(
     max_examples: int | None = None,
     tolerance: float | None = None,
     num_samples: int | None = None,
+    num_blocks: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Evidence:
@@ -63,9 +66,9 @@ def laplace_evidence(
             `Gaussian(sigma=0.1)` or `Categorical(label_smoothing=0.1, ignore_index=0)`. Sequences are logits
             [N, C, T] or [N, T, C] with targets [N, T].
         structure: "full" (exact, or a bracket of width `tolerance`), "blocks" (a bracket in time linear in N and
-            memory of one batch, wide for large N), "kron", "kron_joint" (weight and bias of a layer in one
-            block), "diag"; "auto" takes the first of "full", "blocks" and "kron" that stays within the memory
-            and time stated in `curvature.structures`.
+            bounded memory, wider the larger N), "kron", "kron_joint" (weight and bias of a layer in one
+            block), "kron_expand" (positions of convolutions and sequences apart), "diag"; "auto" takes the first of
+            "full", "blocks" and "kron" that stays within the memory and time stated in `curvature.structures`.
         subset_of_weights: "all"; "last_layer", the layer that is called last on the way to the outputs; or a
             list of parameter-name patterns (`["head.*"]`). The other parameters are conditioned on.
         curvature: "ggn"; "hessian", the true Hessian, dense, for small models, an error where the cost has no
@@ -82,6 +85,9 @@ def laplace_evidence(
         tolerance: Width in nats of the bracket [lower, upper] that is accepted; None for the exact value.
         num_samples: Columns of the loss Hessian's root to sample, for "kron" and "diag" of many classes;
             None for all, or 64 where structure="auto" meets more than 512 outputs per example.
+        num_blocks: Batches whose rows "blocks" reads, drawn at random, the same at every call; None for all. The
+            log-likelihood stays that of all examples (one gradient pass); `lower`, and with it the value, is then an
+            unbiased estimate of a lower bound with a standard error, `upper` a certified bound.
         device: Where to compute; None for the model's own device.
         progress: Whether to show a progress bar.
 
@@ -108,6 +114,7 @@ def laplace_evidence(
         max_examples=max_examples,
         tolerance=tolerance,
         num_samples=num_samples,
+        num_blocks=num_blocks,
         device=device,
         progress=progress,
     )
@@ -128,6 +135,7 @@ class Computation:
     max_examples: int | None = None
     tolerance: float | None = None
     num_samples: int | None = None
+    num_blocks: int | None = None
     device: torch.device | str | None = None
     progress: bool = False
 
@@ -155,6 +163,11 @@ class Computation:
             if device is not None:
                 network.to(device)
             where = next(network.parameters()).device
+            if where.type == "meta":
+                raise ValueError(
+                    "The model's parameters are on the device 'meta', which has shapes and no numbers. Load its "
+                    "weights first, for example by model.to_empty(device='cpu') and model.load_state_dict(...)."
+                )
             batches = iter(_tracked(examples, self.progress))
             first = next(batches, None)
             method, subset = self._settled(network, first, where)
@@ -162,7 +175,8 @@ class Computation:
             whole = batches if first is None else itertools.chain([first], batches)
             forwards = (forward_of_pair(network, batch, where) for batch in whole)
             announce = logging.getLogger("lightning_bayes").info
-            totals = read_all(network, forwards, likelihood, prior, method, examples.num_examples, announce)
+            sizes = examples.num_examples, examples.num_batches
+            totals = read_all(network, forwards, likelihood, prior, method, *sizes, announce)
             return conclude(totals, likelihood, prior)
 
     def _method(self) -> Method:
@@ -173,6 +187,7 @@ class Computation:
             self.tolerance,
             self.num_samples,
             self.subset_of_weights,
+            self.num_blocks,
         )
 
     def _named_subset(self, network: nn.Module) -> list[str] | None:
@@ -199,40 +214,8 @@ class Computation:
         return method, subset
 
 
-def examples_of_data(data: object, batch_size: int | None, max_examples: int | None) -> Examples:
-    """Examples of a DataLoader or of a pair of tensors.
-
-    Raises:
-        ValueError: If it is neither, or cannot be read.
-    """
-    if isinstance(data, DataLoader):
-        return examples_from_loader(data, batch_size, max_examples)
-    if isinstance(data, tuple | list):
-        return examples_from_tensors(data, batch_size, max_examples)
-    raise ValueError(
-        "Expected argument `data` to be a DataLoader or a tuple of tensors (inputs, targets), got "
-        f"{type(data).__name__}."
-    )
-
-
-def require_device(device: object) -> torch.device | None:
-    """A device by its name, None for the model's own.
-
-    Raises:
-        ValueError: If there is none of that name.
-    """
-    if device is None or isinstance(device, torch.device):
-        return device
-    try:
-        return torch.device(device)  # type: ignore[call-overload, no-any-return]
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"Expected argument `device` to be a torch.device, its name or None, got {device!r}."
-        ) from error
-
-
 def _first_examples(batch: Any) -> Any:
-    """A batch of two; a batch that is not a pair of tensors stays what it is, for `_forward` to refuse."""
+    """A batch of two; a batch that is not a pair of tensors stays what it is, for `forward_of_pair` to refuse."""
     if not isinstance(batch, tuple | list):
         return batch
     few = [part[:2] if isinstance(part, Tensor) else part for part in batch]
@@ -245,25 +228,3 @@ def _tracked(examples: Examples, progress: bool) -> Iterable[Any]:
     from rich.progress import track  # noqa: PLC0415 - only for the progress bar
 
     return track(examples.read(), description="evidence", total=examples.num_batches)
-
-
-def forward_of_pair(network: nn.Module, batch: Any, device: torch.device) -> Forward:
-    """The call of a network on one batch of (inputs, targets), not made yet.
-
-    Raises:
-        ValueError: If the batch is something else.
-    """
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-        raise ValueError(
-            f"Expected the DataLoader to yield (inputs, targets), got {type(batch).__name__}. For other "
-            "batches use the LaplaceEvidence callback, which lets training_step take them apart."
-        )
-    inputs, targets = batch
-    if not isinstance(inputs, Tensor):
-        raise ValueError(
-            f"Expected the DataLoader's inputs to be one tensor, got {type(inputs).__name__}. For other inputs "
-            "use the LaplaceEvidence callback, which lets training_step take them apart."
-        )
-    if inputs.dtype in (torch.float16, torch.bfloat16):  # the copy of a half-precision model is float32
-        inputs = inputs.to(next(network.parameters()).dtype)
-    return lambda: (network(inputs.to(device)), targets.to(device))

@@ -32,6 +32,7 @@ class Method:
     tolerance: float | None = None
     num_samples: int | None = None
     subset_of_weights: Subset = "all"
+    num_blocks: int | None = None
 
     def __post_init__(self) -> None:
         require_subset(self.subset_of_weights)
@@ -49,6 +50,13 @@ class Method:
         if self.num_samples is not None:
             count("num_samples", self.num_samples)
             self._check_sampling()
+        if self.num_blocks is not None:
+            count("num_blocks", self.num_blocks)
+            if self.structure != "blocks":
+                raise ValueError(
+                    f"Expected argument `num_blocks` to be None beside structure={self.structure!r}, got "
+                    f'{self.num_blocks!r}: it is the number of batches whose rows structure="blocks" reads.'
+                )
         if self.is_hessian:
             self._check_hessian()
 

@@ -151,9 +151,9 @@ class SlowTwin:
         if structure == "diag":
             return torch.diag(ggn.diagonal())
         jacobians = [jacobian[:, index] for jacobian in self.jacobians]
-        joint = {"kron": False, "kron_joint": True}[structure]
+        ways = {"kron": {}, "kron_joint": {"joint": True}, "kron_expand": {"expand": True}}[structure]
         return kronecker_ggn(
-            self.model, self.layer_uses, self.output_hessians, jacobians, precision, ggn, joint=joint
+            self.model, self.layer_uses, self.output_hessians, jacobians, precision, ggn, **ways
         )
 
     def log_null(self) -> float | None:
@@ -238,7 +238,7 @@ def reference_evidence(
         task: "classification" (classes in the second dimension), "binary", "regression", or a density.
         precision: λ > 0 of each parameter tensor that is integrated over; the others are conditioned on.
         sigma: Noise of a regression; None for the root mean squared residual.
-        structure: "full", "diag", "kron" or "kron_joint".
+        structure: "full", "diag", "kron", "kron_joint" or "kron_expand".
         curvature: "ggn", or "hessian" of the summed loss in the parameters, where I + Λ⁻¹ᐟ² H Λ⁻¹ᐟ² is
             positive definite.
     """

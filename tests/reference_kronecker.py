@@ -5,7 +5,11 @@ calls, layers that share it) has Jₙ = Σₜ gₙₜ aₙₜᵀ. Its block is B
 
     A = (1/N) Σₙ Σₜ aₙₜ aₙₜᵀ        B = Σₙ Ḡₙᵀ Λₙ Ḡₙ,  Ḡₙ = Σₜ gₙₜ [K, out]
 
-as BackPACK's KFLR and laplace-torch have it; biases are blocks of their own, exact. Whether these uses are all
+as BackPACK's KFLR and laplace-torch have it. Expanded, each place is an example of its own:
+
+    A = (1/Σₙ Tₙ) Σₙ Σₜ aₙₜ aₙₜᵀ        B = Σₙ Σₜ gₙₜᵀ Λₙ gₙₜ
+
+Biases are blocks of their own, exact. Whether these uses are all
 there are is not looked up but tried: they must add up to the Jacobian. All else keeps its exact block, or its
 diagonal where that is large.
 """
@@ -39,6 +43,7 @@ def kronecker_ggn(
     ggn: Tensor,
     *,
     joint: bool = False,
+    expand: bool = False,
 ) -> Tensor:
     """KFLR as a dense [p, p] matrix.
 
@@ -50,6 +55,7 @@ def kronecker_ggn(
         precision: λ of each parameter, in the order of p.
         ggn: The exact matrix.
         joint: Whether weight and bias of one layer make one block, with a 1 after each a.
+        expand: Whether each place counts as an example.
     """
     places, start = {}, 0
     for name in precision:
@@ -58,7 +64,7 @@ def kronecker_ggn(
     result = torch.zeros_like(ggn)
     done: set[str] = set()
     for name, place in places.items():
-        factors = _factors(model, name, uses, hessians, [j[:, place] for j in jacobians])
+        factors = _factors(model, name, uses, hessians, [j[:, place] for j in jacobians], expand)
         if factors is None:
             continue
         index = torch.arange(place.start, place.stop)
@@ -80,11 +86,16 @@ def kronecker_ggn(
 
 
 def _factors(
-    model: nn.Module, name: str, uses: list[list[LayerUse]], hessians: list[Tensor], jacobians: list[Tensor]
+    model: nn.Module,
+    name: str,
+    uses: list[list[LayerUse]],
+    hessians: list[Tensor],
+    jacobians: list[Tensor],
+    expand: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
     """B and A, None where the uses of the weight do not add up to its Jacobian."""
     weight = model.get_parameter(name)
-    factor_a, factor_b = 0.0, 0.0
+    factor_a, factor_b, count = 0.0, 0.0, 0
     for of_example, hessian, jacobian in zip(uses, hessians, jacobians, strict=True):
         own = [use for use in of_example if use.layer._parameters["weight"] is weight]
         if not own:
@@ -94,9 +105,11 @@ def _factors(
         total = torch.einsum("kto,ti->koi", g, a).flatten(1)
         if not torch.allclose(total, jacobian, rtol=1e-9, atol=1e-12):
             return None
-        factor_a = factor_a + a.mT @ a / len(uses)
-        factor_b = factor_b + g.sum(1).mT @ hessian @ g.sum(1)
-    return factor_b, factor_a
+        factor_a = factor_a + a.mT @ a
+        count += len(a) if expand else 1
+        for part in g.unbind(1) if expand else [g.sum(1)]:
+            factor_b = factor_b + part.mT @ hessian @ part
+    return factor_b, factor_a / count
 
 
 def layer_uses(model: nn.Module, example: Tensor) -> list[LayerUse]:

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from lightning_bayes import EvidenceCurve, Gaussian, evidence_curve
+from lightning_bayes.curvature import bracket
+from lightning_bayes.curvature.bracket import BracketCurvature
+from lightning_bayes.curvature.structures import STRUCTURES
 from tests.cases import make_case
 
 mpl.use("Agg")
@@ -102,3 +105,32 @@ def test_other_arguments_are_those_of_laplace_evidence():
     with pytest.raises(ValueError, match="argument `structure`"):
         curve_of(make_case(), structure="dense")
     assert isinstance(curve_of(make_case(), [3.0, 1.0]), EvidenceCurve)
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 3.0])
+def test_a_bracket_holds_the_whole_curve(tolerance, monkeypatch):
+    """The rows of the smallest λ leave out less at every larger one."""
+    case = make_case("mlp", "classification", 30)
+    exact = curve_of(case, GRID, structure="full")
+    assert torch.equal(exact.lower, exact.upper)
+    monkeypatch.setitem(STRUCTURES, "full", BracketCurvature)
+    monkeypatch.setattr(bracket, "WORTHWHILE", math.inf)
+    curve = curve_of(case, GRID, structure="full", tolerance=tolerance)
+    assert (curve.lower <= exact.log_evidence + 1e-9).all()
+    assert (exact.log_evidence <= curve.upper + 1e-9).all()
+    assert (curve.upper - curve.lower <= tolerance * (1 + 1e-9)).all()
+
+
+def test_blocks_have_a_curve_of_bounds(monkeypatch):
+    case = make_case("mlp", "classification", 30)
+    monkeypatch.setattr("lightning_bayes.curvature.blocks.capacity_of", lambda problem: 25)
+    exact, curve = curve_of(case, GRID, structure="full"), curve_of(case, GRID, structure="blocks")
+    assert (curve.lower <= exact.log_evidence + 1e-9).all()
+    assert (exact.log_evidence <= curve.upper + 1e-9).all()
+    assert (curve.lower <= curve.log_evidence).all()
+    assert (curve.log_evidence <= curve.upper).all()
+    kept = case.evidence(structure="blocks", prior_precision="optimize")
+    assert curve.best == pytest.approx(kept.prior_precision, rel=1e-6)
+    assert curve.best_log_evidence == pytest.approx(kept.log_evidence, rel=1e-9)
+    assert curve.best_log_evidence >= curve.log_evidence.max().item() - 1e-6
+    assert curve_of(case, [1.0], structure="kron").lower is None

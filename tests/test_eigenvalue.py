@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -121,6 +122,34 @@ def test_wrong_second_derivatives_are_seen():
     assert found.value == pytest.approx(expected(case, F.cross_entropy, "ggn"), rel=1e-8)
 
 
+class SquaresOnce(torch.autograd.Function):
+    """Mean square of the outputs, by a gradient that autograd takes for a constant."""
+
+    @staticmethod
+    def forward(ctx, f):
+        ctx.save_for_backward(f)
+        return f.square().mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] / ctx.saved_tensors[0].numel() * grad
+
+
+@pytest.mark.parametrize("loss", [SquaresOnce.apply, lambda f: SquaresOnce.apply(f) + 0.1 * f.pow(4).mean()])
+def test_losses_without_a_second_derivative_are_refused(loss):
+    """Nothing but the 1 that the backward pass starts from reaches their gradient."""
+    case = make_case("mlp", "regression")
+    with pytest.raises(ValueError, match=r"has no derivative \(Error in its graph\)"):
+        largest_eigenvalue(case.model, (case.inputs, case.targets), lambda f, y: loss(f - y))
+
+
+def test_a_loss_that_is_linear_in_the_weights_is_flat():
+    case = make_case("linear", "regression")
+    found = largest_eigenvalue(case.model, (case.inputs, case.targets), lambda f, y: f.mean())
+    assert found.value == 0.0 and found.converged
+
+
 def test_frozen_parameters_do_not_count():
     case = make_case("linear")
     case.model.bias.requires_grad_(False)
@@ -166,6 +195,7 @@ def test_infinite_weights():
         ({"data": [1, 2, 3]}, r"\(inputs, targets\)"),
         ({"data": 3}, r"`data`.*got int"),
         ({"loss": "mse"}, r"`loss` to be a function.*got 'mse'"),
+        ({"loss": nn.CrossEntropyLoss(reduction="sum")}, r"`loss` to be a mean.*got a sum.*reduction='mean'"),
         ({"loss": nn.CrossEntropyLoss(reduction="none")}, r"returned Tensor of shape \[7\]; a scalar"),
         ({"curvature": "fisher"}, r"`curvature` to be 'hessian' or 'ggn', got 'fisher'"),
         ({"max_examples": 0}, r"`max_examples`.*got 0"),

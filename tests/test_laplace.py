@@ -99,7 +99,7 @@ def test_likelihood_objects_and_names_agree():
 
 
 BAD_ARGUMENTS = {
-    "structure": (["FULL", None, 3], "'auto', 'full', 'blocks', 'kron', 'kron_joint', 'diag'"),
+    "structure": (["FULL", None, 3], "'auto', 'full', 'blocks', 'kron', 'kron_joint', 'kron_expand', 'diag'"),
     "subset_of_weights": (["head", [], [3], None], "list of parameter-name patterns such as ['head.*']"),
     "curvature": (["fisher", None, True], "'ggn', 'hessian', 'hessian_positive'"),
     "backend": (["curvlinops", None], "'auto', 'backpack', 'autograd'"),
@@ -107,6 +107,7 @@ BAD_ARGUMENTS = {
     "max_examples": ([0, -1, 2.5, True, "8"], "whole number of at least 1"),
     "tolerance": ([0.0, -1.0, math.inf, "tight", True], "finite number above 0"),
     "num_samples": ([0, -1, 2.5, True, "8"], "whole number of at least 1"),
+    "num_blocks": ([0, -1, 2.5, True, "8"], "whole number of at least 1"),
     "prior_precision": (
         [0.0, -1.0, math.nan, "auto", "optimize_per_group", None, {}],
         "positive, finite number, 'optimize', 'optimize_per_layer'",
@@ -145,6 +146,26 @@ def test_arguments_that_do_not_go_together(arguments, name, remedy):
     with pytest.raises(ValueError, match=f"argument `{name}` to be .* beside .*, got") as caught:
         make_case().evidence(**arguments)
     assert remedy in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "inputs", [torch.zeros(4, 5), torch.zeros(4, 3).double(), torch.zeros(4, 3).long()], ids=str
+)
+def test_inputs_that_the_network_does_not_take(inputs):
+    with pytest.raises(
+        ValueError, match=r"Linear, with parameters of torch\.float32, failed on .*`data`, \("
+    ) as caught:
+        laplace_evidence(nn.Linear(3, 2), (inputs, torch.zeros(4).long()))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert str(caught.value.__cause__) in str(caught.value)
+
+
+def test_shapes_without_numbers():
+    data = torch.zeros(4, 3), torch.zeros(4).long()
+    with pytest.raises(ValueError, match="argument `device` to be a device that computes, got 'meta'"):
+        laplace_evidence(nn.Linear(3, 2), data, device="meta")
+    with pytest.raises(ValueError, match=r"parameters are on the device 'meta'.*to_empty"):
+        laplace_evidence(nn.Linear(3, 2, device="meta"), data)
 
 
 @pytest.mark.parametrize("model", [None, "net", torch.relu, nn.Linear])

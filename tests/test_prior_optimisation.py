@@ -12,11 +12,16 @@ from sklearn.linear_model import BayesianRidge
 from torch import nn
 
 from lightning_bayes import EvidenceUnavailableError, Gaussian, laplace_evidence, refit_prior_precision
+from lightning_bayes.curvature import blocks, bracket, dual, primal
+from lightning_bayes.curvature.bracket import BracketCurvature
 from lightning_bayes.curvature.dual import DualCurvature
 from lightning_bayes.curvature.primal import PrimalCurvature
+from lightning_bayes.curvature.structures import STRUCTURES as BY_NAME
+from lightning_bayes.evaluation import evidence_of
+from lightning_bayes.laplace import Computation
 from tests.cases import make_case
 
-STRUCTURES = ["full", "kron", "diag"]
+STRUCTURES = ["full", "kron", "kron_expand", "diag"]
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -95,20 +100,19 @@ def test_large_matrices_are_searched_by_factors_and_not_by_their_spectrum(
     case = make_case(network, "regression", 20)
     arguments = {"prior_precision": argument} | ({} if likelihood is None else {"likelihood": likelihood})
     by_spectrum = case.evidence(**arguments)
-    monkeypatch.setattr("lightning_bayes.evaluation.LARGEST_SPECTRUM", 1)
+    monkeypatch.setattr("lightning_bayes.prior_choice.LARGEST_SPECTRUM", 1)
     for structure in (PrimalCurvature, DualCurvature):
         monkeypatch.setattr(structure, "spectrum", None)
     tried = []
-    for structure in (PrimalCurvature, DualCurvature):
-        original = structure.at
-        monkeypatch.setattr(
-            structure, "at", lambda *args, original=original: tried.append(1) or original(*args)
-        )
+    for where, name in ((primal, "cholesky_in_place"), (dual, "factorise")):
+        original = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *args, original=original: tried.append(1) or original(*args))
     by_factors = case.evidence(**arguments)
     assert by_factors.log_evidence == pytest.approx(by_spectrum.log_evidence, abs=1e-5)
     assert by_factors.prior_precision == pytest.approx(by_spectrum.prior_precision, rel=1e-2)
     if likelihood is None:
-        assert len(tried) <= (9 if argument == "optimize" else 1)
+        # The primal side keeps no factor for the answer at the λ that is found.
+        assert len(tried) <= (6 if argument == "optimize" else 1)
 
 
 def test_more_precisions_never_have_less_evidence():
@@ -231,6 +235,101 @@ def test_residuals_of_zero_have_no_noise():
     nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
     with pytest.raises(EvidenceUnavailableError, match="residuals are all zero"):
         laplace_evidence(model, (torch.randn(4, 3), torch.zeros(4, 1)), likelihood=Gaussian(sigma="optimize"))
+
+
+# --- bounds and brackets ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_blocks": 6}], ids=str)
+def test_blocks_maximise_what_they_report(arguments, monkeypatch):
+    """At the λ that is found no neighbour has more by the same structure; exact where every row is kept."""
+    case = make_case("mlp", "classification", 30)
+    if not arguments:
+        exact = case.evidence(prior_precision="optimize")
+        kept = case.evidence(structure="blocks", prior_precision="optimize")
+        assert kept.prior_precision == pytest.approx(exact.prior_precision, rel=1e-3)
+        assert kept.log_evidence == pytest.approx(exact.log_evidence, abs=1e-5)
+        monkeypatch.setattr(blocks, "capacity_of", lambda problem: 25)
+    found = case.evidence(structure="blocks", prior_precision="optimize", **arguments)
+    assert found.prior_optimized
+    for factor in (0.8, 1.25):
+        neighbour = case.evidence(
+            structure="blocks", prior_precision=found.prior_precision * factor, **arguments
+        )
+        assert neighbour.log_evidence < found.log_evidence
+
+
+def test_blocks_find_the_noise():
+    case = make_case("mlp", "regression", 20)
+    exact, found = (
+        case.evidence(structure=name, prior_precision="optimize", likelihood=Gaussian(sigma="optimize"))
+        for name in ("full", "blocks")
+    )
+    assert found.log_evidence == pytest.approx(exact.log_evidence, abs=1e-4)
+    assert found.noise_variance == pytest.approx(exact.noise_variance, rel=1e-2)
+
+
+@pytest.mark.parametrize("words", ["optimize_per_layer", {"*.weight": "optimize", "*": 1.0}], ids=str)
+def test_blocks_find_one_precision_alone(words):
+    with pytest.raises(ValueError, match=r"fixed proportions.*prior_precision=\"optimize\" for one"):
+        make_case("mlp").evidence(structure="blocks", prior_precision=words)
+
+
+@pytest.mark.parametrize("tolerance", [0.2, 2.0])
+@pytest.mark.parametrize(
+    "words", ["optimize", "optimize_per_layer", {"*.weight": "optimize", "*": 1.0}], ids=str
+)
+def test_a_tolerance_finds_the_prior_to_within_it(words, tolerance, monkeypatch):
+    """The evidence at its λ is at most the tolerance below the best, and its bracket is that of this λ."""
+    case = make_case("mlp", "classification", 30)
+    best = case.evidence(structure="full", prior_precision=words)
+    monkeypatch.setitem(BY_NAME, "full", BracketCurvature)
+    monkeypatch.setattr(bracket, "WORTHWHILE", math.inf)
+    found = case.evidence(structure="full", prior_precision=words, tolerance=tolerance)
+    truth = case.reference(found.prior_precision).log_evidence
+    assert found.upper - found.lower <= tolerance * (1 + 1e-9)
+    assert found.lower <= truth <= found.upper
+    assert best.log_evidence - tolerance <= truth <= best.log_evidence + 1e-6
+
+
+def test_rows_are_chosen_anew_until_they_hold_at_what_is_found(monkeypatch):
+    """Each choice is for a λ that is not above what is found with it."""
+    case, priors = make_case("linear", "classification", 60), []
+    monkeypatch.setitem(BY_NAME, "full", BracketCurvature)
+    monkeypatch.setattr(bracket, "WORTHWHILE", math.inf)
+    original = BracketCurvature.of_kept_rows
+    monkeypatch.setattr(
+        BracketCurvature,
+        "of_kept_rows",
+        lambda self, precision: priors.append(precision["weight"]) or original(self, precision),
+    )
+    found = case.evidence(structure="full", prior_precision="optimize", tolerance=3.0)
+    assert priors[-1] <= found.prior_precision * (1 + 1e-6)
+    assert priors[0] > found.prior_precision
+
+
+def test_a_search_may_begin_where_another_has_ended(monkeypatch):
+    case = make_case("mlp", "classification", 30)
+    monkeypatch.setattr("lightning_bayes.prior_choice.LARGEST_SPECTRUM", 1)
+    counts, original = [], dual.factorise
+    monkeypatch.setattr(dual, "factorise", lambda *args: counts.append(1) or original(*args))
+    monkeypatch.setitem(BY_NAME, "full", DualCurvature)
+    computation = Computation(structure="full", prior_precision="optimize", batch_size=10)
+
+    def from_start(start):
+        counts.clear()
+        found = computation.run(
+            case.model,
+            (case.inputs, case.targets),
+            lambda totals, likelihood, prior: evidence_of(totals, likelihood, prior, start=start),
+        )
+        return found, len(counts)
+
+    cold, many = from_start(None)
+    warm, few = from_start(dict.fromkeys(case.names, cold.prior_precision * 1.05))
+    assert warm.log_evidence == pytest.approx(cold.log_evidence, abs=1e-5)
+    assert few < many
+    assert few <= 3
 
 
 # --- logistic regression of the digits 0 and 1 -----------------------------------------------------------

@@ -256,6 +256,8 @@ def _configurations(
     for name in ("batch_size", "dataset_size"):
         if name in values:
             values[name] = count(name, values[name])
+    if values.get("dampening") and not values.get("momentum"):
+        raise ValueError("--dampening needs --momentum: torch.optim.SGD ignores it without")
     if not adaptive:
         return {"SGD": Configuration(**values)}  # type: ignore[arg-type]
     default = (0.99,) if optimizer == "rmsprop" else (0.9, 0.999)

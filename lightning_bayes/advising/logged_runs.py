@@ -104,7 +104,13 @@ def _csv_series(table: Path) -> list[tuple[str, list[float]]]:
     with table.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     columns = [key for key in (rows[0] if rows else {}) if key is not None and KEY.search(key)]
-    return [(key, [float(row[key]) for row in rows if row[key]]) for key in columns]
+    try:
+        return [(key, [float(row[key]) for row in rows if row[key]]) for key in columns]
+    except ValueError as error:
+        raise ValueError(
+            f"Expected `reference` to hold numbers in the columns {', '.join(columns)}, but in {table} there is one"
+            f" that is none: {error}."
+        ) from error
 
 
 def _event_series(directory: Path) -> list[tuple[str, list[float]]]:

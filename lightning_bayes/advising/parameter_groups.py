@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,13 @@ class ParameterGroup:
 
 
 def groups_of(
-    name: str, optimizer: Any, batch_size: int, examples: int, *, scheduled: bool = False
+    name: str,
+    optimizer: Any,
+    batch_size: int,
+    examples: int,
+    learning_rate: Callable[[Mapping[str, Any]], float],
+    *,
+    scheduled: bool = False,
 ) -> list[ParameterGroup]:
     """The configuration of each parameter group of an optimizer.
 
@@ -50,6 +56,7 @@ def groups_of(
         optimizer: with `param_groups`.
         batch_size: B, examples per optimizer step.
         examples: N.
+        learning_rate: gives that of a group at present.
         scheduled: whether to take the learning rate that the schedule is about, in place of the present one.
 
     Returns:
@@ -73,7 +80,7 @@ def groups_of(
                 f" {sorted(map(str, group))}. Remove the callback: without a learning rate there is no"
                 " noise scale."
             )
-        rate = scheduled_learning_rate(group) if scheduled else float(group["lr"])
+        rate = scheduled_learning_rate(group) if scheduled else learning_rate(group)
         configuration = configuration_of(group, rate, batch_size, examples, adaptive=adaptive)
         found.append(ParameterGroup(full_name, configuration))
     return found

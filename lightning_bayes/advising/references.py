@@ -156,6 +156,8 @@ def configuration_from(values: Mapping[str, Any], source: str) -> Configuration 
             f"Expected `reference` to be of one optimizer, but {source} has {' and '.join(unknown)}"
             f" {'beside' if adaptive else 'without'} betas."
         )
+    if found.get("dampening") and not found.get("momentum"):
+        found["dampening"] = 0.0  # torch.optim.SGD applies it in the momentum buffer only
     found["batch_size"] = count("batch_size", found["batch_size"])
     if adaptive:
         return AdamConfiguration(**{**found, "betas": tuple(found["betas"])})

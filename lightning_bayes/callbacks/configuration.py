@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -26,13 +26,14 @@ __all__ = [
     "changing_settings",
     "group_names",
     "is_adaptive",
+    "learning_rate_in_step",
     "loader_batch_size",
     "read_configuration",
     "read_sizes",
 ]
 
-# Settings of a parameter group that schedules move.
-CHANGING = ("lr", "momentum", "dampening", "betas", "alpha", "rho", "eps")
+# Settings of a parameter group that schedules move, beside its learning rate.
+CHANGING = ("momentum", "dampening", "betas", "alpha", "rho", "eps")
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,9 @@ def read_configuration(
         )
         batch_size = examples
     groups: list[ParameterGroup] = []
+    in_step = learning_rate_in_step(trainer)
     for name, optimizer in _named_optimizers(trainer):
-        groups += groups_of(name, optimizer, batch_size, examples, scheduled=scheduled)
+        groups += groups_of(name, optimizer, batch_size, examples, in_step, scheduled=scheduled)
         notes += optimizer_notes(optimizer)
     if not groups:
         raise ValueError(
@@ -161,10 +163,27 @@ def changing_settings(trainer: Trainer) -> tuple[object, ...]:
     loader = trainer.train_dataloader
     sizes = [getattr(part, "batch_size", None) for part in (loader, getattr(loader, "batch_sampler", None))]
     values: list[object] = [id(loader), *sizes, trainer.accumulate_grad_batches, trainer.num_training_batches]
+    in_step = learning_rate_in_step(trainer)
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
+            values.append(in_step(group) if "lr" in group else None)
             values += [_number(group.get(key)) for key in CHANGING]
     return tuple(values)
+
+
+def learning_rate_in_step(trainer: Trainer) -> Callable[[Mapping[str, Any]], float]:
+    """Gives a group's learning rate in a step, which under BatchSizeScheduler is not the one between steps.
+
+    Args:
+        trainer: a callback of its that has a method of this name is asked.
+
+    Returns:
+        A function of the group.
+    """
+    for callback in getattr(trainer, "callbacks", ()):
+        if callable(found := getattr(callback, "learning_rate_in_step", None)):
+            return cast(Callable[[Mapping[str, Any]], float], found)
+    return lambda group: float(group["lr"])
 
 
 def _number(value: object) -> object:

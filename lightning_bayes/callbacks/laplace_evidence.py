@@ -12,6 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_bayes.callbacks.evidence_log import UNAVAILABLE, logged_values
 from lightning_bayes.callbacks.reading import ModuleReader, NetworkOption, original_network
 from lightning_bayes.callbacks.trainer_inputs import (
     announce_prior,
@@ -29,21 +30,13 @@ from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
 from lightning_bayes.curvature.priors import Prior, PriorPrecision, require_prior_precision
 from lightning_bayes.curvature.subset import Subset, last_layer
-from lightning_bayes.evaluation import Forward, evidence_of, read_all, rehearse
+from lightning_bayes.evaluation import evidence_of
 from lightning_bayes.evidence import Evidence
+from lightning_bayes.intake import Forward
 from lightning_bayes.options import Method, check_options, sampling_if_many_columns
+from lightning_bayes.totals import read_all, rehearse
 
 __all__ = ["LaplaceEvidence"]
-
-UNAVAILABLE = (
-    "log_evidence",
-    "log_likelihood",
-    "weight_penalty",
-    "log_occam_factor",
-    "effective_parameters",
-    "newton_decrement",
-)
-"""Keys that are logged as NaN when an epoch has no evidence, so that curves show the gap."""
 
 
 class LaplaceEvidence(Callback):
@@ -61,8 +54,8 @@ class LaplaceEvidence(Callback):
     random state. Training is not disturbed: weights are bit-identical with and without the callback.
 
     Args:
-        structure: "full" (exact), "blocks" (a bracket, linear in N), "kron", "kron_joint", "diag"; "auto" takes the
-            first of "full", "blocks" and "kron" within the memory and time stated in
+        structure: "full" (exact), "blocks" (a bracket, linear in N), "kron", "kron_joint", "kron_expand", "diag";
+            "auto" takes the first of "full", "blocks" and "kron" within the memory and time stated in
             `lightning_bayes.curvature.structures`, and says which.
         likelihood: "auto" reads it from the loss in training_step, with its class weights, label smoothing and
             ignored targets; "classification", "binary", "regression", "gaussian_nll" or a `Likelihood` such as
@@ -86,6 +79,7 @@ class LaplaceEvidence(Callback):
         tolerance: Width in nats of the bracket [lower, upper] that is accepted; None for the exact value.
         num_samples: Columns of the loss Hessian's root to sample, for "kron" and "diag"; None for all, or 64
             where structure="auto" meets more than 512 outputs per example.
+        num_blocks: Batches whose rows "blocks" reads, see `laplace_evidence`; None for all.
         max_overhead: Largest share of the training time that the callback may take, 0.1 for a tenth: epochs
             are skipped until an evaluation as long as the last fits. The first is always made. A key of a
             skipped epoch keeps its last value for monitors.
@@ -114,11 +108,14 @@ class LaplaceEvidence(Callback):
         batch_size: int | None = None,
         tolerance: float | None = None,
         num_samples: int | None = None,
+        num_blocks: int | None = None,
         max_overhead: float | None = None,
         log_key_prefix: str = "bayes/",
     ) -> None:
         super().__init__()
-        self.method = Method(structure, curvature, backend, tolerance, num_samples, subset_of_weights)
+        self.method = Method(
+            structure, curvature, backend, tolerance, num_samples, subset_of_weights, num_blocks
+        )
         self._asked = self.method  # with columns sampled where there are many
         check_options(batch_size, max_examples)
         require_prior_precision(prior_precision, also=("auto", "optimize_per_group"))
@@ -186,7 +183,7 @@ class LaplaceEvidence(Callback):
             values = dict.fromkeys(UNAVAILABLE + self._logged_if_known, math.nan)
         else:
             self.history.append((trainer.current_epoch, evidence))
-            values = _logged_values(evidence)
+            values = logged_values(evidence)
             self._logged_if_known = tuple(name for name in values if name not in UNAVAILABLE)
         for name, value in values.items():
             pl_module.log(f"{self.log_key_prefix}{name}", value, on_step=False, on_epoch=True, sync_dist=True)
@@ -253,10 +250,18 @@ class LaplaceEvidence(Callback):
 
         # Parameters are unfrozen and datasets grow during a run: then the choice is made again.
         method = self._resolved if self._planned == plan and self._resolved else self._asked
-        totals = read_all(
-            reader.network, forwards(), captured.likelihood, prior, method, examples.num_examples
-        )
-        return evidence_of(totals, captured.likelihood, prior, loss_scale)
+        sizes = examples.num_examples, examples.num_batches
+        totals = read_all(reader.network, forwards(), captured.likelihood, prior, method, *sizes)
+        return evidence_of(totals, captured.likelihood, prior, loss_scale, self._last_optimum(prior))
+
+    def _last_optimum(self, prior: Prior) -> dict[str, float] | None:
+        """Where the search for λ may begin: at what the epoch before has found."""
+        if not self.history or not prior.optimized or not self.history[-1][1].prior_optimized:
+            return None
+        found = self.history[-1][1].prior_precision
+        if not isinstance(found, Mapping):
+            return dict.fromkeys(prior.strengths, found)
+        return dict(found) if found.keys() == set(prior.strengths) else None
 
     def _rehearse(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Method:
         """Read one batch all the way and choose the structure."""
@@ -338,17 +343,3 @@ def _forward(reader: ModuleReader, index: int, batch: Any) -> Forward:
 
 def _outputs_and_targets(captured: CapturedLoss) -> tuple[Tensor, Tensor]:
     return captured.outputs, captured.targets
-
-
-def _logged_values(evidence: Evidence) -> dict[str, float]:
-    names = (*UNAVAILABLE, "log_evidence_ratio", "noise_variance")
-    values = {name: getattr(evidence, name) for name in names if getattr(evidence, name) is not None}
-    values |= {name: bound for name in ("lower", "upper") if math.isfinite(bound := getattr(evidence, name))}
-    if evidence.log_evidence_stderr > 0.0:
-        values["log_evidence_stderr"] = evidence.log_evidence_stderr
-    if isinstance(evidence.prior_precision, Mapping):
-        distinct = dict.fromkeys(evidence.prior_precision.values())
-        values |= {f"prior_precision/{i}": value for i, value in enumerate(distinct, start=1)}
-    else:
-        values["prior_precision"] = evidence.prior_precision
-    return values

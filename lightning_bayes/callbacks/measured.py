@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from lightning.pytorch import Trainer
 
+from lightning_bayes.callbacks.gradient_noise_scale import GradientNoiseScale
 from lightning_bayes.callbacks.stability import Stability
 from lightning_bayes.functional.check import Measurements
 
 
 def measured(trainer: Trainer) -> Measurements:
-    """The latest readings of GradientNoiseScale and Stability, where the Trainer has them.
+    """The latest reading of GradientNoiseScale and the sharpest of Stability, where the Trainer has them.
+
+    The advised run starts anew: it will pass the sharpest point of this one, often the beginning, at its own
+    learning rate. Gradient noise grows while training goes on: the latest is the largest.
 
     Args:
         trainer: with callbacks.
@@ -24,12 +27,15 @@ def measured(trainer: Trainer) -> Measurements:
     noise: float | None = None
     largest: float | None = None
     for callback in trainer.callbacks:  # type: ignore[attr-defined] # set without being declared
-        kinds = {base.__name__ for base in type(callback).__mro__}
-        if "GradientNoiseScale" in kinds:
-            estimate: Any = callback.estimate
-            noise = noise if estimate is None else float(estimate.noise_scale)
-        if isinstance(callback, Stability) and callback.reading is not None:
+        if isinstance(callback, GradientNoiseScale) and callback.estimate is not None:
+            noise = callback.estimate.noise_scale
+        if isinstance(callback, Stability):
+            values = [reading.largest_eigenvalue for _, reading in callback.history]
             # NaN weights have no curvature.
-            value = callback.reading.largest_eigenvalue
-            largest = value if math.isfinite(value) else largest
-    return Measurements(noise, largest)
+            largest = max((value for value in values if math.isfinite(value)), default=largest)
+    return Measurements(None if noise is None else _resolved(noise), largest)
+
+
+def _resolved(noise_scale: float) -> float:
+    """NaN for what is no batch size: an unbiased tr Σ of few gradients may come out below 0, as ‖G‖² may."""
+    return noise_scale if math.isfinite(noise_scale) and noise_scale > 0 else math.nan

@@ -23,7 +23,7 @@ from lightning_bayes.curvature.layout import Layout
 from lightning_bayes.curvature.likelihoods import Likelihood
 from lightning_bayes.curvature.loss_arguments import Rows
 
-__all__ = ["ModuleReader", "NetworkOption"]
+__all__ = ["ModuleReader", "NetworkOption", "num_examples_of"]
 
 NetworkOption = str | Callable[[LightningModule, Any], tuple[Tensor, Tensor]] | None
 
@@ -79,6 +79,7 @@ class ModuleReader:
         self._option = network
         self._kind: type[Likelihood] | None = None
         self._layout: Layout | None = None
+        self._takes_index: bool | None = None
         target = original_network(module, network)
         # Datasets and loaders that a module keeps would be copied with it, each time.
         data = (
@@ -133,7 +134,7 @@ class ModuleReader:
             captured = self.read(batch, batch_idx, transferred=transferred)
             return captured.scale * captured.likelihood.unit_loss(captured.outputs, captured.targets)
         batch = self._converted(batch if transferred else self._transferred(batch))
-        with self._default_dtype():
+        with self._default_dtype(), torch.enable_grad():
             return loss_of(self._training_step(batch, batch_idx)).reshape(())
 
     def check_computed_by_copy(self, outputs: Tensor) -> None:
@@ -161,7 +162,7 @@ class ModuleReader:
             return capture_loss(
                 lambda: self._training_step(batch, batch_idx),
                 self._likelihood,
-                partial(self._rows_of, _size_of(batch)),
+                partial(self._rows_of, num_examples_of(batch)),
             )
         if self._likelihood is None:
             raise ValueError("Argument `network` needs an explicit `likelihood`.")
@@ -176,12 +177,11 @@ class ModuleReader:
 
     def _training_step(self, batch: Any, batch_idx: int) -> object:
         step = self._hooks.training_step
-        if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
-            raise ValueError(f"training_step(dataloader_iter) takes its own batches. {WAY_OUT}")
-        arguments: tuple[Any, ...] = (batch,)
-        if is_param_in_hook_signature(step, "batch_idx", min_args=2):
-            arguments = (batch, batch_idx)
-        return step(*arguments)
+        if self._takes_index is None:
+            if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+                raise ValueError(f"training_step(dataloader_iter) takes its own batches. {WAY_OUT}")
+            self._takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+        return step(batch, batch_idx) if self._takes_index else step(batch)
 
     def _rows_of(self, num_examples: int | None, outputs: Tensor) -> Rows:
         """How the rows that a loss sees make examples."""
@@ -298,7 +298,7 @@ def _nothing(*args: object, **kwargs: object) -> None:
     return None
 
 
-def _size_of(batch: Any) -> int | None:
+def num_examples_of(batch: Any) -> int | None:
     """The examples of a batch; None where its tensors do not agree (graphs, ragged lists, class weights)."""
     sizes: set[int] = set()
     apply_to_collection(batch, Tensor, lambda tensor: sizes.add(len(tensor)) if tensor.dim() else None)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_bayes.callbacks.configuration import TrainerConfiguration, read_configuration
+from lightning_bayes.callbacks.configuration import (
+    TrainerConfiguration,
+    changing_settings,
+    read_configuration,
+)
+from lightning_bayes.callbacks.step_logging import log_step
 from lightning_bayes.functional import AdamConfiguration
 from lightning_bayes.functional._validation import count, string
 
@@ -72,6 +76,7 @@ class SGDNoiseScale(Callback):
         self.dataset_size = None if dataset_size is None else count("dataset_size", dataset_size)
         self.log_key_prefix = string("log_key_prefix", log_key_prefix)
         self._in_force: dict[str, float] | None = None
+        self._settings: tuple[object, ...] | None = None
         self._last_logged_step = -1
         self._groups_differ = False
 
@@ -93,12 +98,20 @@ class SGDNoiseScale(Callback):
             )
 
     @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settings = None  # the training set may have grown
+
+    @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        self._in_force = self.noise_scales(read_configuration(trainer, self.dataset_size))
+        settings = changing_settings(trainer)
+        if self._in_force is None or settings != self._settings:  # most steps are made as the one before
+            self._in_force = self.noise_scales(read_configuration(trainer, self.dataset_size))
+            self._settings = settings
         if self.logging_interval == "step":
-            self._log_step(trainer, self._in_force)
+            values = self._in_force
+            self._last_logged_step = log_step(trainer, lambda: values, self._last_logged_step)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -146,20 +159,3 @@ class SGDNoiseScale(Callback):
                     f" Trainer, but two have {self.log_key_prefix!r}, and would log under one key. Remove one, or"
                     " give it another prefix."
                 )
-
-    def _log_step(self, trainer: Trainer, values: dict[str, float]) -> None:
-        """As `LearningRateMonitor` does: `self.log` would repeat a stale value on the steps between."""
-        step = trainer.global_step
-        # Lightning sets this attribute without declaring it.
-        every = int(getattr(trainer, "log_every_n_steps", 0))
-        # A closure-based optimizer comes here several times in one step.
-        due = every > 0 and (step + 1) % every == 0
-        if not due or step == self._last_logged_step:
-            return
-        self._last_logged_step = step
-        device = trainer.strategy.root_device
-        trainer.callback_metrics.update(
-            {key: torch.tensor(value, device=device) for key, value in values.items()}
-        )
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.optim import SGD
 
-from lightning_bayes.callbacks.configuration import is_adaptive
+from lightning_bayes.callbacks.configuration import is_adaptive, learning_rate_in_step
 from lightning_bayes.curvature.priors import trainable_names
 from lightning_bayes.stability import SGDStep
 
@@ -41,9 +41,10 @@ def why_not_sgd(trainer: Trainer) -> str | None:
 
 def sgd_steps(trainer: Trainer) -> list[SGDStep]:
     """The present settings of each parameter group, in the order of `names_of_groups`."""
+    in_step = learning_rate_in_step(trainer)
     return [
         SGDStep(
-            learning_rate=float(group["lr"]),
+            learning_rate=in_step(group),
             momentum=float(group["momentum"]),
             # torch.optim.SGD applies dampening in the momentum buffer only: it ignores it where there is none.
             dampening=float(group["dampening"]) if group["momentum"] else 0.0,

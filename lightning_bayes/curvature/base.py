@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_bayes.curvature.block_sample import BlockSample
 from lightning_bayes.curvature.rows import RowBlock
 
-__all__ = ["Curvature", "CurvatureSummary", "Problem", "accumulation_dtype"]
+__all__ = ["Curvature", "CurvatureSummary", "Problem", "SpectralCurvature", "accumulation_dtype"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Problem:
     """Whether the columns of a batch are samples, of which G is the mean in expectation."""
     strengths: Mapping[str, float] | None = None
     """Λ of each parameter tensor up to one factor, where that is known beforehand."""
+    scale: float = 1.0
+    """The factor of `strengths` that is expected; an estimate is enough."""
+    block_sample: BlockSample | None = None
+    """Batches whose rows are read, None for all."""
     sought: bool = False
     """Whether prior precisions are to be found."""
     rises_together: bool = True
@@ -68,6 +73,8 @@ class CurvatureSummary:
     """0 where nothing is sampled."""
     effective_parameters_stderr: float = 0.0
     """0 where the trace is exact."""
+    upper_stderr: float = 0.0
+    """Of the upper bound where it is an estimate from sampled blocks; 0 where it is certain."""
 
 
 class Curvature(ABC):
@@ -92,6 +99,19 @@ class Curvature(ABC):
             precision: λ of each parameter tensor.
             gradient: g of each parameter tensor, in its shape.
         """
+
+    def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
+        """The log-determinant of `at`, and γ, which is minus its derivative in ln s for the prior s·Λ."""
+        nothing = {
+            name: torch.zeros(shape, device=self.problem.device)
+            for name, shape in self.problem.shapes.items()
+        }
+        summary = self.at(precision, nothing)
+        return summary.log_det, summary.effective_parameters
+
+
+class SpectralCurvature(Curvature):
+    """A view that also answers for every multiple of a prior at once, and for each parameter tensor by itself."""
 
     @abstractmethod
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:

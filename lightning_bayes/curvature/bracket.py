@@ -13,17 +13,19 @@ equal cost, because their spectra decay slowly: on the 784-800-10 net of the pap
 leave 20 nats in the log-determinant, a greedily pivoted partial Cholesky factor 135 after 48 · 10⁹.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lightning_bayes.curvature.base import CurvatureSummary, Problem
-from lightning_bayes.curvature.cholesky import log_det_of
-from lightning_bayes.curvature.dual import DualCurvature, System, factorise, trace_of_shrinkage
+from lightning_bayes.curvature.cholesky import log_det_of, rounding_of_log_det
+from lightning_bayes.curvature.dual import DualCurvature, System, factorise, inverse_on, trace_of_shrinkage
 from lightning_bayes.curvature.gram import KeptRows
 from lightning_bayes.curvature.kept import cross_all
-from lightning_bayes.curvature.newton import quadratic_form
+from lightning_bayes.curvature.newton import quadratic_form, woodbury
 from lightning_bayes.curvature.principal import PrincipalRows, principal_rows
 
 __all__ = ["BracketCurvature"]
@@ -34,8 +36,6 @@ EXACT_TRACE_LIMIT = 1024
 """Size of S up to which that trace is exact."""
 NUM_SAMPLES = 32
 """Rows outside S that the point estimate looks at."""
-ROUNDING_FACTOR = 16
-"""Allowance for rounding in the log-determinant, in units of eps · tr(I + K)."""
 ROUNDING_SHARE = 0.05
 """Of the bracket that the allowance may take before everything is done in float64."""
 WORTHWHILE = 0.8
@@ -63,35 +63,33 @@ class BracketCurvature(DualCurvature):
             return super().at(precision, gradient)
         rows, chosen = found
         inside = rows.pick(chosen)
-        system = factorise(inside, precision, (inside[0].rows.dtype, self._accurate))
+        system = factorise(inside, precision, (inside[0].rows.dtype, self._accurate), math.inf)
         log_det, slack = log_det_of(system.factor), _allowance(rows.eigenvalues, system.factor.dtype)
         above = rows.residual.index_fill(0, chosen, 0.0).log1p().sum().item()
         lower, upper = max(log_det - slack, 0.0), log_det + above + slack
         gamma, gamma_error = trace_of_shrinkage(system.factor, NUM_PROBES, EXACT_TRACE_LIMIT)
         added, added_gamma = _sampled_rest(rows, chosen, inside, system, precision)
-        solve = _inverse_on(chosen, system)
+        precondition = woodbury(rows.layers, inverse_on(chosen, system), precision)
         return CurvatureSummary(
             log_det=min(max(log_det + added.mean().item(), lower), upper),
             bounds=(lower, upper),
             effective_parameters=gamma + added_gamma.mean().item(),
-            quadratic=quadratic_form(rows.layers, solve, precision, gradient, DECREMENT_TOLERANCE),
+            quadratic=quadratic_form(rows.layers, precondition, precision, gradient, DECREMENT_TOLERANCE),
             log_det_stderr=_standard_error(added),
             effective_parameters_stderr=(gamma_error**2 + _standard_error(added_gamma) ** 2) ** 0.5,
         )
 
-    def spectrum(self, precision: Mapping[str, float]) -> Tensor:
-        """See `Curvature.spectrum`: of K_SS, none above its counterpart in K."""
-        eigenvalues = super().spectrum(precision)
-        self._known = None  # S is another one at another prior
-        return eigenvalues
+    def of_kept_rows(self, precision: Mapping[str, float]) -> DualCurvature:
+        """The exact structure of S at a prior, or of all rows where that costs hardly more.
 
-    def _layers(self, precision: Mapping[str, float]) -> list[KeptRows]:
-        """Of S alone: `spectrum` and `log_det_and_traces` are those of K_SS, not above those of K."""
+        Its log-determinant lies below by no more than twice the tolerance, at this prior and at any that is not
+        smaller for some tensor: the difference falls with each λ, since γ of a tensor falls when rows are left out.
+        """
         found = self._select(precision)
         if found is None:
-            return super()._layers(precision)
+            return _OfRows(self.problem, super()._layers(precision))
         rows, chosen = found
-        return rows.pick(chosen)
+        return _OfRows(replace(self.problem, num_examples=len(chosen), rank=1), rows.pick(chosen))
 
     def _select(self, precision: Mapping[str, float]) -> tuple[PrincipalRows, Tensor] | None:
         """Principal rows and S for a prior, None where the exact answer costs hardly more."""
@@ -115,9 +113,19 @@ class BracketCurvature(DualCurvature):
         return float(rows) ** 2 * self.problem.gram_width + rows**3 / 3
 
 
+class _OfRows(DualCurvature):
+    """K of rows that are there already."""
+
+    def __init__(self, problem: Problem, layers: list[KeptRows]) -> None:
+        super().__init__(problem)
+        self._rows = layers
+
+    def _layers(self, precision: Mapping[str, float]) -> list[KeptRows]:
+        return self._rows
+
+
 def _allowance(diagonal: Tensor, dtype: torch.dtype) -> float:
-    """Rounding in ln det of a Cholesky factor of I + K, whose inverse is at most I."""
-    return ROUNDING_FACTOR * torch.finfo(dtype).eps * (diagonal.numel() + diagonal.sum().item())
+    return rounding_of_log_det(diagonal.numel() + diagonal.sum().item(), dtype)
 
 
 def _sampled_rest(
@@ -144,17 +152,6 @@ def _sampled_rest(
     growth = ((schur - whole.square().sum(0)) / (1.0 + schur)).clamp(min=0.0)
     factor = weights.sum() / weights[drawn]
     return factor * schur.log1p(), factor * growth
-
-
-def _inverse_on(chosen: Tensor, system: System) -> Callable[[Tensor], Tensor]:
-    """(I + K_SS)⁻¹ on S and zero elsewhere, which makes it Woodbury's of the matrix that S alone gives."""
-
-    def solve(coefficients: Tensor) -> Tensor:
-        solved = torch.zeros_like(coefficients).flatten()
-        solved[chosen] = system.solve(coefficients.flatten()[chosen].unsqueeze(0)).squeeze(0)
-        return solved.view_as(coefficients)
-
-    return solve
 
 
 def _standard_error(samples: Tensor) -> float:

@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, cast
 
 import torch
@@ -110,7 +111,7 @@ class _LossCalls(TorchFunctionMode):
         if func in SIGMOIDS and result.grad_fn is not None:
             self._sigmoids[result.grad_fn] = (args[0] if args else kwargs["input"], result)
         if func in KNOWN and isinstance(result, Tensor) and result.grad_fn is not None:
-            bound = inspect.signature(func).bind(*args, **kwargs)
+            bound = _signature(func).bind(*args, **kwargs)
             bound.apply_defaults()
             if func is F.binary_cross_entropy:
                 bound.arguments["logits"] = self._logits_of(bound.arguments["input"])
@@ -127,6 +128,11 @@ class _LossCalls(TorchFunctionMode):
             return None
         same = torch.equal(logits.detach().sigmoid().reshape(probabilities.shape), probabilities.detach())
         return logits.reshape(probabilities.shape) if same else None
+
+
+@cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def capture_loss(

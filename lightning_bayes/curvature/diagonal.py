@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_bayes.curvature.base import Curvature, CurvatureSummary, Problem, accumulation_dtype
+from lightning_bayes.curvature.base import CurvatureSummary, Problem, SpectralCurvature, accumulation_dtype
 from lightning_bayes.curvature.rows import RowBlock
 from lightning_bayes.curvature.sampling import ColumnGroups, jackknife, squares_by_group
 from lightning_bayes.functional.evidence import effective_parameters, log_det_from_eigenvalues
@@ -14,7 +14,7 @@ from lightning_bayes.functional.evidence import effective_parameters, log_det_fr
 __all__ = ["DiagonalCurvature"]
 
 
-class DiagonalCurvature(Curvature):
+class DiagonalCurvature(SpectralCurvature):
     """d = Σ over rows of v²; every correlation between parameters is dropped.
 
     By Hadamard's inequality its log-determinant is never below the exact one, so its log-evidence is

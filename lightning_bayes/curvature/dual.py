@@ -3,34 +3,47 @@
 ln det(I + Λ⁻¹ᐟ² VᵀV Λ⁻¹ᐟ²) = ln det(I + V Λ⁻¹ Vᵀ) (Sylvester).
 """
 
+import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 
 import torch
 from torch import Tensor
 
-from lightning_bayes.curvature.base import Curvature, CurvatureSummary, Problem, accumulation_dtype
-from lightning_bayes.curvature.cholesky import cholesky_in_place, eigenvalues_of, log_det_of, solve
+from lightning_bayes.curvature.base import CurvatureSummary, Problem, SpectralCurvature, accumulation_dtype
+from lightning_bayes.curvature.cholesky import (
+    SMALL_ROUNDING,
+    cholesky_in_place,
+    diagonal_of_inverse,
+    eigenvalues_of,
+    keeps_the_identity,
+    log_det_of,
+    solve,
+)
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.gram import KeptRows
 from lightning_bayes.curvature.kept import RowKeeper, fill_gram, tiles_of
-from lightning_bayes.curvature.newton import quadratic_form
+from lightning_bayes.curvature.newton import quadratic_form, woodbury
+from lightning_bayes.curvature.principal import principal_rows, selected
 from lightning_bayes.curvature.rows import RowBlock
 from lightning_bayes.functional.evidence import effective_parameters, log_det_from_eigenvalues
 
-__all__ = ["DualCurvature", "System", "factorise", "trace_of_shrinkage"]
+__all__ = ["DualCurvature", "System", "factorise", "inverse_on", "trace_of_shrinkage"]
 
-FLOAT64_LIMIT = 4096
-"""Up to this size the dual matrix is float64 whatever the model's type is, and the trace exact."""
+SMALL = 4096
+"""Rows up to which the trace is exact, and float64 so cheap that it is taken without a word."""
 NUM_PROBES = 256
-"""Random vectors of the trace estimate beyond `FLOAT64_LIMIT`."""
-TILE_ROWS = 512
+"""Random vectors of the trace estimate beyond `SMALL`."""
+WORTHWHILE = 0.15
+"""Share of the rows that must be negligible for them to be left out: turning and choosing rows costs something."""
+NEGLIGIBLE = 1e-3
+"""What rows that are left out may add to the log-determinant in all, in nats, however large its rounding."""
+TILE_ROWS, SMALLEST_TILE = 512, 128
 """Rows of one tile of the dual matrix: large enough for the matrix product, small beside the matrix."""
 
 
-class DualCurvature(Curvature):
+class DualCurvature(SpectralCurvature):
     """K from rows that are kept in their factored form where that is cheaper.
 
     Memory: one rows × rows matrix, factorised in place, beside the rows' factors.
@@ -40,64 +53,96 @@ class DualCurvature(Curvature):
         super().__init__(problem)
         self._keeper = RowKeeper()
         self._known: _Known | None = None
+        self._last: tuple[tuple[float, ...], _Factorised] | None = None
 
     def update(self, block: RowBlock) -> None:
         """See `Curvature.update`."""
         self._keeper.add(block)
-        self._known = None
+        self._known = self._last = None
 
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
         """See `Curvature.at`."""
-        layers = self._layers(precision)
-        rescaled = None if self._known is None else self._known.at(precision)
-        if rescaled is not None:
-            system, stderr = System(rescaled[0], _tiles(layers)), 0.0
-            log_det = log_det_from_eigenvalues(rescaled[1], 1.0).item()
-            gamma = effective_parameters(rescaled[1], 1.0).item()
-        else:
-            system = factorise(layers, precision, self._types(layers))
-            log_det = log_det_of(system.factor)
-            gamma, stderr = trace_of_shrinkage(system.factor, NUM_PROBES, FLOAT64_LIMIT)
-        layers = [layer.to(self._accurate) for layer in layers]
-        quadratic = quadratic_form(layers, system.solve, precision, gradient)
+        found = self._rescaled(precision) or self._factorised(precision)
+        layers = [layer.to(self._accurate) for layer in found.layers]
+        quadratic = quadratic_form(layers, woodbury(layers, found.solve, precision), precision, gradient)
+        log_det, gamma = found.log_det, found.gamma
         return CurvatureSummary(
-            log_det, (log_det, log_det), gamma, quadratic, effective_parameters_stderr=stderr
+            log_det, (log_det, log_det), gamma, quadratic, effective_parameters_stderr=found.gamma_stderr
         )
+
+    def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
+        """See `Curvature.log_det_and_gamma`."""
+        found = self._factorised(precision)
+        return found.log_det, found.gamma
+
+    def _rescaled(self, precision: Mapping[str, float]) -> "_Factorised | None":
+        """From the spectrum, where there is one of a multiple of the prior."""
+        known = None if self._known is None else self._known.at(precision)
+        if known is None:
+            return None
+        layers = self._layers(precision)
+        log_det = log_det_from_eigenvalues(known[1], 1.0).item()
+        gamma = effective_parameters(known[1], 1.0).item()
+        return _Factorised(layers, System(known[0], _tiles(layers)).solve, log_det, gamma, 0.0)
+
+    def _factorised(self, precision: Mapping[str, float]) -> "_Factorised":
+        """From a factor; that of the last prior is remembered, since a search for λ ends where `at` begins."""
+        key = tuple(precision.values())
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
+        self._last = None  # its memory is needed
+        layers: Sequence[KeptRows] = self._layers(precision)
+        types, chosen = (self.problem.dtype, self._accurate), None
+        if layers[0].num_rows > SMALL:
+            layers, chosen = _without_negligible(layers, precision)
+        system = factorise(layers if chosen is None else selected(layers, chosen), precision, types)
+        gamma, stderr = trace_of_shrinkage(system.factor, NUM_PROBES, SMALL)
+        solve = system.solve if chosen is None else inverse_on(chosen, system)
+        self._last = key, _Factorised(layers, solve, log_det_of(system.factor), gamma, stderr)
+        return self._last[1]
 
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
         """See `Curvature.spectrum`: as many as rows; the others are zero."""
         layers = self._layers(precision)
-        dtype = self._types(layers)[0]
+        dtype = self._accurate if layers[0].num_rows <= SMALL else self.problem.dtype
         gram = _gram([layer.to(dtype) for layer in layers], precision)
         eigenvalues = eigenvalues_of(gram)
-        if len(gram) <= FLOAT64_LIMIT:
+        if len(gram) <= SMALL:
             self._known = _Known(dict(precision), gram, eigenvalues)
         return eigenvalues
 
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
         """See `Curvature.log_det_and_traces`: γᵢ = tr (I + K)⁻¹Kᵢ with the share Kᵢ of one tensor, tile by tile."""
         layers = self._layers(precision)
-        system = factorise(layers, precision, self._types(layers))
+        system = factorise(layers, precision, (self.problem.dtype, self._accurate))
         log_det = log_det_of(system.factor)
         inverse = torch.cholesky_inverse(system.factor)
         traces = dict.fromkeys(self.problem.shapes, 0.0)
         for layer in (layer.to(inverse.dtype) for layer in layers):
             for name in layer.names:
-                alone = dict.fromkeys(layer.names, inf) | {name: precision[name]}
+                alone = dict.fromkeys(layer.names, math.inf) | {name: precision[name]}
                 traces[name] = _trace_of_product(inverse, layer, system.tiles, alone)
         return log_det, traces
 
     def _layers(self, precision: Mapping[str, float]) -> list[KeptRows]:
         return self._keeper.layers()
 
-    def _types(self, layers: Sequence[KeptRows]) -> tuple[torch.dtype, ...]:
-        """To factorise in: the accurate one where that is cheap, else first the model's own."""
-        small = layers[0].num_rows <= FLOAT64_LIMIT
-        return (self._accurate,) if small else (self.problem.dtype, self._accurate)
-
     @property
     def _accurate(self) -> torch.dtype:
         return accumulation_dtype(self.problem.device)
+
+
+@dataclass(frozen=True)
+class _Factorised:
+    """What a factor of I + K answers."""
+
+    layers: Sequence[KeptRows]
+    """V, in the order and the basis of the factor."""
+    solve: Callable[[Tensor], Tensor]
+    """(I + K)⁻¹ times coefficients [C, N]."""
+    log_det: float
+    gamma: float
+    gamma_stderr: float
 
 
 @dataclass(frozen=True)
@@ -137,9 +182,18 @@ class System:
 
 
 def factorise(
-    layers: Sequence[KeptRows], precision: Mapping[str, float], dtypes: Sequence[torch.dtype]
+    layers: Sequence[KeptRows],
+    precision: Mapping[str, float],
+    dtypes: Sequence[torch.dtype],
+    allowed: float = SMALL_ROUNDING,
 ) -> System:
     """Factorise I + K in the first type that can be believed.
+
+    Args:
+        layers: V.
+        precision: λ of each parameter tensor.
+        dtypes: The types.
+        allowed: Rounding of the log-determinant, in nats, for which up to `SMALL` rows are not done again.
 
     Raises:
         EvidenceUnavailableError: If none can.
@@ -147,10 +201,11 @@ def factorise(
     size, accurate = layers[0].num_rows, dtypes[-1]
     for dtype in dict.fromkeys(dtypes):
         cast = [layer.to(dtype) for layer in layers]
-        factor = cholesky_in_place(_gram(cast, precision))
+        again = size <= SMALL and dtype != accurate
+        factor = cholesky_in_place(_gram(cast, precision), allowed if again else math.inf)
         if factor is not None:
             return System(factor, _tiles(layers))
-        if dtype != accurate:
+        if dtype != accurate and size > SMALL:
             warnings.warn(
                 f"The Cholesky factor of {size} rows lost its digits in {dtype}; it is "
                 f"computed again in {accurate}, which takes about twice as long and twice the memory. A larger "
@@ -163,9 +218,43 @@ def factorise(
     )
 
 
+def inverse_on(chosen: Tensor, system: System) -> Callable[[Tensor], Tensor]:
+    """(I + K_SS)⁻¹ on S and zero elsewhere, which makes it Woodbury's of the matrix that S alone gives."""
+
+    def solve(coefficients: Tensor) -> Tensor:
+        solved = torch.zeros_like(coefficients).flatten()
+        solved[chosen] = system.solve(coefficients.flatten()[chosen].unsqueeze(0)).squeeze(0)
+        return solved.view_as(coefficients)
+
+    return solve
+
+
+def _without_negligible(
+    layers: Sequence[KeptRows], precision: Mapping[str, float]
+) -> tuple[Sequence[KeptRows], Tensor | None]:
+    """The rows in their examples' eigenbasis, and the numbers of those that count; None where almost all do.
+
+    By Hadamard the others add at most Σ ln(1 + K_ii) to ln det(I + K). They may take eps · tr(I + K) in all, which
+    a factor in floating point does not tell from nothing (sums over 10,000 entries near 1 round by more), and no
+    more than `NEGLIGIBLE`. Where the factor will be one in float64 all rows stay.
+    """
+    grams = torch.stack([layer.example_grams(precision) for layer in layers]).sum(0)
+    if not keeps_the_identity(grams.diagonal(dim1=-2, dim2=-1)):
+        return layers, None
+    eigenvalues = torch.linalg.eigvalsh(grams.to(accumulation_dtype(grams.device))).clamp_(min=0.0)
+    rounding = torch.finfo(grams.dtype).eps * (eigenvalues.numel() + eigenvalues.sum().item())
+    allowance = min(rounding, NEGLIGIBLE)
+    ascending = eigenvalues.flatten().sort().values
+    if (ascending.log1p().cumsum(0) <= allowance).sum() < WORTHWHILE * len(ascending):
+        return layers, None
+    rows = principal_rows(layers, grams.to(eigenvalues))
+    return rows.layers, rows.smallest_set(allowance)
+
+
 def _tiles(layers: Sequence[KeptRows]) -> list[slice]:
     columns, num_examples = layers[0].rows.shape[:2]
-    return tiles_of(num_examples, columns, TILE_ROWS)
+    tile_rows = min(TILE_ROWS, max(SMALLEST_TILE, num_examples * columns // 8))
+    return tiles_of(num_examples, columns, tile_rows)
 
 
 def _gram(layers: Sequence[KeptRows], precision: Mapping[str, float]) -> Tensor:
@@ -184,7 +273,7 @@ def trace_of_shrinkage(factor: Tensor, num_probes: int, exact_limit: int) -> tup
     """
     size = len(factor)
     if size <= exact_limit:
-        return size - torch.cholesky_inverse(factor).diagonal().sum().item(), 0.0
+        return size - diagonal_of_inverse(factor).sum().item(), 0.0
     generator = torch.Generator(device=factor.device).manual_seed(0)
     signs = torch.randint(0, 2, (size, num_probes), generator=generator, device=factor.device).to(factor)
     whitened = torch.linalg.solve_triangular(factor, signs.mul_(2).sub_(1), upper=False)

@@ -4,10 +4,12 @@ Primal: G = VᵀV [p, p]. Dual: K = V Λ⁻¹ Vᵀ [rows, rows]. With a toleranc
 where it is cheaper still.
 """
 
+import torch
+
 from lightning_bayes.curvature.base import Curvature, Problem
 from lightning_bayes.curvature.bracket import BracketCurvature
-from lightning_bayes.curvature.dual import FLOAT64_LIMIT, DualCurvature
-from lightning_bayes.curvature.primal import PrimalCurvature
+from lightning_bayes.curvature.dual import SMALL, DualCurvature
+from lightning_bayes.curvature.primal import KEPT_ROWS, PrimalCurvature
 
 __all__ = ["full_cost", "full_curvature"]
 
@@ -26,14 +28,17 @@ def full_cost(problem: Problem) -> tuple[float, float]:
 
 def _primal_cost(problem: Problem) -> tuple[float, float]:
     p, rows = problem.num_parameters, problem.num_rows
-    # G, scaled, its factor and inverse; the rows of one batch, apart, together and in float64.
-    batch = problem.batch_size * problem.rank * p * (2 * problem.dtype.itemsize + 8)
-    return 4.0 * 8 * p**2 + batch, 2.0 * rows * p**2 + p**3
+    # G, scaled, its factor and inverse; the rows of one batch, apart and together; those that are kept.
+    batch = 2.0 * problem.batch_size * problem.rank * p * problem.dtype.itemsize
+    kept = min(rows, KEPT_ROWS * p) * p * (problem.dtype.itemsize + 8)
+    in_float64 = 2.0 if rows > KEPT_ROWS * p and problem.dtype != torch.float64 else 1.0
+    return 4.0 * 8 * p**2 + batch + kept, in_float64 * (rows * p**2 + p**3)
 
 
 def _dual_cost(problem: Problem) -> tuple[float, float]:
     rows, itemsize = problem.num_rows, problem.dtype.itemsize
-    matrix = 2 * 8 if rows <= FLOAT64_LIMIT else itemsize  # with the inverse, or without
+    matrix = 2 * 8 if rows <= SMALL else itemsize  # with the inverse, or without
     # The rows as they came, put together, and in float64 for the Newton decrement.
     kept = rows * problem.kept_width * (2 * itemsize + 8)
-    return float(rows) ** 2 * matrix + kept, float(rows) ** 2 * problem.gram_width + rows**3 / 3
+    cubes = 1.0 if rows <= SMALL else 1 / 3  # likewise
+    return float(rows) ** 2 * matrix + kept, float(rows) ** 2 * problem.gram_width + cubes * rows**3

@@ -47,7 +47,7 @@ class ModuleUse(Use):
         output_layouts: Of these.
         grads: Gradients in these, [C, *shape].
         num_examples: N.
-        chosen: The one example that is asked for, None for all.
+        weights: Of the examples that are asked for, None for all with weight 1.
     """
 
     module: nn.Module
@@ -58,17 +58,22 @@ class ModuleUse(Use):
     output_layouts: tuple[Layout, ...]
     grads: tuple[Tensor, ...]
     num_examples: int
-    chosen: int | None = None
+    weights: Mapping[int, float] | None = None
     _cache: dict[object, dict[str, Tensor]] = field(default_factory=dict, compare=False)
+    _combined: dict[object, "ModuleUse"] = field(default_factory=dict, compare=False)
 
     @property
     def num_columns(self) -> int:
         """See `Use`."""
         return len(self.grads[0])
 
-    def of_example(self, example: int) -> "ModuleUse":
+    def combined(self, weights: Mapping[int, float]) -> "ModuleUse":
         """See `Use`."""
-        return replace(self, chosen=example, _cache={})
+        key = tuple(weights.items())
+        if key not in self._combined:  # one use for all parameters, which share its cache
+            grads = tuple(grad.sum(0, keepdim=True) for grad in self.grads)
+            self._combined[key] = replace(self, grads=grads, weights=weights, _cache={}, _combined={})
+        return self._combined[key]
 
     def rows(self, local_name: str, columns: slice) -> Tensor:
         """See `Use`. All parameters are done in one go, and kept for those that are asked for next."""
@@ -90,7 +95,7 @@ class ModuleUse(Use):
 
     def with_layouts(self, layouts: Sequence[Layout | None]) -> "ModuleUse":
         """The same call with these layouts of its arguments."""
-        return replace(self, layouts=tuple(layouts), _cache={})
+        return replace(self, layouts=tuple(layouts), _cache={}, _combined={})
 
     def replayed(self) -> list[Tensor]:
         """The outputs again, each example by itself, as [N, ...]: to be held against the recorded ones."""
@@ -116,6 +121,9 @@ class ModuleUse(Use):
             torch.stack([self._of_chosen(grad, layout) for grad in all_grads[columns]], 1)
             for layout, all_grads in zip(self.output_layouts, self.grads, strict=True)
         ]  # each [N, columns, ...]
+        if self.weights is not None:
+            scale = grads[0].new_tensor(list(self.weights.values()))
+            grads = [scale.reshape(-1, *[1] * (grad.dim() - 1)) * grad for grad in grads]
 
         def of_one(grads: list[Tensor], *tensors: Tensor) -> dict[str, Tensor]:
             pull = vjp(lambda parameters: self._outputs(parameters)(*tensors), dict(self.parameters))[1]
@@ -137,7 +145,7 @@ class ModuleUse(Use):
 
     def _of_chosen(self, tensor: Tensor, layout: Layout) -> Tensor:
         apart = layout.apart(tensor, self.num_examples)
-        return apart if self.chosen is None else apart[self.chosen : self.chosen + 1]
+        return apart if self.weights is None else apart[list(self.weights)]
 
     def _outputs(self, parameters: Mapping[str, Tensor]) -> Any:
         """The function of one example's tensors to the outputs that carry a gradient."""
@@ -194,9 +202,12 @@ class GraphUse(Use):
         """See `Use`."""
         return len(self.roots)
 
-    def of_example(self, example: int) -> "GraphUse":
+    def combined(self, weights: Mapping[int, float]) -> "GraphUse":
         """See `Use`."""
-        return replace(self, chosen=[self.chosen[example]])
+        roots = self.roots.sum(0, keepdim=True)
+        for example, weight in weights.items():
+            roots[:, example] *= weight
+        return replace(self, roots=roots, chosen=list(weights))
 
     def rows(self, local_name: str, columns: slice) -> Tensor:
         """See `Use`."""

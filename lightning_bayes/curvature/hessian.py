@@ -18,6 +18,7 @@ from lightning_bayes.curvature.base import CurvatureSummary, accumulation_dtype
 from lightning_bayes.curvature.errors import EvidenceUnavailableError, check_finite
 from lightning_bayes.curvature.likelihoods import Likelihood
 from lightning_bayes.curvature.reader import forward_of
+from lightning_bayes.curvature.twice import check_differentiable, gradient_to_differentiate
 
 __all__ = ["BatchHessian", "HessianCurvature", "HessianReader"]
 
@@ -72,12 +73,14 @@ class HessianReader:
 
         Raises:
             EvidenceUnavailableError: If the outputs, targets or gradients are not finite.
-            ValueError: If outputs and targets do not fit the likelihood, or the second derivative is wrong.
+            ValueError: If outputs and targets do not fit the likelihood, or the second derivative is wrong
+                or missing.
         """
         parameters = list(self.parameters.values())
         with torch.enable_grad(), _twice_differentiable():
             outputs, targets, unit_loss = forward_of(forward, likelihood)
-            gradient = torch.autograd.grad(unit_loss, parameters, create_graph=True, materialize_grads=True)
+            gradient = gradient_to_differentiate(unit_loss, parameters)
+            check_differentiable(gradient, 'curvature="ggn" does without.')
             for name, part in zip(self.parameters, gradient, strict=True):
                 check_finite(part.detach(), f"the gradient of the parameter {name!r}")
             flat = torch.cat([part.flatten() for part in gradient])
@@ -94,7 +97,7 @@ class HessianReader:
 
     def _rows(self, flat: Tensor, parameters: list[nn.Parameter]) -> Iterator[Tensor]:
         accurate = accumulation_dtype(flat.device)
-        if not flat.requires_grad:  # a loss that is linear in the parameters
+        if not flat.requires_grad:  # no parameter is in its graph
             yield flat.new_zeros(len(flat), len(flat), dtype=accurate)
             return
         for start in range(0, len(flat), ROWS_AT_ONCE):

@@ -5,7 +5,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
@@ -40,15 +40,15 @@ def isolated(*holders: object) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(_full_float32())
-            stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+            stack.enter_context(torch.random.fork_rng(devices=range(_num_cuda_devices())))
             stack.enter_context(torch.inference_mode(False))
-            for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            for device in ("cpu", "cuda") if _num_cuda_devices() else ("cpu",):
                 stack.enter_context(torch.autocast(device, enabled=False))
             # Hooks and modes do not reach into compiled code. Without dynamo there is none, and importing it
             # takes a second. (The stance is newer than torch 2.4.)
             if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            torch.manual_seed(0)
+            _seed_torch()
             np.random.seed(0)
             random.seed(0)
             yield
@@ -57,6 +57,22 @@ def isolated(*holders: object) -> Iterator[None]:
         random.setstate(python_state)
         for restore in restores:
             restore()
+
+
+def _seed_torch() -> None:
+    """As `torch.manual_seed(0)` for the generators that are restored.
+
+    Without a GPU `torch.manual_seed` itself formats a stack trace, each time and for later, of who has asked for one.
+    """
+    torch.default_generator.manual_seed(0)
+    if _num_cuda_devices():
+        torch.cuda.manual_seed_all(0)
+
+
+@cache
+def _num_cuda_devices() -> int:
+    """As it was at the first call: without a driver torch looks for one at each."""
+    return torch.cuda.device_count()
 
 
 @contextmanager
@@ -92,7 +108,7 @@ def _own_precisions() -> list[tuple[Any, str]]:
         above.append((parent, parent.fp32_precision))
         parent.fp32_precision = "none"
     own = [(backends.cuda.matmul, backends.cuda.matmul.fp32_precision)]
-    if torch.cuda.is_available():  # without, they would only make torch refuse to read `cudnn.allow_tf32`
+    if _num_cuda_devices():  # without, they would only make torch refuse to read `cudnn.allow_tf32`
         own += [(operation, operation.fp32_precision) for operation in (cuda.conv, cuda.rnn)]
     # That of all oneDNN is set by `mkldnn.flags` alone: an equal value is taken to come from there.
     for operation in (onednn.matmul, onednn.conv, onednn.rnn):

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_bayes.curvature.gram import Form, KeptRows, keep_block
+from lightning_bayes.curvature.gram import KeptRows
+from lightning_bayes.curvature.keeping import Form, keep_block
 from lightning_bayes.curvature.rows import RowBlock
 
 __all__ = ["RowKeeper", "combine_all", "cross_all", "dot_all", "fill_gram", "tiles_of"]

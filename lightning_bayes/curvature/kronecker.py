@@ -12,18 +12,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_bayes.curvature.base import Curvature, CurvatureSummary, Problem
+from lightning_bayes.curvature.base import CurvatureSummary, Problem, SpectralCurvature
 from lightning_bayes.curvature.layer_blocks import Block, DiagonalBlock, ExactBlock, LinearBlock
 from lightning_bayes.curvature.rows import OuterRows, RowBlock, Rows
 from lightning_bayes.curvature.sampling import ColumnGroups, jackknife
 
-__all__ = ["KroneckerCurvature", "joint_kronecker_curvature"]
+__all__ = ["KroneckerCurvature", "expand_kronecker_curvature", "joint_kronecker_curvature"]
 
 MAX_EXACT_BLOCK = 1024
 """Parameters up to this size that have no Kronecker form keep their exact block, larger ones its diagonal."""
 
 
-class KroneckerCurvature(Curvature):
+class KroneckerCurvature(SpectralCurvature):
     """One block for each parameter tensor: weights of linear and ungrouped convolutional layers as B ⊗ A.
 
     A = (1/N) Σₙ Σₜ a aᵀ counts each output position, and each use, as an input of the linear map; B = Σₙ,c
@@ -38,11 +38,14 @@ class KroneckerCurvature(Curvature):
     Args:
         problem: Sizes.
         joint: Whether weight and bias of a layer make one block, by a 1 after each a.
+        expand: Whether each position counts as an example of its own, A = (1/NT) Σₙ Σₜ a aᵀ and B = Σₙ,c Σₜ g gᵀ:
+            KFAC-expand of Eschenhagen et al., *Kronecker-Factored Approximate Curvature for Modern Neural Network
+            Architectures*, NeurIPS 2023. The same where a layer has one position.
     """
 
-    def __init__(self, problem: Problem, joint: bool = False) -> None:
+    def __init__(self, problem: Problem, joint: bool = False, expand: bool = False) -> None:
         super().__init__(problem)
-        self._joint = joint
+        self._joint, self._expand = joint, expand
         self._groups = ColumnGroups(problem)
         self._blocks: dict[tuple[str, ...], Block] = {}
 
@@ -65,7 +68,9 @@ class KroneckerCurvature(Curvature):
                 raise ValueError(_changing(layer))
             number = self._groups.number
             if isinstance(layer, OuterRows):
-                self._blocks[layer.names] = LinearBlock(layer, self._joint, number, self.problem)
+                self._blocks[layer.names] = LinearBlock(
+                    layer, self._joint, number, self.problem, self._expand
+                )
             else:
                 block = ExactBlock if layer.shape.numel() <= MAX_EXACT_BLOCK else DiagonalBlock
                 self._blocks[layer.names] = block(layer.name, number, self.problem)
@@ -113,8 +118,11 @@ class KroneckerCurvature(Curvature):
         return found
 
 
-joint_kronecker_curvature: Callable[[Problem], Curvature] = partial(KroneckerCurvature, joint=True)
+joint_kronecker_curvature: Callable[[Problem], KroneckerCurvature] = partial(KroneckerCurvature, joint=True)
 """`KroneckerCurvature` with one block for weight and bias of a layer."""
+
+expand_kronecker_curvature: Callable[[Problem], KroneckerCurvature] = partial(KroneckerCurvature, expand=True)
+"""`KroneckerCurvature` with the positions of an example apart."""
 
 
 def _changing(layer: Rows) -> str:

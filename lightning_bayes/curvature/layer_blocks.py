@@ -115,28 +115,37 @@ class DiagonalBlock(Block):
 class LinearBlock(Block):
     """B ⊗ A of a weight, and its bias: a block B of its own, or one with the weight.
 
-    A = (1/N) Σₙ Σₜ aₙₜ aₙₜᵀ over all positions and uses, B = Σₙ,c (Σₜ g)(Σₜ g)ᵀ. Joint, each a is followed by
+    A = (1/N) Σₙ Σₜ aₙₜ aₙₜᵀ over all positions and uses, B = Σₙ,c (Σₜ g)(Σₜ g)ᵀ. Expanded, each position counts as an
+    example: A = (1/Σₙ Tₙ) Σₙ Σₜ aₙₜ aₙₜᵀ, B = Σₙ,c Σₜ g gᵀ. Joint, each a is followed by
     a 1 and the bias is the weight's last column; whitening is then a scale of A's entries, so that B ⊗ A stays
     a Kronecker product when weight and bias have different λ.
     """
 
-    def __init__(self, layer: OuterRows, joint: bool, num_groups: int, problem: Problem) -> None:
+    def __init__(
+        self, layer: OuterRows, joint: bool, num_groups: int, problem: Problem, expand: bool = False
+    ) -> None:
         super().__init__(num_groups, problem)
         self.weight, self.bias = layer.weight, layer.bias
         modules = {id(use.module) for use in layer.uses}
         self.joint = joint and self.weight is not None and self.bias is not None and len(modules) == 1
         self._inputs = SecondMoment()
+        self._expand = expand
         self._grads = _Moments(num_groups, problem.dtype)
-        self._num_examples = 0
+        # Of a bias alone, whose exact block sums the positions of an example.
+        self._sums = _Moments(num_groups, problem.dtype) if expand else self._grads
+        self._num_inputs = 0
         self._input_spectra: dict[float, Spectrum] = {}
 
     def add(self, layer: OuterRows, groups: Sequence[Sequence[int]], first: bool) -> None:
         """Add the rows of one batch; its inputs belong to all columns and count with the first."""
         grads = layer.grads()
-        self._grads.add(grads.squeeze(2) if grads.shape[2] == 1 else grads.sum(2), groups)
+        if self._expand:
+            self._grads.add(grads.flatten(1, 2), groups)
+        if not self._expand or (self.bias is not None and not self.joint):
+            self._sums.add(grads.squeeze(2) if grads.shape[2] == 1 else grads.sum(2), groups)
         if first and self.weight is not None:
             inputs = layer.inputs()
-            self._num_examples += len(inputs)
+            self._num_inputs += inputs.shape[:2].numel() if self._expand else len(inputs)
             inputs = inputs.flatten(0, 1)
             self._inputs.add(F.pad(inputs, (0, 1), value=1.0) if self.joint else inputs)
             self._input_spectra = {}
@@ -150,7 +159,8 @@ class LinearBlock(Block):
         if self.weight is not None:
             parts.append(torch.outer(outputs, self._input_values(precision)).flatten())
         if self.bias is not None and not self.joint:
-            parts.append(outputs / precision[self.bias])
+            sums = self._sums.eigenvalues(without).to(self.accurate) * scale if self._expand else outputs
+            parts.append(sums / precision[self.bias])
         return torch.cat(parts)
 
     def summary(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor] | None) -> BlockSummary:
@@ -158,7 +168,8 @@ class LinearBlock(Block):
         outputs = self._grads.spectrum()
         total = BlockSummary(0.0, {}, 0.0)
         if self.bias is not None and not self.joint:
-            total = _tensor_summary(self.bias, outputs, precision[self.bias], gradient, self.accurate)
+            sums = self._sums.spectrum()
+            total = _tensor_summary(self.bias, sums, precision[self.bias], gradient, self.accurate)
         if self.weight is None:
             return total
         inputs = self._input_spectrum(precision)
@@ -196,7 +207,7 @@ class LinearBlock(Block):
 
     def _input_values(self, precision: Mapping[str, float]) -> Tensor:
         values = self._input_spectrum(precision).values.to(self.accurate)
-        scaled: Tensor = values / (self._num_examples * precision[self.weight])  # type: ignore[index]
+        scaled: Tensor = values / (self._num_inputs * precision[self.weight])  # type: ignore[index]
         return scaled
 
     def _whitened(self, gradient: Mapping[str, Tensor], precision: Mapping[str, float]) -> Tensor:

@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from lightning_bayes.curvature.capture import CapturedLoss
 from lightning_bayes.curvature.errors import check_finite
 from lightning_bayes.curvature.functional_rows import plain_kernels
+from lightning_bayes.curvature.twice import check_differentiable, gradient_to_differentiate
 
 __all__ = ["BatchLoss", "MeanLoss", "normalises_by_batch", "norms_as_in"]
 
@@ -24,9 +24,6 @@ NORMS = (
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
 """Those that normalise otherwise in training, if they keep running statistics."""
-
-NO_DERIVATIVE = ("Error", "NotImplemented")
-"""Nodes that stand in a graph for a derivative that there is none of."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +101,9 @@ class MeanLoss:
         for batch in self._passed():
             with torch.enable_grad(), self._kernels():
                 loss = batch.loss()
-                gradient = torch.autograd.grad(loss, self._weights, create_graph=True, materialize_grads=True)
+                gradient = gradient_to_differentiate(loss, self._weights)
                 slope = torch.stack([(g * v).sum() for g, v in zip(gradient, direction, strict=True)]).sum()
-                if not slope.requires_grad:  # a loss that is linear in the weights
+                if not slope.requires_grad:  # no weight is in the graph of this batch
                     continue
                 self._check_differentiable([slope])
                 parts = torch.autograd.grad(slope, self._weights, materialize_grads=True)
@@ -158,16 +155,10 @@ class MeanLoss:
             self._set(before)
 
     def _check_differentiable(self, gradient: Sequence[Tensor]) -> None:
-        """Refuse a gradient that autograd cannot differentiate: some such parts it takes for constants, silently."""
+        """Once: the batches go through the same operations."""
         if self._checked:
             return
-        ends = sorted({name for name in _nodes_of(gradient) if name in NO_DERIVATIVE})
-        if ends:
-            raise ValueError(
-                f"The gradient of this loss has no derivative ({', '.join(ends)} in its graph): some operation "
-                "is a fused kernel, or a torch.autograd.Function that is once_differentiable. Write it in ordinary "
-                "operations, for attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
-            )
+        check_differentiable(gradient)
         self._checked = True
 
     def _passed(self) -> Iterator[BatchLoss]:
@@ -197,19 +188,6 @@ class MeanLoss:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.detach().flatten() for part in parts])
-
-
-def _nodes_of(tensors: Sequence[Tensor]) -> Iterator[str]:
-    """The kinds of all nodes that a backward pass goes through."""
-    visited: set[object] = set()
-    pending: list[Any] = [tensor.grad_fn for tensor in tensors]
-    while pending:
-        node = pending.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        yield type(node).__name__
-        pending.extend(parent for parent, _ in node.next_functions)
 
 
 def _seed() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_bayes.curvature.base import accumulation_dtype
 
-__all__ = ["SecondMoment", "Spectrum"]
+__all__ = ["SecondMoment", "Spectrum", "add_products"]
 
 STRIP = 200
 """Rows of the matrix that one product fills: only the part on and above the diagonal is computed."""
@@ -68,7 +68,7 @@ class SecondMoment:
             self._matrix = vectors.new_zeros(width, width, dtype=accumulation_dtype(vectors.device))
             vectors = torch.cat([*self._vectors, vectors])
             self._vectors = []
-        _add_products(self._matrix, vectors)
+        add_products(self._matrix, vectors)
 
     @classmethod
     def merged(cls, moments: Sequence["SecondMoment"]) -> "SecondMoment":
@@ -89,7 +89,7 @@ class SecondMoment:
             return
         self._matrix = matrix.clone()
         if self._vectors:
-            _add_products(self._matrix, torch.cat(self._vectors))
+            add_products(self._matrix, torch.cat(self._vectors))
             self._vectors = []
 
     def spectrum(self, dtype: torch.dtype, scale: Tensor | None = None) -> Spectrum:
@@ -148,7 +148,8 @@ def _indices(mask: Tensor) -> Tensor | None:
     return None if bool(mask.all()) else mask.nonzero().squeeze(1)
 
 
-def _add_products(matrix: Tensor, vectors: Tensor) -> None:
+def add_products(matrix: Tensor, vectors: Tensor) -> None:
+    """Add Σ v vᵀ of vectors [m, n] to a matrix, on and above the diagonal, in strips."""
     for start in range(0, vectors.shape[1], STRIP):
         strip = slice(start, start + STRIP)
         matrix[strip, start:] += vectors[:, strip].mT @ vectors[:, start:]

@@ -8,7 +8,10 @@ from torch import Tensor
 from lightning_bayes.curvature.gram import KeptRows
 from lightning_bayes.curvature.kept import combine_all, dot_all
 
-__all__ = ["quadratic_form"]
+__all__ = ["quadratic_form", "woodbury"]
+
+Vector = Mapping[str, Tensor]
+"""One number for each entry of each parameter."""
 
 MAX_REFINEMENTS = 30
 """Steps of conjugate gradients for the Newton decrement; an exact factor needs two, float32 a few."""
@@ -18,20 +21,19 @@ REFINEMENT_TOLERANCE = 1e-7
 
 def quadratic_form(
     layers: Sequence[KeptRows],
-    solve: Callable[[Tensor], Tensor],
+    precondition: Callable[[Vector], dict[str, Tensor]],
     precision: Mapping[str, float],
-    gradient: Mapping[str, Tensor],
+    gradient: Vector,
     tolerance: float = REFINEMENT_TOLERANCE,
 ) -> float:
     """gᵀ(G + Λ)⁻¹g as the maximum over x of 2gᵀx − xᵀ(G + Λ)x, by preconditioned conjugate gradients.
 
-    The preconditioner is Woodbury's Λ⁻¹(I − Vᵀ(I + K)⁻¹VΛ⁻¹): with an exact factor the first step is the
-    answer, and what a factor in float32 leaves is taken away by products in the layers' type. Each step
-    raises the value, and the error that remains counts only by its square.
+    With an exact factor the first step is the answer, and what a factor in float32 leaves is taken away by
+    products in the layers' type. Each step raises the value, and the error that remains counts only by its square.
 
     Args:
         layers: V.
-        solve: (I + K)⁻¹, or something near it, times coefficients [C, N].
+        precondition: (G + Λ)⁻¹, or something near it, times a vector.
         precision: λ of each parameter tensor.
         gradient: g of each parameter tensor.
         tolerance: Relative rise at which the steps end.
@@ -39,13 +41,8 @@ def quadratic_form(
     accurate = layers[0].rows.dtype
     names = list(gradient)
 
-    def inner(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    def inner(left: Vector, right: Vector) -> float:
         return sum((left[name] * right[name]).sum().item() for name in names)
-
-    def precondition(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        scaled = {name: vector[name] / precision[name] for name in names}
-        seen = dict(combine_all(layers, solve(dot_all(layers, scaled))))
-        return {name: scaled[name] - seen.get(name, 0.0) / precision[name] for name in names}
 
     residual = {name: g.to(accurate) for name, g in gradient.items()}
     direction = precondition(residual)
@@ -78,3 +75,22 @@ def quadratic_form(
         stacklevel=2,
     )
     return value
+
+
+def woodbury(
+    layers: Sequence[KeptRows], solve: Callable[[Tensor], Tensor], precision: Mapping[str, float]
+) -> Callable[[Vector], dict[str, Tensor]]:
+    """(G + Λ)⁻¹ = Λ⁻¹(I − Vᵀ(I + K)⁻¹VΛ⁻¹) as a function of vectors.
+
+    Args:
+        layers: V.
+        solve: (I + K)⁻¹, or something near it, times coefficients [C, N].
+        precision: λ of each parameter tensor.
+    """
+
+    def precondition(vector: Vector) -> dict[str, Tensor]:
+        scaled = {name: part / precision[name] for name, part in vector.items()}
+        seen = dict(combine_all(layers, solve(dot_all(layers, scaled))))
+        return {name: part - seen.get(name, 0.0) / precision[name] for name, part in scaled.items()}
+
+    return precondition

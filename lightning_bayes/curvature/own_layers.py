@@ -107,6 +107,12 @@ class _Embedding:
         total = torch.zeros_like(module.weight)
         return total.index_add_(0, tokens.flatten(), collected.square().sum(0).flatten(0, 1))
 
+    def total(self, module: Any, inputs: Tensor, grads: Tensor) -> Tensor:
+        """Σ over examples and columns [vocabulary, features], likewise."""
+        tokens, grads = self._masked(module, inputs, grads)
+        total = torch.zeros_like(module.weight)
+        return total.index_add_(0, tokens.flatten(), grads.sum(0).flatten(0, 1))
+
     def _masked(self, module: Any, inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [N, T] and their gradients [C, N, T, features]."""
         tokens = inputs.reshape(len(inputs), -1)

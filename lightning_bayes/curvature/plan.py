@@ -34,6 +34,8 @@ class Plan:
     proved: bool = False
     """Whether that batch had an example with rows, on which the plan could be tried."""
     replays: Replays = field(default_factory=Replays)
+    _found: tuple[object, dict[nn.Module, dict[str, str]]] = field(default=(None, {}), repr=False)
+    """The layers of some ways: they are asked for at every batch."""
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -63,10 +65,7 @@ class Plan:
         Whoever moves examples about moves them for a layer's bias as for its weight, which costs more.
         """
         small = sorted(self.parameters, key=lambda name: self.parameters[name].numel())
-        tried = set(small[: (len(small) + 1) // 2])
-        return not wrong_parameters(
-            self, [layer for layer in layers if tried & set(layer.names)], batch, tried
-        )
+        return not wrong_parameters(self, layers, batch, small[: (len(small) + 1) // 2])
 
     def layers(self, batch: Batch) -> list[Rows]:
         """The rows of one batch."""
@@ -133,6 +132,12 @@ class Plan:
 
     def _layers(self) -> dict[nn.Module, dict[str, str]]:
         """Modules whose derivatives are used, with the parameters that they hold: {local name: name}."""
+        ways = tuple(self.ways.items())
+        if self._found[0] != ways:
+            self._found = ways, self._find_layers()
+        return self._found[1]
+
+    def _find_layers(self) -> dict[nn.Module, dict[str, str]]:
         wanted = {id(p): name for name, p in self.parameters.items() if self.ways[name] == LAYER}
         found = {}
         for module in self.network.modules():
@@ -190,12 +195,12 @@ def wrong_parameters(
     parameters = {name: p for name, p in plan.parameters.items() if tried is None or name in tried}
     weights = _live_examples(batch)
     seed = torch.zeros_like(batch.outputs)
-    found: dict[str, Tensor] = {}
     for example, weight in weights.items():
         seed[example] = weight * batch.roots[:, example].sum(0)
-        for layer in layers:
-            for name, rows in layer.of_example(example).summed().dense().items():
-                found[name] = found.get(name, 0.0) + weight * rows.sum((0, 1))
+    found: dict[str, Tensor] = {}
+    for layer in layers if weights else ():
+        if not parameters.keys().isdisjoint(layer.names):
+            found |= layer.combined(weights).total(parameters)
     truths = dict(zip(parameters, gradients(batch.outputs, list(parameters.values()), seed), strict=True))
     scale = max((truth.abs().max().item() for truth in truths.values() if truth is not None), default=0.0)
     tolerance = 1e3 * torch.finfo(batch.outputs.dtype).eps * scale

@@ -5,20 +5,38 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_bayes.curvature.base import Curvature, CurvatureSummary, Problem, accumulation_dtype
-from lightning_bayes.curvature.cholesky import cholesky, eigenvalues_of, log_det_of
+from lightning_bayes.curvature.base import CurvatureSummary, Problem, SpectralCurvature, accumulation_dtype
+from lightning_bayes.curvature.cholesky import (
+    SMALL_ROUNDING,
+    cholesky_in_place,
+    diagonal_of_inverse,
+    eigenvalues_of,
+    log_det_of,
+    solve,
+    spoilt,
+)
+from lightning_bayes.curvature.gram import KeptDense
+from lightning_bayes.curvature.moments import add_products
+from lightning_bayes.curvature.newton import quadratic_form
 from lightning_bayes.curvature.rows import RowBlock
 
-__all__ = ["PrimalCurvature"]
+__all__ = ["KEPT_ROWS", "PrimalCurvature"]
+
+KEPT_ROWS = 4
+"""Rows that are kept as they are, in units of p; more become a sum in float64."""
 
 
-class PrimalCurvature(Curvature):
-    """G [p, p] by accumulation over the batches, in float64."""
+class PrimalCurvature(SpectralCurvature):
+    """G [p, p] from the rows, while they are few, or by accumulation over the batches, in float64.
+
+    From rows that are there, the model's own type is tried first and float64 is left for where it does not do.
+    """
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        p, dtype = problem.num_parameters, accumulation_dtype(problem.device)
-        self._matrix = torch.zeros(p, p, dtype=dtype, device=problem.device)
+        self._rows: list[Tensor] = []
+        self._quick: Tensor | None = None  # on and above the diagonal, from `_rows`
+        self._matrix: Tensor | None = None  # the same in float64, from all rows that are not kept
 
     def update(self, block: RowBlock) -> None:
         """See `Curvature.update`."""
@@ -32,46 +50,92 @@ class PrimalCurvature(Curvature):
             found[name] if name in found else like.new_zeros(*like.shape[:2], shape.numel())
             for name, shape in self.problem.shapes.items()
         ]
-        stacked = torch.cat(rows, dim=2).flatten(0, 1).to(self._matrix)
-        self._matrix.addmm_(stacked.mT, stacked)
+        self._rows.append(torch.cat(rows, dim=2).flatten(0, 1))
+        self._quick = None
+        if self._matrix is not None or sum(map(len, self._rows)) > KEPT_ROWS * self.problem.num_parameters:
+            self._accurate()
 
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
         """See `Curvature.at`."""
         factor = self._factor(precision)
-        vector = torch.cat([gradient[name].flatten() for name in self.problem.shapes])
-        vector = vector.to(factor) * self._scale(precision)
-        whitened = torch.linalg.solve_triangular(factor, vector.unsqueeze(1), upper=False)
         log_det, traces = log_det_of(factor), self._traces(factor)
-        gamma, quadratic = sum(traces.values()), whitened.square().sum().item()
-        return CurvatureSummary(log_det, (log_det, log_det), gamma, quadratic)
+        quadratic = self._quadratic(factor, precision, gradient)
+        return CurvatureSummary(log_det, (log_det, log_det), sum(traces.values()), quadratic)
+
+    def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
+        """See `Curvature.log_det_and_gamma`."""
+        log_det, traces = self.log_det_and_traces(precision)
+        return log_det, sum(traces.values())
 
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
         """See `Curvature.spectrum`: all p of them."""
-        scale = self._scale(precision)
-        return eigenvalues_of(scale.unsqueeze(1) * self._matrix * scale)
+        return eigenvalues_of(self._whitened(self._accurate(), precision))
 
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
         """See `Curvature.log_det_and_traces`."""
         factor = self._factor(precision)
         return log_det_of(factor), self._traces(factor)
 
-    def _scale(self, precision: Mapping[str, float]) -> Tensor:
-        return torch.cat(
-            [
-                self._matrix.new_full((shape.numel(),), precision[name] ** -0.5)
-                for name, shape in self.problem.shapes.items()
-            ]
-        )
+    def _accurate(self) -> Tensor:
+        """G in float64, on and above the diagonal."""
+        if self._matrix is None:
+            p, device = self.problem.num_parameters, self.problem.device
+            self._matrix = torch.zeros(p, p, dtype=accumulation_dtype(device), device=device)
+        for rows in self._rows:
+            add_products(self._matrix, rows.to(self._matrix))
+        self._rows = []
+        return self._matrix
 
     def _factor(self, precision: Mapping[str, float]) -> Tensor:
-        scale = self._scale(precision)
-        scaled = scale.unsqueeze(1) * self._matrix * scale
-        scaled.diagonal().add_(1.0)
-        return cholesky(scaled)
+        """Of I + Λ⁻¹ᐟ² G Λ⁻¹ᐟ²."""
+        if self._rows:
+            rows = torch.cat(self._rows)
+            if self._quick is None:
+                self._quick = rows.new_zeros(rows.shape[1], rows.shape[1])
+                add_products(self._quick, rows)
+            factor = cholesky_in_place(self._whitened(self._quick, precision), SMALL_ROUNDING)
+            if factor is not None:
+                return factor
+        factor = cholesky_in_place(self._whitened(self._accurate(), precision))
+        if factor is None:
+            raise spoilt()
+        return factor
+
+    def _quadratic(
+        self, factor: Tensor, precision: Mapping[str, float], gradient: Mapping[str, Tensor]
+    ) -> float:
+        accurate = accumulation_dtype(self.problem.device)
+        scale, sizes = self._scale(precision, accurate), [s.numel() for s in self.problem.shapes.values()]
+
+        def precondition(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            whole = torch.cat([vector[name].flatten() for name in self.problem.shapes]).to(scale) * scale
+            solved = solve(factor, whole.to(factor).unsqueeze(1)).squeeze(1).to(scale) * scale
+            parts = zip(self.problem.shapes.items(), solved.split(sizes), strict=True)
+            return {name: part.reshape(shape) for (name, shape), part in parts}
+
+        if factor.dtype == accurate:
+            step = precondition(gradient)
+            return sum((gradient[name].to(scale) * part).sum().item() for name, part in step.items())
+        rows = torch.cat(self._rows).to(accurate).split(sizes, dim=1)
+        layers = [
+            KeptDense(part.unsqueeze(0), name, shape)
+            for (name, shape), part in zip(self.problem.shapes.items(), rows, strict=True)
+        ]
+        return quadratic_form(layers, precondition, precision, gradient)
+
+    def _scale(self, precision: Mapping[str, float], dtype: torch.dtype) -> Tensor:
+        """Λ⁻¹ᐟ² [p]."""
+        parts = [
+            torch.full((shape.numel(),), precision[name] ** -0.5, dtype=dtype, device=self.problem.device)
+            for name, shape in self.problem.shapes.items()
+        ]
+        return torch.cat(parts)
+
+    def _whitened(self, matrix: Tensor, precision: Mapping[str, float]) -> Tensor:
+        scale = self._scale(precision, matrix.dtype)
+        return (scale.unsqueeze(1) * matrix).mul_(scale)
 
     def _traces(self, factor: Tensor) -> dict[str, float]:
         shapes = self.problem.shapes
-        inverse = (
-            torch.cholesky_inverse(factor).diagonal().split([shape.numel() for shape in shapes.values()])
-        )
+        inverse = diagonal_of_inverse(factor).split([shape.numel() for shape in shapes.values()])
         return {name: (1.0 - part).sum().item() for name, part in zip(shapes, inverse, strict=True)}

@@ -15,63 +15,26 @@ where all μ go up and down together one spectrum of G serves every λ.
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from scipy.optimize import minimize, root_scalar
-from torch import Tensor
 
-from lightning_bayes.curvature.base import accumulation_dtype
-from lightning_bayes.curvature.likelihoods import Likelihood
+from lightning_bayes.curvature.fixed_point import mackay_fixed_point
+from lightning_bayes.curvature.fixed_weights import FixedWeights, curve_of
 from lightning_bayes.curvature.priors import Prior
-from lightning_bayes.functional.evidence import effective_parameters, log_det_from_eigenvalues
 
-__all__ = ["FixedWeights", "Optimum", "maximize_evidence", "squared_norms"]
+__all__ = ["Optimum", "mackay_step", "maximize_evidence", "uppermost"]
 
 SEARCH_RANGE = 1e8
 """λ is sought this far below and above p/‖ω‖², which no maximum exceeds; φ likewise about its estimate."""
 GRADIENT_TOLERANCE = 1e-7
 """In nats per unit of ln λ, where the search ends."""
 EXACT, COARSE = 1e-12, 1e-6
-"""In ln λ, where a search of one number ends: by a spectrum, or by a factorisation for each λ that is tried."""
+"""In ln φ or ln λ, where a search of one number ends: by a spectrum, or by a factorisation for each that is tried."""
 ACCEPTED_GRADIENT = 0.1
 """Likewise, beyond which the search has failed: the maximum is some 0.01 nats away."""
-
-
-_Curve = Callable[[Mapping[str, float]], tuple[float, dict[str, float]]]
-"""From a prior to the log-determinant and γ of each parameter tensor."""
-
-
-class HasSpectrum(Protocol):
-    """The two answers of a `Curvature` that the search asks for."""
-
-    def spectrum(self, precision: Mapping[str, float]) -> Tensor:
-        """See `Curvature.spectrum`."""
-        ...
-
-    def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-        """See `Curvature.log_det_and_traces`."""
-        ...
-
-
-@dataclass(frozen=True)
-class FixedWeights:
-    """What is known of the evidence when the weights stand still."""
-
-    curved: HasSpectrum
-    likelihood: Likelihood
-    unit_loss: float
-    num_terms: float
-    squared_norms: Mapping[str, float]
-    """‖ω‖² of each parameter tensor that carries a prior."""
-    sizes: Mapping[str, int]
-    """Entries of each."""
-    precision_at: Callable[[float], dict[str, float]]
-    """λ of each for a dispersion φ; that of an optimized one is not used."""
-    total: Callable[[Mapping[str, float]], tuple[float, float]] | None = None
-    """Log-determinant and γ at a prior, where half a dozen of them cost less than a spectrum."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +75,22 @@ def maximize_evidence(weights: FixedWeights, prior: Prior) -> Optimum:
     return search.optimum(found)
 
 
+def uppermost(weights: FixedWeights, prior: Prior) -> Optimum:
+    """The λ of `prior.optimized` that no maximum exceeds, p/‖ω‖², and the φ that none falls below."""
+    search = _Search(weights, prior, lazily=True)
+    _, low, high = search.ends()
+    return search.optimum(0.5 * (low + high))
+
+
+def mackay_step(weights: FixedWeights, prior: Prior, optimum: Optimum) -> Optimum:
+    """λ ← γ/‖ω‖² for each λ of `prior.optimized`, from an optimum or what may be one."""
+    return _Search(weights, prior).step(optimum)
+
+
 class _Search:
     """The log-evidence and its gradient in x = (ln λ of each group, then ln φ where it is sought)."""
 
-    def __init__(self, weights: FixedWeights, prior: Prior) -> None:
+    def __init__(self, weights: FixedWeights, prior: Prior, lazily: bool = False) -> None:
         self._weights = weights
         self._groups = prior.optimized
         self._seeks_noise = weights.likelihood.optimizes_dispersion
@@ -124,14 +99,9 @@ class _Search:
         self._rest = tuple(name for name in weights.sizes if name not in in_groups)
         # A prior in proportion to weight decay stays what it is in units of the noise: φλ is given.
         self._tied = self._rest if prior.per_example else ()
-        together = prior.rises_together
-        self._by_spectrum = together and weights.total is None
-        if self._by_spectrum:
-            self._curve = _curve_of(weights)
-        elif together and weights.total is not None:
-            self._curve = _remembered(_of_first(weights.total, list(weights.sizes)))
-        else:
-            self._curve = _remembered(weights.curved.log_det_and_traces)
+        self._by_spectrum = prior.rises_together and weights.total is None
+        if not lazily:
+            self._curve = curve_of(weights, prior.rises_together)
 
     @property
     def size(self) -> int:
@@ -154,11 +124,13 @@ class _Search:
         return value, np.array(slopes)
 
     def root(self, low: float, start: float, high: float) -> float:
-        """The one number that is sought, where its slope is zero, or the end that it runs to.
-
-        A search of a λ begins with a bracket of two steps of MacKay's: γ falls as λ rises, so the maximum lies
-        between λ ← γ/‖ω‖² taken from p/‖ω‖², which lies above it, and the same taken from there.
-        """
+        """The one number that is sought, where its slope is zero, or the end that it runs to."""
+        if self._groups:
+            norm = self._norm(self._groups[0])
+            if norm == 0.0:
+                return high
+            if not self._by_spectrum:
+                return mackay_fixed_point(self._determined, norm, start, low, high)
         slopes: dict[float, float] = {}
 
         def slope(x: float) -> float:
@@ -166,30 +138,55 @@ class _Search:
                 slopes[x] = float(self(np.array([x]))[1][0])
             return slopes[x]
 
-        if self._groups:
-            group = self._groups[0]
-            norm = sum(self._weights.squared_norms[name] for name in group)
-            if norm == 0.0:
-                return high
-            least, most = self._mackay_step(start, norm, low), start
-            if least == low:
-                return low
-            most = min(most, self._mackay_step(least, norm, low))
-        else:  # φ ≥ its estimate, from which γ takes nothing away
-            least, most = start, start
-            while most < high and slope(most) >= 0.0:
-                least, most = most, min(most + 1.0, high)
+        least, most = self._bracket(slope, low, start, high)
         if slope(least) <= 0.0 or slope(most) >= 0.0:  # within rounding of one end
             return least if abs(slope(least)) < abs(slope(most)) else most
         tolerance = EXACT if self._by_spectrum else COARSE
         return float(root_scalar(slope, bracket=(least, most), method="brentq", xtol=tolerance).root)
 
-    def _mackay_step(self, x: float, norm: float, low: float) -> float:
+    def _bracket(
+        self, slope: Callable[[float], float], low: float, start: float, high: float
+    ) -> tuple[float, float]:
+        """Two numbers with the maximum in between.
+
+        γ falls as λ rises, so that of λ lies between λ ← γ/‖ω‖² taken from p/‖ω‖², which lies above it, and the
+        same taken from there.
+        """
+        if self._groups:
+            norm = self._norm(self._groups[0])
+            least = self._log_ratio(start, norm, low)
+            return least, start if least == low else min(start, self._log_ratio(least, norm, low))
+        least, most = start, start  # φ ≥ its estimate, from which γ takes nothing away
+        while most < high and slope(most) >= 0.0:
+            least, most = most, min(most + 1.0, high)
+        return least, most
+
+    def _norm(self, group: Sequence[str]) -> float:
+        return sum(self._weights.squared_norms[name] for name in group)
+
+    def _determined(self, x: float) -> float:
+        """γ of the one group at ln λ = x."""
+        traces = self._traces(self.optimum(np.array([x])))
+        return sum(traces[name] for name in self._groups[0])
+
+    def _traces(self, optimum: Optimum) -> dict[str, float]:
+        return self._curve({name: optimum.dispersion * value for name, value in optimum.precision.items()})[1]
+
+    def _log_ratio(self, x: float, norm: float, low: float) -> float:
         """ln(γ/‖ω‖²) at ln λ = x, or `low` where γ is nothing."""
-        optimum = self.optimum(np.array([x]))
-        traces = self._curve({n: optimum.dispersion * value for n, value in optimum.precision.items()})[1]
-        determined = sum(traces[name] for name in self._groups[0])
+        determined = self._determined(x)
         return math.log(determined / norm) if determined > GRADIENT_TOLERANCE else low
+
+    def step(self, optimum: Optimum) -> Optimum:
+        """See `mackay_step`."""
+        if not self._groups:
+            return optimum
+        traces, precision = self._traces(optimum), dict(optimum.precision)
+        for group in self._groups:
+            determined, norm = sum(traces[name] for name in group), self._norm(group)
+            if determined > GRADIENT_TOLERANCE and norm > 0.0:
+                precision |= dict.fromkeys(group, determined / norm)
+        return Optimum(precision, optimum.dispersion)
 
     def optimum(self, x: np.ndarray) -> Optimum:
         """What x stands for."""
@@ -199,21 +196,27 @@ class _Search:
             precision |= dict.fromkeys(group, math.exp(log_precision))
         return Optimum(precision, phi)
 
-    def box(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Start, lower and upper ends. The start is MacKay's step λ ← γ/‖ω‖² from λ = p/‖ω‖²."""
+    def ends(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where an earlier search ended or p/‖ω‖², then lower and upper ends."""
         scales = [self._scale(group) for group in self._groups]
         centre = np.log([*scales, *([self._estimate] if self._seeks_noise else [])])
-        reach = math.log(SEARCH_RANGE)
-        start = centre.copy()
-        if self.size > 1 and self._groups:
-            optimum = self.optimum(centre)
-            phi = optimum.dispersion
-            _, traces = self._curve({name: phi * value for name, value in optimum.precision.items()})
+        reach, start = math.log(SEARCH_RANGE), centre.copy()
+        if self._weights.start is not None and not self._by_spectrum:
+            for i, group in enumerate(self._groups):
+                start[i] = math.log(self._weights.start[group[0]])
+        return start, centre - reach, centre + reach
+
+    def box(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Start, lower and upper ends. The first start of several is MacKay's step λ ← γ/‖ω‖² from λ = p/‖ω‖²."""
+        start, low, high = self.ends()
+        if self.size > 1 and self._groups and self._weights.start is None:
+            optimum = self.optimum(start)
+            traces = self._traces(optimum)
             for i, group in enumerate(self._groups):
                 determined = sum(traces[name] for name in group)
                 share = determined / sum(self._weights.sizes[name] for name in group)
                 start[i] += math.log(max(share, 1.0 / SEARCH_RANGE))
-        return start, centre - reach, centre + reach
+        return np.clip(start, low, high), low, high
 
     def _scale(self, names: Sequence[str]) -> float:
         """p/‖ω‖²: as γ ≤ p, no maximum lies above. Of all parameters where these are zero."""
@@ -225,9 +228,7 @@ class _Search:
 
     def settled(self, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """Take to their ends the λ that the log-evidence no longer tells apart, and check the others."""
-        optimum, found = self.optimum(x), x.copy()
-        scaled = {name: optimum.dispersion * value for name, value in optimum.precision.items()}
-        _, traces = self._curve(scaled)
+        traces, found = self._traces(self.optimum(x)), x.copy()
         for i, group in enumerate(self._groups):
             if all(self._weights.squared_norms[name] == 0.0 for name in group):
                 found[i] = high[i]
@@ -262,49 +263,3 @@ class _Search:
                 "prior precision of their own.",
                 stacklevel=4,
             )
-
-
-def _of_first(total: Callable[[Mapping[str, float]], tuple[float, float]], names: Sequence[str]) -> _Curve:
-    """The total γ as the first tensor's: where all λ rise together only the sum is asked for."""
-
-    def of_precision(precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-        log_det, gamma = total(precision)
-        return log_det, dict.fromkeys(names, 0.0) | {names[0]: gamma}
-
-    return of_precision
-
-
-def _remembered(curve: _Curve) -> _Curve:
-    """The same, but one prior's only once."""
-    known: dict[tuple[float, ...], tuple[float, dict[str, float]]] = {}
-
-    def of_precision(precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-        key = tuple(precision.values())
-        if key not in known:
-            known[key] = curve(precision)
-        return known[key]
-
-    return of_precision
-
-
-def _curve_of(weights: FixedWeights) -> _Curve:
-    """Log-determinant and traces for all multiples of one prior, by one spectrum."""
-    names = list(weights.sizes)
-    shape = weights.precision_at(1.0)
-    values = weights.curved.spectrum(shape)
-
-    def of_scale(precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-        scale = precision[names[0]] / shape[names[0]]
-        log_det = log_det_from_eigenvalues(values, scale).item()
-        # Only sums over all parameters are asked for, so it does not matter whose the trace is.
-        return log_det, dict.fromkeys(names, 0.0) | {names[0]: effective_parameters(values, scale).item()}
-
-    return of_scale
-
-
-def squared_norms(weights: Mapping[str, Tensor]) -> dict[str, float]:
-    """‖ω‖² of each tensor."""
-    return {
-        name: weight.square().sum(dtype=accumulation_dtype(weight.device)).item()
-        for name, weight in weights.items()
-    }

@@ -19,7 +19,7 @@ from lightning_bayes.curvature.functional_rows import plain_kernels
 from lightning_bayes.curvature.likelihoods import Likelihood
 from lightning_bayes.curvature.plan import Plan
 from lightning_bayes.curvature.planning import make_plan
-from lightning_bayes.curvature.rows import CONVOLUTIONS, RowBlock, pad_beforehand
+from lightning_bayes.curvature.rows import CONVOLUTIONS, RowBlock, Rows, pad_beforehand
 
 __all__ = ["BatchRows", "RowReader", "forward_of"]
 
@@ -125,6 +125,10 @@ class RowReader:
             outputs, targets, unit_loss = forward_of(forward, likelihood)
         return outputs, targets, unit_loss, calls
 
+    def _is_proof_due(self, read: int) -> bool:
+        """Whether the plan is tried again at this batch: 2, 4, 8, ..."""
+        return read & (read - 1) == 0
+
     def _roots(self, outputs: Tensor, targets: Tensor, likelihood: Likelihood) -> Tensor:
         if self._num_samples is None:
             return likelihood.sqrt_hessian(outputs, targets)
@@ -142,23 +146,38 @@ class RowReader:
         """The rows, as many columns at a time as `CHUNK_BYTES` hold gradients of."""
         width = sum(t.numel() * t.element_size() for call in calls for t in call.outputs)
         step = max(1, int(CHUNK_BYTES // max(width, 1)))
-        plan = self._plan
-        self._read += 1
         for start in range(0, len(roots), step):
             columns = slice(start, min(start + step, len(roots)))
             batch = Batch.backward(calls, outputs, roots[columns])
-            layers = None if plan is None else plan.layers(batch)
-            # A network that sorts or routes its examples may have left them in place in the first batch: the
-            # plan is tried again at the batches 2, 4, 8, ...
-            due = start == 0 and self._read & (self._read - 1) == 0
-            if plan is not None and layers is not None and due and not plan.is_right(layers, batch):
+
+            def again(columns: slice = columns) -> Batch:
+                nonlocal outputs, calls  # which the columns that follow need too
                 outputs, _, _, calls = run_again()  # with all calls
-                batch, plan = Batch.backward(calls, outputs, roots[columns]), None
-            if plan is None or layers is None:
-                plan = make_plan(self._network, self.parameters, batch, self._backend)
-                self._plan, self._split = plan if plan.proved else None, plan.summary()
-                layers = plan.layers(batch)
-            yield RowBlock(len(outputs), columns, len(roots), layers)
+                return Batch.backward(calls, outputs, roots[columns])
+
+            yield RowBlock(len(outputs), columns, len(roots), self._layers(batch, again, start == 0))
+
+    def _layers(self, batch: Batch, again: Callable[[], Batch], first: bool = True) -> list[Rows]:
+        """The rows of a batch, by the plan, or by a new one where there is none or it is not right.
+
+        Args:
+            batch: With the calls that the plan wants, or all of them.
+            again: The same with all calls.
+            first: Whether these are the first columns of a batch.
+        """
+        self._read += first
+        plan = self._plan
+        layers = None if plan is None else plan.layers(batch)
+        # A network that sorts or routes its examples may have left them in place in the first batch: the
+        # plan is tried again at the batches 2, 4, 8, ...
+        due = first and self._is_proof_due(self._read)
+        if plan is not None and layers is not None and due and not plan.is_right(layers, batch):
+            batch, plan = again(), None
+        if plan is None or layers is None:
+            plan = make_plan(self._network, self.parameters, batch, self._backend)
+            self._plan, self._split = plan if plan.proved else None, plan.summary()
+            layers = plan.layers(batch)
+        return layers
 
 
 def forward_of(

@@ -10,7 +10,7 @@ This module knows the layers; `reader` runs the passes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -109,8 +109,8 @@ class Use(ABC):
         """Per-example gradients [columns, N, *parameter.shape]."""
 
     @abstractmethod
-    def of_example(self, example: int) -> "Use":
-        """The same use, of one example of the batch."""
+    def combined(self, weights: Mapping[int, float]) -> "Use":
+        """One row wₙ Σ_c v₍ₙ,c₎ for each of some examples: rows are linear in the gradients of the output."""
 
     def sum_squares(self, local_name: str) -> Tensor:
         """Σ over rows of v², in the parameter's shape, one column after the other."""
@@ -147,10 +147,13 @@ class LayerUse(Use):
         grouped: Tensor = rows.unflatten(1, (-1, self.entries))
         return grouped.sum(2)
 
-    def of_example(self, example: int) -> "LayerUse":
+    def combined(self, weights: Mapping[int, float]) -> "LayerUse":
         """See `Use`."""
-        its = slice(example * self.entries, (example + 1) * self.entries)
-        return replace(self, inputs=self.inputs[its], output=self.output[its], grads=self.grads[:, its])
+        its = [example * self.entries + entry for example in weights for entry in range(self.entries)]
+        grads = self.grads[:, its].sum(0, keepdim=True)
+        scale = grads.new_tensor(list(weights.values())).repeat_interleave(self.entries)
+        grads = grads * scale.reshape(-1, *[1] * (grads.dim() - 2))
+        return replace(self, inputs=self.inputs[its], output=self.output[its], grads=grads)
 
     @property
     def is_linear(self) -> bool:
@@ -213,15 +216,18 @@ class OuterRows:
         """The g: [C, N, T, out]."""
         return _joined([use.linear_grads() for use in self.uses], 2)
 
-    def of_example(self, example: int) -> "OuterRows":
-        """The rows of one example of the batch."""
-        return replace(self, uses=tuple(use.of_example(example) for use in self.uses))
+    def combined(self, weights: Mapping[int, float]) -> "OuterRows":
+        """One row wₙ Σ_c v₍ₙ,c₎ for each of some examples."""
+        return replace(self, uses=tuple(use.combined(weights) for use in self.uses))
 
-    def summed(self) -> "OuterRows":
-        """Sum over the columns, as rows of one column."""
-        return replace(
-            self, uses=tuple(replace(use, grads=use.grads.sum(0, keepdim=True)) for use in self.uses)
-        )
+    def total(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Σ over rows of v [p], of some of the parameters."""
+        grads, sums = self.grads().sum(0).flatten(0, 1), {}
+        if self.weight is not None and self.weight in names:
+            sums[self.weight] = (grads.mT @ self.inputs().flatten(0, 1)).flatten()
+        if self.bias is not None and self.bias in names:
+            sums[self.bias] = grads.sum(0)
+        return sums
 
     def dense(self) -> dict[str, Tensor]:
         """Rows [C, N, p] of each parameter."""
@@ -287,13 +293,13 @@ class DenseRows:
         """The parameter's name, as a tuple of one."""
         return (self.name,)
 
-    def of_example(self, example: int) -> "DenseRows":
-        """The rows of one example of the batch."""
-        return replace(self, uses=tuple((name, use.of_example(example)) for name, use in self.uses))
+    def combined(self, weights: Mapping[int, float]) -> "DenseRows":
+        """One row wₙ Σ_c v₍ₙ,c₎ for each of some examples."""
+        return replace(self, uses=tuple((name, use.combined(weights)) for name, use in self.uses))
 
-    def summed(self) -> "DenseRows":
-        """Rows of which nothing can be summed before they are formed."""
-        return self
+    def total(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Σ over rows of v [p], if the parameter is among some."""
+        return {self.name: self.dense()[self.name].sum((0, 1))} if self.name in names else {}
 
     def dense(self) -> dict[str, Tensor]:
         """Rows [C, N, p]."""

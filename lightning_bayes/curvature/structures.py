@@ -7,18 +7,24 @@ from collections.abc import Callable
 import torch
 
 from lightning_bayes.curvature.base import Curvature, Problem
-from lightning_bayes.curvature.blocks import BlockCurvature, blocks_cost
+from lightning_bayes.curvature.blocks_budget import blocks_cost
 from lightning_bayes.curvature.diagonal import DiagonalCurvature
 from lightning_bayes.curvature.full import full_cost, full_curvature
-from lightning_bayes.curvature.kronecker import KroneckerCurvature, joint_kronecker_curvature
+from lightning_bayes.curvature.kronecker import (
+    KroneckerCurvature,
+    expand_kronecker_curvature,
+    joint_kronecker_curvature,
+)
+from lightning_bayes.curvature.sampled_blocks import block_curvature
 
 __all__ = ["STRUCTURES", "choose_structure"]
 
 STRUCTURES: dict[str, Callable[[Problem], Curvature]] = {
     "full": full_curvature,
-    "blocks": BlockCurvature,
+    "blocks": block_curvature,
     "kron": KroneckerCurvature,
     "kron_joint": joint_kronecker_curvature,
+    "kron_expand": expand_kronecker_curvature,
     "diag": DiagonalCurvature,
 }
 
@@ -39,9 +45,9 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
         The structure, and a sentence that says why.
 
     Raises:
-        ValueError: If a bracket is beyond the budget of "auto" or asked for beside several prior precisions that
-            are to be found; if "full" was asked for and cannot fit in the machine's memory; if "full" or
-            "blocks" was asked for where columns are sampled, or "blocks" where prior precisions are to be found.
+        ValueError: If a bracket is beyond the budget of "auto"; if "full" was asked for and cannot fit in the
+            machine's memory; if "full" or "blocks" was asked for where columns are sampled, or "blocks" where
+            several prior precisions are to be found.
     """
     memory, flop = full_cost(problem)
     sizes = (
@@ -49,11 +55,6 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
         f"{_readable(memory, 'B')} and {_readable(flop, 'FLOP')}"
     )
     cheaper = 'structure="kron", structure="diag" or max_examples='
-    if problem.tolerance is not None and not problem.rises_together:
-        raise ValueError(
-            "A bracket (tolerance=) belongs to one prior, and several prior precisions are to be found. Use "
-            'prior_precision="optimize" for one, or leave tolerance= out.'
-        )
     if structure == "auto":
         return _within_budget(problem, sizes)
     if problem.sampled and structure in ("full", "blocks"):
@@ -61,10 +62,10 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
             f"structure={structure!r} needs all columns of the Hessian's root, and they are sampled. Use "
             'structure="kron" or structure="diag".'
         )
-    if structure == "blocks" and problem.sought:
+    if structure == "blocks" and not problem.rises_together:
         raise ValueError(
-            'structure="blocks" gives bounds that may be wide, and no curve in between to find a prior precision '
-            'on. Give prior_precision= a number, or use structure="full" or structure="kron".'
+            'structure="blocks" drops rows as they come, for prior precisions in fixed proportions, and several are '
+            'to be found. Use prior_precision="optimize" for one, or structure="full" or structure="kron".'
         )
     if structure == "full" and memory > _total_memory(problem.device):
         raise ValueError(f'structure="full" does not fit on {problem.device}: {sizes}. Use {cheaper}.')
@@ -86,8 +87,8 @@ def _within_budget(problem: Problem, sizes: str) -> tuple[str, str]:
             f"tolerance={problem.tolerance:g} is not to be had within {budget}: {sizes}. structure='full' tries it "
             "all the same, max_examples= takes fewer examples; without tolerance= the bounds are as wide as they are."
         )
-    if not problem.sought and _fits(*blocks_cost(problem)):
-        return "blocks", f"{sizes}, beyond {budget}, which allows bounds from landmarks; {overrides}"
+    if problem.rises_together and _fits(*blocks_cost(problem)):
+        return "blocks", f"{sizes}, beyond {budget}, which allows bounds from the largest rows; {overrides}"
     return "kron", f"{sizes}, beyond {budget}; {overrides}"
 
 

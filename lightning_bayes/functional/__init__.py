@@ -4,6 +4,7 @@ from lightning_bayes.functional.adam_advice import AdamAdvice, AdamMove, advise_
 from lightning_bayes.functional.adam_scaling import AdamConfiguration, rescale_adam
 from lightning_bayes.functional.advice import Advice, advise
 from lightning_bayes.functional.advice_json import SavedAdvice
+from lightning_bayes.functional.batch_growth import BatchGrowth, grow_batch, learning_rate_gain
 from lightning_bayes.functional.check import Check
 from lightning_bayes.functional.comparison import Comparison, Restoration, compare
 from lightning_bayes.functional.configuration import Configuration, NoSolutionError
@@ -15,12 +16,16 @@ from lightning_bayes.functional.evidence import (
     log_occam_factor,
     weight_penalty,
 )
+from lightning_bayes.functional.gradient_noise import (
+    GradientNoise,
+    gradient_noise_scale,
+    gradient_noise_scale_from_batches,
+    gradient_noise_scale_from_sums,
+)
 from lightning_bayes.functional.layout import trainer_check
 from lightning_bayes.functional.noise_scale import (
-    GradientNoise,
     adam_noise_scale,
     batch_size_for_noise_scale,
-    gradient_noise_scale,
     learning_rate_for_noise_scale,
     sgd_noise_scale,
 )
@@ -46,6 +51,8 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "adam_noise_scale",
     "batch_size_for_noise_scale",
     "gradient_noise_scale",
+    "gradient_noise_scale_from_batches",
+    "gradient_noise_scale_from_sums",
     "learning_rate_for_noise_scale",
     "sgd_noise_scale",
     # Stability of training
@@ -60,6 +67,10 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "NoSolutionError",
     "rescale",
     "rescale_adam",
+    # Growing the batch
+    "BatchGrowth",
+    "grow_batch",
+    "learning_rate_gain",
     # Advice
     "AdamAdvice",
     "AdamMove",

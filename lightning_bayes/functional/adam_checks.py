@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from lightning_bayes.functional._validation import ROUNDING
 from lightning_bayes.functional.adam_scaling import AdamConfiguration
 from lightning_bayes.functional.check import Check, Measurements
 from lightning_bayes.functional.common_checks import (
@@ -59,7 +60,7 @@ def adam_checks_of(
 def adam_domain(present: AdamConfiguration, batch_size: float) -> Check:
     """κ(1-β) against 1, for the smallest β; called for optimizers that have one."""
     value = (batch_size / present.batch_size) * (1 - min(present.betas))
-    passed = value < 1
+    passed = value < 1 - ROUNDING
     sentence = (
         "The square-root rule holds while kappa (1 - beta) < 1, here below a batch of"
         f" {present.largest_batch_size:.6g}; it is {value:.4g}."

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from lightning_bayes.functional._validation import (
+    ROUNDING,
     batch_within_dataset,
     count,
     fraction,
@@ -138,7 +139,7 @@ def square_root_rule(
             f"The square-root rule asks for a batch of {batch_size:g} examples, more than the training set of"
             f" {present.dataset_size}."
         )
-    if batch_size >= present.largest_batch_size:
+    if batch_size >= present.largest_batch_size * (1 - ROUNDING):  # 1 - 0.9 is not quite 0.1
         raise NoSolutionError(
             f"The square-root rule holds while kappa (1 - beta) < 1: from beta = {min(present.betas):g} below"
             f" a batch of {present.largest_batch_size:g}, but kappa = {kappa:g} asks for"

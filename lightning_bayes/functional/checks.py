@@ -18,7 +18,7 @@ from lightning_bayes.functional.common_checks import (
 from lightning_bayes.functional.configuration import Configuration, Unknown
 from lightning_bayes.functional.stability import stability_edge, variance_inflation
 
-# The stationary variance beyond the SDE's up to which g is still the whole story.
+# The stationary variance over the SDE's up to which, and down to one over which, g is still the whole story.
 LARGEST_VARIANCE = 1.1
 
 
@@ -91,10 +91,13 @@ def _stability(present: Configuration, exact: Configuration, measured: Measureme
         )
     yield Check("stability", rate < largest, rate, largest, sentence)
     factor = variance_inflation(rate, max(h, 0.0), exact.momentum, exact.dampening, nesterov=exact.nesterov)
-    passed = factor <= LARGEST_VARIANCE
+    passed = 1 / LARGEST_VARIANCE <= factor <= LARGEST_VARIANCE
+    limits = f"{'at most' if factor <= LARGEST_VARIANCE else 'above'} {LARGEST_VARIANCE:g}"
+    if factor < 1 / LARGEST_VARIANCE:
+        limits = f"below 1/{LARGEST_VARIANCE:g}: Nesterov's momentum damps"
     sentence = (
         f"In the sharpest direction the weights vary {factor:.4g} times as much as the noise scale says"
-        f" ({'at most' if passed else 'above'} {LARGEST_VARIANCE:g})."
+        f" ({limits})."
     )
     if not passed:
         sentence += " The noise scale is no longer the whole story there."
@@ -110,8 +113,7 @@ def _stability_not_measured(exact: Configuration, curvature: float) -> Iterator[
         f"A learning rate of {exact.learning_rate:.6g} is stable only where the largest curvature of the mean loss"
         f" stays below {_edge(exact, 'lr')} = {curvature:.4g}; it is not measured here (`Stability` does).",
     )
-    # 1/(1 - r) = 1.1 at r = 1 - 1/1.1. Nesterov's momentum damps, and stays below it there.
-    most = curvature * (1 - 1 / LARGEST_VARIANCE)
+    most = _largest_curvature(exact)
     yield Check(
         "variance",
         None,
@@ -119,6 +121,27 @@ def _stability_not_measured(exact: Configuration, curvature: float) -> Iterator[
         LARGEST_VARIANCE,
         f"The noise scale is the whole story only while that curvature stays below {most:.4g}.",
     )
+
+
+def _largest_curvature(configuration: Configuration) -> float:
+    """The curvature up to which `variance_inflation` is within its limits."""
+    m, rate = configuration.momentum, configuration.learning_rate
+    edge = stability_edge(m, configuration.dampening, nesterov=configuration.nesterov)
+    if not configuration.nesterov:  # 1/(1 - r) = 1.1
+        return edge * (1 - 1 / LARGEST_VARIANCE) / rate
+
+    def smallest(factor: float) -> float:
+        # (1 - m)(1 + 2 m x/e) = f (1 - m + m x)(1 - x/e) is a x² + b x + c = 0 in x = ε h, e the edge.
+        a = factor * m / edge
+        b = 2 * m * (1 - m) / edge - factor * (m - (1 - m) / edge)
+        c = (1 - m) * (1 - factor)
+        root = b * b - 4 * a * c
+        if root < 0:  # it never gets so small
+            return math.inf
+        roots = (-b - math.sqrt(root)) / (2 * a), (-b + math.sqrt(root)) / (2 * a)
+        return min((x for x in roots if x > 0), default=math.inf)
+
+    return min(smallest(LARGEST_VARIANCE), smallest(1 / LARGEST_VARIANCE)) / rate
 
 
 def _edge(configuration: Configuration, below: str) -> str:
@@ -160,9 +183,10 @@ def _epochs_and_steps(present: Configuration, exact: Configuration) -> Iterator[
     passed = max(abs(time - 1), abs(steps - 1)) <= NOTICEABLE
     yield Check("epochs", passed, time, 1.0, epochs, action=True)
     counted = "A schedule or warm-up counted in steps stays as it is."
-    if abs(steps - 1) > NOTICEABLE:
+    in_all = steps / time  # of as many epochs as train as long
+    if abs(in_all - 1) > NOTICEABLE:
         counted = (
-            f"An epoch takes {exact.steps_per_epoch:.4g} steps in place of {present.steps_per_epoch:.4g}: multiply"
-            f" what is counted in steps (schedule, warm-up, max_steps) by {steps:.4g}."
+            f"An epoch takes {exact.steps_per_epoch:.4g} steps in place of {present.steps_per_epoch:.4g}: to train as"
+            f" long, multiply what is counted in steps (schedule, warm-up, max_steps) by {in_all:.4g}."
         )
-    yield Check("steps", abs(steps - 1) <= NOTICEABLE, steps, 1.0, counted, action=True)
+    yield Check("steps", abs(in_all - 1) <= NOTICEABLE, in_all, 1.0, counted, action=True)

@@ -1,11 +1,8 @@
-"""The SGD noise scale, its two inverses, what Adam keeps instead, and the gradient noise of one batch."""
+"""The SGD noise scale, its two inverses, and what Adam keeps instead."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-
-from torch import Tensor
 
 from lightning_bayes.functional._validation import (
     batch_within_dataset,
@@ -213,68 +210,7 @@ def adam_noise_scale(learning_rate: float, batch_size: int) -> float:
     return positive("learning_rate", learning_rate) / math.sqrt(count("batch_size", batch_size))
 
 
-@dataclass(frozen=True)
-class GradientNoise:
-    """The noise in the gradients of one batch.
-
-    Attributes:
-        trace: unbiased tr Σ, the summed variance of a per-example gradient.
-        squared_norm: unbiased ‖G‖² of the mean gradient; it can be negative where noise dominates.
-        noise_scale: B_simple = tr Σ / ‖G‖² in examples; NaN where `squared_norm` is not positive, that is
-            where one batch does not resolve it.
-    """
-
-    trace: float
-    squared_norm: float
-    noise_scale: float
-
-
-def gradient_noise_scale(per_example_gradients: Tensor) -> GradientNoise:
-    """The simple noise scale of McCandlish et al. from the per-example gradients of one batch.
-
-    tr Σ = Σᵢ ‖gᵢ - ḡ‖² / (B - 1),    ‖G‖² = ‖ḡ‖² - tr Σ / B,    B_simple = tr Σ / ‖G‖²
-
-    Nothing is clamped, so `trace` and `squared_norm` can be averaged over steps; divide the averages once.
-    The ratio of one batch is biased, and averaging such ratios is wrong.
-
-    Args:
-        per_example_gradients: `[B, p]`, one row per example, gradients of each example's own loss (without
-            the 1/B of a mean loss); B >= 2.
-
-    Returns:
-        The two unbiased parts and their ratio.
-
-    Raises:
-        ValueError: if the argument is not a real floating-point matrix with two rows and one column or more.
-
-    Reference:
-        McCandlish et al., An Empirical Model of Large-Batch Training, 2018, arXiv:1812.06162, appendix A.
-    """
-    _check_gradients(per_example_gradients)
-    batch_size = per_example_gradients.shape[0]
-    mean = per_example_gradients.mean(dim=0)
-    # Equal to (sum |g_i|^2 - B |mean|^2)/(B - 1), without the cancellation where gradients nearly agree.
-    trace = (per_example_gradients - mean).square().sum().item() / (batch_size - 1)
-    squared_norm = mean.square().sum().item() - trace / batch_size
-    return GradientNoise(trace, squared_norm, trace / squared_norm if squared_norm > 0 else math.nan)
-
-
 def _sizes(batch_size: object, dataset_size: object) -> tuple[int, int]:
     batch, examples = count("batch_size", batch_size), count("dataset_size", dataset_size)
     batch_within_dataset("batch_size", batch, "dataset_size", examples)
     return batch, examples
-
-
-def _check_gradients(gradients: object) -> None:
-    requirement = (
-        "Expected argument `per_example_gradients` to be a floating-point tensor [B, p] with B >= 2, p >= 1"
-    )
-    if not isinstance(gradients, Tensor):
-        raise ValueError(f"{requirement}, but got {type(gradients).__name__}.")
-    if (
-        gradients.ndim != 2
-        or gradients.shape[0] < 2
-        or gradients.shape[1] < 1
-        or not gradients.is_floating_point()
-    ):
-        raise ValueError(f"{requirement}, but got {gradients.dtype} of shape {list(gradients.shape)}.")

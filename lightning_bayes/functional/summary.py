@@ -86,8 +86,14 @@ def _answer(move: AnyMove) -> str:
     if move.solution is None:
         return f"no {move.solved_for.replace('_', ' ')} keeps the noise"
     value, other = getattr(move.solution, move.solved_for), getattr(move.linear, move.solved_for, None)
-    linear = "" if other is None or f"{other:.4g}" == f"{value:.4g}" else f" (linear {other:.4g})"
-    return f"{SHORT[move.solved_for]} {value:.4g}{linear}"
+    first, second = _solved(value), None if other is None else _solved(other)
+    linear = "" if second is None or second == first else f" (linear {second})"
+    return f"{SHORT[move.solved_for]} {first}{linear}"
+
+
+def _solved(value: float) -> str:
+    """A batch of 23456 is not to read 2.346e+04."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _number(value: float) -> str:

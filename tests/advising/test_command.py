@@ -63,7 +63,7 @@ def test_every_check_can_be_given(capsys):
         capsys,
         *RUN,
         *("--nesterov", "--target-batch-size", "2048", "--devices", "8", "--ema-decay", "0.999"),
-        *("--gradient-noise-scale", "3000", "--largest-eigenvalue", "0.05"),
+        *("--gradient-noise-scale", "3000", "--largest-eigenvalue", "0.01"),
     ).advice
     assert advice.verdict == "safe" and advice.present.nesterov
     actions = {one.name: one for one in advice.checks if one.action}
@@ -111,6 +111,7 @@ def test_reference_to_start_from(capsys, good):
         ([*RUN, "--target-batch-size", "60000"], "--target-batch-size to be at most --dataset-size"),
         ([*RUN, "--target-batch-size", "8.5"], "--target-batch-size to be a whole number"),
         ([*RUN, "--momentum", "1", "--target-batch-size", "8"], "--momentum to be a number in [0, 1)"),
+        ([*RUN[:-2], "--target-batch-size", "8", "--dampening", "0.5"], "--dampening needs --momentum"),
         ([*RUN, "--target-batch-size", "8", "--betas", "0.9"], "--betas: for Adam and RMSprop only"),
         ([*RUN, "--optimizer", "adam", "--target-batch-size", "8"], "--momentum: for SGD only"),
         ([*RUN, "--target-batch-size", "8", "--largest-eigenvalue", "nan"], "--largest-eigenvalue to be"),

@@ -218,6 +218,17 @@ def test_saved_advice_comes_first(tmp_path):
         assert read_reference(path).groups == {"SGD": GOOD}
 
 
+def test_a_log_with_what_is_no_number(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,bayes/noise_scale\n1,2.0\n2,abc\n")
+    with pytest.raises(ValueError, match=r"`reference`.*bayes/noise_scale.*metrics.csv.*'abc'"):
+        read_reference(tmp_path)
+
+
+def test_dampening_without_momentum_is_none_as_in_torch():
+    values = {"learning_rate": 0.1, "batch_size": 10, "dataset_size": 100, "dampening": 0.5}
+    assert only(read_reference(values)) == Configuration(0.1, 10, 100)
+
+
 def test_a_directory_without_any_of_it(tmp_path):
     (tmp_path / "hparams.yaml").write_text(yaml.safe_dump({"lr": 0.1}))
     (tmp_path / "metrics.csv").write_text("step,bayes/gradient_noise_scale\n1,2.0\n")

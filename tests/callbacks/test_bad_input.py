@@ -17,7 +17,7 @@ OPTIONS = [
     (
         "structure",
         "dense",
-        r"`structure` to be 'auto', 'full', 'blocks', 'kron', 'kron_joint', 'diag', got 'dense'",
+        r"`structure` to be 'auto', 'full', 'blocks', 'kron', 'kron_joint', 'kron_expand', 'diag', got 'dense'",
     ),
     ("structure", None, r"`structure`.*got None"),
     ("structure", ["full"], r"`structure`.*got \['full'\]"),

@@ -1,7 +1,5 @@
 """Two processes under DDP give the numbers of one, and neither waits for the other."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,25 +20,16 @@ from .evidence_models import (
     reference,
     tensors,
 )
+from .processes import run_script
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """A function from the name of a case to what each of the two ranks saved."""
     folder = tmp_path_factory.mktemp("ddp")
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.ddp_script", str(folder)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_script("ddp_script", folder)
 
     def load(case):
         return [torch.load(folder / f"{case}-{rank}.pt") for rank in range(2)]

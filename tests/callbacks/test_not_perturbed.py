@@ -12,7 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_bayes import LaplaceEvidence, ScalingAdvisor, SGDNoiseScale, Stability
+from lightning_bayes import (
+    BatchSizeScheduler,
+    GradientNoiseScale,
+    LaplaceEvidence,
+    ScalingAdvisor,
+    SGDNoiseScale,
+    Stability,
+)
 
 from .evidence_models import Module, N, Rich, fit, loader, optimizer, tensors
 
@@ -144,6 +151,13 @@ def test_bit_identical_with_the_network_read_directly(tmp_path):
     assert [name for name in without if not same(with_callback[name], without[name])] == []
 
 
+@pytest.mark.parametrize("schedule", [[], [3], {100: 5.0}], ids=str)
+def test_bit_identical_until_the_batch_grows(tmp_path, schedule):
+    with_callback = trained(tmp_path / "a", [BatchSizeScheduler(schedule)])
+    without = trained(tmp_path / "b", [])
+    assert [name for name in without if not same(with_callback[name], without[name])] == []
+
+
 STABILITY = {
     "hessian": {},
     "ggn": {"curvature": "ggn"},
@@ -167,6 +181,19 @@ def test_bit_identical_beside_a_reference(tmp_path):
     with_callback = trained(tmp_path / "a", [callback])
     without = trained(tmp_path / "b", [])
     assert callback.advice and not callback.comparisons[0].differs
+    assert [name for name in without if not same(with_callback[name], without[name])] == []
+
+
+@pytest.mark.filterwarnings("ignore:GradientNoiseScale. B_simple is not resolved:UserWarning")
+@pytest.mark.parametrize("method", ["per_example", "split_batch", "micro_batches"])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"gradient_clip_val": 0.1}, {"precision": "64-true"}, {"precision": "bf16-mixed"}], ids=str
+)
+def test_bit_identical_with_gradient_noise(tmp_path, method, kwargs):
+    noise = GradientNoiseScale(every_n_steps=2, method=method, per_layer=True)
+    with_callback = trained(tmp_path / "a", [noise], accumulate_grad_batches=2, **kwargs)
+    without = trained(tmp_path / "b", [], accumulate_grad_batches=2, **kwargs)
+    assert noise.estimate is not None
     assert [name for name in without if not same(with_callback[name], without[name])] == []
 
 

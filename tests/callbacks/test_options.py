@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_bayes import Evidence, Gaussian, LaplaceEvidence, laplace_evidence
+from lightning_bayes.evaluation import evidence_of
 
 from .evidence_models import (
     DECAY,
@@ -179,6 +181,33 @@ def test_sampled_columns(tmp_path):
     assert "4 sampled columns" in str(evidence)
 
 
+def test_sampled_blocks(tmp_path):
+    callback = LaplaceEvidence("blocks", num_blocks=3, batch_size=2)
+    run = fit(tmp_path, Module(mlp(), cross_entropy), loader(), callback)
+    evidence = callback.history[0][1]
+    assert (evidence.structure, evidence.num_blocks) == ("blocks", 3)
+    assert evidence.lower_stderr > 0.0
+    assert run.callback_metrics["bayes/lower_stderr"] == pytest.approx(evidence.lower_stderr, rel=1e-6)
+    assert run.callback_metrics["bayes/lower"] == pytest.approx(evidence.lower, rel=1e-6)
+
+
+@pytest.mark.parametrize("prior", ["auto", "optimize_per_layer"])
+def test_the_search_for_a_prior_begins_at_the_last_epochs(tmp_path, prior, monkeypatch):
+    starts = []
+
+    def spy(*arguments):
+        starts.append(arguments[4])
+        return evidence_of(*arguments)
+
+    monkeypatch.setattr("lightning_bayes.callbacks.laplace_evidence.evidence_of", spy)
+    callback = LaplaceEvidence(prior_precision=prior)
+    fit(tmp_path, Module(mlp(), cross_entropy, no_decay), loader(), callback, max_epochs=3)
+    assert starts[0] is None
+    for start, (_, before) in zip(starts[1:], callback.history, strict=False):
+        found = before.prior_precision
+        assert start == (dict(found) if isinstance(found, Mapping) else dict.fromkeys(start, found))
+
+
 def test_many_outputs_are_sampled_and_said_to_be(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_bayes.options.MAX_COLUMNS", 2)
     callback, module = LaplaceEvidence(), Module(mlp(), cross_entropy)
@@ -215,7 +244,14 @@ def test_new_fields_survive_a_checkpoint_and_old_states_load(tmp_path):
     fresh = LaplaceEvidence()
     fresh.load_state_dict(saved)
     assert fresh.history == callback.history
-    new = ("log_evidence_stderr", "prior_optimized", "num_samples", "subset_of_weights")
+    new = (
+        "log_evidence_stderr",
+        "prior_optimized",
+        "num_samples",
+        "subset_of_weights",
+        "num_blocks",
+        "lower_stderr",
+    )
     old = {name: value for name, value in asdict(callback.history[0][1]).items() if name not in new}
     fresh.load_state_dict({"history": [(0, old)]})
     assert fresh.history[0][1].subset_of_weights == "all" and isinstance(fresh.history[0][1], Evidence)

@@ -5,7 +5,6 @@ import math
 import warnings
 from types import SimpleNamespace
 
-import lightning as L
 import pytest
 import torch
 import yaml
@@ -15,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_bayes import ScalingAdvisor, Stability
+from lightning_bayes import GradientNoiseScale, ScalingAdvisor, Stability
 from lightning_bayes.callbacks.configuration import read_configuration
 from lightning_bayes.callbacks.measured import measured
 from lightning_bayes.functional import (
@@ -180,28 +179,49 @@ def test_a_logger_that_refuses_does_not_end_the_fit(tmp_path):
 
 def test_curvature_of_a_stability_callback(tmp_path):
     stability, advisor = Stability(), ScalingAdvisor(target_batch_size=50)
-    run = fit(tmp_path, sgd(momentum=0.9), stability, advisor)
+    run = fit(tmp_path, sgd(momentum=0.9), stability, advisor, max_epochs=3)
     (found,) = [check for check in advisor.advice[0].checks if check.name == "stability"]
-    h = stability.reading.largest_eigenvalue
+    h = max(reading.largest_eigenvalue for _, reading in stability.history)
+    assert h > stability.reading.largest_eigenvalue  # the sharpest, not the last
     assert measured(run) == Measurements(None, h)
     assert found.limit == pytest.approx(2 * 1.9 / h) and found.passed is not None
     assert measured(trainer(tmp_path, [Stability()])) == Measurements()
 
 
-class GradientNoiseScale(L.Callback):
-    """Stands for the callback of that name."""
+class Measured(GradientNoiseScale):
+    """Stands for one that has measured this."""
+
+    estimate = None
 
     def __init__(self, estimate):
+        super().__init__(every_n_steps=10**9)
         self.estimate = estimate
 
+    def on_train_epoch_end(self, trainer, pl_module):
+        """Logs nothing, and does not warn of noise that it was given."""
 
-@pytest.mark.parametrize(("noise", "passed"), [(300.0, True), (20.0, False), (math.nan, None)])
+
+@pytest.mark.parametrize(
+    ("noise", "passed"),
+    [(300.0, True), (20.0, False), (math.nan, None), (-3.0, None), (0.0, None), (math.inf, None)],
+)
 def test_gradient_noise_of_a_callback(tmp_path, noise, passed):
     advisor = ScalingAdvisor(target_batch_size=50)
-    fit(tmp_path, sgd(), GradientNoiseScale(GradientNoise(1.0, 1.0, noise)), advisor)
+    fit(tmp_path, sgd(), Measured(GradientNoise(1.0, 1.0, noise)), advisor)
     (found,) = [check for check in advisor.advice[0].checks if check.name == "gradient_noise_scale"]
     assert found.passed is passed
-    assert measured(trainer(tmp_path, [GradientNoiseScale(None)])) == Measurements()
+    assert measured(trainer(tmp_path, [Measured(None)])) == Measurements()
+
+
+def test_gradient_noise_that_was_measured(tmp_path):
+    noise, advisor = GradientNoiseScale(every_n_steps=1), ScalingAdvisor(target_batch_size=50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # labels are random: there may be no gradient but noise
+        run = fit(tmp_path, sgd(), noise, advisor, max_epochs=2)
+    found, expected = measured(run).gradient_noise_scale, noise.estimate.noise_scale
+    assert found == expected or (math.isnan(found) and math.isnan(expected))
+    (check,) = [check for check in advisor.advice[0].checks if check.name == "gradient_noise_scale"]
+    assert (check.passed is None) is math.isnan(found)
 
 
 def test_ema_decay(tmp_path):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
-from lightning_bayes.curvature import blocks
+from lightning_bayes.curvature import blocks_budget
 from lightning_bayes.curvature.bracket import BracketCurvature
 from lightning_bayes.curvature.diagonal import DiagonalCurvature
 from lightning_bayes.curvature.dual import DualCurvature
@@ -402,7 +402,7 @@ def test_bracket_about_tokens_in_batches_of_different_lengths(precision, monkeyp
 @pytest.mark.parametrize("pool", [1, 30, 8192])
 def test_landmarks_from_tokens_in_batches_of_different_lengths(pool, routed, monkeypatch):
     """From two batches or all they are more than parameters: the bounds meet."""
-    monkeypatch.setattr(blocks, "POOL_ROWS", pool)
+    monkeypatch.setattr(blocks_budget, "POOL_ROWS", pool)
     twin, loader = tagged(routed)
     expected = twin.evidence(dict.fromkeys(twin.names, PRECISION))
     found = tags_evidence(twin, loader, structure="blocks")

@@ -7,12 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_bayes.curvature import gram
+from lightning_bayes.curvature import outer_gram
 from lightning_bayes.curvature.cholesky import log_det_of
 from lightning_bayes.curvature.dual import trace_of_shrinkage
-from lightning_bayes.curvature.gram import KeptDense, KeptOuter, keep, kept_widths
+from lightning_bayes.curvature.gram import KeptDense
+from lightning_bayes.curvature.keeping import keep, kept_widths
 from lightning_bayes.curvature.kept import RowKeeper, cross_all
 from lightning_bayes.curvature.likelihoods import resolve_likelihood
+from lightning_bayes.curvature.outer_gram import KeptOuter
 from lightning_bayes.curvature.reader import RowReader
 from tests.cases import make_case
 
@@ -62,7 +64,7 @@ def test_shares_of_k_are_those_of_the_rows(
     some = kept.select(chosen // examples, chosen % examples)
     part = slice(*sorted(data.draw(st.tuples(st.integers(0, examples - 1), st.just(examples)))))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gram, "PART_NUMBERS", numbers)
+        patch.setattr(outer_gram, "PART_NUMBERS", numbers)
         torch.testing.assert_close(kept.cross(kept, precision), rows @ rows.mT)
         torch.testing.assert_close(kept.cross(some, precision), rows @ rows[chosen].mT)
         torch.testing.assert_close(some.cross(kept, precision), rows[chosen] @ rows.mT)

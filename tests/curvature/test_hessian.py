@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.autograd.functional import hessian
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -66,6 +67,25 @@ class OneByOne(torch.autograd.Function):
         return 3 * ctx.saved_tensors[0] ** 2 * grad
 
 
+class Once(torch.autograd.Function):
+    """x³, by a backward pass that autograd takes for a constant."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return 3 * ctx.saved_tensors[0] ** 2 * grad
+
+
+class Cubed(nn.Module):
+    def forward(self, x):
+        return Once.apply(x)
+
+
 class Unbatchable(nn.Module):
     def __init__(self):
         super().__init__()
@@ -95,6 +115,21 @@ def test_a_second_derivative_that_is_none_is_refused():
     """PyTorch's fused weight norm has one that is not symmetric, and not that of finite differences."""
     with pytest.raises(ValueError, match=r"not symmetric.*curvature=\"ggn\""):
         make_case("weight_norm").evidence(curvature="hessian", prior_precision=300.0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "subset"),
+    [((nn.Linear(5, 4), Cubed()), "all"), ((nn.Linear(5, 2), Cubed(), nn.Linear(2, 4)), ["0.*"])],
+    ids=["at the end", "behind all that count"],
+)
+def test_a_second_derivative_that_there_is_none_of_is_refused(layers, subset):
+    """Autograd's Hessian is 0 there, and 0 is symmetric."""
+    torch.manual_seed(1)
+    model, data = nn.Sequential(*layers).double(), (torch.randn(7, 5).double(), torch.randint(4, (7,)))
+    chosen = {"prior_precision": 300.0, "subset_of_weights": subset, "structure": "full"}
+    with pytest.raises(ValueError, match=r"no derivative \(Error.*once_differentiable.*\"ggn\" does without"):
+        laplace_evidence(model, data, curvature="hessian", **chosen)
+    assert laplace_evidence(model, data, curvature="ggn", **chosen).log_occam_factor < -1e-3
 
 
 def test_attention_takes_a_kernel_that_has_second_derivatives():

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bayes import EvidenceUnavailableError, evidence_curve, laplace_evidence
-from lightning_bayes.curvature import blocks
+from lightning_bayes import EvidenceUnavailableError, laplace_evidence
+from lightning_bayes.curvature import blocks_budget
 from lightning_bayes.curvature.likelihoods import Categorical
 from tests.reference import Density, SlowTwin, assert_agrees
 
@@ -67,7 +67,7 @@ def test_saturated_outputs_have_no_curvature(structure):
 @pytest.mark.parametrize("precision", [0.01, 1.0, 100.0])
 def test_block_bounds_hold_where_batches_take_different_layers(precision, monkeypatch):
     """Landmarks of one expert meet batches of the other."""
-    monkeypatch.setattr(blocks, "POOL_ROWS", 64)
+    monkeypatch.setattr(blocks_budget, "POOL_ROWS", 64)
     model, x = Experts().double(), torch.randn(160, 4, dtype=F64)
     x = x[x[:, 0].argsort(descending=True)]
     x = torch.cat([x[x[:, 0] > 0][:60], x[x[:, 0] < 0][:60]])
@@ -94,14 +94,10 @@ def test_the_best_prior_of_a_bracket_is_as_good_as_the_bracket_is_narrow(toleran
     assert there.log_evidence >= best.log_evidence - 2 * tolerance
 
 
-def test_what_has_no_curve_is_not_searched():
+def test_rows_that_are_gone_answer_for_one_prior_alone():
     data = torch.randn(20, 4), torch.randint(3, (20,))
-    with pytest.raises(ValueError, match=r'structure="blocks" gives bounds'):
-        laplace_evidence(nn.Linear(4, 3), data, structure="blocks", prior_precision="optimize")
-    with pytest.raises(ValueError, match="several prior precisions are to be found"):
-        laplace_evidence(nn.Linear(4, 3), data, tolerance=1.0, prior_precision="optimize_per_parameter")
-    with pytest.raises(ValueError, match="leave `tolerance` out"):
-        evidence_curve(nn.Linear(4, 3), data, tolerance=1.0)
+    with pytest.raises(ValueError, match='structure="blocks" drops rows as they come'):
+        laplace_evidence(nn.Linear(4, 3), data, structure="blocks", prior_precision="optimize_per_parameter")
     with pytest.raises(ValueError, match="`tolerance` to be None beside structure='blocks'"):
         laplace_evidence(nn.Linear(4, 3), data, structure="blocks", tolerance=1.0)
 

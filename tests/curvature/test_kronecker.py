@@ -1,7 +1,12 @@
 """KFLR against dense Kronecker products."""
 
-import pytest
+import warnings
 
+import pytest
+import torch
+from torch import nn
+
+from lightning_bayes import laplace_evidence
 from lightning_bayes.curvature import kronecker
 from tests import reference_kronecker
 from tests.cases import make_case
@@ -38,3 +43,22 @@ def test_large_blocks_without_a_kronecker_form_keep_their_diagonal(network, limi
     monkeypatch.setattr(reference_kronecker, "MAX_EXACT_BLOCK", limit)
     case = make_case(network, "class_probabilities")
     assert_agrees(case.evidence(structure="kron", prior_precision=0.3), case.reference(0.3, "kron"))
+
+
+@pytest.mark.parametrize("precision", [0.1, 3.0])
+def test_expanded_factors_are_those_of_curvlinops(precision):
+    """Its KFAC-expand with the exact output factor, as a dense matrix, on convolutions without biases."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own dependencies
+        curvlinops = pytest.importorskip("curvlinops")
+    layers = (nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False), nn.ReLU(), nn.Conv2d(3, 4, 2, bias=False))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 3, bias=False)).double()
+    x, y = torch.randn(5, 2, 5, 5).double(), torch.randint(3, (5,))
+    data, loss = [(x[:3], y[:3]), (x[3:], y[3:])], nn.CrossEntropyLoss(reduction="sum")
+    kfac = curvlinops.KFACLinearOperator(
+        model, loss, list(model.parameters()), data, fisher_type="type-2", kfac_approx="expand"
+    )
+    eye = torch.eye(sum(p.numel() for p in model.parameters())).double()
+    expected = torch.linalg.slogdet(eye + (kfac @ eye) / precision).logabsdet.item()
+    found = laplace_evidence(model, (x, y), structure="kron_expand", prior_precision=precision, batch_size=3)
+    assert found.log_occam_factor == pytest.approx(-0.5 * expected, rel=1e-8)

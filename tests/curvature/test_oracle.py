@@ -16,7 +16,7 @@ from lightning_bayes.curvature.structures import STRUCTURES
 from tests.cases import CASES, LOSSES, NETWORKS, make_case
 from tests.reference import assert_agrees
 
-WAYS = ["primal", "dual", "kron", "kron_joint", "diag"]
+WAYS = ["primal", "dual", "kron", "kron_joint", "kron_expand", "diag"]
 """Structures, the exact one by either side of Sylvester's identity."""
 
 SIDES = {"primal": PrimalCurvature, "dual": DualCurvature}

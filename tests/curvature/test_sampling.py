@@ -30,7 +30,7 @@ def test_one_group_tells_nothing_of_its_error():
     assert jackknife(2.0, []) == (2.0, math.inf)
 
 
-@pytest.mark.parametrize("structure", ["kron", "kron_joint", "diag"])
+@pytest.mark.parametrize("structure", ["kron", "kron_joint", "kron_expand", "diag"])
 @pytest.mark.parametrize("network", ["mlp", "conv", "batch_norm", "lstm"])
 def test_samples_agree_with_all_columns_within_their_error(network, structure):
     """5 standard errors: with 7 degrees of freedom that happens by chance in 0.2 % of cases; the seed is fixed."""

@@ -1,6 +1,7 @@
 """What advice is held against: each check passes, fails and is left open where it should."""
 
 import math
+import re
 
 import pytest
 from hypothesis import given
@@ -104,6 +105,29 @@ def diverges(learning_rate, h, configuration):
     return abs(x) > 1
 
 
+def test_a_large_batch_is_written_out():
+    # 50000/(1 + 194.313 * 0.1/10.3)
+    assert advise(PRESENT, target_learning_rate=10.3).summary.startswith(
+        "lr 10.3: batch 17322 (linear 26368);"
+    )
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.6, 0.9, 0.999])
+def test_nesterov_momentum_damps_the_noise(momentum):
+    """Which leaves the noise scale as little of the story as too much of it does."""
+    present = Configuration(0.1, 256, 50_000, momentum, nesterov=True)
+    left_open = check(advise(present, target_batch_size=512), "variance")
+    most = float(re.search(r"stays below (\S+)\.$", left_open.sentence)[1])
+    below, above = (
+        check(advise(present, target_batch_size=512, largest_eigenvalue=share * most), "variance")
+        for share in (0.999, 1.001)
+    )
+    assert below.passed is True and above.passed is False
+    side = 1.1 if above.value > 1 else 1 / 1.1
+    assert above.value == pytest.approx(side, rel=1e-2)
+    assert ("Nesterov's momentum damps" in above.sentence) == (side < 1)
+
+
 def test_variance_beyond_that_of_the_noise_scale():
     rate = advise(PRESENT, target_batch_size=512).exact.learning_rate
     for ratio, passed in [(0.09, True), (0.1, False)]:
@@ -121,7 +145,9 @@ def test_what_is_to_be_done_with_a_move():
     advice = advise(PRESENT, target_batch_size=2048, ema_decay=0.999)
     actions = {one.name: one for one in advice.checks if one.action}
     assert actions["warm_up"].value == pytest.approx(advice.exact.learning_rate / 0.1)
-    assert actions["steps"].value == pytest.approx(1 / 8)
+    # As many steps as leave learning rate x steps where it was, of epochs that are fewer by the same token.
+    assert actions["steps"].value == pytest.approx(0.1 / advice.exact.learning_rate)
+    assert actions["steps"].value * actions["epochs"].value == pytest.approx(1 / 8)
     assert (actions["weight_ema"].value, actions["weight_ema"].limit) == (0.999, pytest.approx(0.999**8))
     assert {one.status for one in actions.values()} == {"do"}
     # None of them is a reason to doubt.

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from lightning_bayes.functional import (
     adam_noise_scale,
     batch_size_for_noise_scale,
-    gradient_noise_scale,
     learning_rate_for_noise_scale,
     sgd_noise_scale,
 )
@@ -145,44 +144,3 @@ def test_no_learning_rate_gives_the_full_batch_noise():
 def test_adam_keeps_its_scale_under_the_square_root_rule(learning_rate, batch_size, kappa):
     scaled = adam_noise_scale(learning_rate * math.sqrt(kappa), batch_size * kappa)
     assert scaled == pytest.approx(adam_noise_scale(learning_rate, batch_size), rel=RELATIVE)
-
-
-def test_gradient_noise_against_the_literal_sums():
-    generator = torch.Generator().manual_seed(0)
-    gradients = torch.randn(6, 5, generator=generator, dtype=torch.float64) + 1
-    batch_size = len(gradients)
-    mean = sum(gradients) / batch_size
-    squares = sum(float((gradient**2).sum()) for gradient in gradients)
-    trace = (squares - batch_size * float((mean**2).sum())) / (batch_size - 1)
-    squared_norm = float((mean**2).sum()) - trace / batch_size
-
-    noise = gradient_noise_scale(gradients)
-
-    assert noise.trace == pytest.approx(trace, rel=1e-12)
-    assert noise.squared_norm == pytest.approx(squared_norm, rel=1e-12)
-    assert noise.noise_scale == pytest.approx(trace / squared_norm, rel=1e-12)
-
-
-def test_gradient_noise_is_unbiased():
-    # 4,000 batches of 4 from N(mu, I), p = 3: tr Sigma = 3, |G|^2 = 0.75; standard errors below 0.03 and 0.05.
-    generator = torch.Generator().manual_seed(1)
-    batches = torch.randn(4000, 4, 3, generator=generator, dtype=torch.float64) + 0.5
-    found = [gradient_noise_scale(batch) for batch in batches]
-    assert sum(noise.trace for noise in found) / 4000 == pytest.approx(3.0, abs=0.1)
-    assert sum(noise.squared_norm for noise in found) / 4000 == pytest.approx(0.75, abs=0.15)
-
-
-def test_unresolved_gradient_noise_is_nan_and_not_clamped():
-    noise = gradient_noise_scale(torch.tensor([[1.0], [-1.0]]))
-    assert noise.trace == 2.0
-    assert noise.squared_norm == -1.0
-    assert math.isnan(noise.noise_scale)
-
-
-@pytest.mark.parametrize(
-    "gradients",
-    [torch.zeros(1, 3), torch.zeros(3), torch.zeros(3, 0), torch.zeros(2, 2, dtype=torch.long), [[1.0]]],
-)
-def test_bad_gradients(gradients):
-    with pytest.raises(ValueError, match="`per_example_gradients`"):
-        gradient_noise_scale(gradients)

@@ -184,6 +184,9 @@ def test_adam_rule_has_a_domain():
     rescale_adam(learning_rate=1e-3, batch_size=32, target_batch_size=319)
     with pytest.raises(NoSolutionError, match=r"kappa.*320"):
         rescale_adam(learning_rate=1e-3, batch_size=32, target_batch_size=321)
+    # In floating point 10 (1 - 0.9) is below 1, and would leave a beta of 2e-16.
+    with pytest.raises(NoSolutionError, match=r"kappa.*320"):
+        rescale_adam(learning_rate=1e-3, batch_size=32, target_batch_size=320)
     with pytest.raises(ValueError, match="exactly one"):
         rescale_adam(learning_rate=1e-3, batch_size=32)
     with pytest.raises(ValueError, match="`betas`"):

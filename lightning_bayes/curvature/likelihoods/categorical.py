@@ -121,7 +121,7 @@ class Categorical(Likelihood):
         num_classes = logits.shape[-1]
         counted = targets != self.ignore_index
         indices = targets.long().where(counted, 0)
-        low, high = int(indices.min()), int(indices.max())
+        low, high = (int(extreme) for extreme in indices.aminmax())
         if low < 0 or high >= num_classes:
             raise ValueError(
                 f"Class indices must lie in 0 .. {num_classes - 1} for {num_classes} classes, got {low} .. {high}. "

@@ -1,0 +1,35 @@
+"""What of an evidence is logged, and under which names."""
+
+import math
+from collections.abc import Mapping
+
+from lightning_bayes.evidence import Evidence
+
+__all__ = ["UNAVAILABLE", "logged_values"]
+
+UNAVAILABLE = (
+    "log_evidence",
+    "log_likelihood",
+    "weight_penalty",
+    "log_occam_factor",
+    "effective_parameters",
+    "newton_decrement",
+)
+"""Keys that are logged as NaN when an epoch has no evidence, so that curves show the gap."""
+
+
+def logged_values(evidence: Evidence) -> dict[str, float]:
+    """Numbers by the end of their keys; bounds where they are finite, standard errors where they are not 0."""
+    names = (*UNAVAILABLE, "log_evidence_ratio", "noise_variance")
+    values = {name: getattr(evidence, name) for name in names if getattr(evidence, name) is not None}
+    values |= {name: bound for name in ("lower", "upper") if math.isfinite(bound := getattr(evidence, name))}
+    if evidence.log_evidence_stderr > 0.0:
+        values["log_evidence_stderr"] = evidence.log_evidence_stderr
+    if evidence.lower_stderr > 0.0:
+        values["lower_stderr"] = evidence.lower_stderr
+    if isinstance(evidence.prior_precision, Mapping):
+        distinct = dict.fromkeys(evidence.prior_precision.values())
+        values |= {f"prior_precision/{i}": value for i, value in enumerate(distinct, start=1)}
+    else:
+        values["prior_precision"] = evidence.prior_precision
+    return values

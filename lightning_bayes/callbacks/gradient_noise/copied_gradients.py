@@ -1,0 +1,152 @@
+"""Gradient noise from a copy of the module, on the live batch: example by example, or the batch cut into parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_bayes.callbacks.gradient_noise.live_copy import LiveCopy
+from lightning_bayes.callbacks.gradient_noise.two_batch_sizes import TwoBatchSizes, pooled
+from lightning_bayes.callbacks.reading import num_examples_of
+from lightning_bayes.callbacks.untouched import untouched
+from lightning_bayes.curvature.capture import CapturedLoss
+from lightning_bayes.curvature.example_gradients import ExampleGradientReader, GradientSums
+from lightning_bayes.curvature.likelihoods import Likelihood
+
+NUM_PARTS = 4
+"""Into which a batch is cut; of a batch of two or three examples each is a part."""
+
+
+class CopiedGradients:
+    """Measures the noise of the gradients of a module's training_step without touching module or Trainer.
+
+    Args:
+        trainer: Read only.
+        module: Copied at the first measurement.
+        names: Of the parameters that are measured.
+        by_example: Whether the loss is taken apart into its examples; else the batch is cut into parts.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, names: Sequence[str], by_example: bool
+    ) -> None:
+        self.by_example = by_example
+        self._trainer, self._module, self._names = trainer, module, list(names)
+        self._copy: LiveCopy | None = None
+        self._gradients: ExampleGradientReader | None = None
+        self._likelihood: Likelihood | None = None
+        self._checked = False
+
+    def measure(self, batch: Any, batch_idx: int) -> TwoBatchSizes | None:
+        """The noise in one batch of every process; None where there are fewer than two gradients of it.
+
+        Args:
+            batch: As training_step gets it.
+            batch_idx: Likewise.
+
+        Raises:
+            ValueError: If the loss cannot be taken apart, or the batch not be cut.
+        """
+        with untouched(self._trainer):
+            copy = self._live_copy()
+            # A training_step may work on its batch in place, and the real one comes next.
+            mine = apply_to_collection(batch, Tensor, Tensor.clone)
+            if self.by_example:
+                sums = self._of_examples(copy, mine, batch_idx)
+            else:
+                sums = self._of_parts(copy, mine, batch_idx)
+        return pooled(self._trainer, sums)
+
+    def nothing(self) -> TwoBatchSizes | None:
+        """What a process says whose measurement failed, so that the others do not wait for it."""
+        named, lost = dict(self._module.named_parameters()), [math.nan] * len(self._names)
+        totals = [torch.full_like(named[name], torch.nan).flatten() for name in self._names]
+        totals = [total.float() if total.itemsize < 4 else total for total in totals]  # as in the copy
+        return pooled(self._trainer, GradientSums(1, 1.0, lost, lost, totals))
+
+    def _live_copy(self) -> LiveCopy:
+        if self._copy is None or not self._copy.refresh():
+            self._copy = LiveCopy(self._trainer, self._module)
+            self._gradients = None
+        return self._copy
+
+    def _of_examples(self, copy: LiveCopy, batch: Any, batch_idx: int) -> GradientSums:
+        def read() -> CapturedLoss:
+            return copy.reader.read(batch, batch_idx, transferred=True)
+
+        if self._gradients is None or self._likelihood is None:
+            captured = read()
+            copy.reader.check_computed_by_copy(captured.outputs)
+            self._gradients = ExampleGradientReader(copy.reader.network, self._names)
+            self._likelihood = (
+                captured.likelihood
+            )  # of one kind in every batch; its weights are in the targets
+        scales: list[float] = []
+
+        def forward() -> tuple[Tensor, Tensor]:
+            captured = read()
+            scales.append(training_loss_scale(captured))
+            return captured.outputs, captured.targets
+
+        sums = self._gradients.sums(forward, self._likelihood, self._trainer.world_size > 1)
+        return scaled(sums, scales[-1])
+
+    def _of_parts(self, copy: LiveCopy, batch: Any, batch_idx: int) -> GradientSums:
+        num_examples = num_examples_of(batch)
+        if num_examples is None:
+            raise ValueError(
+                "The batch cannot be cut into parts: its tensors do not share a first dimension of examples. Train "
+                'with accumulate_grad_batches of 2 or more and method="micro_batches".'
+            )
+        named = dict(copy.reader.network.named_parameters())
+        parameters = [named[name] for name in self._names]
+        size = max(1, num_examples // NUM_PARTS)
+        gradients: list[tuple[Tensor, ...]] = []
+        for start in range(0, num_examples - size + 1, size):
+            part = apply_to_collection(batch, Tensor, lambda t, s=start: t[s : s + size] if t.dim() else t)
+            loss = copy.reader.loss(part, batch_idx, transferred=True)
+            if not self._checked:
+                copy.reader.check_computed_by_copy(loss)
+                self._checked = True
+            gradients.append(torch.autograd.grad(loss, parameters, materialize_grads=True))
+        return _sums_of_parts(gradients, size)
+
+
+def training_loss_scale(captured: CapturedLoss) -> float:
+    """What turns the gradient of an example's `unit_loss` into B times its share of the training loss's gradient.
+
+    The one place where conventions are converted: the mean over the B examples of the gradients so scaled is the
+    gradient of the loss as training_step returns it, be it a mean over examples or tokens, or a sum.
+    """
+    num_examples = len(captured.outputs)
+    num_terms = captured.likelihood.num_terms(captured.outputs.detach(), captured.targets)
+    if num_terms == 0:  # every target is ignored
+        return math.nan
+    total = captured.likelihood.loss_scale("sum", num_terms / num_examples, 1, 1.0)
+    return num_examples * (total if captured.reduction == "sum" else total / num_terms)
+
+
+def scaled(sums: GradientSums, factor: float) -> GradientSums:
+    """The sums of gradients that are so many times as large."""
+    return GradientSums(
+        sums.num_gradients,
+        sums.inverse_sizes,
+        [factor**2 * square for square in sums.squares],
+        [factor**2 * square for square in sums.squared_totals],
+        None if sums.totals is None else [total * factor for total in sums.totals],
+    )
+
+
+def _sums_of_parts(gradients: list[tuple[Tensor, ...]], size: int) -> GradientSums:
+    by_parameter = list(zip(*gradients, strict=True))
+    stacked = [torch.stack([g.flatten() for g in parts]) for parts in by_parameter]
+    totals = [parts.sum(0) for parts in stacked]
+    squares = torch.stack([parts.square().sum() for parts in stacked]).tolist()
+    squared = torch.stack([total.square().sum() for total in totals]).tolist()
+    return GradientSums(len(gradients), len(gradients) / size, squares, squared, totals)

@@ -1,0 +1,296 @@
+"""Measures and logs the noise in the gradients while training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_bayes.callbacks.gradient_noise.checks import (
+    GradientMethod,
+    check_batch_size,
+    check_choices,
+    check_gradients_can_be_read,
+    check_several_micro_batches,
+    num_micro_batches,
+)
+from lightning_bayes.callbacks.gradient_noise.copied_gradients import CopiedGradients
+from lightning_bayes.callbacks.gradient_noise.metric import GradientNoiseMetric
+from lightning_bayes.callbacks.gradient_noise.parts import layer_of, layers_of, logged_values
+from lightning_bayes.callbacks.gradient_noise.training_gradients import TrainingGradients
+from lightning_bayes.callbacks.gradient_noise.two_batch_sizes import TwoBatchSizes
+from lightning_bayes.callbacks.step_logging import log_step
+from lightning_bayes.callbacks.trainer_inputs import step_batch_size
+from lightning_bayes.curvature.capture import WAY_OUT
+from lightning_bayes.curvature.errors import EvidenceUnavailableError
+from lightning_bayes.curvature.priors import trainable_names
+from lightning_bayes.functional import GradientNoise
+from lightning_bayes.functional._validation import count, fraction, string
+
+__all__ = ["GradientMethod", "GradientNoiseScale"]
+
+OTHER_WAYS = 'method="split_batch", or method="micro_batches" with several of them, takes any loss.'
+NOT_MEASURED = "not measured yet"
+RESOLVED = "resolved"
+
+
+class GradientNoiseScale(Callback):
+    r"""Measures the noise in the gradients, and logs the batch size up to which it is worth averaging it away.
+
+    B_simple = tr Σ / ‖G‖²
+
+    with G the gradient of the training loss, and Σ the covariance of the gradient of one example. Batches much
+    smaller than B_simple make almost as much progress per example as any; much larger ones waste examples.
+    Both parts are unbiased, also where ‖G‖² comes out negative, and are averaged apart, exponentially and
+    bias-corrected; the averages are divided once.
+
+    Keys, with the prefix: `gradient_noise_trace` (tr Σ), `gradient_squared_norm` (‖G‖²) and
+    `gradient_noise_scale` (B_simple, in examples); the value in force every `log_every_n_steps` optimizer
+    steps, and at the end of each epoch, where `ModelCheckpoint` and `EarlyStopping` can monitor it. Where the
+    averaged ‖G‖² is not positive, noise drowns the gradient: `gradient_noise_scale` is NaN, `status` says so,
+    and so does a warning, once. A larger `ema` or a smaller `every_n_steps` resolves more.
+
+    Gradients are those of the loss as training_step returns it, without weight decay and before clipping; for
+    a loss that is the sum over a batch of B, they and their norms are B and B² times those of its mean. Only
+    parameters that an optimizer trains count. Examples are taken to be drawn independently: of a training set
+    of N, ‖G‖² is that of the distribution behind it, smaller by about tr Σ / N than that of the set itself.
+
+    Args:
+        every_n_steps: optimizer steps between measurements. At 1 training takes about 1.5 times as long.
+        ema: ρ, in [0, 1): measurements are averaged over about the last 1/(1 - ρ). 0 keeps the last alone.
+        log_key_prefix: put before every key.
+        method: "per_example" runs training_step on a copy of the module, in eval mode and in float32 at least,
+            and takes its loss apart into examples. Dropout is off and batch norm uses its running statistics: in
+            training it couples the examples of a batch, which then have no gradients of their own. One
+            micro-batch of a step is read, in every process. "micro_batches" compares the gradients of the
+            micro-batches of an accumulation, and of data-parallel replicas, with their mean: as they come in
+            training, dropout and batch norm included, and for nothing; but few micro-batches tell less than
+            many examples. "split_batch" is for losses that cannot be taken apart: training_step runs on a copy
+            in eval mode, on a batch cut into four. "auto" is "per_example" where the loss can be read, else
+            "micro_batches" where a step has two or more, else "split_batch", and says why.
+        per_layer: whether to log `gradient_noise_scale/<layer>` for each module that holds parameters.
+
+    Attributes:
+        estimate: the averages in force, `GradientNoise | None`.
+        layer_estimates: those of each layer, under `per_layer`.
+        status: whether B_simple is resolved, or why it is not.
+
+    Raises:
+        ValueError: at construction for an argument outside its domain; before the first step for manual
+            optimization, LBFGS, sharded weights, batches of one example, or a training_step that `method` cannot
+            read.
+
+    Example::
+
+        trainer = Trainer(callbacks=[GradientNoiseScale()])
+
+    Reference:
+        McCandlish et al., An Empirical Model of Large-Batch Training, 2018, arXiv:1812.06162.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_steps: int = 10,
+        ema: float = 0.95,
+        log_key_prefix: str = "bayes/",
+        method: GradientMethod = "auto",
+        per_layer: bool = False,
+    ) -> None:
+        super().__init__()
+        self.every_n_steps = count("every_n_steps", every_n_steps)
+        self.ema = fraction("ema", ema)
+        self.log_key_prefix = string("log_key_prefix", log_key_prefix)
+        check_choices(method, per_layer)
+        self.method = method
+        self.per_layer = per_layer
+        self._metric = GradientNoiseMetric(self.ema)
+        self._parts: tuple[str, ...] = ("",)
+        self._method: str | None = None  # in use
+        self._names: list[str] = []
+        self._trained: list[tuple[int, bool]] = []
+        self._source: CopiedGradients | TrainingGradients | None = None
+        self._due = self._proved = False
+        self._last_logged_step = -1
+        self._warned: set[str] = set()
+
+    @property
+    def estimate(self) -> GradientNoise | None:
+        """The averages of tr Σ and ‖G‖² and their ratio B_simple up to now; None before the first measurement."""
+        return self._metric.total()
+
+    @property
+    def layer_estimates(self) -> dict[str, GradientNoise]:
+        """The same for each layer; empty unless `per_layer`."""
+        return dict(zip(self._parts, self._metric.parts(), strict=False)) if self.per_layer else {}
+
+    @property
+    def status(self) -> str:
+        """Whether B_simple is "resolved" or "not measured yet", or why it is not resolved."""
+        estimate = self.estimate
+        if estimate is None:
+            return NOT_MEASURED
+        if estimate.resolved:
+            return RESOLVED
+        return (
+            f"not resolved: the averaged squared norm of the gradient is {estimate.squared_norm:.3g}, not above 0,"
+            f" beside a noise of {estimate.trace:.3g}"
+        )
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(log_key_prefix=self.log_key_prefix)
+
+    def should_measure(self, trainer: Trainer) -> bool:
+        """Whether the optimizer step that begins now is measured; override for another policy."""
+        return trainer.global_step % self.every_n_steps == 0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_gradients_can_be_read(trainer, pl_module)
+        self._forget()
+        self._due, self._proved, self._last_logged_step = False, False, -1
+        parts = layers_of(pl_module) if self.per_layer else ("",)
+        if trainer.global_step == 0 or parts != self._parts:
+            self._parts, self._metric = parts, GradientNoiseMetric(self.ema, len(parts))
+        # Apple's devices have no float64.
+        self._metric.to("cpu" if pl_module.device.type == "mps" else pl_module.device)
+        self._method = None if self.method == "auto" else self.method
+        if self.method == "micro_batches":
+            check_several_micro_batches(trainer)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        first = batch_idx % trainer.accumulate_grad_batches == 0
+        if first:
+            self._due = self.should_measure(trainer)
+        if not self._due:
+            return
+        if first:
+            self._follow_parameters(trainer, pl_module)
+        if self._method != "micro_batches" and first:
+            self._measure_copy(trainer, pl_module, batch, batch_idx)
+        if self._method == "micro_batches":
+            if not isinstance(self._source, TrainingGradients):
+                self._source = TrainingGradients(trainer, pl_module, self._names)
+            if first:
+                self._source.stop()  # what was seen of a step that was not made
+            self._source.begin(batch, step_batch_size(trainer))
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._due and isinstance(self._source, TrainingGradients):
+            batch_idx, k = trainer.fit_loop.batch_idx, trainer.accumulate_grad_batches
+            self._source.after_backward(last=(batch_idx + 1) % k == 0 or trainer.is_last_batch)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self._due and isinstance(self._source, TrainingGradients):
+            self._take(self._source.finish())
+            self._due = False
+        self._last_logged_step = log_step(trainer, self._values, self._last_logged_step)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        values = self._values()
+        for key, value in values.items():
+            # Every process has the same value. `sync_dist` keeps Lightning from warning that they might not.
+            pl_module.log(key, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        if self.status not in (RESOLVED, NOT_MEASURED):
+            self._warn_once(
+                "unresolved",
+                f"B_simple is {self.status}. NaN is logged until it is. Average over more: a larger `ema`"
+                f" ({self.ema:g}), a smaller `every_n_steps` ({self.every_n_steps}), or larger batches.",
+            )
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._forget()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": self._parts, "averages": self._metric.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._parts = tuple(state_dict["parts"])
+        self._metric = GradientNoiseMetric(self.ema, len(self._parts))
+        self._metric.load_state_dict(state_dict["averages"])
+
+    def _measure_copy(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measure on a copy; under "auto" find out at the first batch how."""
+        if self._method is None:
+            self._method = "per_example"
+            try:
+                self._try(trainer, pl_module, batch, batch_idx)
+                return
+            except ValueError as error:
+                self._source = None
+                self._method = "micro_batches" if num_micro_batches(trainer) > 1 else "split_batch"
+                rank_zero_info(
+                    f'GradientNoiseScale: method="{self._method}", because examples cannot be told apart. '
+                    + str(error).replace(WAY_OUT, "").strip()
+                )
+                if self._method == "micro_batches":
+                    return
+        try:
+            self._try(trainer, pl_module, batch, batch_idx)
+        except Exception as error:
+            if not self._proved and not isinstance(error, ValueError):
+                raise
+            if not self._proved:
+                raise ValueError(str(error).replace(WAY_OUT, OTHER_WAYS)) from error
+            # A batch could be measured before: what fails now is of this one, and not worth the run.
+            self._fail(trainer, f"{type(error).__name__}: {error}")
+
+    def _try(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not isinstance(self._source, CopiedGradients):
+            check_batch_size(trainer, batch)
+            self._source = CopiedGradients(trainer, pl_module, self._names, self._method == "per_example")
+        try:
+            self._take(self._source.measure(batch, batch_idx))
+            self._proved = True
+        except EvidenceUnavailableError as error:  # the batch, or the weights, are to blame: not the method
+            self._fail(trainer, str(error))
+
+    def _fail(self, trainer: Trainer, reason: str) -> None:
+        self._warn_once("failed", f"a batch could not be measured; training goes on. {reason}")
+        if trainer.world_size > 1 and isinstance(self._source, CopiedGradients):
+            self._source.nothing()  # the other processes are waiting
+
+    def _take(self, norms: TwoBatchSizes | None) -> None:
+        """Average a measurement in, unless it is NaN or infinite or there is none."""
+        named = {name: number for number, name in enumerate(self._parts)}
+        part_of = [named.get(layer_of(name), 0) for name in self._names]
+        noise = None if norms is None else norms.noise(part_of, len(self._parts))
+        if noise is not None:
+            self._metric.update(noise)
+
+    def _follow_parameters(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Parameters are unfrozen during a run."""
+        trained = [(id(parameter), parameter.requires_grad) for parameter in pl_module.parameters()]
+        if trained != self._trained:
+            self._forget()
+            held = [p for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]]
+            self._names, self._trained = trainable_names(pl_module, held), trained
+
+    def _values(self) -> dict[str, float]:
+        return logged_values(self.log_key_prefix, self.estimate, self.layer_estimates)
+
+    def _forget(self) -> None:
+        if isinstance(self._source, TrainingGradients):
+            self._source.stop()
+        self._source, self._names, self._trained = None, [], []
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            rank_zero_warn(f"GradientNoiseScale: {message}")

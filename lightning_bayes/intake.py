@@ -1,0 +1,159 @@
+"""Reads batches into a curvature: rows into a structure, or Hessians into their sum."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bayes.curvature.base import Curvature, Problem
+from lightning_bayes.curvature.block_sample import draw_blocks
+from lightning_bayes.curvature.hessian import BatchHessian, HessianCurvature, HessianReader
+from lightning_bayes.curvature.keeping import kept_widths
+from lightning_bayes.curvature.likelihoods import Likelihood
+from lightning_bayes.curvature.priors import Prior
+from lightning_bayes.curvature.reader import BatchRows, RowReader
+from lightning_bayes.curvature.rows import RowBlock
+from lightning_bayes.curvature.structures import STRUCTURES, choose_structure
+from lightning_bayes.options import Method
+
+__all__ = ["Forward", "Intake", "intake_of"]
+
+Forward = Callable[[], tuple[Tensor, Tensor]]
+"""Runs the network on one batch and returns its outputs, with their graph, and the targets."""
+
+
+class Intake(Protocol):
+    """Reads batches into a curvature."""
+
+    parameters: dict[str, nn.Parameter]
+    method: Method
+
+    @property
+    def curved(self) -> Curvature | HessianCurvature | None:
+        """What was read, None before the first batch."""
+        ...
+
+    def take(self, forward: Forward) -> BatchRows | BatchHessian:
+        """Read one batch."""
+        ...
+
+    def plan(self, forward: Forward) -> str:
+        """Settle `method` by one batch and say why it is what it is."""
+        ...
+
+    def split(self) -> str:
+        """Say by which derivatives batches are read."""
+        ...
+
+
+def intake_of(
+    network: nn.Module,
+    likelihood: Likelihood,
+    prior: Prior,
+    method: Method,
+    num_examples: int,
+    num_batches: int,
+) -> Intake:
+    """What reads the batches of a method."""
+    if method.is_hessian:
+        return _HessianIntake(network, likelihood, prior, method)
+    return _RowIntake(network, likelihood, prior, method, num_examples, num_batches)
+
+
+class _RowIntake:
+    def __init__(
+        self,
+        network: nn.Module,
+        likelihood: Likelihood,
+        prior: Prior,
+        method: Method,
+        num_examples: int,
+        num_batches: int,
+    ) -> None:
+        self._sample = None if method.num_blocks is None else draw_blocks(num_batches, method.num_blocks)
+        self._taken = 0
+        self._reader = RowReader(network, prior.strengths, method.num_samples, method.backend)
+        self._prior = prior
+        self._likelihood = likelihood
+        self._num_examples = num_examples
+        self.parameters = self._reader.parameters
+        self.method = method
+        self.curved: Curvature | None = None
+
+    def take(self, forward: Forward) -> BatchRows:
+        """Read one batch; of one that is not in the sample of blocks all but its rows, which take C passes."""
+        batch = self._reader.read(forward, self._likelihood)
+        self._taken += 1
+        if self._sample is not None and self._sample.role(self._taken - 1) is None:
+            return batch
+        for block in batch.blocks:
+            if self.curved is None:
+                problem, _ = self._settle(block)
+                self.curved = STRUCTURES[self.method.structure](problem)
+            self.curved.update(block)
+        return batch
+
+    def plan(self, forward: Forward) -> str:
+        return self._settle(next(self._reader.read(forward, self._likelihood).blocks))[1]
+
+    def split(self) -> str:
+        return self._reader.split()
+
+    def _settle(self, block: RowBlock) -> tuple[Problem, str]:
+        first = next(iter(self.parameters.values()))
+        kept_width, gram_width = kept_widths(block)
+        problem = Problem(
+            shapes={name: parameter.shape for name, parameter in self.parameters.items()},
+            num_examples=self._num_examples,
+            rank=block.num_columns,
+            batch_size=block.num_examples,
+            kept_width=kept_width,
+            gram_width=gram_width,
+            dtype=first.dtype,
+            device=first.device,
+            tolerance=self.method.tolerance,
+            sampled=self.method.num_samples is not None,
+            strengths=self._prior.strengths,
+            scale=float(self._num_examples) if self._prior.per_example else 1.0,
+            rises_together=self._prior.rises_together,
+            block_sample=self._sample,
+            sought=bool(self._prior.optimized) or self._likelihood.optimizes_dispersion,
+        )
+        if problem.sampled and self.method.structure == "auto":
+            structure, reason = "kron", f"{block.num_columns} columns are sampled"
+        else:
+            structure, reason = choose_structure(self.method.structure, problem)
+        self.method = replace(self.method, structure=structure)
+        return problem, reason
+
+
+class _HessianIntake:
+    def __init__(self, network: nn.Module, likelihood: Likelihood, prior: Prior, method: Method) -> None:
+        self._reader = HessianReader(network, prior.strengths)
+        self._likelihood = likelihood
+        self.parameters = self._reader.parameters
+        self.method = replace(method, structure="full")
+        self.curved: HessianCurvature | None = None
+
+    def take(self, forward: Forward) -> BatchHessian:
+        batch = self._reader.read(forward, self._likelihood)
+        if self.curved is None:
+            first = next(iter(self.parameters.values()))
+            self.curved = HessianCurvature(
+                {name: parameter.shape for name, parameter in self.parameters.items()},
+                first.device,
+                rounding=torch.finfo(first.dtype).eps,
+                only_positive=self.method.curvature == "hessian_positive",
+            )
+        self.curved.add(batch)
+        return batch
+
+    def plan(self, forward: Forward) -> str:
+        num_parameters = sum(parameter.numel() for parameter in self.parameters.values())
+        self._reader.read(forward, self._likelihood)
+        return f"The Hessian of {num_parameters:,} parameters is dense"
+
+    def split(self) -> str:
+        return "The Hessian is formed by autograd, twice"

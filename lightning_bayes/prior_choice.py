@@ -1,0 +1,102 @@
+"""The prior, and the noise, of an evidence: as they were given, or those that maximise what is reported."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from lightning_bayes.curvature.base import Curvature, SpectralCurvature
+from lightning_bayes.curvature.bracket import BracketCurvature
+from lightning_bayes.curvature.dual import DualCurvature
+from lightning_bayes.curvature.errors import EvidenceUnavailableError
+from lightning_bayes.curvature.fixed_weights import FixedWeights, squared_norms
+from lightning_bayes.curvature.hessian import HessianCurvature
+from lightning_bayes.curvature.likelihoods import Likelihood
+from lightning_bayes.curvature.primal import PrimalCurvature
+from lightning_bayes.curvature.prior_search import (
+    Optimum,
+    mackay_step,
+    maximize_evidence,
+    uppermost,
+)
+from lightning_bayes.curvature.priors import Prior
+from lightning_bayes.totals import Totals
+
+__all__ = ["LossScale", "best_prior", "fixed_weights", "mean_loss"]
+
+LARGEST_SPECTRUM = 1024
+"""Rows or parameters of an exact matrix up to which a search for one λ takes all its eigenvalues. (On two cores the
+eigenvalues cost ten factorisations and more, of which a search needs four.)"""
+MOST_SELECTIONS = 6
+"""Times that the rows of a bracket are chosen anew because the λ that was found lies below that of the choice."""
+
+LossScale = Callable[[float, float], float]
+"""From the loss's terms per example and the dispersion to s of `Prior.precision`."""
+
+
+def mean_loss(terms_per_example: float, dispersion: float) -> float:
+    """Return s of a loss that is the mean per-example negative log-likelihood."""
+    return 1.0
+
+
+def fixed_weights(
+    totals: Totals,
+    likelihood: Likelihood,
+    prior: Prior,
+    loss_scale: LossScale,
+    start: Mapping[str, float] | None = None,
+) -> FixedWeights:
+    """What the search for a prior needs to know of the totals; see `FixedWeights.start`."""
+    if totals.num_terms == 0.0:
+        raise EvidenceUnavailableError("No target counts: the loss ignores them all.")
+    per_example = totals.num_terms / totals.num_examples
+    weights = FixedWeights(
+        curved=None,
+        likelihood=likelihood,
+        unit_loss=totals.unit_loss,
+        num_terms=totals.num_terms,
+        squared_norms=squared_norms(totals.weights),
+        sizes={name: weight.numel() for name, weight in totals.weights.items()},
+        precision_at=lambda dispersion: prior.precision(
+            totals.num_examples, loss_scale(per_example, dispersion)
+        ),
+        start=start,
+    )
+    return _of(weights, totals.curved)
+
+
+def best_prior(weights: FixedWeights, totals: Totals, prior: Prior) -> Optimum:
+    """The λ and the φ of an evidence.
+
+    A bracket maximises the log-evidence that its kept rows alone would have. At the λ of their choice and at any
+    above it, what they leave out is at most the tolerance, since γ of each tensor falls when rows are left out:
+    the rows are chosen anew until that holds at the λ that is found.
+    """
+    sought = bool(prior.optimized) or weights.likelihood.optimizes_dispersion
+    if not sought or not isinstance(totals.curved, BracketCurvature):
+        return maximize_evidence(weights, prior)
+    top = uppermost(weights, prior)
+    # From above, and with rows left out, a step ends below the maximum.
+    chosen = mackay_step(_of(weights, totals.curved.of_kept_rows(_scaled(top))), prior, top)
+    for _ in range(MOST_SELECTIONS):
+        found = maximize_evidence(_of(weights, totals.curved.of_kept_rows(_scaled(chosen))), prior)
+        ratios = [_scaled(found)[name] / value for name, value in _scaled(chosen).items()]
+        if min(ratios) >= 1.0 - 1e-6:
+            return found
+        chosen = found
+    return found
+
+
+def _of(weights: FixedWeights, curved: Curvature | HessianCurvature) -> FixedWeights:
+    """The same weights with a curvature: by its spectrum where that is cheap, else by a factor for each prior."""
+    if isinstance(curved, HessianCurvature):
+        return replace(weights, curved=curved, total=None)
+    if not isinstance(curved, SpectralCurvature):
+        return replace(weights, curved=None, total=curved.log_det_and_gamma)
+    exact = isinstance(curved, PrimalCurvature | DualCurvature)
+    if exact and min(curved.problem.num_rows, curved.problem.num_parameters) > LARGEST_SPECTRUM:
+        return replace(weights, curved=curved, total=curved.log_det_and_gamma)
+    return replace(weights, curved=curved, total=None)
+
+
+def _scaled(optimum: Optimum) -> dict[str, float]:
+    """In units of the dispersion."""
+    return {name: optimum.dispersion * value for name, value in optimum.precision.items()}
