@@ -266,7 +266,7 @@ def _claims(x: np.ndarray, found: dict[str, np.ndarray], loss: float) -> list[Cl
         Claim(
             "sharpness",
             "(c) Exact evidence prefers where the better batch size ends",
-            f"log evidence ratio at the B of the least test cross-entropy (B = {x[best]:g}) − at the full batch (nats)",
+            f"log evidence ratio at B = {x[best]:g}, of the least test cross-entropy, − at the full batch (nats)",
             *gain,
             "> 0",
             above(0.0, *gain[1:]),
