@@ -1,0 +1,151 @@
+"""(f) The accuracies of all sweeps against the noise scale alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from scipy import stats
+
+from examples.smith_le_2018.claims import Claim, above
+from examples.smith_le_2018.context import Context
+from examples.smith_le_2018.engine import Run
+from examples.smith_le_2018.figure_5 import learning_rate_runs
+from examples.smith_le_2018.figure_6 import num_examples_runs
+from examples.smith_le_2018.figure_7 import momentum_runs
+from examples.smith_le_2018.peak import resampled_interval
+from examples.smith_le_2018.plotting import batch_axis, colours, figure, log_axis
+from examples.smith_le_2018.presets import Preset
+
+__all__ = ["collapse", "explained"]
+
+RESAMPLES = 2000
+MARKERS = "osD^vP*X<>dph"
+SHOWN = 0.06
+"""How far below the best accuracy the axes go."""
+BINS_PER_OCTAVE = 1
+"""Bins of g or B, within which accuracy should be the same."""
+
+
+@dataclass(frozen=True)
+class _Cloud:
+    """Runs with their accuracies, [seeds, runs]."""
+
+    label: str
+    runs: list[Run]
+    accuracies: np.ndarray
+
+
+def collapse(context: Context) -> list[Claim]:
+    """Runs of figures 4, 5 and 7, of one N, and those of figure 6 for each N."""
+    preset = context.preset
+    seeds = context.measure(
+        "collapse", lambda seed: [run for _, runs in _sweeps(preset, seed) for run in runs]
+    )
+    clouds = [_cloud(context, seeds, number) for number in range(len(_sweeps(preset, 0)))]
+    by_n = clouds[-len(preset.by_num_examples) :]
+    same_n = clouds[: -len(by_n)]
+    with figure(context.folder / "collapse.png", columns=3, width=10.8, height=3.7) as (_, axes):
+        _scatter(axes[0], same_n, "batch_size")
+        _scatter(axes[1], same_n, "noise_scale")
+        _by_n(axes[2], by_n)
+        axes[0].set_ylabel("test accuracy")
+        axes[1].legend(fontsize=7, ncols=2, loc="lower left", handletextpad=0.1, columnspacing=0.6)
+    return [_claim(same_n)]
+
+
+def _sweeps(preset: Preset, seed: int) -> list[tuple[str, list[Run]]]:
+    found = [
+        ("fig. 4", [preset.run(size, seed) for size in preset.batch_sizes if size < preset.num_examples])
+    ]
+    found += [(f"ε = {rate:g}", learning_rate_runs(preset, seed, rate)) for rate in preset.learning_rates]
+    found += [(f"m = {m:g}", momentum_runs(preset, seed, m)) for m in preset.momenta]
+    found += [(f"N = {n:,}", num_examples_runs(preset, seed, n)) for n in preset.by_num_examples]
+    return found
+
+
+def _cloud(context: Context, seeds: list[int], number: int) -> _Cloud:
+    per_seed = [_sweeps(context.preset, seed)[number] for seed in seeds]
+    accuracies = [[context.runs.value("test_accuracy", run) for run in runs] for _, runs in per_seed]
+    return _Cloud(per_seed[0][0], per_seed[0][1], np.array(accuracies))
+
+
+def _scatter(axis: Axes, clouds: list[_Cloud], of: str) -> None:
+    """All settings of one N, those that did not train below the axis."""
+    best = max(cloud.accuracies.mean(0).max() for cloud in clouds)
+    for cloud, colour, marker in zip(clouds, colours(len(clouds)), MARKERS[: len(clouds)], strict=True):
+        mean = cloud.accuracies.mean(0)
+        seen = mean > best - SHOWN
+        x = np.array([getattr(run, of) for run in cloud.runs])
+        axis.plot(x[seen], mean[seen], marker, color=colour, alpha=0.8, label=cloud.label)
+    axis.set_ylim(best - SHOWN, best + 0.05 * SHOWN)
+    if of == "batch_size":
+        batch_axis(axis)
+    else:
+        _noise_axis(axis)
+
+
+def _by_n(axis: Axes, clouds: list[_Cloud]) -> None:
+    for cloud, colour in zip(clouds, colours(len(clouds)), strict=True):
+        mean = cloud.accuracies.mean(0)
+        axis.plot(
+            [run.noise_scale for run in cloud.runs], mean - mean.max(), "o-", color=colour, label=cloud.label
+        )
+    axis.set_ylim(-0.03, 0.002)
+    axis.set_ylabel("test accuracy less the best of that N")
+    axis.legend(fontsize=7, loc="lower left")
+    _noise_axis(axis)
+
+
+def _noise_axis(axis: Axes) -> None:
+    log_axis(axis)
+    axis.set_xlabel("noise scale g = ε(N/B − 1)/(1 − m)")
+
+
+def explained(x: np.ndarray, accuracy: np.ndarray) -> float:
+    """Share of the variance of the ranks of accuracy that bins of log x explain, corrected for their number.
+
+    1 - (within-bin sum of squares / (n - bins)) / (total sum of squares / (n - 1)). Ranks, so that the runs that
+    did not train do not count for more than all the others.
+
+    Args:
+        x: [n], positive.
+        accuracy: [n].
+
+    Returns:
+        At most 1; about 0 if x says nothing.
+    """
+    ranks = stats.rankdata(accuracy)
+    bins = np.floor(np.log2(x) * BINS_PER_OCTAVE).astype(int)
+    names = np.unique(bins)
+    within = sum(((ranks[bins == name] - ranks[bins == name].mean()) ** 2).sum() for name in names)
+    total = ((ranks - ranks.mean()) ** 2).sum()
+    return float(1 - (within / (len(x) - len(names))) / (total / (len(x) - 1)))
+
+
+def _claim(clouds: list[_Cloud]) -> Claim:
+    """How much more g explains than B does."""
+    first: dict[Run, np.ndarray] = {}
+    for cloud in clouds:
+        # The preset's own ε and m are part of several sweeps: each run counts once.
+        first |= dict(zip(cloud.runs, cloud.accuracies.T, strict=True))
+    values = np.array(list(first.values())).T
+    scales = np.array([run.noise_scale for run in first])
+    sizes = np.array([run.batch_size for run in first], dtype=float)
+    generator = np.random.default_rng(0)
+    draws = [np.arange(len(values)), *generator.integers(len(values), size=(RESAMPLES, len(values)))]
+    by_g = np.array([explained(scales, values[draw].mean(0)) for draw in draws])
+    by_b = np.array([explained(sizes, values[draw].mean(0)) for draw in draws])
+    low, high = resampled_interval((by_g - by_b)[1:], len(values))
+    return Claim(
+        "collapse",
+        "8. Accuracy depends on the noise scale alone",
+        f"share of the variance of accuracy's ranks explained by g, less that by B; g alone explains {by_g[0]:.2f},"
+        f" {len(first)} settings of one N",
+        float(by_g[0] - by_b[0]),
+        low,
+        high,
+        "> 0",
+        above(0.0, low, high),
+    )
