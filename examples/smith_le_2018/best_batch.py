@@ -78,7 +78,8 @@ def _draw_law(axis: Axes, sweep: Sweep, name: str) -> None:
     axis.errorbar(
         x, law.best, yerr=spread, fmt="o", color="#1f4fd8", capsize=3, label="best batch, 95 % interval"
     )
-    label = f"slope {law.slope:.2f}, 95 % {law.low:.2f} to {law.high:.2f}"
+    interval = f"95 % {law.low:.2f} to {law.high:.2f}" if np.isfinite(law.high) else "one seed"
+    label = f"slope {law.slope:.2f}, {interval}"
     axis.plot(x, law.at(x), color="#1f4fd8", linewidth=1.3, label=label)
     middle = np.exp(np.log(x).mean()), np.exp(np.log(law.best).mean())
     axis.plot(

@@ -80,6 +80,7 @@ def test_table_is_put_into_a_page(tmp_path):
 def test_verdicts():
     assert contains(1.0, 0.9, 1.1) == "holds"
     assert contains(1.0, 0.9, 0.99) == "does not hold"
+    assert contains(1.0, -math.inf, math.inf) == "not resolved"
     assert [above(0.0, *ends) for ends in ((0.1, 1), (-0.1, 1), (-1, -0.1))] == [
         "holds",
         "not resolved",
