@@ -14,6 +14,11 @@ settings.load_profile("default")
 # Lightning would write to the working directory and start as many workers as it likes.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+# Processes that each take every core slow each other down many times over.
+threads = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+torch.set_num_threads(threads)
+os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the scripts that tests start
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
