@@ -3,7 +3,7 @@
     python benchmarks/optimum.py [--repeats 15] [--threads 1]
 
 Side by side in one run, float64, taking turns: `prior_precision=1.0`, and `prior_precision="optimize"`, which
-reads the same rows once and searches on their spectrum. The median of each and the median of the ratios, turn by turn,
+reads the same rows once and searches on their spectrum. The median of each, and that of the ratios, turn by turn,
 with its quartiles. Needs mlxtend (`.[examples]`).
 """
 

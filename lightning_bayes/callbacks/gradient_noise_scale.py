@@ -111,6 +111,7 @@ class GradientNoiseScale(Callback):
         self._parts: tuple[str, ...] = ("",)
         self._method: str | None = None  # in use
         self._names: list[str] = []
+        self._part_of: list[int] = []  # number of the part that each of them belongs to
         self._trained: list[tuple[int, bool]] = []
         self._source: CopiedGradients | TrainingGradients | None = None
         self._due = self._proved = False
@@ -268,9 +269,7 @@ class GradientNoiseScale(Callback):
 
     def _take(self, norms: TwoBatchSizes | None) -> None:
         """Average a measurement in, unless it is NaN or infinite or there is none."""
-        named = {name: number for number, name in enumerate(self._parts)}
-        part_of = [named.get(layer_of(name), 0) for name in self._names]
-        noise = None if norms is None else norms.noise(part_of, len(self._parts))
+        noise = None if norms is None else norms.noise(self._part_of, len(self._parts))
         if noise is not None:
             self._metric.update(noise)
 
@@ -281,6 +280,8 @@ class GradientNoiseScale(Callback):
             self._forget()
             held = [p for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]]
             self._names, self._trained = trainable_names(pl_module, held), trained
+            numbers = {name: number for number, name in enumerate(self._parts)}
+            self._part_of = [numbers.get(layer_of(name), 0) for name in self._names]
 
     def _values(self) -> dict[str, float]:
         return logged_values(self.log_key_prefix, self.estimate, self.layer_estimates)

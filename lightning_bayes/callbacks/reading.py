@@ -132,7 +132,7 @@ class ModuleReader:
         """
         if self._option is not None:
             captured = self.read(batch, batch_idx, transferred=transferred)
-            return captured.scale * captured.likelihood.unit_loss(captured.outputs, captured.targets)
+            return captured.scale * captured.unit_loss
         batch = self._converted(batch if transferred else self._transferred(batch))
         with self._default_dtype(), torch.enable_grad():
             return loss_of(self._training_step(batch, batch_idx)).reshape(())
@@ -173,7 +173,8 @@ class ModuleReader:
                 "[N, C] or [N]. Give a function that takes it out: network=lambda module, batch: (outputs, targets)."
             )
         outputs, targets = self._likelihood.prepare(outputs, targets)
-        return CapturedLoss(outputs, targets, self._likelihood, "mean", float("nan"))
+        unit_loss = self._likelihood.unit_loss(outputs, targets)
+        return CapturedLoss(outputs, targets, self._likelihood, unit_loss, "mean", float("nan"))
 
     def _training_step(self, batch: Any, batch_idx: int) -> object:
         step = self._hooks.training_step

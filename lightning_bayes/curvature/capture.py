@@ -64,12 +64,14 @@ RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", *(f"SqueezeBackward{i}" for 
 class CapturedLoss:
     """A loss that is the negative log-likelihood of `targets` given `outputs`, up to its reduction.
 
-    Both are as `likelihood.prepare` returns them: the weights of this call are in the targets.
+    Both are as `likelihood.prepare` returns them: the weights of this call are in the targets. `unit_loss` is the
+    likelihood's, with its graph; `value` is what the training_step returned.
     """
 
     outputs: Tensor
     targets: Any
     likelihood: Likelihood
+    unit_loss: Tensor
     reduction: Reduction
     value: float
 
@@ -159,11 +161,14 @@ def capture_loss(
     reading = _reading_of(call, rows_of)
     found = reading.likelihood
     outputs, targets = found.prepare(reading.outputs, reading.targets)
-    reduction = _reduction(call, reading, outputs.detach(), targets, loss.item())
+    unit_loss, value = found.unit_loss(outputs, targets), loss.item()
+    num_terms = found.num_terms(outputs.detach(), targets)
+    reduction = _reduction(call, reading, outputs.detach(), num_terms, unit_loss.item(), value)
     if likelihood is not None:
         found = _overridden(call, reading, likelihood)
         outputs, targets = found.prepare(reading.outputs, reading.targets)
-    return CapturedLoss(outputs, targets, found, reduction, loss.item())
+        unit_loss = found.unit_loss(outputs, targets)
+    return CapturedLoss(outputs, targets, found, unit_loss, reduction, value)
 
 
 def loss_of(returned: object) -> Tensor:
@@ -248,23 +253,25 @@ def _overridden(call: _Call, reading: Reading, given: Likelihood) -> Likelihood:
     return given
 
 
-def _reduction(call: _Call, reading: Reading, outputs: Tensor, targets: Any, value: float) -> Reduction:
+def _reduction(
+    call: _Call, reading: Reading, outputs: Tensor, num_terms: float, unit_loss: float, value: float
+) -> Reduction:
     """Which reduction of the likelihood's terms the returned value is; refuse if it is none."""
-    likelihood = reading.likelihood
-    unit_loss = likelihood.unit_loss(outputs, targets).item()
-    num_examples, num_terms = len(outputs), likelihood.num_terms(outputs, targets)
-    total = unit_loss * likelihood.loss_scale("sum", num_terms / num_examples, 1, 1.0)
+    total = unit_loss * reading.likelihood.loss_scale("sum", num_terms / len(outputs), 1, 1.0)
     total = total if reading.total is None else reading.total
     # As in PyTorch, the mean over no token at all is not a number.
     values: dict[Reduction, float] = {"mean": total / num_terms if num_terms else math.nan, "sum": total}
+    declared = cast(Reduction, call.arguments.get("reduction", "mean"))
+    relative = RELATIVE_TOLERANCE[outputs.dtype]
+    if declared in values and _close(values[declared], value, relative, 0.0):
+        return declared
     # Of one term; log-softmax outputs are rounded at the size of the logits, however small the loss.
     eps = min(torch.finfo(outputs.dtype).eps, torch.finfo(torch.float32).eps)
     rounding = 10 * eps * (1 + outputs.abs().max().item())
     terms = {"mean": 1, "sum": num_terms}
-    declared = cast(Reduction, call.arguments.get("reduction", "mean"))
     # With one term both agree: the declared one is meant.
     for reduction in sorted(values, key=lambda name: name != declared):
-        if _close(values[reduction], value, RELATIVE_TOLERANCE[outputs.dtype], terms[reduction] * rounding):
+        if _close(values[reduction], value, relative, terms[reduction] * rounding):
             return reduction
     remark = (
         " F.nll_loss expects log-probabilities: are its inputs the outputs of log_softmax?"

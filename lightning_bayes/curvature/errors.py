@@ -1,5 +1,7 @@
 """The error that stands for "not for these weights": everything else is a mistake in the call."""
 
+import math
+
 from torch import Tensor
 
 __all__ = ["EvidenceUnavailableError", "check_finite"]
@@ -15,7 +17,7 @@ class EvidenceUnavailableError(ValueError):
 
 def check_finite(tensor: Tensor, what: str) -> None:
     """Raise `EvidenceUnavailableError` unless every entry is finite."""
-    if tensor.sum().isfinite():  # nothing is added to NaN or infinity that makes it finite again
+    if math.isfinite(tensor.sum().item()):  # nothing is added to NaN or infinity that makes it finite again
         return
     finite = tensor.isfinite()
     if not bool(finite.all()):

@@ -10,6 +10,7 @@ which for T = 1 is ‖gₙ‖²‖aₙ‖²: less work than the backward pass of
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,6 @@ from lightning_bayes.curvature.batch import Batch
 from lightning_bayes.curvature.calls import Call, recorded_calls
 from lightning_bayes.curvature.errors import check_finite
 from lightning_bayes.curvature.functional_rows import plain_kernels
-from lightning_bayes.curvature.likelihoods import Likelihood
 from lightning_bayes.curvature.plan import Plan
 from lightning_bayes.curvature.reader import RowReader
 from lightning_bayes.curvature.rows import CHUNK, DenseRows, LayerUse, OuterRows, Rows
@@ -56,51 +56,47 @@ class GradientSums:
 
 
 class ExampleGradientReader(RowReader):
-    """Reads per-example gradients of a likelihood's `unit_loss`, one batch at a time; see `RowReader`."""
+    """Reads per-example gradients of a loss, one batch at a time; see `RowReader`."""
 
     def sums(
         self,
         forward: Callable[[], tuple[Tensor, Tensor]],
-        likelihood: Likelihood,
         keep_totals: bool = False,
     ) -> GradientSums:
         """Run one batch through the network and return the sums over its examples.
 
         Args:
-            forward: Runs the network and returns its outputs, with their graph, and the targets, both as
-                `likelihood.prepare` returns them.
-            likelihood: Of the targets given the outputs.
+            forward: Runs the network and returns its outputs [N, ...] and a loss that is a sum over examples of
+                functions of their own outputs, such as `Likelihood.unit_loss`; both with their graph.
             keep_totals: Whether `totals` are wanted; their gradients are then formed.
 
         Raises:
             EvidenceUnavailableError: If the loss is not finite.
             ValueError: If the examples of the batch are not independent.
         """
-        outputs, _, unit_loss, calls = self._run(forward, likelihood, self._plan)
+        outputs, loss, calls = self._forward(forward, self._plan)
         if self._plan is not None and not self._plan.fits(calls, len(outputs)):
             self._plan = None  # its modules are called in another way: plan again, with all calls
-            outputs, _, unit_loss, calls = self._run(forward, likelihood, None)
-        batch = _batch(outputs, unit_loss, calls)
+            outputs, loss, calls = self._forward(forward, None)
+        batch = _batch(outputs, loss, calls)
 
         def again() -> Batch:
-            outputs, _, unit_loss, calls = self._run(forward, likelihood, None)
-            return _batch(outputs, unit_loss, calls)
+            return _batch(*self._forward(forward, None))
 
         found: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
         for rows in self._layers(batch, again):
             found |= _sums(rows, keep_totals)
         return self._collected(found, batch, keep_totals)
 
-    def _run(
-        self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood, plan: Plan | None
-    ) -> tuple[Tensor, Tensor, Tensor, list[Call]]:
-        """As a pass over the data does, for outputs that are known to be prepared; one check of what came out."""
+    def _forward(
+        self, forward: Callable[[], tuple[Tensor, Tensor]], plan: Plan | None
+    ) -> tuple[Tensor, Tensor, list[Call]]:
         modules = self._holders if plan is None else plan.modules
-        with torch.enable_grad(), plain_kernels(), recorded_calls(modules) as calls:
-            outputs, targets = forward()
-            unit_loss = likelihood.unit_loss(outputs, targets)
-        check_finite(unit_loss.detach(), "the loss")
-        return outputs, targets, unit_loss, calls
+        kernels = nullcontext() if plan is not None and plan.is_of_layers else plain_kernels()
+        with torch.enable_grad(), kernels, recorded_calls(modules) as calls:
+            outputs, loss = forward()
+        check_finite(loss.detach(), "the loss")
+        return outputs, loss, calls
 
     def _is_proof_due(self, read: int) -> bool:
         """Less often than for a pass over the data, where one batch is read in every few steps of training."""
@@ -130,10 +126,10 @@ class ExampleGradientReader(RowReader):
         )
 
 
-def _batch(outputs: Tensor, unit_loss: Tensor, calls: list[Call]) -> Batch:
+def _batch(outputs: Tensor, loss: Tensor, calls: list[Call]) -> Batch:
     """The batch after the one backward pass, whose column is the loss's gradient in the outputs."""
     tensors = [tensor for call in calls for tensor in call.outputs]
-    root, *grads = torch.autograd.grad(unit_loss, [outputs, *tensors], retain_graph=True, allow_unused=True)
+    root, *grads = torch.autograd.grad(loss, [outputs, *tensors], retain_graph=True, allow_unused=True)
     found = iter([None if grad is None else grad.unsqueeze(0) for grad in grads])
     return Batch(calls, outputs, root.unsqueeze(0), [[next(found) for _ in call.outputs] for call in calls])
 
@@ -171,12 +167,13 @@ def _sums_by_pairs(
 ) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
     """The same for one position of few examples: all of it is in the two [N, N] matrices of inner products."""
     of_inputs, of_grads = inputs @ inputs.mT, grads @ grads.mT
+    squared_grads = of_grads.diagonal()
     found: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
     if rows.weight is not None:
-        squares = of_inputs.diagonal().dot(of_grads.diagonal())
+        squares = of_inputs.diagonal().dot(squared_grads)
         found[rows.weight] = squares, _inner(of_inputs, of_grads), None
     if rows.bias is not None:
-        found[rows.bias] = of_grads.trace(), of_grads.sum(), None
+        found[rows.bias] = squared_grads.sum(), of_grads.sum(), None
     return found
 
 

@@ -18,6 +18,7 @@ __all__ = ["isolated", "throw_away_copy"]
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
 LARGEST_COLLECTION = 1000
 """Items up to which a collection is searched for random generators."""
 
@@ -35,15 +36,16 @@ def isolated(*holders: object) -> Iterator[None]:
     precision, which a log-determinant does not survive. Within, torch refuses to read its older switches of
     TF32 where they say otherwise.
     """
-    python_state, numpy_state = random.getstate(), np.random.get_state()
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     restores = list(_restores(holders))
     try:
         with ExitStack() as stack:
             stack.enter_context(_full_float32())
-            stack.enter_context(torch.random.fork_rng(devices=range(_num_cuda_devices())))
             stack.enter_context(torch.inference_mode(False))
-            for device in ("cpu", "cuda") if _num_cuda_devices() else ("cpu",):
-                stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(torch.autocast("cpu", enabled=False))
+            if _num_cuda_devices():
+                stack.enter_context(torch.random.fork_rng(devices=range(_num_cuda_devices())))
+                stack.enter_context(torch.autocast("cuda", enabled=False))
             # Hooks and modes do not reach into compiled code. Without dynamo there is none, and importing it
             # takes a second. (The stance is newer than torch 2.4.)
             if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
@@ -53,6 +55,7 @@ def isolated(*holders: object) -> Iterator[None]:
             random.seed(0)
             yield
     finally:
+        torch.set_rng_state(torch_state)
         np.random.set_state(numpy_state)
         random.setstate(python_state)
         for restore in restores:
@@ -125,7 +128,7 @@ def _restores(holders: Iterable[object]) -> Iterator[Callable[[], object]]:
     pending = list(holders)
     while pending:
         thing = pending.pop()
-        if id(thing) in seen:
+        if isinstance(thing, PLAIN) or id(thing) in seen:
             continue
         seen[id(thing)] = thing
         if isinstance(thing, torch.Generator):

@@ -38,6 +38,11 @@ class Plan:
     """The layers of some ways: they are asked for at every batch."""
 
     @property
+    def is_of_layers(self) -> bool:
+        """Whether nothing is run again, nor gone back through row by row: any kernel will do."""
+        return all(way == LAYER for way in self.ways.values())
+
+    @property
     def modules(self) -> list[nn.Module]:
         """Modules whose calls have to be recorded."""
         hosts = {self.network.get_submodule(way) for way in self.ways.values() if way not in (LAYER, GRAPH)}

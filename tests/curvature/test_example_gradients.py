@@ -19,12 +19,15 @@ def sums(case, keep_totals=False, batches=1):
     network = throw_away_copy(case.model)
     likelihood = resolve_likelihood(case.loss.likelihood(case.class_dim))
     reader = ExampleGradientReader(network, case.names)
+
+    def forward():
+        outputs, targets = likelihood.prepare(network(case.inputs), case.targets)
+        return outputs, likelihood.unit_loss(outputs, targets)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of parameters that take a backward pass for each example
         for _ in range(batches):
-            found = reader.sums(
-                lambda: likelihood.prepare(network(case.inputs), case.targets), likelihood, keep_totals
-            )
+            found = reader.sums(forward, keep_totals)
     return found
 
 

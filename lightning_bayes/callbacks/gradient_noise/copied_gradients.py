@@ -17,7 +17,6 @@ from lightning_bayes.callbacks.reading import num_examples_of
 from lightning_bayes.callbacks.untouched import untouched
 from lightning_bayes.curvature.capture import CapturedLoss
 from lightning_bayes.curvature.example_gradients import ExampleGradientReader, GradientSums
-from lightning_bayes.curvature.likelihoods import Likelihood
 
 NUM_PARTS = 4
 """Into which a batch is cut; of a batch of two or three examples each is a part."""
@@ -40,7 +39,6 @@ class CopiedGradients:
         self._trainer, self._module, self._names = trainer, module, list(names)
         self._copy: LiveCopy | None = None
         self._gradients: ExampleGradientReader | None = None
-        self._likelihood: Likelihood | None = None
         self._checked = False
 
     def measure(self, batch: Any, batch_idx: int) -> TwoBatchSizes | None:
@@ -80,21 +78,17 @@ class CopiedGradients:
         def read() -> CapturedLoss:
             return copy.reader.read(batch, batch_idx, transferred=True)
 
-        if self._gradients is None or self._likelihood is None:
-            captured = read()
-            copy.reader.check_computed_by_copy(captured.outputs)
+        if self._gradients is None:
+            copy.reader.check_computed_by_copy(read().outputs)
             self._gradients = ExampleGradientReader(copy.reader.network, self._names)
-            self._likelihood = (
-                captured.likelihood
-            )  # of one kind in every batch; its weights are in the targets
         scales: list[float] = []
 
         def forward() -> tuple[Tensor, Tensor]:
             captured = read()
             scales.append(training_loss_scale(captured))
-            return captured.outputs, captured.targets
+            return captured.outputs, captured.unit_loss
 
-        sums = self._gradients.sums(forward, self._likelihood, self._trainer.world_size > 1)
+        sums = self._gradients.sums(forward, self._trainer.world_size > 1)
         return scaled(sums, scales[-1])
 
     def _of_parts(self, copy: LiveCopy, batch: Any, batch_idx: int) -> GradientSums:

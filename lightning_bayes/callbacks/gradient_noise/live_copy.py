@@ -79,9 +79,10 @@ class LiveCopy:
             for name, value in values.items():
                 if not isinstance(value, PLAIN):
                     vars(mine)[name] = _structure(value)
-            for name, value in vars(
-                theirs
-            ).items():  # a temperature, say, that nobody has registered as a buffer
+            for name in (
+                vars(theirs).keys() - OWN
+            ):  # a temperature, say, that nobody has registered as a buffer
+                value = vars(theirs)[name]
                 if isinstance(value, Tensor):
                     vars(mine)[name] = value.detach().clone()
 
@@ -96,19 +97,17 @@ def _alike(some: list[Tensor], others: list[Tensor]) -> bool:
 
 
 def _plain_values(module: nn.Module) -> dict[str, Any]:
-    return {
-        name: _structure(value)
-        for name, value in vars(module).items()
-        if name not in OWN and _is_plain(value)
-    }
+    values = vars(module)
+    return {name: _structure(values[name]) for name in values.keys() - OWN if _is_plain(values[name])}
 
 
 def _containers(module: nn.Module) -> dict[str, Any]:
     """The lists and dictionaries of a module that hold something else than plain values, or nothing yet."""
+    values = {name: vars(module)[name] for name in vars(module).keys() - OWN}
     return {
         name: _structure(value)
-        for name, value in vars(module).items()
-        if name not in OWN and type(value) in (list, dict) and not (value and _is_plain(value))
+        for name, value in values.items()
+        if type(value) in (list, dict) and not (value and _is_plain(value))
     }
 
 

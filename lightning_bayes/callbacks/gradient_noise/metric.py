@@ -54,8 +54,8 @@ class GradientNoiseMetric(Metric):
         """
         measured = [[part.trace for part in noise], [part.squared_norm for part in noise]]
         gain = 1.0 - self.ema
-        self.sums = torch.lerp(self.sums, self.sums.new_tensor(measured), gain)
-        self.weight = torch.lerp(self.weight, torch.ones_like(self.weight), gain)
+        self.sums.lerp_(torch.tensor(measured, dtype=self.sums.dtype, device=self.sums.device), gain)
+        self.weight.mul_(self.ema).add_(gain)
 
     def compute(self) -> Tensor:
         """The averages of tr Σ and ‖G‖² of all parameters and their ratio B_simple, `[3]`, over processes as well."""

@@ -130,7 +130,7 @@ class Categorical(Likelihood):
         smoothing = self.label_smoothing
         weight = None if self.weight is None else self.weight.to(logits)
         total = counted.to(logits.dtype) if weight is None else weight[indices] * counted
-        num_terms = total.double().sum().item()
+        num_terms = float((counted if weight is None else total.double()).sum())
         if smoothing == 0.0:
             return ClassTargets(total, indices, num_terms)
         q = torch.full_like(logits, smoothing / num_classes, requires_grad=False)
