@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -132,7 +133,7 @@ class BatchSizeScheduler(Callback):
         self._steps = ScheduleSteps()
         self._learning_rate = StepLearningRate(self._decays.observe)
 
-    @property
+    @cached_property  # Lightning asks at every hook
     @override
     def state_key(self) -> str:
         return self._generate_state_key(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -141,7 +142,7 @@ class GradientNoiseScale(Callback):
             f" beside a noise of {estimate.trace:.3g}"
         )
 
-    @property
+    @cached_property  # Lightning asks at every hook
     @override
     def state_key(self) -> str:
         return self._generate_state_key(log_key_prefix=self.log_key_prefix)

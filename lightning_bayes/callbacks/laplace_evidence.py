@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -138,7 +139,7 @@ class LaplaceEvidence(Callback):
         self._spent = 0.0
         self._last_took: float | None = None
 
-    @property
+    @cached_property  # Lightning asks at every hook
     @override
     def state_key(self) -> str:
         return self._generate_state_key(structure=self.method.structure, log_key_prefix=self.log_key_prefix)

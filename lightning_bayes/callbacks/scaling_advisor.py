@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -119,7 +120,7 @@ class ScalingAdvisor(Callback):
         self._directory: str | None = None
         self._due = False
 
-    @property
+    @cached_property  # Lightning asks at every hook
     @override
     def state_key(self) -> str:
         # Two advisors with different targets can be in one Trainer.

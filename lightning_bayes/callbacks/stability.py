@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -125,7 +126,7 @@ class Stability(Callback):
         """The latest, None before the first."""
         return self.history[-1][1] if self.history else None
 
-    @property
+    @cached_property  # Lightning asks at every hook
     @override
     def state_key(self) -> str:
         return self._generate_state_key(curvature=self.curvature, log_key_prefix=self.log_key_prefix)

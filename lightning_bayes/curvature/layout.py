@@ -37,7 +37,7 @@ class Layout:
 
     def examples_first(self, tensor: Tensor, num_examples: int) -> Tensor:
         """The tensor as [N·k, ...], the entries of an example together."""
-        moved = tensor.movedim(self.axis, 0)
+        moved = tensor.movedim(self.axis, 0) if self.axis else tensor
         if self.major or moved.shape[0] == num_examples:
             return moved
         grouped: Tensor = moved.unflatten(0, (-1, num_examples))
@@ -45,7 +45,7 @@ class Layout:
 
     def columns_first(self, tensor: Tensor, num_examples: int) -> Tensor:
         """`examples_first` of each column of a tensor [C, ...]: [C, N·k, ...]."""
-        moved = tensor.movedim(self.axis + 1, 1)
+        moved = tensor.movedim(self.axis + 1, 1) if self.axis else tensor
         if self.major or moved.shape[1] == num_examples:
             return moved
         grouped: Tensor = moved.unflatten(1, (-1, num_examples))
