@@ -122,7 +122,9 @@ class KeptOuter(KeptRows):
             outputs = outputs + self._own_inputs() @ vectors[self.weight].flatten(1).mT  # [N, T, out]
         if self.bias is not None:
             outputs = outputs + vectors[self.bias]
-        return torch.einsum("cnto,nto->cn", self.rows, outputs.expand(self.rows.shape[1:]))
+        # A product for each example, [C, T·out] times [T·out]: half the time of what einsum makes of it.
+        mine, seen = self.rows.flatten(2).transpose(0, 1), outputs.expand(self.rows.shape[1:]).flatten(1)
+        return torch.bmm(mine, seen.unsqueeze(2)).squeeze(2).mT
 
     def combine(self, coefficients: Tensor) -> dict[str, Tensor]:
         """See `KeptRows`."""
