@@ -14,7 +14,7 @@ from examples.smith_le_2018.engine import Run
 from examples.smith_le_2018.figure_5 import learning_rate_runs
 from examples.smith_le_2018.figure_6 import num_examples_runs
 from examples.smith_le_2018.figure_7 import momentum_runs
-from examples.smith_le_2018.peak import resampled_interval
+from examples.smith_le_2018.peak import student_interval
 from examples.smith_le_2018.plotting import batch_axis, colours, figure, log_axis
 from examples.smith_le_2018.presets import Preset
 
@@ -137,7 +137,8 @@ def _claim(clouds: list[_Cloud]) -> Claim:
     draws = [np.arange(len(values)), *generator.integers(len(values), size=(RESAMPLES, len(values)))]
     by_g = np.array([explained(scales, values[draw].mean(0)) for draw in draws])
     by_b = np.array([explained(sizes, values[draw].mean(0)) for draw in draws])
-    low, high = resampled_interval((by_g - by_b)[1:], len(values))
+    more = by_g - by_b
+    low, high = student_interval(more[0], more[1:], len(values))
     return Claim(
         "collapse",
         "8. Accuracy depends on the noise scale alone",
