@@ -6,7 +6,8 @@ import numpy as np
 
 from examples.smith_le_2018.claims import Claim, above
 from examples.smith_le_2018.context import Context
-from examples.smith_le_2018.peak import best_batch_size, mean_interval
+from examples.smith_le_2018.intervals import mean_interval
+from examples.smith_le_2018.peak import best_batch_size
 from examples.smith_le_2018.plotting import band, batch_axis, figure, log_axis
 
 __all__ = ["figure_4"]

@@ -10,7 +10,7 @@ from scipy import stats
 from examples.smith_le_2018.claims import Claim
 from examples.smith_le_2018.context import Context
 from examples.smith_le_2018.figure_5 import learning_rate_runs
-from examples.smith_le_2018.peak import mean_interval
+from examples.smith_le_2018.intervals import mean_interval
 from examples.smith_le_2018.plotting import band, colours, figure, log_axis
 
 __all__ = ["goyal"]
@@ -21,7 +21,7 @@ NEGLIGIBLE = 0.01
 
 @dataclass(frozen=True)
 class _Line:
-    """Runs of one ε/B, or of one B."""
+    """Runs of one ε/B."""
 
     label: str
     rates: np.ndarray

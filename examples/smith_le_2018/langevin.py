@@ -19,9 +19,8 @@ from scipy import special
 from examples.smith_le_2018.claims import Claim
 from examples.smith_le_2018.context import Context
 from examples.smith_le_2018.data import Digits
-from examples.smith_le_2018.intervals import within
+from examples.smith_le_2018.intervals import mean_interval, within
 from examples.smith_le_2018.logistic import cost_and_derivatives, design_of, fit, two_digits
-from examples.smith_le_2018.peak import mean_interval
 from examples.smith_le_2018.plotting import band, colours, figure, log_axis
 from examples.smith_le_2018.trials import Kind, Trials
 

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from examples.smith_le_2018.claims import Claim, above
 from examples.smith_le_2018.context import Context
-from examples.smith_le_2018.peak import mean_interval
+from examples.smith_le_2018.intervals import mean_interval
 from examples.smith_le_2018.plotting import band, figure, log_axis
 from examples.smith_le_2018.settled import NETS, NetSettings
 from examples.smith_le_2018.trials import Trials

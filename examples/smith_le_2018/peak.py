@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.polynomial import Polynomial
-from scipy import stats
 
-__all__ = ["PowerLaw", "best_batch_size", "mean_interval", "peak_ratio", "power_law", "resampled_interval"]
+from examples.smith_le_2018.intervals import resampled, student_interval
+
+__all__ = ["PowerLaw", "best_batch_size", "peak_ratio", "power_law"]
 
 Grid = tuple[Sequence[int], np.ndarray]
 """Batch sizes [b] and the test accuracies that they reach, [seeds, b]."""
 
-RESAMPLES = 2000
 TOP = 1.25
 """The peak is fitted to batch sizes whose test error is at most so many times the least one's..."""
 OCTAVES = 1.01
@@ -49,15 +49,31 @@ def best_batch_size(batch_sizes: Sequence[int], accuracies: np.ndarray) -> float
         B, not rounded, within the points fitted to; the best batch size of the grid itself where they are fewer than
         three or bend the wrong way.
     """
-    x, error = np.log2(batch_sizes), 1 - accuracies.mean(0)
-    top = error.argmin()
-    near = (np.abs(x - x[top]) <= OCTAVES) & (error <= TOP * error[top])
-    if near.sum() < 3:
-        return float(batch_sizes[top])
-    _, linear, square = Polynomial.fit(x[near], error[near], 2).convert().coef
-    if square <= 0:
-        return float(batch_sizes[top])
-    return float(2 ** np.clip(-linear / (2 * square), x[near].min(), x[near].max()))
+    best = np.exp(_log_peak(batch_sizes, accuracies)[0])
+    return float(np.clip(best, batch_sizes[0], batch_sizes[-1]))  # logarithms round
+
+
+def _log_peak(batch_sizes: Sequence[int], accuracies: np.ndarray) -> tuple[float, float]:
+    """Log B of the peak, and the variance of it that is the grid's.
+
+    Where no vertex lies between the points fitted to, as at the cliff below which batches do not train, the peak is
+    known to half a place of the grid: a uniform error. The grids of figures 5 and 7 move as the claim predicts, so
+    that without it such peaks would speak for the claim by themselves.
+    """
+    x, error = np.log(batch_sizes), 1 - accuracies.mean(0)
+    top = int(error.argmin())
+    near = (np.abs(x - x[top]) <= OCTAVES * np.log(2)) & (error <= TOP * error[top])
+    at = float(x[top])
+    if near.sum() >= 3:
+        _, linear, square = Polynomial.fit(x[near], error[near], 2).convert().coef
+        if square > 0:
+            vertex = float(-linear / (2 * square))
+            at = float(np.clip(vertex, x[near].min(), x[near].max()))
+            if at == vertex:
+                return at, 0.0
+    place = int(np.abs(x - at).argmin())
+    spacing = np.diff(x[max(place - 1, 0) : place + 2]).mean()
+    return at, float(spacing**2 / 12)
 
 
 def power_law(x: Sequence[float], grids: Sequence[Grid]) -> PowerLaw:
@@ -70,13 +86,19 @@ def power_law(x: Sequence[float], grids: Sequence[Grid]) -> PowerLaw:
     Returns:
         The slope of log B against log x, with a 95 % bootstrap interval.
     """
-    log_x = np.log(np.asarray(x, dtype=float))
-    log_best = _resampled_log_best(grids)
-    lines = np.polyfit(log_x, log_best.T, 1).T  # [1 + resamples, (slope, intercept)]
-    low, high = resampled_interval(lines[1:, 0], len(grids[0][1]))
-    best_low, best_high = np.exp(np.quantile(log_best[1:], [0.025, 0.975], axis=0))
-    slope, intercept = map(float, lines[0])
-    return PowerLaw(slope, low, high, intercept, np.exp(log_best[0]), best_low, best_high)
+    log_x, seeds = np.log(np.asarray(x, dtype=float)), len(grids[0][1])
+    # The slope is a weighted sum of the log B.
+    weights = (log_x - log_x.mean()) / np.square(log_x - log_x.mean()).sum()
+    log_best, again, grid = _log_peaks(grids)
+    slope = float(weights @ log_best)
+    low, high = student_interval(slope, again @ weights, seeds, float(weights**2 @ grid))
+    ends = [
+        student_interval(at, values, seeds, variance)
+        for at, values, variance in zip(log_best, again.T, grid, strict=True)
+    ]
+    best_low, best_high = np.exp(np.array(ends).T)
+    intercept = float(log_best.mean() - slope * log_x.mean())
+    return PowerLaw(slope, low, high, intercept, np.exp(log_best), best_low, best_high)
 
 
 def peak_ratio(numerator: Grid, denominator: Grid) -> tuple[float, float, float]:
@@ -89,54 +111,22 @@ def peak_ratio(numerator: Grid, denominator: Grid) -> tuple[float, float, float]
     Returns:
         (ratio, low, high).
     """
-    log_best = _resampled_log_best([numerator, denominator])
-    ratios = np.exp(log_best[:, 0] - log_best[:, 1])
-    return float(ratios[0]), *resampled_interval(ratios[1:], len(numerator[1]))
+    log_best, again, grid = _log_peaks([numerator, denominator])
+    log_ratio = float(log_best[0] - log_best[1])
+    ends = student_interval(log_ratio, again[:, 0] - again[:, 1], len(numerator[1]), float(grid.sum()))
+    low, high = np.exp(ends)
+    return float(np.exp(log_ratio)), float(low), float(high)
 
 
-def resampled_interval(values: np.ndarray, seeds: int) -> tuple[float, float]:
-    """The 95 % interval of a bootstrap over seeds.
-
-    Args:
-        values: [resamples].
-        seeds: how many were resampled.
-
-    Returns:
-        (low, high); infinite for a single seed, which says nothing of others.
-    """
-    if seeds < 2:
-        return -np.inf, np.inf
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _resampled_log_best(grids: Sequence[Grid]) -> np.ndarray:
-    """Logarithms of the best batch sizes, [1 + resamples, grids]; the first row is of the seeds as they are.
+def _log_peaks(grids: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logarithms of the best batch sizes [k]; of resampled seeds [resamples, k]; and the variances of the grids [k].
 
     Seeds are resampled together for all grids, since one seed is one training set and one initialisation.
     """
+
+    def peaks(draw: np.ndarray) -> list[tuple[float, float]]:
+        return [_log_peak(sizes, found[draw]) for sizes, found in grids]
+
     seeds = len(grids[0][1])
-    generator = np.random.default_rng(0)
-    draws = [np.arange(seeds), *np.sort(generator.integers(seeds, size=(RESAMPLES, seeds)))]
-    # Few seeds have few distinct resamples (126 of five): each is fitted once.
-    distinct, which = np.unique(draws, axis=0, return_inverse=True)
-    log_best = np.log([[best_batch_size(sizes, found[draw]) for sizes, found in grids] for draw in distinct])
-    return log_best[which.reshape(-1)]
-
-
-def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean of a few repeats, and its 95 % interval by Student's t.
-
-    Args:
-        values: [seeds].
-
-    Returns:
-        (mean, low, high); an infinite interval for a single value, none for values that are all the same.
-    """
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, -np.inf, np.inf
-    if np.ptp(values) == 0:  # for instance an accuracy of 1 in every repeat, of which scipy would warn
-        return mean, mean, mean
-    interval = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-    return mean, float(interval.low), float(interval.high)
+    again = resampled(peaks, seeds)  # type: ignore[arg-type]  # [resamples, k, 2]
+    return np.array(peaks(np.arange(seeds)))[:, 0], again[..., 0], again[..., 1].mean(0)

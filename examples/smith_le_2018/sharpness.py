@@ -16,9 +16,8 @@ from examples.smith_le_2018.claims import Claim, above
 from examples.smith_le_2018.context import Context
 from examples.smith_le_2018.data import Digits, pixels, training_set
 from examples.smith_le_2018.engine import BATCH_SEEDS, Run, Trained
-from examples.smith_le_2018.intervals import bootstrap, rank_correlation
+from examples.smith_le_2018.intervals import bootstrap, mean_interval, rank_correlation
 from examples.smith_le_2018.model import ShuffledBatches, network
-from examples.smith_le_2018.peak import mean_interval
 from examples.smith_le_2018.plotting import band, batch_axis, figure, log_axis
 from examples.smith_le_2018.settled import scores
 from examples.smith_le_2018.trials import Kind, Trials
@@ -260,7 +259,9 @@ def _claims(x: np.ndarray, found: dict[str, np.ndarray], loss: float) -> list[Cl
     evidence, test = found["log_evidence_ratio"], found["test_loss"]
     best = int(test.mean(0).argmin())
     gain = mean_interval(evidence[:, best] - evidence[:, -1])
-    rank = bootstrap(lambda draw: rank_correlation(-evidence[draw].mean(0), test[draw].mean(0)), len(test))
+    rank = bootstrap(
+        lambda draw: rank_correlation(-evidence[draw].mean(0), test[draw].mean(0)), len(test), 1.0
+    )
     return [
         *claims,
         Claim(

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from examples.smith_le_2018.collapse import explained
-from examples.smith_le_2018.peak import best_batch_size, mean_interval, peak_ratio, power_law
+from examples.smith_le_2018.intervals import mean_interval
+from examples.smith_le_2018.peak import best_batch_size, peak_ratio, power_law
 
 GRID = [8, 12, 16, 24, 32, 48, 64, 128]
 
@@ -59,6 +60,32 @@ def test_interval_widens_with_the_noise_and_holds_the_truth():
     quiet, loud = law(0.001), law(0.004)
     assert quiet.low < 1 < quiet.high
     assert loud.high - loud.low > 2 * (quiet.high - quiet.low)
+
+
+def cliff(batch_sizes, best, seeds=5):
+    """Test error that falls steeply to the best batch size and rises slowly after it, the same for all seeds."""
+    octaves = np.log2(batch_sizes) - np.log2(best)
+    error = 0.1 + np.where(octaves < 0, -0.5 * octaves, 0.01 * octaves)
+    return np.tile(1 - error, (seeds, 1))
+
+
+def test_a_peak_that_is_not_inside_its_points_is_known_to_the_grid():
+    """All seeds agree, and grids that move in proportion would give a slope of exactly 1."""
+    x = [1.0, 2.0, 4.0, 8.0]
+    grids = []
+    for value in x:
+        sizes = [round(size * value) for size in (800, 1131, 1600, 2263, 3200)]
+        grids.append((sizes, cliff(sizes, 1599 * value**0.98)))
+    law = power_law(x, grids)
+    assert law.slope == pytest.approx(1.0, abs=1e-3)
+    assert law.low < 0.98 and law.high > 1.0
+    # Half an octave apart: a uniform error of a quarter of an octave either way.
+    reach = 1.96 * np.log(2) / 2 / np.sqrt(12)
+    assert np.log(law.best_high / law.best) == pytest.approx(reach, rel=0.01)
+    ratio, low, high = peak_ratio(*grids[:2])
+    assert (
+        np.log(high / ratio) == pytest.approx(np.log(ratio / low)) == pytest.approx(2**0.5 * reach, rel=0.01)
+    )
 
 
 def test_ratio_of_two_peaks():

@@ -78,9 +78,11 @@ def test_table_is_put_into_a_page(tmp_path):
 
 
 def test_verdicts():
-    assert contains(1.0, 0.9, 1.1) == "holds"
-    assert contains(1.0, 0.9, 0.99) == "does not hold"
-    assert contains(1.0, -math.inf, math.inf) == "not resolved"
+    assert contains(1.0, 0.9, 1.1, 0.5, 1.5) == "holds"
+    assert contains(1.0, 0.9, 0.99, 0.5, 1.5) == "does not hold"
+    assert contains(1.0, -math.inf, math.inf, 0.5, 1.5) == "not resolved"
+    # An interval that holds 0 as well does not say "proportional".
+    assert contains(1.0, -0.1, 1.2, 0.5, 1.5) == "not resolved"
     assert [above(0.0, *ends) for ends in ((0.1, 1), (-0.1, 1), (-1, -0.1))] == [
         "holds",
         "not resolved",
