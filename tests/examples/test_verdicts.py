@@ -72,7 +72,5 @@ def test_collapse_tells_g_from_b():
 
 def test_more_than_b_is_not_g_alone():
     """Accuracy that follows g as well as ε."""
-    more, alone = collapse_claims(
-        clouds(lambda run: np.log2(run.noise_scale) + np.log2(run.learning_rate) / 2)
-    )
+    more, alone = collapse_claims(clouds(lambda run: np.log2(run.noise_scale) + np.log2(run.learning_rate)))
     assert more.verdict == "holds" and alone.verdict == "does not hold"
