@@ -71,7 +71,13 @@ def draw(path: Path, sweep: Sweep, name: str, *, accuracy_floor: Callable[[float
         left.set_ylim(accuracy_floor(best), best + 0.1 * (best - accuracy_floor(best)))
         left.set_ylabel("test accuracy")
         batch_axis(left)
-        left.legend(fontsize=8, ncols=2 if len(sweep.x) > 4 else 1, loc="lower right", handlelength=1.2)
+        left.legend(
+            fontsize=8,
+            ncols=2 if len(sweep.x) > 4 else 1,
+            loc="lower right",
+            handlelength=1.2,
+            columnspacing=0.8,
+        )
         _draw_law(right, sweep, name)
 
 

@@ -23,10 +23,10 @@ __all__ = ["collapse", "explained"]
 MARKERS = "osD^vP*X<>dph"
 SHOWN = 0.06
 """How far below the best accuracy the axes go."""
-BINS_PER_OCTAVE = 1
-"""Bins of g or B, within which accuracy should be the same."""
+BINS_PER_OCTAVE = 2
+"""Bins of g or B, within which accuracy should be the same: one place of the grids."""
 ALONE = 0.9
-"""Share from which on nothing but g is needed; what is left is the noise of the runs and the width of the bins."""
+"""Share from which on nothing but g is needed: what is left is the noise of the runs and the width of the bins."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,18 @@ def collapse(context: Context) -> list[Claim]:
     clouds = [_cloud(context, seeds, number) for number in range(len(_sweeps(preset, 0)))]
     by_n = clouds[-len(preset.by_num_examples) :]
     same_n = clouds[: -len(by_n)]
-    with figure(context.folder / "collapse.png", columns=3, width=10.8, height=3.7) as (_, axes):
+    with figure(context.folder / "collapse.png", columns=3, width=9.0, height=4.4) as (made, axes):
         _scatter(axes[0], same_n, "batch_size")
         _scatter(axes[1], same_n, "noise_scale")
         _by_n(axes[2], by_n)
         axes[0].set_ylabel("test accuracy")
-        axes[1].legend(fontsize=7, ncols=2, loc="lower left", handletextpad=0.1, columnspacing=0.6)
+        # Below the panels: a dozen names over the points would hide them.
+        for axis, where, columns, title in (
+            (axes[1], "left", 5, "left and middle"),
+            (axes[2], "right", 2, "right"),
+        ):
+            named = axis.get_legend_handles_labels()
+            made.legend(*named, fontsize=9, ncols=columns, loc=f"outside lower {where}", title=title)
     return _claims(same_n)
 
 
@@ -95,7 +101,6 @@ def _by_n(axis: Axes, clouds: list[_Cloud]) -> None:
         )
     axis.set_ylim(-0.03, 0.002)
     axis.set_ylabel("test accuracy less the best of that N")
-    axis.legend(fontsize=7, loc="lower left")
     _noise_axis(axis)
 
 

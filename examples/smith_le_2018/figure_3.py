@@ -30,7 +30,7 @@ def figure_3(context: Context) -> list[Claim]:
 
     seeds = context.measure("fig3", runs, lambda run: steps)
     gaps = np.array([_gap(context, seeds, sizes, strength) for strength in preset.prior_precisions])
-    with figure(context.folder / "fig3.png", columns=3, width=10.5) as (_, (left, middle, right)):
+    with figure(context.folder / "fig3.png", columns=3, width=9.0) as (_, (left, middle, right)):
         _curves(left, context, seeds, sizes, "test_accuracy")
         _curves(middle, context, seeds, sizes, "test_loss")
         left.set_ylabel("test accuracy")
@@ -85,7 +85,7 @@ def _gap_over_l2(axis: Axes, strengths: tuple[float, ...], gaps: np.ndarray) -> 
     axis.errorbar(places, intervals[:, 0], yerr=error, fmt="o-", color="#1f4fd8", capsize=3)
     axis.axhline(0, color="#888888", linewidth=1)
     axis.set_xticks(places, [f"{strength:g}" for strength in strengths])
-    axis.set(xlabel="L2: prior precision λ = N · weight decay", ylabel="accuracy gap, small − full batch")
+    axis.set(xlabel="L2: prior precision λ", ylabel="accuracy gap, small − full batch")
 
 
 def _gap_claim(preset: Preset, gap: np.ndarray) -> Claim:

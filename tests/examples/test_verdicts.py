@@ -10,6 +10,8 @@ from examples.smith_le_2018.collapse import _claims as collapse_claims
 from examples.smith_le_2018.collapse import _Cloud
 from examples.smith_le_2018.engine import Run
 from examples.smith_le_2018.figure_3 import _shrinking_claims
+from examples.smith_le_2018.goyal import _claims as goyal_claims
+from examples.smith_le_2018.goyal import _Line
 from tests.examples.digits import TINY
 
 GRID = (8, 12, 16, 24, 32, 48, 64)
@@ -74,3 +76,12 @@ def test_more_than_b_is_not_g_alone():
     """Accuracy that follows g as well as ε."""
     more, alone = collapse_claims(clouds(lambda run: np.log2(run.noise_scale) + np.log2(run.learning_rate)))
     assert more.verdict == "holds" and alone.verdict == "does not hold"
+
+
+def test_goyals_rule_is_judged_where_it_does_worst_as_well():
+    rates, noise = np.array([0.1, 0.2, 0.4]), 1e-4 * np.arange(3)[:, None]
+    kept = _Line("240", rates, 0.91 + noise * np.ones(3))
+    lost = _Line("80", rates, 0.88 - 0.1 * np.log10(rates) + noise * np.arange(3))
+    best, worst = goyal_claims([kept, lost], kept)
+    assert best.verdict == "holds" and worst.verdict == "does not hold"
+    assert worst.estimate == pytest.approx(-0.1, abs=0.01) and "it holds at 240, of 2" in worst.quantity
