@@ -51,13 +51,8 @@ def goyal(context: Context) -> list[Claim]:
         highest = kept[best].accuracies.mean()
         axis.set_ylim(highest - 0.06, highest + 0.01)
         axis.set(xlabel="learning rate ε", ylabel="test accuracy")
-        axis.legend(
-            title="B/ε, kept constant",
-            fontsize=8,
-            title_fontsize=8,
-            loc="center left",
-            bbox_to_anchor=(1, 0.5),
-        )
+        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        axis.legend(title="B/ε, kept constant", fontsize=8, title_fontsize=8, **beside)
     return _claims(kept, kept[best])
 
 
