@@ -101,6 +101,9 @@ def _draw_law(axis: Axes, sweep: Sweep, name: str) -> None:
     )
     log_axis(axis, "x")
     log_axis(axis, "y")
+    # The intervals of two or three seeds reach over decades: they leave the axes.
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(max(bottom, law.best.min() / 4), min(top, law.best.max() * 8))
     axis.set(xlabel=name, ylabel="best batch size (examples)")
     axis.legend(fontsize=8, loc="upper left")
 
