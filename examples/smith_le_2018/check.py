@@ -7,7 +7,7 @@ import random
 import torch
 
 from examples.smith_le_2018.context import Context
-from examples.smith_le_2018.data import load_digits
+from examples.smith_le_2018.data import Unavailable, load_digits
 from examples.smith_le_2018.engine import train
 from examples.smith_le_2018.langevin import LANGEVIN
 from examples.smith_le_2018.logistic import LOGISTIC
@@ -64,14 +64,14 @@ def differences(context: Context, rows: int, draw: random.Random) -> list[tuple[
     Drawn from the runs that fit their training set; one that never settles differs after a rounding.
 
     Raises:
-        ValueError: if there are too few.
+        Unavailable: if there are too few.
     """
     table = context.runs
     settled = [
         row for row in table.table.rows if row["digits"] == table.digits and float(row["train_loss"]) < 0.01
     ]
     if len(settled) < rows:
-        raise ValueError(
+        raise Unavailable(
             f"Expected {table.table.path} to have at least {rows} runs on {table.digits} that fit their training set,"
             f" but got {len(settled)}. Make a figure first."
         )

@@ -6,7 +6,15 @@ import numpy as np
 
 from examples.smith_le_2018.claims import Claim
 from examples.smith_le_2018.context import Context
-from examples.smith_le_2018.intervals import best_place, bootstrap, chosen_cost, rank_correlation, within
+from examples.smith_le_2018.intervals import (
+    best_place,
+    bootstrap,
+    chosen_cost,
+    mean_interval,
+    optima_agree,
+    rank_correlation,
+    within,
+)
 from examples.smith_le_2018.plotting import band, figure, log_axis
 from examples.smith_le_2018.settled import NETS, STRUCTURES, NetSettings
 from examples.smith_le_2018.trials import Trials
@@ -71,10 +79,8 @@ def _claims(name: str, x: np.ndarray, ratio: np.ndarray, loss: np.ndarray, decre
         return rank_correlation(-ratio[draw].mean(0), loss[draw].mean(0))
 
     costs = chosen_cost(-ratio, loss)
-    distance, rank, cost = (
-        bootstrap(statistic, len(loss))
-        for statistic in (decades, correlation, lambda draw: costs[draw].mean())
-    )
+    distance, rank = bootstrap(decades, len(loss)), bootstrap(correlation, len(loss), most=1.0)
+    cost = mean_interval(costs)
     settled = f"; Newton decrements at most {decrement:.2g} nats" if name == "full" else ""
     return [
         Claim(
@@ -83,7 +89,7 @@ def _claims(name: str, x: np.ndarray, ratio: np.ndarray, loss: np.ndarray, decre
             f"log10 (best λ by evidence / best λ by test cross-entropy){settled}",
             *distance,
             f"within ±{DECADES:g}",
-            within(DECADES, *distance[1:]),
+            optima_agree(DECADES, *distance[1:], -ratio.mean(0), loss.mean(0)),
         ),
         Claim(
             "l2",

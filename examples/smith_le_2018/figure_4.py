@@ -6,7 +6,8 @@ import numpy as np
 
 from examples.smith_le_2018.claims import Claim, above
 from examples.smith_le_2018.context import Context
-from examples.smith_le_2018.peak import best_batch_size, mean_interval
+from examples.smith_le_2018.intervals import mean_interval
+from examples.smith_le_2018.peak import best_batch_size
 from examples.smith_le_2018.plotting import band, batch_axis, figure, log_axis
 
 __all__ = ["figure_4"]
@@ -24,7 +25,7 @@ def figure_4(context: Context) -> list[Claim]:
     with figure(context.folder / "fig4.png") as (_, (left, right)):
         for axis, values, name in (
             (left, accuracy, "test accuracy"),
-            (right, loss, "test cross-entropy (nats)"),
+            (right, loss, "test cross-entropy (nats per example)"),
         ):
             band(axis, np.array(sizes), values, color="#1f4fd8")
             axis.axvline(
@@ -32,7 +33,7 @@ def figure_4(context: Context) -> list[Claim]:
             )
             axis.set_ylabel(name)
             batch_axis(axis)
-        log_axis(right, "y", [0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0])
+        log_axis(right, "y", [0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0])
         left.legend(loc="lower right", fontsize=9)
     settings = f"N = {preset.num_examples:,}, ε = {preset.learning_rate:g}, m = {preset.momentum:g}"
     return [_claim(sizes, accuracy, end, where, settings) for end, where in ((0, "smallest"), (-1, "full"))]

@@ -38,10 +38,11 @@ def figure_6(context: Context) -> list[Claim]:
         large = sweep.from_x(PROPORTIONAL_FROM)
         claims.append(slope_claim("fig6", claim, f"N, from {PROPORTIONAL_FROM:,} on", large))
     small = slope_claim("fig6", "6. The same where training sets are small as well", "N, all", sweep)
-    return [
-        *claims,
-        replace(small, expected=f"1 from N = {PROPORTIONAL_FROM:,} on", verdict="not claimed by the paper"),
-    ]
+    edge = sweep.at_the_edge()
+    unclaimed = "not claimed by the paper" + (
+        f"; at the edge of the grid: {' and '.join(edge)}" if edge else ""
+    )
+    return [*claims, replace(small, expected=f"1 from N = {PROPORTIONAL_FROM:,} on", verdict=unclaimed)]
 
 
 def num_examples_runs(preset: Preset, seed: int, num_examples: int) -> list[Run]:

@@ -14,15 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 from scipy import special
 
 from examples.smith_le_2018.claims import Claim
 from examples.smith_le_2018.context import Context
 from examples.smith_le_2018.data import Digits
-from examples.smith_le_2018.intervals import within
+from examples.smith_le_2018.intervals import mean_interval, within
 from examples.smith_le_2018.logistic import cost_and_derivatives, design_of, fit, two_digits
-from examples.smith_le_2018.peak import mean_interval
 from examples.smith_le_2018.plotting import band, colours, figure, log_axis
+from examples.smith_le_2018.results import Row
 from examples.smith_le_2018.trials import Kind, Trials
 
 __all__ = ["LANGEVIN", "LangevinSettings", "Sampled", "langevin", "sample"]
@@ -195,46 +196,40 @@ def langevin(context: Context) -> list[Claim]:
 
     loss = of("sampled_loss") / of("laplace_loss")
     with figure(context.folder / "langevin.png", width=8.8) as (_, (left, right)):
-        for place, (precision, marker) in enumerate(zip(precisions, "osD^vP*", strict=False)):
-            rows = [trials.find(settings(precision, seed)) for seed in seeds]
-            curves = [
-                np.array([str(row[column]).split() for row in rows if row], dtype=float)
-                for column in ("curvatures", "variance_ratios")
-            ]
-            band(
-                left,
-                curves[0].mean(0),
-                curves[1],
-                marker=marker,
-                color=colours(len(precisions))[place],
-                label=f"λ = {precision:g}",
-            )
-        left.set(xlabel="curvature along the eigenvector", ylabel="sampled variance / Laplace's")
-        left.legend(fontsize=9)
-        band(
-            right,
-            np.array(precisions),
-            of("stiff_variance_ratio"),
-            color="#1f4fd8",
-            label="variance, ten stiffest",
-        )
-        band(
-            right,
-            np.array(precisions),
-            loss,
-            color="#e07b00",
-            marker="s",
-            label="mean −ln P of the training set",
-        )
-        right.set(xlabel="L2: prior precision λ", ylabel="sampled / Laplace's")
-        right.legend(fontsize=9)
-        log_axis(left)
-        log_axis(right, "x", list(precisions))
-        for axis in (left, right):
-            axis.axhline(1, color="#888888", linewidth=1)
+        rows = {one: [trials.find(settings(one, seed)) for seed in seeds] for one in precisions}
+        _variances(left, {one: [row for row in found if row] for one, found in rows.items()})
+        _ratios(right, np.array(precisions), of("stiff_variance_ratio"), loss)
     return [
         claim for place, precision in enumerate(precisions) for claim in _claims(of, loss, place, precision)
     ]
+
+
+def _variances(axis: Axes, rows: dict[float, list[Row]]) -> None:
+    """Along eigenvectors, for each λ; rows are its seeds."""
+    for (precision, found), colour, marker in zip(
+        rows.items(), colours(len(rows)), "osD^vP*"[: len(rows)], strict=True
+    ):
+        curvatures, ratios = (
+            np.array([str(row[column]).split() for row in found], dtype=float)
+            for column in ("curvatures", "variance_ratios")
+        )
+        band(axis, curvatures.mean(0), ratios, marker=marker, color=colour, label=f"λ = {precision:g}")
+    axis.set(xlabel="curvature along the eigenvector", ylabel="sampled variance / Laplace's")
+    _finish(axis)
+
+
+def _ratios(axis: Axes, precisions: np.ndarray, variance: np.ndarray, loss: np.ndarray) -> None:
+    """Of the stiff directions and of the loss, against λ."""
+    band(axis, precisions, variance, color="#1f4fd8", label="variance, ten stiffest")
+    band(axis, precisions, loss, color="#e07b00", marker="s", label="mean −ln P of the training set")
+    axis.set(xlabel="L2: prior precision λ", ylabel="sampled / Laplace's")
+    _finish(axis, list(precisions))
+
+
+def _finish(axis: Axes, ticks: list[float] | None = None) -> None:
+    log_axis(axis, "x", ticks)
+    axis.axhline(1, color="#888888", linewidth=1)
+    axis.legend(fontsize=9)
 
 
 def _claims(of: Callable[[str], np.ndarray], loss: np.ndarray, place: int, precision: float) -> list[Claim]:

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from examples.smith_le_2018.claims import Claim, above
 from examples.smith_le_2018.context import Context
-from examples.smith_le_2018.peak import mean_interval
+from examples.smith_le_2018.intervals import mean_interval
 from examples.smith_le_2018.plotting import band, figure, log_axis
 from examples.smith_le_2018.settled import NETS, NetSettings
 from examples.smith_le_2018.trials import Trials
@@ -90,45 +90,39 @@ def _claims(precisions: tuple[float, ...], found: dict[tuple[str, str], np.ndarr
     highest = found["log_evidence_ratio", "random"].max(1)
     decrement = found["newton_decrement", "random"][:, 0].max()
     all_same = found["train_accuracy", "random"][:, 0].min() > MEMORISED
-    return [
-        Claim(
-            "memorise",
-            CLAIM,
+    rows = [
+        (
             f"training accuracy on random labels, {weakest}",
-            *memorised,
+            memorised,
             f"all > {MEMORISED:g}",
             "holds" if all_same else "does not hold",
         ),
-        Claim(
-            "memorise",
-            CLAIM,
+        (
             f"exact log evidence ratio on random labels, {weakest} (nats; Newton decrement at most {decrement:.2g})",
-            *random,
+            random,
             "< 0",
             above(0.0, -random[2], -random[1]),
         ),
-        Claim(
-            "memorise",
-            CLAIM,
+        (
             f"the same, true − random labels, {weakest} (nats)",
-            *difference,
+            difference,
             "> 0",
             above(0.0, *difference[1:]),
         ),
-        Claim(
-            "memorise",
-            CLAIM,
+        (
             "largest exact log evidence ratio over λ, true labels (nats)",
-            *best,
+            best,
             "> 0",
             above(0.0, *best[1:]),
         ),
-        Claim(
-            "memorise",
-            CLAIM,
+        (
             f"largest exact log evidence ratio over λ, random labels (nats); of all {highest.max():.3g}",
-            *mean_interval(highest),
+            mean_interval(highest),
             "all ≤ 1",
             "holds" if highest.max() <= 1 else "does not hold",
         ),
+    ]
+    return [
+        Claim("memorise", CLAIM, quantity, *estimate, expected, verdict)
+        for quantity, estimate, expected, verdict in rows
     ]

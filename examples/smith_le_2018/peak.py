@@ -6,28 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
-from scipy.optimize import least_squares
+from numpy.polynomial import Polynomial
 
-__all__ = [
-    "PowerLaw",
-    "best_batch_size",
-    "best_batch_sizes",
-    "mean_interval",
-    "peak_ratio",
-    "power_law",
-    "student_interval",
-]
+from examples.smith_le_2018.intervals import resampled, student_interval
+
+__all__ = ["PowerLaw", "best_batch_size", "peak_ratio", "power_law"]
 
 Grid = tuple[Sequence[int], np.ndarray]
 """Batch sizes [b] and the test accuracies that they reach, [seeds, b]."""
 
-RESAMPLES = 4000
-TRAINED = 4.0
-"""The peak is fitted to batch sizes whose test error is at most so many times the least one's: the others did not
-train."""
-STEEPNESS = (0.2, 8.0)
-"""Between which the fitted β lies."""
+TOP = 1.25
+"""The peak is fitted to batch sizes whose test error is at most so many times the least one's..."""
+OCTAVES = 1.01
+"""... and that are at most an octave from the best of the grid."""
 
 
 @dataclass(frozen=True)
@@ -47,57 +38,42 @@ class PowerLaw:
         return np.exp(self.intercept) * x**self.slope
 
 
-def best_batch_sizes(grids: Sequence[Grid]) -> np.ndarray:
-    """Where mean test accuracy peaks, for each of some curves that are taken to have one shape.
-
-    ln(test error) = c_k + A (exp(−β v) − 1 + β v),    v = log2(B / B_k)
-
-    falls exponentially towards the best batch size B_k, since small batches do not train, and rises linearly behind
-    it; all curves share A and β. A parabola through the top of each, which such a curve does not have, follows the
-    noise of two or three batch sizes.
+def best_batch_size(batch_sizes: Sequence[int], accuracies: np.ndarray) -> float:
+    """Where mean test accuracy peaks: the vertex of a parabola in log B through the top of the peak.
 
     Args:
-        grids: for each curve its batch sizes [b], ascending, and test accuracies [seeds, b].
+        batch_sizes: [b], ascending.
+        accuracies: [seeds, b], test accuracies.
 
     Returns:
-        B_k, not rounded, within its grid.
+        B, not rounded, within the points fitted to; the best batch size of the grid itself where they are fewer than
+        three or bend the wrong way.
     """
-    curves = [_trained(*grid) for grid in grids]
-    lowest = np.array([log_error.min() for _, log_error in curves])
-    tops = np.array([x[log_error.argmin()] for x, log_error in curves])
-    ends = np.array([(x[0], x[-1]) for x, _ in curves])
-    number = len(curves)
-
-    def misfit(values: np.ndarray) -> np.ndarray:
-        height, steepness = np.exp(values[:2])
-        places, levels = values[2 : 2 + number], values[2 + number :]
-        parts = []
-        for (x, log_error), place, level in zip(curves, places, levels, strict=True):
-            v = steepness * (x - place)
-            parts.append(level + height * (np.exp(-v) - 1 + v) - log_error)
-        return np.concatenate(parts)
-
-    free = np.full(number, np.inf)
-    low = np.concatenate([[np.log(1e-6), np.log(STEEPNESS[0])], ends[:, 0], -free])
-    high = np.concatenate([[np.log(1e3), np.log(STEEPNESS[1])], ends[:, 1], free])
-    start = np.clip(np.concatenate([np.log([0.1, 1.5]), tops, lowest]), low, high)
-    fit = least_squares(misfit, start, bounds=(low, high), xtol=1e-12, ftol=1e-12, gtol=1e-12)
-    return np.asarray(2 ** fit.x[2 : 2 + number])
+    best = np.exp(_log_peak(batch_sizes, accuracies)[0])
+    return float(np.clip(best, batch_sizes[0], batch_sizes[-1]))  # logarithms round
 
 
-def best_batch_size(batch_sizes: Sequence[int], accuracies: np.ndarray) -> float:
-    """`best_batch_sizes` of a single curve."""
-    return float(best_batch_sizes([(batch_sizes, accuracies)])[0])
+def _log_peak(batch_sizes: Sequence[int], accuracies: np.ndarray) -> tuple[float, float]:
+    """Log B of the peak, and the variance of it that is the grid's.
 
-
-def _trained(batch_sizes: Sequence[int], accuracies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """log2 B and ln(test error) from the first to the last batch size that trained, neighbours of the best kept."""
-    error = 1 - accuracies.mean(0)
-    best = int(error.argmin())
-    near = np.flatnonzero(error <= TRAINED * error[best])
-    first, last = max(0, min(near[0], best - 1)), min(len(error) - 1, max(near[-1], best + 1))
-    kept = slice(first, last + 1)
-    return np.log2(batch_sizes)[kept], np.log(error[kept])
+    Where no vertex lies between the points fitted to, as at the cliff below which batches do not train, the peak is
+    known to half a place of the grid: a uniform error. The grids of figures 5 and 7 move as the claim predicts, so
+    that without it such peaks would speak for the claim by themselves.
+    """
+    x, error = np.log(batch_sizes), 1 - accuracies.mean(0)
+    top = int(error.argmin())
+    near = (np.abs(x - x[top]) <= OCTAVES * np.log(2)) & (error <= TOP * error[top])
+    at = float(x[top])
+    if near.sum() >= 3:
+        _, linear, square = Polynomial.fit(x[near], error[near], 2).convert().coef
+        if square > 0:
+            vertex = float(-linear / (2 * square))
+            at = float(np.clip(vertex, x[near].min(), x[near].max()))
+            if at == vertex:
+                return at, 0.0
+    place = int(np.abs(x - at).argmin())
+    spacing = np.diff(x[max(place - 1, 0) : place + 2]).mean()
+    return at, float(spacing**2 / 12)
 
 
 def power_law(x: Sequence[float], grids: Sequence[Grid]) -> PowerLaw:
@@ -110,15 +86,19 @@ def power_law(x: Sequence[float], grids: Sequence[Grid]) -> PowerLaw:
     Returns:
         The slope of log B against log x, with a 95 % bootstrap interval.
     """
-    log_x = np.log(np.asarray(x, dtype=float))
-    log_best = _resampled_log_best(grids)
-    lines = np.polyfit(log_x, log_best.T, 1).T  # [1 + resamples, (slope, intercept)]
-    slope, intercept = map(float, lines[0])
-    seeds = len(grids[0][1])
-    low, high = student_interval(slope, lines[1:, 0], seeds)
-    ends = [student_interval(one[0], one[1:], seeds) for one in log_best.T]
+    log_x, seeds = np.log(np.asarray(x, dtype=float)), len(grids[0][1])
+    # The slope is a weighted sum of the log B.
+    weights = (log_x - log_x.mean()) / np.square(log_x - log_x.mean()).sum()
+    log_best, again, grid = _log_peaks(grids)
+    slope = float(weights @ log_best)
+    low, high = student_interval(slope, again @ weights, seeds, float(weights**2 @ grid))
+    ends = [
+        student_interval(at, values, seeds, variance)
+        for at, values, variance in zip(log_best, again.T, grid, strict=True)
+    ]
     best_low, best_high = np.exp(np.array(ends).T)
-    return PowerLaw(slope, low, high, intercept, np.exp(log_best[0]), best_low, best_high)
+    intercept = float(log_best.mean() - slope * log_x.mean())
+    return PowerLaw(slope, low, high, intercept, np.exp(log_best), best_low, best_high)
 
 
 def peak_ratio(numerator: Grid, denominator: Grid) -> tuple[float, float, float]:
@@ -131,62 +111,22 @@ def peak_ratio(numerator: Grid, denominator: Grid) -> tuple[float, float, float]
     Returns:
         (ratio, low, high).
     """
-    log_best = _resampled_log_best([numerator, denominator])
-    ratios = log_best[:, 0] - log_best[:, 1]
-    low, high = student_interval(ratios[0], ratios[1:], len(numerator[1]))
-    return float(np.exp(ratios[0])), float(np.exp(low)), float(np.exp(high))
+    log_best, again, grid = _log_peaks([numerator, denominator])
+    log_ratio = float(log_best[0] - log_best[1])
+    ends = student_interval(log_ratio, again[:, 0] - again[:, 1], len(numerator[1]), float(grid.sum()))
+    low, high = np.exp(ends)
+    return float(np.exp(log_ratio)), float(low), float(high)
 
 
-def student_interval(estimate: float, resampled: np.ndarray, seeds: int) -> tuple[float, float]:
-    """The 95 % interval of a smooth statistic whose standard error is taken from a bootstrap over seeds.
-
-    estimate ∓ t · sd(resampled) · √(n / (n − 1)), with t Student's at 97.5 % and n − 1 degrees of freedom: for a mean
-    it is Student's interval. The resamples' own quantiles hold the mean of five seeds in five cases of six, not in 95
-    of 100.
-
-    Args:
-        estimate: of the seeds as they are.
-        resampled: [resamples].
-        seeds: n, how many were resampled.
-
-    Returns:
-        (low, high); infinite for a single seed, which says nothing of others.
-    """
-    if seeds < 2:
-        return -np.inf, np.inf
-    reach = stats.t.ppf(0.975, seeds - 1) * resampled.std() * np.sqrt(seeds / (seeds - 1))
-    return float(estimate - reach), float(estimate + reach)
-
-
-def _resampled_log_best(grids: Sequence[Grid]) -> np.ndarray:
-    """Logarithms of the best batch sizes, [1 + resamples, grids]; the first row is of the seeds as they are.
+def _log_peaks(grids: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logarithms of the best batch sizes [k]; of resampled seeds [resamples, k]; and the variances of the grids [k].
 
     Seeds are resampled together for all grids, since one seed is one training set and one initialisation.
     """
+
+    def peaks(draw: np.ndarray) -> list[tuple[float, float]]:
+        return [_log_peak(sizes, found[draw]) for sizes, found in grids]
+
     seeds = len(grids[0][1])
-    generator = np.random.default_rng(0)
-    draws = [np.arange(seeds), *np.sort(generator.integers(seeds, size=(RESAMPLES, seeds)))]
-    # Few seeds have few distinct resamples (126 of five): each is fitted once.
-    distinct, which = np.unique(draws, axis=0, return_inverse=True)
-    log_best = np.log(
-        [best_batch_sizes([(sizes, found[draw]) for sizes, found in grids]) for draw in distinct]
-    )
-    return log_best[which.reshape(-1)]
-
-
-def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean of a few repeats, and its 95 % interval by Student's t.
-
-    Args:
-        values: [seeds].
-
-    Returns:
-        (mean, low, high); an infinite interval for a single value, none for values that are all the same.
-    """
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, -np.inf, np.inf
-    if np.ptp(values) == 0:  # for instance an accuracy of 1 in every repeat, of which scipy would warn
-        return mean, mean, mean
-    interval = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-    return mean, float(interval.low), float(interval.high)
+    again = resampled(peaks, seeds)  # type: ignore[arg-type]  # [resamples, k, 2]
+    return np.array(peaks(np.arange(seeds)))[:, 0], again[..., 0], again[..., 1].mean(0)

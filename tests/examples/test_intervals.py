@@ -3,19 +3,48 @@
 import numpy as np
 import pytest
 
-from examples.smith_le_2018.intervals import best_place, bootstrap, chosen_cost, rank_correlation, within
+from examples.smith_le_2018.intervals import (
+    best_place,
+    bootstrap,
+    chosen_cost,
+    mean_interval,
+    optima_agree,
+    rank_correlation,
+    student_interval,
+    within,
+)
 
 
-def test_bootstrap_covers_the_mean_of_normal_numbers():
-    """A percentile bootstrap of 20 numbers is a little narrow: about 93 % rather than 95 %."""
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+def test_bootstrap_of_a_mean_is_students_interval(seeds):
+    """However few the seeds are: their percentiles would cover 50 % for two and 84 % for five."""
+    values = np.random.default_rng(seeds).standard_normal(seeds)
+    estimate, *ends = bootstrap(lambda draw: values[draw].mean(), seeds)
+    mean, *expected = mean_interval(values)
+    assert estimate == pytest.approx(mean)
+    # 2,000 resamples: a standard error to 2 %.
+    assert np.array(ends) - mean == pytest.approx(np.array(expected) - mean, rel=0.06)
+
+
+def test_bootstrap_covers_a_statistic_that_is_not_linear():
+    """The logarithm of a mean, 95 of 100 times, to within four standard errors of a count."""
     generator = np.random.default_rng(0)
     covered = 0
     for _ in range(100):
-        values = generator.standard_normal(20)
-        estimate, low, high = bootstrap(lambda draw, values=values: values[draw].mean(), 20)
-        assert estimate == pytest.approx(values.mean())
+        values = generator.uniform(0.5, 1.5, 5)
+        _, low, high = bootstrap(lambda draw, values=values: float(np.log(values[draw].mean())), 5)
         covered += low <= 0 <= high
-    assert 85 <= covered <= 99
+    assert covered >= 95 - 4 * np.sqrt(100 * 0.95 * 0.05)
+
+
+def test_bootstrap_stays_where_the_statistic_can_be():
+    _, low, high = bootstrap(lambda draw: float(np.mean(draw)) / 10 + 0.9, 3, most=1.0)
+    assert low < 0.9 and high == 1.0
+
+
+def test_an_error_that_seeds_do_not_reduce_widens_the_interval():
+    low, high = student_interval(2.0, np.full(100, 2.0), 5, variance=0.25)
+    assert (low, high) == pytest.approx((2 - 1.96 * 0.5, 2 + 1.96 * 0.5), abs=1e-3)
 
 
 def test_bootstrap_of_one_seed_knows_nothing():
@@ -47,6 +76,16 @@ def test_chosen_cost_is_what_a_choice_loses_seed_by_seed():
     cost = np.array([[3.0, 1.0, 2.0], [5.0, 4.0, 7.0]])
     assert chosen_cost(cost, cost).tolist() == [0, 0]
     assert chosen_cost(np.array([[1.0, 2.0, 0.0], [2.0, 2.0, 1.0]]), cost).tolist() == [1, 3]
+
+
+def test_optima_at_one_end_do_not_agree():
+    inside, first, last = np.array([2.0, 1.0, 3.0]), np.array([1.0, 2.0, 3.0]), np.array([3.0, 2.0, 1.0])
+    assert optima_agree(0.5, -0.1, 0.1, inside, inside) == "holds"
+    for other in (first, last):
+        assert optima_agree(0.5, 0.0, 0.0, other, other).startswith("not resolved")
+        assert optima_agree(0.5, 0.1, 0.2, inside, other).startswith("not resolved")
+    # Farther apart than allowed is what they are, wherever the end was.
+    assert optima_agree(0.5, 1.0, 2.0, inside, last) == "does not hold"
 
 
 def test_within():

@@ -43,6 +43,34 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path, torn):
     assert [row["seed"] for row in table(tmp_path).rows] == [0, 1]
 
 
+def test_who_only_reads_leaves_the_file_alone(tmp_path):
+    """Another process may be in the middle of a line."""
+    table(tmp_path).append({"seed": 0, "rate": 0.5, "accuracy": 0.25})
+    path = tmp_path / "deep" / "runs.csv"
+    text = path.read_text() + "1,0.5,0."
+    path.write_text(text)
+    assert len(table(tmp_path).rows) == 1
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("torn", ["", "seed,ra"])
+def test_a_file_that_was_cut_off_in_its_header_begins_anew(tmp_path, torn):
+    path = tmp_path / "deep" / "runs.csv"
+    path.parent.mkdir()
+    path.write_text(torn)
+    table(tmp_path).append({"seed": 0, "rate": 0.5, "accuracy": 0.25})
+    assert path.read_text() == "seed,rate,accuracy\n0,0.5,0.25\n"
+
+
+@pytest.mark.parametrize("line", ["1,0.5", "1,0.5,0.25,7", "1,half,0.25"])
+def test_a_line_of_another_kind_is_named(tmp_path, line):
+    path = tmp_path / "deep" / "runs.csv"
+    path.parent.mkdir()
+    path.write_text(f"seed,rate,accuracy\n0,0.5,0.25\n{line}\n")
+    with pytest.raises(ValueError, match=r"Expected line 3 of .* Delete the line"):
+        table(tmp_path)
+
+
 def test_other_columns_are_refused(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "runs.csv").write_text("seed,accuracy\n")
@@ -78,9 +106,11 @@ def test_table_is_put_into_a_page(tmp_path):
 
 
 def test_verdicts():
-    assert contains(1.0, 0.9, 1.1) == "holds"
-    assert contains(1.0, 0.9, 0.99) == "does not hold"
-    assert contains(1.0, -math.inf, math.inf) == "not resolved"
+    assert contains(1.0, 0.9, 1.1, 0.5, 1.5) == "holds"
+    assert contains(1.0, 0.9, 0.99, 0.5, 1.5) == "does not hold"
+    assert contains(1.0, -math.inf, math.inf, 0.5, 1.5) == "not resolved"
+    # An interval that holds 0 as well does not say "proportional".
+    assert contains(1.0, -0.1, 1.2, 0.5, 1.5) == "not resolved"
     assert [above(0.0, *ends) for ends in ((0.1, 1), (-0.1, 1), (-1, -0.1))] == [
         "holds",
         "not resolved",
