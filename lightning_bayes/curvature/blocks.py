@@ -74,12 +74,19 @@ class BlockCurvature(Curvature):
         problem: Sizes.
         seed: Of the random sample.
         capacity: Rows that are kept; None for what the budget allows.
+        like: Of batches that products of these rows are taken with: all are kept in the same forms.
     """
 
-    def __init__(self, problem: Problem, seed: int | None = None, capacity: int | None = None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        seed: int | None = None,
+        capacity: int | None = None,
+        like: RowKeeper | None = None,
+    ) -> None:
         super().__init__(problem)
         self._capacity = capacity_of(problem) if capacity is None else capacity
-        self._keeper = RowKeeper()
+        self._keeper = RowKeeper(like)
         self._landmarks: list[KeptRows] = []
         self._vectors = torch.empty(0)  # of K_LL [landmarks, landmarks]
         self._values = torch.empty(0)  # [landmarks]
