@@ -164,6 +164,21 @@ def test_gamma_is_minus_the_derivative_of_what_is_reported(read):
         assert (values[1] - values[0]) / 2e-4 == pytest.approx(summary.effective_parameters, rel=1e-5)
 
 
+def test_where_all_parameters_are_determined_they_are_no_more_than_there_are(read):
+    """120 rows, of which 12 are kept, of 55 parameters under a weak prior: Hadamard's bound is the smaller."""
+    found, problem, dense = read
+    curvature = BlockCurvature(problem, capacity=12)
+    weak = dict.fromkeys(problem.shapes, 1e-6)
+    for index in range(BATCHES):
+        for block in found[index]:
+            curvature.update(block)
+    summary = curvature.at(weak, {name: torch.zeros(shape).double() for name, shape in problem.shapes.items()})
+    diagonal = sum(dense).diagonal()
+    assert summary.log_det == pytest.approx(torch.log1p(diagonal / 1e-6).sum().item(), rel=1e-9)
+    assert summary.effective_parameters == pytest.approx((diagonal / (diagonal + 1e-6)).sum().item(), rel=1e-9)
+    assert curvature.log_det_and_gamma(weak) == (summary.log_det, summary.effective_parameters)
+
+
 def test_all_examples_have_their_likelihood_and_some_their_rows():
     case = make_case("conv", "classification", 24)
     before = torch.get_rng_state()
