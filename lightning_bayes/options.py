@@ -53,8 +53,8 @@ class Method:
         if self.num_blocks is not None:
             if count("num_blocks", self.num_blocks) < 2:
                 raise ValueError(
-                    f"Expected argument `num_blocks` to be 2 or more, got {self.num_blocks!r}: with rows of one batch "
-                    "nothing is known of what the others add, and with two nothing of the error of that. Some ten "
+                    f"Expected argument `num_blocks` to be 2 or more, got {self.num_blocks!r}: the rows of one batch "
+                    "say nothing of what the others add, and those of two nothing of the error of that. Some ten "
                     "give a standard error to go by."
                 )
             if self.structure != "blocks":

@@ -55,10 +55,11 @@ class GradientNoiseScale(Callback):
     averaged ‖G‖² is not positive, noise drowns the gradient: `gradient_noise_scale` is NaN, `status` says so,
     and so does a warning, once. A larger `ema` or a smaller `every_n_steps` resolves more.
 
-    Gradients are those of the loss as training_step returns it, without weight decay and before clipping; for
-    a loss that is the sum over a batch of B, they and their norms are B and B² times those of its mean, with the
-    part in place of the batch under "split_batch"; B_simple is the same. Only parameters that an optimizer trains count. Examples are taken to be drawn independently: of a training set
-    of N, ‖G‖² is that of the distribution behind it, smaller by about tr Σ / N than that of the set itself.
+    Gradients are those of the loss as training_step returns it, without weight decay and before clipping; for a
+    loss that is the sum over a batch of B, they and their norms are B and B² times those of its mean, with the part
+    in place of the batch under "split_batch"; B_simple is the same. Only parameters that an optimizer trains count.
+    Examples are taken to be drawn independently: of a training set of N, ‖G‖² is that of the distribution behind
+    it, smaller by about tr Σ / N than that of the set itself.
 
     Args:
         every_n_steps: optimizer steps between measurements. At 1 training takes about 1.5 times as long.

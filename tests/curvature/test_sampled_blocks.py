@@ -172,10 +172,14 @@ def test_where_all_parameters_are_determined_they_are_no_more_than_there_are(rea
     for index in range(BATCHES):
         for block in found[index]:
             curvature.update(block)
-    summary = curvature.at(weak, {name: torch.zeros(shape).double() for name, shape in problem.shapes.items()})
+    summary = curvature.at(
+        weak, {name: torch.zeros(shape).double() for name, shape in problem.shapes.items()}
+    )
     diagonal = sum(dense).diagonal()
     assert summary.log_det == pytest.approx(torch.log1p(diagonal / 1e-6).sum().item(), rel=1e-9)
-    assert summary.effective_parameters == pytest.approx((diagonal / (diagonal + 1e-6)).sum().item(), rel=1e-9)
+    assert summary.effective_parameters == pytest.approx(
+        (diagonal / (diagonal + 1e-6)).sum().item(), rel=1e-9
+    )
     assert curvature.log_det_and_gamma(weak) == (summary.log_det, summary.effective_parameters)
 
 
