@@ -99,9 +99,11 @@ def evidence_curve(
 ) -> EvidenceCurve:
     """Log-evidence of a network at its present weights for many prior precisions, one λ for all parameters.
 
-    One pass over the data and one spectrum of the curvature serve all of them; structure="blocks" takes a factor of
-    its kept rows for each. With `tolerance`, the rows are kept that the smallest λ needs. The weights stand still:
-    where they were trained for one λ, the curve far from it is not that of re-trained networks.
+    One pass over the data and one spectrum of the curvature serve all of them; structure="blocks" takes a
+    factor of its kept rows for each. With `tolerance`, the rows are kept that the smallest λ needs. With
+    `num_samples` it is the curve of the sample as it is, without the correction and the standard error that
+    `laplace_evidence` gives to one λ. The weights stand still: where they were trained for one λ, the curve far
+    from it is not that of re-trained networks.
 
     Args:
         model: See `laplace_evidence`.

@@ -85,9 +85,9 @@ def laplace_evidence(
         tolerance: Width in nats of the bracket [lower, upper] that is accepted; None for the exact value.
         num_samples: Columns of the loss Hessian's root to sample, for "kron" and "diag" of many classes;
             None for all, or 64 where structure="auto" meets more than 512 outputs per example.
-        num_blocks: Batches whose rows "blocks" reads, drawn at random, the same at every call; None for all. The
-            log-likelihood stays that of all examples (one gradient pass); `lower`, and with it the value, is then an
-            unbiased estimate of a lower bound with a standard error, `upper` a certified bound.
+        num_blocks: Batches whose rows "blocks" reads, two or more, drawn at random, the same at every call; None for
+            all. The log-likelihood stays that of all examples (one gradient pass); `lower`, and with it the value, is
+            then an unbiased estimate of a lower bound with a standard error, `upper` a certified bound.
         device: Where to compute; None for the model's own device.
         progress: Whether to show a progress bar.
 

@@ -51,7 +51,12 @@ class Method:
             count("num_samples", self.num_samples)
             self._check_sampling()
         if self.num_blocks is not None:
-            count("num_blocks", self.num_blocks)
+            if count("num_blocks", self.num_blocks) < 2:
+                raise ValueError(
+                    f"Expected argument `num_blocks` to be 2 or more, got {self.num_blocks!r}: the rows of one batch "
+                    "say nothing of what the others add, and those of two nothing of the error of that. Some ten "
+                    "give a standard error to go by."
+                )
             if self.structure != "blocks":
                 raise ValueError(
                     f"Expected argument `num_blocks` to be None beside structure={self.structure!r}, got "

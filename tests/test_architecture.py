@@ -71,8 +71,8 @@ def violations(source: str, module: str) -> list[str]:
             "examples",
         ):
             wrong.append(f"{module} imports {name} outside callbacks/")
-        if top == "backpack" and module != f"{PACKAGE}.curvature.rows":
-            wrong.append(f"{module} imports {name} outside rows.py")
+        if top == "backpack" and module != f"{PACKAGE}.curvature.derivatives":
+            wrong.append(f"{module} imports {name} outside derivatives.py")
         if layer == "functional" and top != PACKAGE and top not in ALLOWED_IN_FUNCTIONAL:
             wrong.append(f"{module} imports {name}: functional/ needs torch and the standard library only")
     return wrong
@@ -117,7 +117,7 @@ def test_an_arrow_that_runs_back_is_seen(module, source):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("curvature.rows", "from backpack.core.derivatives.linear import LinearDerivatives"),
+        ("curvature.derivatives", "from backpack.core.derivatives.linear import LinearDerivatives"),
         ("curvature.full", "from lightning_bayes.functional.evidence import weight_penalty"),
         ("curvature.full", "from .base import Curvature"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cached_property
 from typing import Any
 
@@ -54,10 +55,11 @@ class GradientNoiseScale(Callback):
     averaged ‖G‖² is not positive, noise drowns the gradient: `gradient_noise_scale` is NaN, `status` says so,
     and so does a warning, once. A larger `ema` or a smaller `every_n_steps` resolves more.
 
-    Gradients are those of the loss as training_step returns it, without weight decay and before clipping; for
-    a loss that is the sum over a batch of B, they and their norms are B and B² times those of its mean. Only
-    parameters that an optimizer trains count. Examples are taken to be drawn independently: of a training set
-    of N, ‖G‖² is that of the distribution behind it, smaller by about tr Σ / N than that of the set itself.
+    Gradients are those of the loss as training_step returns it, without weight decay and before clipping; for a
+    loss that is the sum over a batch of B, they and their norms are B and B² times those of its mean, with the part
+    in place of the batch under "split_batch"; B_simple is the same. Only parameters that an optimizer trains count.
+    Examples are taken to be drawn independently: of a training set of N, ‖G‖² is that of the distribution behind
+    it, smaller by about tr Σ / N than that of the set itself.
 
     Args:
         every_n_steps: optimizer steps between measurements. At 1 training takes about 1.5 times as long.
@@ -225,7 +227,8 @@ class GradientNoiseScale(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._parts = tuple(state_dict["parts"])
         self._metric = GradientNoiseMetric(self.ema, len(self._parts))
-        self._metric.load_state_dict(state_dict["averages"])
+        # Not the checkpoint's own tensors: the averages are updated in place.
+        self._metric.load_state_dict(deepcopy(state_dict["averages"]))
 
     def _measure_copy(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure on a copy; under "auto" find out at the first batch how."""

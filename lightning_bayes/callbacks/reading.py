@@ -7,7 +7,6 @@ from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -16,6 +15,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_bayes.callbacks.read_only_trainer import ReadOnlyTrainer
 from lightning_bayes.curvature.capture import WAY_OUT, CapturedLoss, capture_loss, loss_of
 from lightning_bayes.curvature.flattened import layout_of_rows, rows_of_examples
 from lightning_bayes.curvature.isolation import throw_away_copy
@@ -26,34 +26,6 @@ from lightning_bayes.curvature.loss_arguments import Rows
 __all__ = ["ModuleReader", "NetworkOption", "num_examples_of"]
 
 NetworkOption = str | Callable[[LightningModule, Any], tuple[Tensor, Tensor]] | None
-
-
-class _ReadOnlyTrainer:
-    """What a copied training_step sees as its Trainer: every attribute to read, none to set, no logger."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        object.__setattr__(self, "_read_only_trainer", trainer)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # so that isinstance(self.trainer, Trainer) holds
-        return type(self._read_only_trainer)
-
-    @property
-    def logger(self) -> DummyLogger | None:
-        return None if self._read_only_trainer.logger is None else DummyLogger()
-
-    @property
-    def loggers(self) -> list[DummyLogger]:
-        return [DummyLogger() for _ in self._read_only_trainer.loggers]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_read_only_trainer"), name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise ValueError(
-            f"training_step sets trainer.{name}; it is run on a copy, and must not. Set it in "
-            f"another hook, such as on_train_batch_end. {WAY_OUT}"
-        )
 
 
 class ModuleReader:
@@ -90,7 +62,7 @@ class ModuleReader:
             _silence(self.network)
             if self.network._compiler_ctx is not None:  # its methods are the original's, compiled
                 to_uncompiled(self.network)
-            self.network.trainer = _ReadOnlyTrainer(trainer)  # type: ignore[assignment]
+            self.network.trainer = ReadOnlyTrainer(trainer)  # type: ignore[assignment]
             self._hooks = self.network
         self._device = module.device
         self._original = target

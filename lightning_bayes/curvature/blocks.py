@@ -74,12 +74,19 @@ class BlockCurvature(Curvature):
         problem: Sizes.
         seed: Of the random sample.
         capacity: Rows that are kept; None for what the budget allows.
+        like: Of batches that products of these rows are taken with: all are kept in the same forms.
     """
 
-    def __init__(self, problem: Problem, seed: int | None = None, capacity: int | None = None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        seed: int | None = None,
+        capacity: int | None = None,
+        like: RowKeeper | None = None,
+    ) -> None:
         super().__init__(problem)
         self._capacity = capacity_of(problem) if capacity is None else capacity
-        self._keeper = RowKeeper()
+        self._keeper = RowKeeper(like)
         self._landmarks: list[KeptRows] = []
         self._vectors = torch.empty(0)  # of K_LL [landmarks, landmarks]
         self._values = torch.empty(0)  # [landmarks]
@@ -107,28 +114,25 @@ class BlockCurvature(Curvature):
         Raises:
             ValueError: If the precisions are not in proportion to those that the pass was made for.
         """
-        part = self.part(precision)
-        slack = self.allowance(precision)
-        hadamard = self._diagonal.at(precision, gradient).log_det
-        lower, upper = max(part.log_det - slack, 0.0), min(part.log_det + part.beyond, hadamard) + slack
-        gamma, gamma_error = trace_of_shrinkage(part.system.factor, NUM_PROBES, SMALL)
+        part, slack = self.part(precision), self.allowance(precision)
+        hadamard = self._diagonal.log_det_and_gamma(precision)
+        log_det, gamma, stderr, gamma_error = _estimated(part, hadamard)
+        lower, upper = max(part.log_det - slack, 0.0), min(part.log_det + part.beyond, hadamard[0]) + slack
         layers = [layer.to(accumulation_dtype(self.problem.device)) for layer in part.layers]
         return CurvatureSummary(
-            log_det=min(max(part.log_det + part.added[0], lower), upper),
+            log_det=min(max(log_det, lower), upper),
             bounds=(lower, upper),
-            effective_parameters=gamma + part.added_gamma[0],
+            effective_parameters=gamma,
             quadratic=quadratic_form(
                 layers, woodbury(layers, part.system.solve, precision), precision, gradient
             ),
-            log_det_stderr=part.added[1],
-            effective_parameters_stderr=(gamma_error**2 + part.added_gamma[1] ** 2) ** 0.5,
+            log_det_stderr=stderr,
+            effective_parameters_stderr=gamma_error,
         )
 
     def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
         """The numbers of `at` that a search for the prior asks for."""
-        part = self.part(precision)
-        gamma, _ = trace_of_shrinkage(part.system.factor, NUM_PROBES, SMALL)
-        return part.log_det + part.added[0], gamma + part.added_gamma[0]
+        return _estimated(self.part(precision), self._diagonal.log_det_and_gamma(precision))[:2]
 
     def part(self, precision: Mapping[str, float]) -> KeptPart:
         """S and the rest, see `KeptPart`; that of the last prior is remembered, for `at` after a search."""
@@ -239,6 +243,24 @@ class BlockCurvature(Curvature):
                 'answer for others. Use one prior precision for all parameters, or structure="kron".'
             )
         return ratios[0]
+
+
+def _estimated(part: KeptPart, hadamard: tuple[float, float]) -> tuple[float, float, float, float]:
+    """Log-determinant and γ from S and the sample, or Hadamard's where that is less, then their standard errors.
+
+    Where rows are many more than parameters and the prior is weak, what S leaves of each row adds up to more than
+    all parameters can hold: γ would be above their number.
+    """
+    log_det = part.log_det + part.added[0]
+    if hadamard[0] <= log_det:
+        return *hadamard, 0.0, 0.0
+    gamma, error = trace_of_shrinkage(part.system.factor, NUM_PROBES, SMALL)
+    return (
+        log_det,
+        gamma + part.added_gamma[0],
+        part.added[1],
+        (error**2 + part.added_gamma[1] ** 2) ** 0.5,
+    )
 
 
 def _estimate(terms: Tensor, likely: Tensor) -> tuple[float, float]:

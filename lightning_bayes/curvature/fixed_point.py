@@ -40,7 +40,13 @@ def mackay_fixed_point(
     for _ in range(MAX_STEPS):
         determined = gamma(x)
         if determined < NOTHING:
-            return low
+            # Too little to take a step from. γ only grows downwards, and the zero is below: where λ‖ω‖² is as little
+            # as that, either γ is more, and the search goes on from there, or there is nothing at all.
+            least = min(max(math.log(NOTHING / squared_norm), low), high)
+            if x <= least:
+                return low
+            before, x = None, least
+            continue
         rest = math.log(determined / squared_norm) - x
         if before is not None and x != before[0]:
             rate = min(max((rest - before[1]) / (x - before[0]), STEEPEST), FLATTEST)

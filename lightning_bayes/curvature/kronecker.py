@@ -30,7 +30,8 @@ class KroneckerCurvature(SpectralCurvature):
     (Σₜ g)(Σₜ g)ᵀ sums them, as BackPACK does. Biases of these layers keep their exact block, and so do other
     parameters (normalisation, embeddings, recurrent and attention weights, grouped convolutions) of up to
     `MAX_EXACT_BLOCK` entries; larger ones keep its diagonal. A model in float32 has its factors decomposed in
-    float32, which costs about the sixth digit of the log-determinant.
+    float32, which costs about the sixth digit of the log-determinant, and the fourth under a prior so weak that
+    eigenvalues below eps of the largest count: 5 nats of 38,000 for 100-64-10 at λ = 1e-6. A float64 model has them.
 
     Sampled columns are kept in groups, whose jackknife corrects the log-determinant and the effective
     parameters in `at` and gives their standard errors; `spectrum` and `log_det_and_traces` are not corrected.

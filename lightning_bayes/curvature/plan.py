@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from lightning_bayes.curvature.batch import Batch, counts, find_layouts, gradients
 from lightning_bayes.curvature.calls import Call
+from lightning_bayes.curvature.derivatives import derivatives_of
 from lightning_bayes.curvature.functional_rows import GraphUse, ModuleUse
 from lightning_bayes.curvature.layout import Layout
 from lightning_bayes.curvature.replay import Replays
-from lightning_bayes.curvature.rows import DenseRows, LayerUse, OuterRows, Rows, Use, derivatives_of
+from lightning_bayes.curvature.rows import DenseRows, LayerUse, OuterRows, Rows, Use
 
 __all__ = ["GRAPH", "LAYER", "Plan", "local_name", "wrong_parameters"]
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lightning_bayes.curvature.batch import Batch, example_gradients, find_layouts
+from lightning_bayes.curvature.derivatives import AXIS_FREE, derivatives_of
 from lightning_bayes.curvature.layout import mixes_examples
 from lightning_bayes.curvature.plan import GRAPH, LAYER, Plan, local_name, wrong_parameters
-from lightning_bayes.curvature.rows import AXIS_FREE, derivatives_of
 
 __all__ = ["make_plan"]
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from lightning_bayes.curvature.batch import Batch
 from lightning_bayes.curvature.calls import Call, recorded_calls
+from lightning_bayes.curvature.derivatives import CONVOLUTIONS, pad_beforehand
 from lightning_bayes.curvature.errors import check_finite
 from lightning_bayes.curvature.functional_rows import plain_kernels
 from lightning_bayes.curvature.likelihoods import Likelihood
 from lightning_bayes.curvature.plan import Plan
 from lightning_bayes.curvature.planning import make_plan
-from lightning_bayes.curvature.rows import CONVOLUTIONS, RowBlock, Rows, pad_beforehand
+from lightning_bayes.curvature.rows import RowBlock, Rows
 
 __all__ = ["BatchRows", "RowReader", "forward_of"]
 

@@ -62,8 +62,11 @@ class Replays:
             candidates = [_candidates(tensor, use.num_examples) for tensor in tensors]
             tried = itertools.islice(itertools.product(*candidates), MAX_ARGUMENT_LAYOUTS)
             right = (layouts for layouts in tried if _replays(use.with_layouts(layouts), recorded))
-            self._found[key] = next(right, None)
-        layouts = self._found[key]
+            layouts = next(right, None)
+            if use.num_examples > 1:  # one example does not tell, and a larger batch may follow
+                self._found[key] = layouts
+        else:
+            layouts = self._found[key]
         return None if layouts is None else use.with_layouts(layouts)
 
 

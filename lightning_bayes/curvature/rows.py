@@ -3,8 +3,8 @@
 With R[c, n] column c of a square root of the Hessian of the loss in output n, and Jₙ the Jacobian of that
 output, row (n, c) of V is v₍ₙ,c₎ = JₙᵀR[c, n] ∈ ℝᵖ. One backward pass of Σₙ ⟨f(xₙ), R[c, n]⟩ gives row c of
 every example at once: autograd takes it to the *output of each layer*, through whatever graph lies between,
-and the derivatives of that one layer take it from there to per-example gradients: BackPACK's (those of its
-first-order extensions), our own, or torch.func's.
+and the derivatives of that one layer take it from there to per-example gradients: those of `derivatives`, or
+torch.func's.
 
 This module knows the layers; `reader` runs the passes.
 """
@@ -12,88 +12,24 @@ This module knows the layers; `reader` runs the passes.
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
-from backpack.core.derivatives.basederivatives import BaseParameterDerivatives
-from backpack.core.derivatives.batchnorm_nd import BatchNormNdDerivatives
-from backpack.core.derivatives.conv1d import Conv1DDerivatives
-from backpack.core.derivatives.conv2d import Conv2DDerivatives
-from backpack.core.derivatives.conv3d import Conv3DDerivatives
-from backpack.core.derivatives.conv_transpose1d import ConvTranspose1DDerivatives
-from backpack.core.derivatives.conv_transpose2d import ConvTranspose2DDerivatives
-from backpack.core.derivatives.conv_transpose3d import ConvTranspose3DDerivatives
-from backpack.core.derivatives.linear import LinearDerivatives
-from backpack.utils.conv import unfold_input
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lightning_bayes.curvature.own_layers import OWN_DERIVATIVES
+from lightning_bayes.curvature.derivatives import CONVOLUTIONS, Derivatives, unfold_input
 
 __all__ = [
-    "AXIS_FREE",
     "CHUNK",
-    "CONVOLUTIONS",
-    "DERIVATIVES",
     "DenseRows",
-    "Derivatives",
     "LayerUse",
     "OuterRows",
     "RowBlock",
     "Rows",
     "Use",
-    "derivatives_of",
-    "pad_beforehand",
 ]
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-AXIS_FREE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
-"""Layers that do not ask which of the leading dimensions is the batch's."""
 CHUNK = 2**24
 """Numbers that a temporary of per-example gradients may hold where it can be made in pieces."""
-
-
-class Derivatives(Protocol):
-    """From a layer's input and the gradient in its output to per-example gradients of its parameters."""
-
-    def rows(
-        self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor
-    ) -> Tensor:
-        """Per-example gradients [C, N, *parameter.shape] for gradients [C, N, ...] in the output."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Backpack:
-    """Derivatives of BackPACK's first-order extensions."""
-
-    derivatives: BaseParameterDerivatives
-
-    def rows(
-        self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor
-    ) -> Tensor:
-        """See `Derivatives.rows`."""
-        module.input0, module.output = inputs, output
-        rows: Tensor = self.derivatives.param_mjp(local_name, module, (), (), grads, sum_batch=False)
-        return rows
-
-
-DERIVATIVES: dict[type[nn.Module], Derivatives] = {
-    nn.Linear: _Backpack(LinearDerivatives()),
-    nn.Conv1d: _Backpack(Conv1DDerivatives()),
-    nn.Conv2d: _Backpack(Conv2DDerivatives()),
-    nn.Conv3d: _Backpack(Conv3DDerivatives()),
-    nn.ConvTranspose1d: _Backpack(ConvTranspose1DDerivatives()),
-    nn.ConvTranspose2d: _Backpack(ConvTranspose2DDerivatives()),
-    nn.ConvTranspose3d: _Backpack(ConvTranspose3DDerivatives()),
-    nn.BatchNorm1d: _Backpack(BatchNormNdDerivatives()),
-    nn.BatchNorm2d: _Backpack(BatchNormNdDerivatives()),
-    nn.BatchNorm3d: _Backpack(BatchNormNdDerivatives()),
-    **OWN_DERIVATIVES,
-}
 
 
 class Use(ABC):
@@ -343,39 +279,6 @@ class RowBlock:
     num_columns: int
     """Of the whole root, or the number of samples where columns are sampled."""
     layers: list[Rows]
-
-
-def derivatives_of(module: nn.Module) -> Derivatives | None:
-    """Derivatives of a layer, None where there are none or they are wrong."""
-    if isinstance(module, _TRANSPOSED) and any(module.output_padding):  # BackPACK gets the shape wrong
-        return None
-    if isinstance(module, _BATCH_NORMS) and module.running_mean is None:  # mixes examples even in eval mode
-        return None
-    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
-        return None  # its forward changes the weight, or its gradient is not that of its forward
-    # A subclass counts only while its forward is the layer's own: LoRA and the like are other functions.
-    for layer, derivatives in DERIVATIVES.items():
-        if isinstance(module, layer) and type(module).forward is layer.forward:
-            return derivatives
-    return None
-
-
-def pad_beforehand(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
-    """Turn padding that BackPACK does not know ("same", circular, ...) into a pre-hook of the layer."""
-    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
-        return
-    widths: list[int] = []  # last dimension first, as F.pad wants them
-    for axis in reversed(range(len(module.kernel_size))):
-        total = module.dilation[axis] * (module.kernel_size[axis] - 1) if module.padding == "same" else 0
-        own = (
-            (total // 2, total - total // 2)
-            if isinstance(module.padding, str)
-            else (module.padding[axis],) * 2
-        )
-        widths += own
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    module.register_forward_pre_hook(lambda _, args: (F.pad(args[0], widths, mode=mode), *args[1:]))
-    module.padding, module.padding_mode = (0,) * len(module.kernel_size), "zeros"
 
 
 def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:

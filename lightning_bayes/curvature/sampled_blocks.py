@@ -55,10 +55,11 @@ class SampledBlockCurvature(Curvature):
         # What S costs each block that is held out is of the same budget.
         rows_held = (len(roles) - sum(roles)) * problem.batch_size * problem.rank
         capacity = capacity_of(base, rows_held)
-        self._base = BlockCurvature(base, capacity=capacity)
+        # Which way a layer's rows are kept is settled once: K between two batches needs both kept alike.
+        self._keeper = RowKeeper()
+        self._base = BlockCurvature(base, capacity=capacity, like=self._keeper)
         self._roles = iter(roles)
         self._role = True
-        self._keeper: RowKeeper | None = None
         self._held: list[list[KeptRows]] = []
 
     def update(self, block: RowBlock) -> None:
@@ -69,8 +70,6 @@ class SampledBlockCurvature(Curvature):
         if self._role:
             self._base.update(block)
             return
-        if self._keeper is None:
-            raise ValueError("The first block of a batch starts with its first column.")
         self._keeper.add(block)
         if block.columns.stop == block.num_columns:
             self._held.append(self._keeper.layers())

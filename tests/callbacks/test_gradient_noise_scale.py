@@ -331,6 +331,23 @@ def test_resumed_is_uninterrupted(tmp_path, every):
     assert first.estimate != whole.estimate
 
 
+def test_a_checkpoint_in_memory_stays_what_it_is(tmp_path):
+    """Several runs may go on from one."""
+    first, data = GradientNoiseScale(**EVERY), classes(batch_size=8)
+
+    def module():
+        return Module(mlp(), lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]))
+
+    fit(tmp_path, module(), data, first, max_epochs=1)
+    saved = first.state_dict()
+    again, untrained = GradientNoiseScale(**EVERY), GradientNoiseScale(**EVERY)
+    again.load_state_dict(saved)
+    again._metric.update([GradientNoise.of(4.0, 2.0)])
+    assert again.estimate != first.estimate
+    untrained.load_state_dict(saved)
+    assert untrained.estimate == first.estimate
+
+
 # What is logged
 
 

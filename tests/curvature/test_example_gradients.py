@@ -1,6 +1,7 @@
 """Sums over per-example gradients, against gradients that are formed one example at a time."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,3 +98,20 @@ def test_a_loss_that_is_not_finite_is_unavailable():
         next(case.model.parameters()).fill_(torch.nan)
     with pytest.raises(EvidenceUnavailableError, match="the loss"):
         sums(case)
+
+
+@pytest.mark.parametrize("network", ["lstm", "frames"])
+def test_a_batch_of_one_is_forgotten_before_the_next(network):
+    """It does not tell which axis is the examples', and many an epoch ends with one."""
+    case = make_case(network)
+    likelihood = resolve_likelihood(case.loss.likelihood(case.class_dim))
+    model = throw_away_copy(case.model)
+    reader = ExampleGradientReader(model, case.names)
+    for some in (slice(0, 3), slice(3, 6), slice(6, 7), slice(0, 7)):
+        part = replace(case, inputs=case.inputs[some], targets=case.targets[some])
+
+        def forward(part=part):
+            outputs, targets = likelihood.prepare(model(part.inputs), part.targets)
+            return outputs, likelihood.unit_loss(outputs, targets)
+
+        check(part, reader.sums(forward))

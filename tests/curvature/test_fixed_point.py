@@ -52,3 +52,17 @@ def test_ends():
     assert mackay_fixed_point(lambda x: 0.0, 1.0, 0.0, -5.0, 5.0) == -5.0
     assert mackay_fixed_point(lambda x: 1.0, math.exp(-20.0), 0.0, -5.0, 5.0) == 5.0
     assert mackay_fixed_point(lambda x: 1e-3, math.exp(20.0), 0.0, -5.0, 5.0) == -5.0
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-7, 1e-6])
+def test_curvature_that_the_start_does_not_see_has_its_maximum_all_the_same(size):
+    """Twenty weights of norm 1 begin at λ = 20, where γ = 20 · 1e-9 / 20 is taken for nothing."""
+    low = math.log(20.0) - math.log(1e8)
+
+    def gamma(x):
+        return 20.0 * size / (size + math.exp(x))
+
+    found = mackay_fixed_point(gamma, 1.0, math.log(20.0), low, -low)
+    literal = brentq(lambda x: gamma(x) - math.exp(x), low, -low, xtol=1e-13)
+    assert low + 1.0 < literal
+    assert found == pytest.approx(literal, abs=0.2)  # where 1e-6 nats are accepted

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_bayes import laplace_evidence
-from lightning_bayes.curvature import block_sample, blocks, blocks_budget
+from lightning_bayes.curvature import block_sample, blocks, blocks_budget, keeping
 from lightning_bayes.curvature.base import Problem
 from lightning_bayes.curvature.block_sample import BlockSample, draw_blocks, estimated_total
 from lightning_bayes.curvature.blocks import BlockCurvature
@@ -162,6 +164,25 @@ def test_gamma_is_minus_the_derivative_of_what_is_reported(read):
         assert (values[1] - values[0]) / 2e-4 == pytest.approx(summary.effective_parameters, rel=1e-5)
 
 
+def test_where_all_parameters_are_determined_they_are_no_more_than_there_are(read):
+    """120 rows, of which 12 are kept, of 55 parameters under a weak prior: Hadamard's bound is the smaller."""
+    found, problem, dense = read
+    curvature = BlockCurvature(problem, capacity=12)
+    weak = dict.fromkeys(problem.shapes, 1e-6)
+    for index in range(BATCHES):
+        for block in found[index]:
+            curvature.update(block)
+    summary = curvature.at(
+        weak, {name: torch.zeros(shape).double() for name, shape in problem.shapes.items()}
+    )
+    diagonal = sum(dense).diagonal()
+    assert summary.log_det == pytest.approx(torch.log1p(diagonal / 1e-6).sum().item(), rel=1e-9)
+    assert summary.effective_parameters == pytest.approx(
+        (diagonal / (diagonal + 1e-6)).sum().item(), rel=1e-9
+    )
+    assert curvature.log_det_and_gamma(weak) == (summary.log_det, summary.effective_parameters)
+
+
 def test_all_examples_have_their_likelihood_and_some_their_rows():
     case = make_case("conv", "classification", 24)
     before = torch.get_rng_state()
@@ -186,11 +207,55 @@ def test_one_block_has_an_infinite_error(monkeypatch):
     assert math.isfinite(evidence.lower)
 
 
+class OfTwoLengths(Dataset):
+    """Batches of three short sequences, then of three long ones, and so on; it is its own batch sampler."""
+
+    def __init__(self, long):
+        lengths = [long if i // 3 % 2 else 1 for i in range(3 * BATCHES)]
+        self.inputs = [torch.randn(length, 12).double() for length in lengths]
+        self.targets = torch.randint(3, (len(lengths),))
+
+    def __getitem__(self, index):
+        return self.inputs[index], self.targets[index]
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def loader(self):
+        return DataLoader(self, batch_sampler=[range(i, i + 3) for i in range(0, len(self), 3)])
+
+
+class MeanOverPositions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(12, 10), nn.Linear(10, 3)
+
+    def forward(self, x):
+        return self.outer(self.inner(x).tanh().mean(1))
+
+
+def test_how_rows_are_kept_changes_nothing(monkeypatch):
+    """Rows of long sequences are kept in other forms than those of short ones, were each batch by itself."""
+    loader, model = OfTwoLengths(long=30).loader(), MeanOverPositions().double()
+
+    def found(seed):
+        monkeypatch.setattr(block_sample, "SEED", seed)
+        return laplace_evidence(model, loader, prior_precision=0.3, structure="blocks", num_blocks=8)
+
+    freely, plan = [found(seed) for seed in range(3)], keeping._plan
+    monkeypatch.setattr(keeping, "_plan", lambda *sizes: (True, True, *plan(*sizes)[2:]))
+    for seed, evidence in enumerate(freely):
+        paired = found(seed)
+        assert evidence.lower == pytest.approx(paired.lower, rel=1e-9)
+        assert evidence.effective_parameters == pytest.approx(paired.effective_parameters, rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"num_blocks": 3}, r"`num_blocks` to be None beside structure='auto'"),
         ({"num_blocks": 0, "structure": "blocks"}, "num_blocks"),
+        ({"num_blocks": 1, "structure": "blocks"}, "`num_blocks` to be 2 or more, got 1"),
         ({"num_blocks": 3, "structure": "blocks", "tolerance": 1.0}, "tolerance"),
     ],
 )
