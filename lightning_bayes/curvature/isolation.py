@@ -19,6 +19,8 @@ __all__ = ["isolated", "throw_away_copy"]
 _Module = TypeVar("_Module", bound=nn.Module)
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
+FULL = ("ieee", "none")
+"""Values of a switch of precision that leave float32 whole."""
 LARGEST_COLLECTION = 1000
 """Items up to which a collection is searched for random generators."""
 
@@ -41,11 +43,13 @@ def isolated(*holders: object) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(_full_float32())
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.autocast("cpu", enabled=False))
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+            for device in ("cpu", "cuda") if _num_cuda_devices() else ("cpu",):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
             if _num_cuda_devices():
                 stack.enter_context(torch.random.fork_rng(devices=range(_num_cuda_devices())))
-                stack.enter_context(torch.autocast("cuda", enabled=False))
             # Hooks and modes do not reach into compiled code. Without dynamo there is none, and importing it
             # takes a second. (The stance is newer than torch 2.4.)
             if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
@@ -91,6 +95,9 @@ def _full_float32() -> Iterator[None]:
             torch.set_float32_matmul_precision(matmul)
             torch.backends.cudnn.allow_tf32 = cudnn
         return
+    if all(operation.fp32_precision in FULL for operation in _operations()):
+        yield
+        return
     own = _own_precisions()
     for operation, _ in own:
         operation.fp32_precision = "ieee"
@@ -99,6 +106,15 @@ def _full_float32() -> Iterator[None]:
     finally:
         for operation, precision in own:
             operation.fp32_precision = precision
+
+
+def _operations() -> list[Any]:
+    """The switches of precision of single operations; one that is not set tells what it takes from its backend."""
+    backends: Any = torch.backends
+    cuda, onednn = backends.cudnn, backends.mkldnn
+    # Without a GPU its own would only make torch refuse to read `cudnn.allow_tf32`.
+    own = [cuda.conv, cuda.rnn] if _num_cuda_devices() else []
+    return [backends.cuda.matmul, *own, onednn.matmul, onednn.conv, onednn.rnn]
 
 
 def _own_precisions() -> list[tuple[Any, str]]:
@@ -110,13 +126,10 @@ def _own_precisions() -> list[tuple[Any, str]]:
     for parent in (backends, cuda):
         above.append((parent, parent.fp32_precision))
         parent.fp32_precision = "none"
-    own = [(backends.cuda.matmul, backends.cuda.matmul.fp32_precision)]
-    if _num_cuda_devices():  # without, they would only make torch refuse to read `cudnn.allow_tf32`
-        own += [(operation, operation.fp32_precision) for operation in (cuda.conv, cuda.rnn)]
+    own = [(operation, operation.fp32_precision) for operation in _operations()]
     # That of all oneDNN is set by `mkldnn.flags` alone: an equal value is taken to come from there.
-    for operation in (onednn.matmul, onednn.conv, onednn.rnn):
-        precision = operation.fp32_precision
-        own.append((operation, "none" if precision == onednn.fp32_precision else precision))
+    of_all = onednn.fp32_precision
+    own[-3:] = [(operation, "none" if value == of_all else value) for operation, value in own[-3:]]
     for parent, precision in above:
         parent.fp32_precision = precision
     return own

@@ -35,8 +35,10 @@ class Plan:
     proved: bool = False
     """Whether that batch had an example with rows, on which the plan could be tried."""
     replays: Replays = field(default_factory=Replays)
-    _found: tuple[object, dict[nn.Module, dict[str, str]]] = field(default=(None, {}), repr=False)
-    """The layers of some ways: they are asked for at every batch."""
+    _found: tuple[object, dict[nn.Module, dict[str, str]], list[nn.Module]] = field(
+        default=(None, {}, []), repr=False
+    )
+    """The layers and modules of some ways: they are asked for at every batch."""
 
     @property
     def is_of_layers(self) -> bool:
@@ -46,9 +48,7 @@ class Plan:
     @property
     def modules(self) -> list[nn.Module]:
         """Modules whose calls have to be recorded."""
-        hosts = {self.network.get_submodule(way) for way in self.ways.values() if way not in (LAYER, GRAPH)}
-        layers = {module for module, local in self._layers().items() if local}
-        return [module for module in self.network.modules() if module in hosts or module in layers]
+        return self._known()[1]
 
     def fits(self, calls: list[Call], num_examples: int) -> bool:
         """Whether the calls of a batch can be what the plan was made for."""
@@ -138,10 +138,18 @@ class Plan:
 
     def _layers(self) -> dict[nn.Module, dict[str, str]]:
         """Modules whose derivatives are used, with the parameters that they hold: {local name: name}."""
+        return self._known()[0]
+
+    def _known(self) -> tuple[dict[nn.Module, dict[str, str]], list[nn.Module]]:
         ways = tuple(self.ways.items())
         if self._found[0] != ways:
-            self._found = ways, self._find_layers()
-        return self._found[1]
+            layers = self._find_layers()
+            hosts = {
+                self.network.get_submodule(way) for way in self.ways.values() if way not in (LAYER, GRAPH)
+            }
+            modules = [module for module in self.network.modules() if module in hosts or layers.get(module)]
+            self._found = ways, layers, modules
+        return self._found[1:]
 
     def _find_layers(self) -> dict[nn.Module, dict[str, str]]:
         wanted = {id(p): name for name, p in self.parameters.items() if self.ways[name] == LAYER}
