@@ -3,11 +3,11 @@
     python benchmarks/overhead.py [--rounds 200] [--out docs/benchmarks]
 
 One fit, one process, one thread, float32 SGD with momentum through the Lightning Trainer, random data from memory.
-The candidates take turns within the fit, ten steps each, in a new random order in each round, so that what else the
-machine does falls on all of them; each is set against the plain steps of the same round. Time is that of the whole
-loop, loading included: wall time, and processor time of the process, which minds its neighbours less. The
-table has medians over the rounds and their quartiles. What a callback's own hooks take is measured apart, by
-Lightning's SimpleProfiler in a second fit: it resolves what is too small for a comparison.
+The candidates take turns within the fit, as many steps each as lie between two measurements, in a new random order in
+each round, so that what else the machine does falls on all of them; each is set against the plain steps of the same
+round. Time is that of the whole loop, loading included: wall time, and processor time of the process, which minds
+its neighbours less. The table has medians over the rounds and their quartiles. What a callback's own hooks take is
+measured apart, by Lightning's SimpleProfiler in a second fit: it resolves what is too small for a comparison.
 
 Writes `overhead.csv`, with every round, and `overhead.md`.
 """
@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bayes import GradientNoiseScale, SGDNoiseScale
 
-SEED, BATCH_SIZE, BLOCK, STEPS_PER_EPOCH = 0, 64, 10, 500
+SEED, BATCH_SIZE, STEPS_PER_EPOCH = 0, 64, 500
+BLOCK = GradientNoiseScale().every_n_steps  # one measurement in each turn
 PLAIN = "plain"
 TARGETS = {
     "SGDNoiseScale()": 0.01,
@@ -69,7 +70,7 @@ class Digits(L.LightningModule):
 
 
 class Turns(L.Callback):
-    """Gives each candidate its ten steps, and takes the time."""
+    """Gives each candidate its steps, and takes the time."""
 
     def __init__(self, others: dict[str, L.Callback]) -> None:
         self.others = others

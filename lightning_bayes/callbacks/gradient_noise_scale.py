@@ -62,7 +62,8 @@ class GradientNoiseScale(Callback):
     it, smaller by about tr Σ / N than that of the set itself.
 
     Args:
-        every_n_steps: optimizer steps between measurements. At 1 training takes about 1.5 times as long.
+        every_n_steps: optimizer steps between measurements. Of a small net one costs about as much as a step: at
+            16 some 7 % of the training time, at 1 training takes almost twice as long.
         ema: ρ, in [0, 1): measurements are averaged over about the last 1/(1 - ρ). 0 keeps the last alone.
         log_key_prefix: put before every key.
         method: "per_example" runs training_step on a copy of the module, in eval mode and in float32 at least,
@@ -97,7 +98,7 @@ class GradientNoiseScale(Callback):
     def __init__(
         self,
         *,
-        every_n_steps: int = 10,
+        every_n_steps: int = 16,
         ema: float = 0.95,
         log_key_prefix: str = "bayes/",
         method: GradientMethod = "auto",

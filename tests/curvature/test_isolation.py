@@ -147,9 +147,9 @@ expected = laplace_evidence(model, data).log_evidence
 {setting}
 before = precisions()
 with isolated():
-    assert {switch.fp32_precision for switch in matmuls} <= {"ieee", "none"}  # nobody has asked for less
+    assert {{switch.fp32_precision for switch in matmuls}} <= {{"ieee", "none"}}  # nobody has asked for less
     if torch.cuda.is_available():
-        assert {cuda.conv.fp32_precision, cuda.rnn.fp32_precision} <= {"ieee", "none"}
+        assert {{cuda.conv.fp32_precision, cuda.rnn.fp32_precision}} <= {{"ieee", "none"}}
 assert laplace_evidence(model, data).log_evidence == expected
 assert precisions() == before
 {after}
