@@ -25,11 +25,11 @@ from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.gram import KeptRows
 from lightning_bayes.curvature.kept import RowKeeper, fill_gram, tiles_of
 from lightning_bayes.curvature.newton import quadratic_form, woodbury
-from lightning_bayes.curvature.principal import principal_rows, selected
+from lightning_bayes.curvature.principal import principal_rows, selected, smallest_set
 from lightning_bayes.curvature.rows import RowBlock
 from lightning_bayes.functional.evidence import effective_parameters, log_det_from_eigenvalues
 
-__all__ = ["DualCurvature", "System", "factorise", "inverse_on", "trace_of_shrinkage"]
+__all__ = ["DualCurvature", "System", "factorise", "inverse_on", "shrinkage_of", "trace_of_shrinkage"]
 
 SMALL = 4096
 """Rows up to which the trace is exact, and float64 so cheap that it is taken without a word."""
@@ -97,7 +97,7 @@ class DualCurvature(SpectralCurvature):
             layers, chosen = _without_negligible(layers, precision)
         system = factorise(layers if chosen is None else selected(layers, chosen), precision, types)
         gamma, stderr = trace_of_shrinkage(system.factor, NUM_PROBES, SMALL)
-        solve = system.solve if chosen is None else inverse_on(chosen, system)
+        solve = system.solve if chosen is None else inverse_on(chosen, system.solve)
         self._last = key, _Factorised(layers, solve, log_det_of(system.factor), gamma, stderr)
         return self._last[1]
 
@@ -218,12 +218,17 @@ def factorise(
     )
 
 
-def inverse_on(chosen: Tensor, system: System) -> Callable[[Tensor], Tensor]:
-    """(I + K_SS)⁻¹ on S and zero elsewhere, which makes it Woodbury's of the matrix that S alone gives."""
+def inverse_on(chosen: Tensor, inverse: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """(I + K_SS)⁻¹ on S and zero elsewhere, which makes it Woodbury's of the matrix that S alone gives.
+
+    Args:
+        chosen: Numbers of the rows of S.
+        inverse: (I + K_SS)⁻¹ times coefficients [1, S].
+    """
 
     def solve(coefficients: Tensor) -> Tensor:
         solved = torch.zeros_like(coefficients).flatten()
-        solved[chosen] = system.solve(coefficients.flatten()[chosen].unsqueeze(0)).squeeze(0)
+        solved[chosen] = inverse(coefficients.flatten()[chosen].unsqueeze(0)).squeeze(0)
         return solved.view_as(coefficients)
 
     return solve
@@ -248,12 +253,13 @@ def _without_negligible(
     if (ascending.log1p().cumsum(0) <= allowance).sum() < WORTHWHILE * len(ascending):
         return layers, None
     rows = principal_rows(layers, grams.to(eigenvalues))
-    return rows.layers, rows.smallest_set(allowance)
+    chosen = smallest_set(rows.eigenvalues, allowance)
+    return rows.layers, chosen[rows.by_example(chosen)]
 
 
 def _tiles(layers: Sequence[KeptRows]) -> list[slice]:
     columns, num_examples = layers[0].rows.shape[:2]
-    tile_rows = min(TILE_ROWS, max(SMALLEST_TILE, num_examples * columns // 8))
+    tile_rows = min(TILE_ROWS, max(SMALLEST_TILE, num_examples * columns // 12))
     return tiles_of(num_examples, columns, tile_rows)
 
 
@@ -271,13 +277,24 @@ def trace_of_shrinkage(factor: Tensor, num_probes: int, exact_limit: int) -> tup
     Exact up to a size, from (I + K)⁻¹; beyond it Hutchinson's estimate with random signs z:
     E zᵀ(I + K)⁻¹z = tr (I + K)⁻¹.
     """
-    size = len(factor)
+    if len(factor) <= exact_limit:
+        return len(factor) - diagonal_of_inverse(factor).sum().item(), 0.0
+    return shrinkage_of(
+        lambda vectors: torch.linalg.solve_triangular(factor, vectors, upper=False), factor, num_probes
+    )
+
+
+def shrinkage_of(
+    whiten: Callable[[Tensor], Tensor], like: Tensor, num_probes: int, exact_limit: int = 0
+) -> tuple[float, float]:
+    """The same from L⁻¹ alone, as a function of vectors [rows, ...] of the number, type and device of `like`."""
+    size, accurate = len(like), accumulation_dtype(like.device)
     if size <= exact_limit:
-        return size - diagonal_of_inverse(factor).sum().item(), 0.0
-    generator = torch.Generator(device=factor.device).manual_seed(0)
-    signs = torch.randint(0, 2, (size, num_probes), generator=generator, device=factor.device).to(factor)
-    whitened = torch.linalg.solve_triangular(factor, signs.mul_(2).sub_(1), upper=False)
-    samples = size - whitened.square().sum(0, dtype=accumulation_dtype(factor.device))
+        identity = torch.eye(size, dtype=like.dtype, device=like.device)
+        return size - whiten(identity).square_().sum(dtype=accurate).item(), 0.0
+    generator = torch.Generator(device=like.device).manual_seed(0)
+    signs = torch.randint(0, 2, (size, num_probes), generator=generator, device=like.device).to(like)
+    samples = size - whiten(signs.mul_(2).sub_(1)).square().sum(0, dtype=accurate)
     return samples.mean().item(), (samples.std() / num_probes**0.5).item()
 
 

@@ -37,9 +37,7 @@ class RowKeeper:
             self._sizes.append(block.num_examples)
             self._columns = max(self._columns, block.num_columns)
         layers = keep_block(block, self._forms)
-        if not any(
-            bool(layer.rows.any()) for layer in layers
-        ):  # saturated or ignored: as if it were not there
+        if not any(_is_seen(layer.rows) for layer in layers):  # saturated or ignored: as if it were not there
             self._idle = layers
             return
         for layer in layers:
@@ -84,6 +82,11 @@ class RowKeeper:
             batches[0] = [whole[-1]]
         self._sizes = [sum(self._sizes)]
         return whole
+
+
+def _is_seen(rows: Tensor) -> bool:
+    """Whether some entry is not zero; one example's tell, as a rule, without a look at all of them."""
+    return bool(rows[:, :1].any()) or bool(rows.any())
 
 
 def _merged(pieces: Sequence[KeptRows], dim: int) -> KeptRows:

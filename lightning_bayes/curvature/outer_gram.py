@@ -80,7 +80,8 @@ class KeptOuter(KeptRows):
             factor = (self.inputs.flatten(0, 1) @ other.inputs.flatten(0, 1).mT).div_(precision[self.weight])
             if self.bias is not None:
                 factor.add_(self._from_bias(precision))
-            factor = _picked(_picked(factor, self.owners, t, 0), other.owners, s, 1)
+            # Columns first, while the rows are few: entries of columns are gathered one by one, rows whole.
+            factor = _picked(_picked(factor, other.owners, s, 1), self.owners, t, 0)
             share.mul_(factor.unsqueeze(1))
         return share if t == s == 1 else share.view(c, n, t, d, m, s).sum((2, 5))
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_bayes.curvature import blocks, blocks_budget, bracket, principal
+from lightning_bayes.curvature import blocks, blocks_budget, bracket, deflation, split_factor
 from lightning_bayes.curvature.base import Problem
 from lightning_bayes.curvature.blocks import BlockCurvature
 from lightning_bayes.curvature.bracket import BracketCurvature
@@ -28,8 +28,7 @@ precisions = st.sampled_from([0.03, 1.0, 30.0])
 def small(monkeypatch):
     """Everything that large problems do, at the size of the tests."""
     monkeypatch.setitem(STRUCTURES, "full", BracketCurvature)
-    monkeypatch.setattr(principal, "BLOCK", 3)
-    monkeypatch.setattr(principal, "DEFLATION_SHARE", math.inf)
+    monkeypatch.setattr(deflation, "BLOCK", 3)
     monkeypatch.setattr(bracket, "WORTHWHILE", math.inf)
     monkeypatch.setattr(bracket, "EXACT_TRACE_LIMIT", 8)
 
@@ -107,13 +106,13 @@ def trained():
 
 def test_little_is_kept_where_much_may_be_left_out(monkeypatch):
     sizes = []
-    original = bracket.factorise
+    original = split_factor.factorise
 
     def spy(layers, *rest):
         sizes.append(layers[0].num_rows)
         return original(layers, *rest)
 
-    monkeypatch.setattr(bracket, "factorise", spy)
+    monkeypatch.setattr(split_factor, "factorise", spy)
     case = trained()
     expected = case.reference(1.0)
     estimates = []

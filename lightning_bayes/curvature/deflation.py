@@ -1,0 +1,149 @@
+"""The rows S of a bracket, and the first columns of the Cholesky factor of I + K_SS, which choose them.
+
+The largest rows belong to S whatever the others do. Their columns of the factor are computed for all rows that may
+be in S as well: what they leave of the diagonal of those tells how many of them may stay away.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_bayes.curvature.cholesky import ROUNDING_TOLERANCE, keeps_the_identity
+from lightning_bayes.curvature.gram import KeptRows
+from lightning_bayes.curvature.kept import cross_all
+from lightning_bayes.curvature.principal import PrincipalRows, smallest_set
+
+__all__ = ["Selection", "operations", "select"]
+
+BLOCK = 256
+"""Columns of the factor that are computed at a time."""
+MAX_MARKED = 512
+"""Columns that are computed at most."""
+NEGLIGIBLE = 0.05
+"""Share of the bracket's width that the smallest rows, which nothing is subtracted from, take together."""
+
+
+def operations(rows: int, product: int) -> float:
+    """Of the log-determinant of so many rows whose inner products take so many multiplications."""
+    return float(rows) ** 2 * product + rows**3 / 3
+
+
+@dataclass(frozen=True)
+class Selection:
+    """S, and what the other rows can add.
+
+    With L the first M rows of S, ln det(I + K) ≤ ln det(I + K_SS) + Σ_{i∉S} ln(1 + residual_i), where `residual` is
+    the diagonal of the Schur complement of I + K_LL in I + K, less 1, or K_ii, which is larger.
+    """
+
+    rows: PrincipalRows
+    chosen: Tensor  # [S]: numbers of the rows, L first
+    residual: Tensor  # [C·N] float64, 0 for the rows of S
+    head: Tensor  # [S, M]: the first columns of the lower Cholesky factor of I + K_SS
+
+    @property
+    def tail(self) -> Tensor:
+        """Numbers of the rows of S that are not in L, by example."""
+        return self.chosen[self.head.shape[1] :]
+
+    def headless(self) -> "Selection":
+        """The same S without the columns of its factor."""
+        return replace(self, head=self.head[:, :0])
+
+
+class _Deflation:
+    """Columns of the factor of I + K over the rows that may be in S, block by block.
+
+    Args:
+        rows: All rows.
+        numbers: Of those that may be in S, largest first.
+        precision: λ of each parameter tensor.
+    """
+
+    def __init__(self, rows: PrincipalRows, numbers: Tensor, precision: Mapping[str, float]) -> None:
+        self.rows = rows
+        self.numbers = numbers
+        self.residual = rows.eigenvalues[numbers]
+        self.marked = 0
+        self._layers = rows.pick(numbers)
+        self._precision = precision
+        self._columns: list[Tensor] = []  # [rows from the block on, BLOCK] each
+
+    def mark(self, size: int) -> bool:
+        """Compute the columns of the next rows; False, and nothing done, where rounding spoils them."""
+        start, stop = self.marked, self.marked + size
+        block, below = (self._examples(slice(start, end)) for end in (stop, None))
+        cross = cross_all(below, block, self._precision)  # [rows, size]
+        cross.diagonal().add_(1.0)
+        for columns in self._columns:
+            mine = columns[start - len(self.numbers) :]
+            cross.addmm_(mine, mine[:size].mT, alpha=-1.0)
+        factor, info = torch.linalg.cholesky_ex(cross[:size])
+        if info.item() != 0 or factor.diagonal().square().min().item() <= 1.0 - ROUNDING_TOLERANCE:
+            return False
+        # Some thousand rows: a product with the small inverse takes half the time of a solve.
+        identity = torch.eye(size, dtype=factor.dtype, device=factor.device)
+        fresh = cross @ torch.linalg.solve_triangular(factor, identity, upper=False).mT
+        fresh[:size] = factor
+        self._columns.append(fresh)
+        self.residual[start:] -= fresh.square().sum(1)
+        self.residual.clamp_(min=0.0)
+        self.marked = stop
+        return True
+
+    def keep(self, width: float) -> Tensor:
+        """Indices of S into `numbers`: those that are marked, then the others by example."""
+        others = smallest_set(self.residual[self.marked :], width) + self.marked
+        others = others[self.rows.by_example(self.numbers[others])]
+        return torch.cat([torch.arange(self.marked, device=others.device), others])
+
+    def head(self, kept: Tensor) -> Tensor:
+        """The columns, as far as they belong to some indices: [kept, marked]."""
+        head = self._layers[0].rows.new_zeros(len(kept), self.marked)
+        start = 0
+        for columns in self._columns:
+            first, stop = len(self.numbers) - len(columns), start + columns.shape[1]
+            head[start:, start:stop] = columns[kept[start:] - first]
+            start = stop
+        return head
+
+    def _examples(self, some: slice) -> list[KeptRows]:
+        return [layer.examples(some) for layer in self._layers]
+
+
+def select(
+    rows: PrincipalRows,
+    width: float,
+    precision: Mapping[str, float],
+    product: int,
+) -> Selection:
+    """S as small as it may be, marking blocks of the largest rows for as long as that saves operations.
+
+    Args:
+        rows: All rows.
+        width: Of the bracket about the log-determinant, nats.
+        precision: λ of each parameter tensor.
+        product: Multiplications of the inner product of two rows.
+    """
+    ascending, order = rows.eigenvalues.sort()
+    added = ascending.log1p().cumsum(0)
+    negligible = min(int((added <= NEGLIGIBLE * width).sum()), len(order) - 1)
+    width -= added[negligible - 1].item() if negligible else 0.0
+    deflation = _Deflation(rows, order[negligible:].flip(0), precision)
+    kept = deflation.keep(width)
+    largest = min(len(kept) // 2, MAX_MARKED)
+    if not keeps_the_identity(rows.eigenvalues.to(rows.layers[0].rows)):
+        largest = 0
+    while deflation.marked + BLOCK <= largest and deflation.mark(BLOCK):
+        before, kept = len(kept), deflation.keep(width)
+        # What is computed for a row of S is needed anyhow.
+        wasted = 2.0 * (len(deflation.numbers) - len(kept)) * BLOCK * (product + deflation.marked)
+        if operations(before, product) - operations(len(kept), product) < wasted:
+            break
+    chosen = deflation.numbers[kept]
+    residual = rows.eigenvalues.index_copy(0, deflation.numbers, deflation.residual).index_fill(
+        0, chosen, 0.0
+    )
+    return Selection(rows, chosen, residual, deflation.head(kept))

@@ -1,0 +1,124 @@
+"""The rows of a bracket and the factor that begins before they are known, against dense matrices."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_bayes.curvature import deflation, split_factor
+from lightning_bayes.curvature.deflation import operations, select
+from lightning_bayes.curvature.errors import EvidenceUnavailableError
+from lightning_bayes.curvature.gram import KeptDense
+from lightning_bayes.curvature.principal import principal_rows, smallest_set
+from lightning_bayes.curvature.split_factor import factor_of
+
+PRECISION = {"w": 0.7}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Columns three at a time."""
+    monkeypatch.setattr(deflation, "BLOCK", 3)
+
+
+def rows_of(seed, examples=12, columns=3, width=25, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(columns, examples, 1, generator=generator, dtype=dtype).pow(4)
+    rows = scale * torch.randn(columns, examples, width, generator=generator, dtype=dtype)
+    kept = KeptDense(rows, "w", torch.Size([width]))
+    return principal_rows([kept], kept.example_grams(PRECISION).double())
+
+
+def dense(rows):
+    """I + K over all rows, in the numbers of `PrincipalRows`."""
+    matrix = rows.layers[0].rows.double().flatten(0, 1)
+    return torch.eye(len(matrix)).double() + matrix @ matrix.mT / PRECISION["w"]
+
+
+seeds = st.integers(0, 10_000)
+
+
+@given(seeds, st.floats(0.01, 20.0))
+def test_the_head_is_the_beginning_of_the_factor(seed, width):
+    rows = rows_of(seed)
+    found = select(rows, width, PRECISION, 1)
+    whole = dense(rows)
+    chosen, marked = found.chosen, found.head.shape[1]
+    assert len(chosen.unique()) == len(chosen)
+    factor = torch.linalg.cholesky(whole[chosen][:, chosen])
+    torch.testing.assert_close(found.head, factor[:, :marked])
+
+
+@given(seeds, st.floats(0.01, 20.0))
+def test_what_is_left_is_a_schur_complement_and_stays_within_the_width(seed, width):
+    rows = rows_of(seed)
+    found = select(rows, width, PRECISION, 1)
+    whole, left = dense(rows), found.chosen[: found.head.shape[1]]
+    others = [i for i in range(len(whole)) if i not in set(found.chosen.tolist())]
+    schur = whole - whole[:, left] @ torch.linalg.solve(whole[left][:, left], whole[left])
+    expected, residual = schur.diagonal()[others] - 1.0, found.residual[others]
+    assert (residual >= expected - 1e-9).all()  # the negligible rows keep their whole diagonal
+    deflated = residual < rows.eigenvalues[others] - 1e-9
+    torch.testing.assert_close(residual[deflated], expected[deflated])
+    assert found.residual.log1p().sum() <= width * (1 + 1e-9)
+    assert found.residual[found.chosen].abs().max() == 0.0
+    log_det = torch.logdet(whole[found.chosen][:, found.chosen])
+    assert log_det - 1e-9 <= torch.logdet(whole) <= log_det + found.residual.log1p().sum() + 1e-9
+
+
+def test_rows_are_marked_where_many_share_a_direction():
+    assert select(rows_of(0, examples=40, width=4), 3.0, PRECISION, 1).head.shape[1] >= 3
+
+
+@given(seeds, st.floats(0.01, 20.0), st.booleans())
+def test_the_split_factor_answers_as_the_dense_one(seed, width, headless):
+    rows = rows_of(seed)
+    found = select(rows, width, PRECISION, 1)
+    found, factor = factor_of(found.headless() if headless else found, PRECISION, torch.float64)
+    matrix = dense(rows)[found.chosen][:, found.chosen]
+    lower = torch.linalg.cholesky(matrix)
+    vectors = torch.randn(len(matrix), 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert factor.log_det == pytest.approx(torch.logdet(matrix).item(), rel=1e-10)
+    torch.testing.assert_close(factor.whiten(vectors), torch.linalg.solve(lower, vectors))
+    torch.testing.assert_close(factor.unwhiten(vectors), torch.linalg.solve(lower.mT, vectors))
+    torch.testing.assert_close(factor.solve(vectors[:, :1].mT), torch.linalg.solve(matrix, vectors[:, :1]).mT)
+    exact, none = factor.trace_of_shrinkage(2, len(matrix))
+    expected = len(matrix) - torch.linalg.inv(matrix).trace().item()
+    assert exact == pytest.approx(expected, abs=1e-9)
+    assert none == 0.0
+    estimate, stderr = factor.trace_of_shrinkage(2000, 0)
+    assert abs(estimate - expected) <= 5 * stderr + 1e-9
+
+
+def test_a_head_that_spoils_the_rest_is_done_without(monkeypatch):
+    found = select(rows_of(1, examples=40, width=4, dtype=torch.float32), 3.0, PRECISION, 1)
+    assert found.head.shape[1] > 0
+    original, calls = split_factor.factorise, []
+
+    def refusing(layers, precision, dtypes, allowed):
+        calls.append((len(precision), dtypes))
+        if len(precision) > 1:
+            raise EvidenceUnavailableError("the head")
+        return original(layers, precision, dtypes, allowed)
+
+    monkeypatch.setattr(split_factor, "factorise", refusing)
+    again, factor = factor_of(found, PRECISION, torch.float64)
+    assert calls == [(2, (torch.float32,)), (1, (torch.float32, torch.float64))]
+    assert again.head.shape[1] == 0
+    matrix = dense(found.rows)[again.chosen][:, again.chosen]
+    assert factor.log_det == pytest.approx(torch.logdet(matrix).item(), rel=1e-4)
+
+
+def test_nothing_is_marked_where_float32_loses_the_identity():
+    rows = rows_of(2, examples=40, width=4, dtype=torch.float32)
+    strong = {"w": 1e-7}
+    grams = rows.layers[0].example_grams(strong).double()
+    assert select(principal_rows(rows.layers, grams), 3.0, strong, 1).head.shape[1] == 0
+
+
+def test_operations_and_the_smallest_set():
+    assert operations(10, 6) == 10**2 * 6 + 10**3 / 3
+    residual = torch.tensor([0.5, 3.0, 0.1, 0.0], dtype=torch.float64)
+    assert smallest_set(residual, 0.1).tolist() == [0, 1]
+    assert smallest_set(residual, 100.0).tolist() == [1]  # one at least
+    assert sorted(smallest_set(residual, 0.0).tolist()) == [0, 1, 2]
