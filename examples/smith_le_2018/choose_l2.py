@@ -48,7 +48,7 @@ def choose_l2(context: Context) -> list[Claim]:
     decrement = trials.grid("newton_decrement", settings, seeds, precisions)
     ratios = {name: trials.grid(column, settings, seeds, precisions) for name, column in COLUMNS.items()}
     x = np.array(precisions)
-    with figure(context.folder / "l2.png", width=9.0) as (_, (left, right)):
+    with figure(context.folder / "l2.png", width=9.0, height=3.7) as (made, (left, right)):
         best = x[loss.mean(0).argmin()]
         for name, ratio in ratios.items():
             label = f"{NAMES[name]}, best at λ = {x[ratio.mean(0).argmax()]:g}"
@@ -65,7 +65,8 @@ def choose_l2(context: Context) -> list[Claim]:
             axis.axvline(best, color="#888888", linestyle="--", linewidth=1)
             log_axis(axis, "x", [value for value in (0.01, 0.1, 1, 10, 100) if x[0] <= value <= x[-1]])
             axis.set_xlabel("L2: prior precision λ = N · weight decay")
-            axis.legend(fontsize=9)
+        made.legend(*left.get_legend_handles_labels(), fontsize=9, ncols=3, loc="outside lower left")
+        right.legend(fontsize=9)
     return [
         claim for name, ratio in ratios.items() for claim in _claims(name, x, ratio, loss, decrement.max())
     ]

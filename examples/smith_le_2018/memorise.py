@@ -116,7 +116,7 @@ def _claims(precisions: tuple[float, ...], found: dict[tuple[str, str], np.ndarr
             above(0.0, *best[1:]),
         ),
         (
-            f"largest exact log evidence ratio over λ, random labels (nats); of all {highest.max():.3g}",
+            f"largest exact log evidence ratio over λ, random labels (nats); of all {highest.max():,.0f}",
             mean_interval(highest),
             "all ≤ 1",
             "holds" if highest.max() <= 1 else "does not hold",
