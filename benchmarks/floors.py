@@ -157,9 +157,9 @@ def exact(rows: int) -> None:
 
 def rows_kept(data: Trained, structure: str) -> int:
     """Rows of the bracket."""
-    with mock.patch.object(bracket, "factorise", wraps=bracket.factorise) as factorise:
+    with mock.patch.object(bracket, "factor_of", wraps=bracket.factor_of) as factor_of:
         run(data, f"lightning-bayes {structure}")()
-    return int(factorise.call_args.args[0][0].num_rows)
+    return len(factor_of.call_args.args[0].chosen)
 
 
 def write_csv(path: Path, times: dict[tuple[str, str], list[float]], arguments: argparse.Namespace) -> None:
