@@ -26,7 +26,7 @@ from lightning_bayes.curvature.cholesky import log_det_of, rounding_of_log_det
 from lightning_bayes.curvature.diagonal import DiagonalCurvature
 from lightning_bayes.curvature.dual import SMALL, System, factorise, trace_of_shrinkage
 from lightning_bayes.curvature.gram import KeptRows
-from lightning_bayes.curvature.kept import RowKeeper, cross_all
+from lightning_bayes.curvature.kept import RowKeeper, cross_all, example_grams
 from lightning_bayes.curvature.newton import quadratic_form, woodbury
 from lightning_bayes.curvature.principal import PrincipalRows, principal_rows
 from lightning_bayes.curvature.reservoir import PrioritySample, RowReservoir, RowSet
@@ -159,7 +159,7 @@ class BlockCurvature(Curvature):
         """Sort the rows of a batch, or of the first few, into those that are kept and those that go."""
         layers = self._keeper.layers()
         self._keeper = RowKeeper(self._keeper)
-        own = torch.stack([layer.example_grams(self._unit) for layer in layers]).sum(0)
+        own = example_grams(layers, self._unit)
         rows = principal_rows(layers, own.to(accumulation_dtype(self.problem.device)))
         self._trace += rows.eigenvalues.sum().item()
         landmarks = self._choose_landmarks(rows) if not self._landmarks else None

@@ -24,9 +24,10 @@ from lightning_bayes.curvature.cholesky import rounding_of_log_det
 from lightning_bayes.curvature.deflation import Selection, operations, select
 from lightning_bayes.curvature.dual import DualCurvature, inverse_on
 from lightning_bayes.curvature.gram import KeptRows
-from lightning_bayes.curvature.kept import cross_all
+from lightning_bayes.curvature.kept import cross_all, example_grams
 from lightning_bayes.curvature.newton import quadratic_form, woodbury
 from lightning_bayes.curvature.principal import principal_rows
+from lightning_bayes.curvature.rows import RowBlock
 from lightning_bayes.curvature.split_factor import SplitFactor, factor_of
 
 __all__ = ["BracketCurvature"]
@@ -52,6 +53,11 @@ class BracketCurvature(DualCurvature):
         super().__init__(problem)
         self._exact_at: set[tuple[float, ...]] = set()
 
+    def update(self, block: RowBlock) -> None:
+        """See `Curvature.update`."""
+        super().update(block)
+        self._exact_at.clear()
+
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
         """See `Curvature.at`.
 
@@ -64,7 +70,8 @@ class BracketCurvature(DualCurvature):
             return super().at(precision, gradient)
         found, factor = factor_of(found, precision, self._accurate)
         rows = found.rows
-        log_det, slack = factor.log_det, _allowance(rows.eigenvalues, factor.tail.dtype)
+        # Of the type of the rows, which the residuals are of as well, also where the factor is of a better one.
+        log_det, slack = factor.log_det, _allowance(rows.eigenvalues, rows.layers[0].rows.dtype)
         above = found.residual.log1p().sum().item()
         lower, upper = max(log_det - slack, 0.0), log_det + above + slack
         gamma, gamma_error = factor.trace_of_shrinkage(NUM_PROBES, EXACT_TRACE_LIMIT)
@@ -87,23 +94,26 @@ class BracketCurvature(DualCurvature):
         """
         found = self._select(precision)
         if found is None:
-            return _OfRows(self.problem, super()._layers(precision))
+            return _OfRows(self.problem, self._layers(precision))
         kept = replace(self.problem, num_examples=len(found.chosen), rank=1)
         return _OfRows(kept, found.rows.pick(found.chosen))
 
     def _select(self, precision: Mapping[str, float]) -> Selection | None:
         """S for a prior, None where the exact answer costs hardly more."""
-        if tuple(precision.values()) in self._exact_at:  # `at` asks first, and its exact answer once more
+        if tuple(precision.values()) in self._exact_at:
             return None
-        layers = super()._layers(precision)
-        grams = torch.stack([layer.example_grams(precision) for layer in layers]).sum(0).to(self._accurate)
+        layers = self._layers(precision)
+        grams = example_grams(layers, precision)
         width = 2.0 * (self.problem.tolerance or 0.0)
         diagonal = grams.diagonal(dim1=1, dim2=2)
         if _allowance(diagonal, layers[0].rows.dtype) > ROUNDING_SHARE * width:
             layers = [layer.to(self._accurate) for layer in layers]
+            grams = example_grams(
+                layers, precision
+            )  # those of float32 hold small eigenvalues to eps of the largest
         width -= 2.0 * _allowance(diagonal, layers[0].rows.dtype)
         product = self.problem.gram_width
-        found = select(principal_rows(layers, grams), width, precision, product)
+        found = select(principal_rows(layers, grams.to(self._accurate)), width, precision, product)
         if operations(len(found.chosen), product) > WORTHWHILE * operations(len(found.residual), product):
             self._exact_at.add(tuple(precision.values()))
             return None

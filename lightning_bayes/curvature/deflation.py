@@ -1,11 +1,12 @@
 """The rows S of a bracket, and the first columns of the Cholesky factor of I + K_SS, which choose them.
 
-The largest rows belong to S whatever the others do. Their columns of the factor are computed for all rows that may
-be in S as well: what they leave of the diagonal of those tells how many of them may stay away.
+The largest rows are in S anyhow. Their columns of the factor are computed for all rows that may be in S as well: what
+they leave of the diagonal of those tells how many of them may stay away.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class _Deflation:
 
     Args:
         rows: All rows.
-        numbers: Of those that may be in S, largest first.
+        numbers: Of those that may be in S.
         precision: λ of each parameter tensor.
     """
 
@@ -66,51 +67,45 @@ class _Deflation:
         self.rows = rows
         self.numbers = numbers
         self.residual = rows.eigenvalues[numbers]
-        self.marked = 0
-        self._layers = rows.pick(numbers)
+        self.marked = numbers.new_zeros(0)  # indices into `numbers`, in the order of the columns
         self._precision = precision
-        self._columns: list[Tensor] = []  # [rows from the block on, BLOCK] each
+        self._columns: list[Tensor] = []  # [numbers, BLOCK] each
+
+    @cached_property
+    def _layers(self) -> list[KeptRows]:
+        return self.rows.pick(self.numbers)
 
     def mark(self, size: int) -> bool:
-        """Compute the columns of the next rows; False, and nothing done, where rounding spoils them."""
-        start, stop = self.marked, self.marked + size
-        block, below = (self._examples(slice(start, end)) for end in (stop, None))
-        cross = cross_all(below, block, self._precision)  # [rows, size]
-        cross.diagonal().add_(1.0)
+        """Compute the columns of the largest residuals; False, and nothing done, where rounding spoils them."""
+        block = self.residual.index_fill(0, self.marked, -1.0).topk(size).indices
+        cross = cross_all(self._layers, self.rows.pick(self.numbers[block]), self._precision)
+        cross[block, torch.arange(size, device=block.device)] += 1.0
         for columns in self._columns:
-            mine = columns[start - len(self.numbers) :]
-            cross.addmm_(mine, mine[:size].mT, alpha=-1.0)
-        factor, info = torch.linalg.cholesky_ex(cross[:size])
+            cross.addmm_(columns, columns[block].mT, alpha=-1.0)
+        factor, info = torch.linalg.cholesky_ex(cross[block])
         if info.item() != 0 or factor.diagonal().square().min().item() <= 1.0 - ROUNDING_TOLERANCE:
             return False
         # Some thousand rows: a product with the small inverse takes half the time of a solve.
         identity = torch.eye(size, dtype=factor.dtype, device=factor.device)
         fresh = cross @ torch.linalg.solve_triangular(factor, identity, upper=False).mT
-        fresh[:size] = factor
+        fresh[block] = factor
+        fresh[self.marked] = 0.0
         self._columns.append(fresh)
-        self.residual[start:] -= fresh.square().sum(1)
-        self.residual.clamp_(min=0.0)
-        self.marked = stop
+        self.residual = (self.residual - fresh.square().sum(1)).clamp_(min=0.0)
+        self.marked = torch.cat([self.marked, block])
         return True
 
     def keep(self, width: float) -> Tensor:
         """Indices of S into `numbers`: those that are marked, then the others by example."""
-        others = smallest_set(self.residual[self.marked :], width) + self.marked
-        others = others[self.rows.by_example(self.numbers[others])]
-        return torch.cat([torch.arange(self.marked, device=others.device), others])
+        unmarked = torch.ones_like(self.residual, dtype=torch.bool).index_fill_(0, self.marked, False)
+        free = unmarked.nonzero().squeeze(1)
+        others = free[smallest_set(self.residual[free], width)]
+        return torch.cat([self.marked, others[self.rows.by_example(self.numbers[others])]])
 
     def head(self, kept: Tensor) -> Tensor:
         """The columns, as far as they belong to some indices: [kept, marked]."""
-        head = self._layers[0].rows.new_zeros(len(kept), self.marked)
-        start = 0
-        for columns in self._columns:
-            first, stop = len(self.numbers) - len(columns), start + columns.shape[1]
-            head[start:, start:stop] = columns[kept[start:] - first]
-            start = stop
-        return head
-
-    def _examples(self, some: slice) -> list[KeptRows]:
-        return [layer.examples(some) for layer in self._layers]
+        none = self.rows.layers[0].rows.new_zeros(len(kept), 0)
+        return torch.cat([none, *(columns[kept] for columns in self._columns)], dim=1)
 
 
 def select(
@@ -120,6 +115,8 @@ def select(
     product: int,
 ) -> Selection:
     """S as small as it may be, marking blocks of the largest rows for as long as that saves operations.
+
+    Only rows that are in S anyhow are marked, so that S shrinks with every block.
 
     Args:
         rows: All rows.
@@ -131,15 +128,13 @@ def select(
     added = ascending.log1p().cumsum(0)
     negligible = min(int((added <= NEGLIGIBLE * width).sum()), len(order) - 1)
     width -= added[negligible - 1].item() if negligible else 0.0
-    deflation = _Deflation(rows, order[negligible:].flip(0), precision)
+    deflation = _Deflation(rows, order[negligible:], precision)
     kept = deflation.keep(width)
-    largest = min(len(kept) // 2, MAX_MARKED)
-    if not keeps_the_identity(rows.eigenvalues.to(rows.layers[0].rows)):
-        largest = 0
-    while deflation.marked + BLOCK <= largest and deflation.mark(BLOCK):
+    most = MAX_MARKED if keeps_the_identity(rows.eigenvalues.to(rows.layers[0].rows)) else 0
+    while len(deflation.marked) + BLOCK <= min(len(kept) // 2, most) and deflation.mark(BLOCK):
         before, kept = len(kept), deflation.keep(width)
         # What is computed for a row of S is needed anyhow.
-        wasted = 2.0 * (len(deflation.numbers) - len(kept)) * BLOCK * (product + deflation.marked)
+        wasted = 2.0 * (len(deflation.numbers) - len(kept)) * BLOCK * (product + len(deflation.marked))
         if operations(before, product) - operations(len(kept), product) < wasted:
             break
     chosen = deflation.numbers[kept]

@@ -23,13 +23,13 @@ from lightning_bayes.curvature.cholesky import (
 )
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.gram import KeptRows
-from lightning_bayes.curvature.kept import RowKeeper, fill_gram, tiles_of
+from lightning_bayes.curvature.kept import RowKeeper, example_grams, fill_gram, tiles_of
 from lightning_bayes.curvature.newton import quadratic_form, woodbury
 from lightning_bayes.curvature.principal import principal_rows, selected, smallest_set
 from lightning_bayes.curvature.rows import RowBlock
 from lightning_bayes.functional.evidence import effective_parameters, log_det_from_eigenvalues
 
-__all__ = ["DualCurvature", "System", "factorise", "inverse_on", "shrinkage_of", "trace_of_shrinkage"]
+__all__ = ["DualCurvature", "System", "estimated_shrinkage", "factorise", "inverse_on", "trace_of_shrinkage"]
 
 SMALL = 4096
 """Rows up to which the trace is exact, and float64 so cheap that it is taken without a word."""
@@ -243,7 +243,7 @@ def _without_negligible(
     a factor in floating point does not tell from nothing (sums over 10,000 entries near 1 round by more), and no
     more than `NEGLIGIBLE`. Where the factor will be one in float64 all rows stay.
     """
-    grams = torch.stack([layer.example_grams(precision) for layer in layers]).sum(0)
+    grams = example_grams(layers, precision)
     if not keeps_the_identity(grams.diagonal(dim1=-2, dim2=-1)):
         return layers, None
     eigenvalues = torch.linalg.eigvalsh(grams.to(accumulation_dtype(grams.device))).clamp_(min=0.0)
@@ -279,19 +279,22 @@ def trace_of_shrinkage(factor: Tensor, num_probes: int, exact_limit: int) -> tup
     """
     if len(factor) <= exact_limit:
         return len(factor) - diagonal_of_inverse(factor).sum().item(), 0.0
-    return shrinkage_of(
-        lambda vectors: torch.linalg.solve_triangular(factor, vectors, upper=False), factor, num_probes
+    return estimated_shrinkage(
+        lambda vectors: torch.linalg.solve_triangular(factor, vectors, upper=False), factor[0], num_probes
     )
 
 
-def shrinkage_of(
-    whiten: Callable[[Tensor], Tensor], like: Tensor, num_probes: int, exact_limit: int = 0
+def estimated_shrinkage(
+    whiten: Callable[[Tensor], Tensor], like: Tensor, num_probes: int
 ) -> tuple[float, float]:
-    """The same from L⁻¹ alone, as a function of vectors [rows, ...] of the number, type and device of `like`."""
+    """Hutchinson's estimate and its standard error from L⁻¹ as a function of vectors [rows, ...].
+
+    Args:
+        whiten: L⁻¹ times vectors.
+        like: [rows], for the type and the device.
+        num_probes: Random vectors.
+    """
     size, accurate = len(like), accumulation_dtype(like.device)
-    if size <= exact_limit:
-        identity = torch.eye(size, dtype=like.dtype, device=like.device)
-        return size - whiten(identity).square_().sum(dtype=accurate).item(), 0.0
     generator = torch.Generator(device=like.device).manual_seed(0)
     signs = torch.randint(0, 2, (size, num_probes), generator=generator, device=like.device).to(like)
     samples = size - whiten(signs.mul_(2).sub_(1)).square().sum(0, dtype=accurate)

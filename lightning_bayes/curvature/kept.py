@@ -9,7 +9,7 @@ from lightning_bayes.curvature.gram import KeptRows
 from lightning_bayes.curvature.keeping import Form, keep_block
 from lightning_bayes.curvature.rows import RowBlock
 
-__all__ = ["RowKeeper", "combine_all", "cross_all", "dot_all", "fill_gram", "tiles_of"]
+__all__ = ["RowKeeper", "combine_all", "cross_all", "dot_all", "example_grams", "fill_gram", "tiles_of"]
 
 
 class RowKeeper:
@@ -127,6 +127,11 @@ def cross_all(left: Sequence[KeptRows], right: Sequence[KeptRows], precision: Ma
     for one, other in zip(left[1:], right[1:], strict=True):
         total += one.cross(other, precision)
     return total
+
+
+def example_grams(layers: Sequence[KeptRows], precision: Mapping[str, float]) -> Tensor:
+    """K between the rows of each single example, [N, C, C]."""
+    return torch.stack([layer.example_grams(precision) for layer in layers]).sum(0)
 
 
 def dot_all(layers: Sequence[KeptRows], vectors: Mapping[str, Tensor]) -> Tensor:

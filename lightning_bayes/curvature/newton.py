@@ -55,9 +55,9 @@ def quadratic_form(
         prior = sum(precision[name] * direction[name].square().sum().item() for name in names)
         step = decrease / (along.square().sum().item() + prior)
         # Along the direction the value rises by decrease² over the curvature. Where the preconditioner is the
-        # inverse of G + Λ, or of a matrix below it, no more than `decrease` was left before.
+        # inverse of G + Λ, or of a matrix below it, no more than `decrease` was left before: (1 − step) of it is now.
         value += step * decrease
-        if min(step, abs(1.0 - step)) * decrease <= tolerance * value:
+        if abs(1.0 - step) * decrease <= tolerance * value:
             return value
         seen = dict(combine_all(layers, along))
         curved = {name: precision[name] * direction[name] + seen.get(name, 0.0) for name in names}
@@ -71,7 +71,8 @@ def quadratic_form(
         decrease = ahead
     warnings.warn(
         f"The Newton decrement has not converged in {MAX_REFINEMENTS} steps and is a lower bound: the prior "
-        "precision is too small for the floating-point type. A larger one, or a float64 model, avoids this.",
+        "precision is too small for the floating-point type, or the tolerance too wide. A larger prior precision, a "
+        "float64 model or a smaller tolerance avoids this.",
         stacklevel=2,
     )
     return value

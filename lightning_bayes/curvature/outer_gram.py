@@ -63,6 +63,8 @@ class KeptOuter(KeptRows):
         positions = self.rows.shape[2]
         if positions == 1:
             return self._paired(other, precision).flatten(2, 3).flatten(0, 1)
+        if self.num_rows > other.num_rows:  # what is cut up below is the larger
+            return other.cross(self, precision).mT
         step = max(1, PART_NUMBERS // (self.num_rows * len(other.rows) * positions**2))
         pieces = [
             self._paired(other.examples(slice(start, start + step)), precision)

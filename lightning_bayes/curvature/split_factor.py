@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_bayes.curvature.base import accumulation_dtype
 from lightning_bayes.curvature.cholesky import log_det_of
 from lightning_bayes.curvature.deflation import Selection
-from lightning_bayes.curvature.dual import factorise, shrinkage_of
+from lightning_bayes.curvature.dual import estimated_shrinkage, factorise
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.gram import KeptDense
 
@@ -51,7 +52,12 @@ class SplitFactor:
 
     def trace_of_shrinkage(self, num_probes: int, exact_limit: int) -> tuple[float, float]:
         """Trace of K_SS(I + K_SS)⁻¹, see `dual.trace_of_shrinkage`."""
-        return shrinkage_of(self.whiten, self.head[:, :0], num_probes, exact_limit)
+        size = len(self.head)
+        if size > exact_limit:
+            return estimated_shrinkage(self.whiten, self.head.new_empty(size), num_probes)
+        identity = torch.eye(size, dtype=self.head.dtype, device=self.head.device)
+        squares = self.whiten(identity).square_()
+        return size - squares.sum(dtype=accumulation_dtype(self.head.device)).item(), 0.0
 
     def _halves(self) -> tuple[Tensor, Tensor]:
         return self.head[: self.head.shape[1]], self.head[self.head.shape[1] :]
