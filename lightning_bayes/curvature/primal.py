@@ -24,6 +24,8 @@ __all__ = ["KEPT_ROWS", "PrimalCurvature"]
 
 KEPT_ROWS = 4
 """Rows that are kept as they are, in units of p; more become a sum in float64."""
+QUICK_TOLERANCE = 1e-5
+"""What may be missing of the Newton decrement, relatively, where the factor is of the model's own type."""
 
 
 class PrimalCurvature(SpectralCurvature):
@@ -89,7 +91,7 @@ class PrimalCurvature(SpectralCurvature):
     def _factor(self, precision: Mapping[str, float]) -> Tensor:
         """Of I + Λ⁻¹ᐟ² G Λ⁻¹ᐟ²."""
         if self._rows:
-            rows = torch.cat(self._rows)
+            rows = self._merged_rows()
             if self._quick is None:
                 self._quick = rows.new_zeros(rows.shape[1], rows.shape[1])
                 add_products(self._quick, rows)
@@ -104,24 +106,29 @@ class PrimalCurvature(SpectralCurvature):
     def _quadratic(
         self, factor: Tensor, precision: Mapping[str, float], gradient: Mapping[str, Tensor]
     ) -> float:
-        accurate = accumulation_dtype(self.problem.device)
-        scale, sizes = self._scale(precision, accurate), [s.numel() for s in self.problem.shapes.values()]
+        scale, sizes = self._scale(precision, factor.dtype), [s.numel() for s in self.problem.shapes.values()]
 
         def precondition(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
             whole = torch.cat([vector[name].flatten() for name in self.problem.shapes]).to(scale) * scale
-            solved = solve(factor, whole.to(factor).unsqueeze(1)).squeeze(1).to(scale) * scale
+            solved = solve(factor, whole.unsqueeze(1)).squeeze(1) * scale
             parts = zip(self.problem.shapes.items(), solved.split(sizes), strict=True)
             return {name: part.reshape(shape) for (name, shape), part in parts}
 
-        if factor.dtype == accurate:
+        if factor.dtype == accumulation_dtype(self.problem.device):
             step = precondition(gradient)
             return sum((gradient[name].to(scale) * part).sum().item() for name, part in step.items())
-        rows = torch.cat(self._rows).to(accurate).split(sizes, dim=1)
+        # In the type of the rows: a factor that is believed in it leaves little to refine.
+        rows = self._merged_rows().split(sizes, dim=1)
         layers = [
             KeptDense(part.unsqueeze(0), name, shape)
             for (name, shape), part in zip(self.problem.shapes.items(), rows, strict=True)
         ]
-        return quadratic_form(layers, precondition, precision, gradient)
+        return quadratic_form(layers, precondition, precision, gradient, QUICK_TOLERANCE)
+
+    def _merged_rows(self) -> Tensor:
+        if len(self._rows) > 1:
+            self._rows = [torch.cat(self._rows)]
+        return self._rows[0]
 
     def _scale(self, precision: Mapping[str, float], dtype: torch.dtype) -> Tensor:
         """Λ⁻¹ᐟ² [p]."""
