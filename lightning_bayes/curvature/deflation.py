@@ -20,8 +20,8 @@ __all__ = ["Selection", "operations", "select"]
 
 BLOCK = 256
 """Columns of the factor that are computed at a time."""
-MAX_MARKED = 512
-"""Columns that are computed at most."""
+MAX_MARKED, SHARE = 512, 4
+"""Columns that are computed at most, and the part of S that they may be."""
 NEGLIGIBLE = 0.05
 """Share of the bracket's width that the smallest rows, which nothing is subtracted from, take together."""
 
@@ -131,11 +131,13 @@ def select(
     deflation = _Deflation(rows, order[negligible:], precision)
     kept = deflation.keep(width)
     most = MAX_MARKED if keeps_the_identity(rows.eigenvalues.to(rows.layers[0].rows)) else 0
-    while len(deflation.marked) + BLOCK <= min(len(kept) // 2, most) and deflation.mark(BLOCK):
+    while len(deflation.marked) + BLOCK <= min(len(kept) // SHARE, most) and deflation.mark(BLOCK):
         before, kept = len(kept), deflation.keep(width)
-        # What is computed for a row of S is needed anyhow.
-        wasted = 2.0 * (len(deflation.numbers) - len(kept)) * BLOCK * (product + len(deflation.marked))
-        if operations(before, product) - operations(len(kept), product) < wasted:
+        # What is computed for other rows of S is needed anyhow, and half of what is computed for the block's own.
+        wasted = 2.0 * (len(deflation.numbers) - len(kept)) * BLOCK + BLOCK**2
+        if operations(before, product) - operations(len(kept), product) < wasted * (
+            product + len(deflation.marked)
+        ):
             break
     chosen = deflation.numbers[kept]
     residual = rows.eigenvalues.index_copy(0, deflation.numbers, deflation.residual).index_fill(

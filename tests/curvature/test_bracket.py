@@ -30,6 +30,7 @@ def small(monkeypatch):
     """Everything that large problems do, at the size of the tests."""
     monkeypatch.setitem(STRUCTURES, "full", BracketCurvature)
     monkeypatch.setattr(deflation, "BLOCK", 3)
+    monkeypatch.setattr(deflation, "SHARE", 2)
     monkeypatch.setattr(bracket, "WORTHWHILE", math.inf)
     monkeypatch.setattr(bracket, "EXACT_TRACE_LIMIT", 8)
 

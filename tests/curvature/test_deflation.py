@@ -19,6 +19,7 @@ PRECISION = {"w": 0.7}
 def small_blocks(monkeypatch):
     """Columns three at a time."""
     monkeypatch.setattr(deflation, "BLOCK", 3)
+    monkeypatch.setattr(deflation, "SHARE", 2)
 
 
 def rows_of(seed, examples=12, columns=3, width=25, dtype=torch.float64):
