@@ -26,7 +26,7 @@ from lightning_bayes.curvature.dual import DualCurvature, inverse_on
 from lightning_bayes.curvature.gram import KeptRows
 from lightning_bayes.curvature.kept import cross_all, example_grams
 from lightning_bayes.curvature.newton import quadratic_form, woodbury
-from lightning_bayes.curvature.principal import principal_rows
+from lightning_bayes.curvature.principal import principal_rows, smallest_set
 from lightning_bayes.curvature.rows import RowBlock
 from lightning_bayes.curvature.split_factor import SplitFactor, factor_of
 
@@ -41,7 +41,9 @@ NUM_SAMPLES = 32
 ROUNDING_SHARE = 0.05
 """Of the bracket that the allowance may take before everything is done in float64."""
 WORTHWHILE = 0.8
-"""Share of the exact operations from which on the exact answer is given instead."""
+"""Share of the exact operations from which on the exact answer is given instead..."""
+IN_FLOAT64 = 2.0
+"""... where those of a bracket for which float32 is not good enough take so many times as long."""
 DECREMENT_TOLERANCE = 5e-3
 """Relative rise of the Newton decrement at which its refinement ends: at most so much is missing."""
 
@@ -100,24 +102,29 @@ class BracketCurvature(DualCurvature):
 
     def _select(self, precision: Mapping[str, float]) -> Selection | None:
         """S for a prior, None where the exact answer costs hardly more."""
-        if tuple(precision.values()) in self._exact_at:
-            return None
-        layers = self._layers(precision)
-        grams = example_grams(layers, precision)
-        width = 2.0 * (self.problem.tolerance or 0.0)
-        diagonal = grams.diagonal(dim1=1, dim2=2)
-        if _allowance(diagonal, layers[0].rows.dtype) > ROUNDING_SHARE * width:
-            layers = [layer.to(self._accurate) for layer in layers]
-            grams = example_grams(
-                layers, precision
-            )  # those of float32 hold small eigenvalues to eps of the largest
-        width -= 2.0 * _allowance(diagonal, layers[0].rows.dtype)
-        product = self.problem.gram_width
-        found = select(principal_rows(layers, grams.to(self._accurate)), width, precision, product)
-        if operations(len(found.chosen), product) > WORTHWHILE * operations(len(found.residual), product):
-            self._exact_at.add(tuple(precision.values()))
-            return None
+        key = tuple(precision.values())
+        found = None if key in self._exact_at else self._worthwhile(precision)
+        if found is None:
+            self._exact_at.add(key)
         return found
+
+    def _worthwhile(self, precision: Mapping[str, float]) -> Selection | None:
+        layers, product = self._layers(precision), self.problem.gram_width
+        grams = example_grams(layers, precision)
+        width, slowness = 2.0 * (self.problem.tolerance or 0.0), 1.0
+        diagonal = grams.diagonal(dim1=1, dim2=2)
+        most = WORTHWHILE * operations(diagonal.numel(), product)
+        if _allowance(diagonal, layers[0].rows.dtype) > ROUNDING_SHARE * width:
+            slowness = IN_FLOAT64
+            roughly = torch.linalg.eigvalsh(grams.to(self._accurate)).clamp_(min=0.0).flatten()
+            if slowness * operations(len(smallest_set(roughly, width)), product) > most:
+                return None
+            layers = [layer.to(self._accurate) for layer in layers]
+            # Again: those of float32 hold small eigenvalues to the rounding of the largest.
+            grams = example_grams(layers, precision)
+        width -= 2.0 * _allowance(diagonal, layers[0].rows.dtype)
+        found = select(principal_rows(layers, grams.to(self._accurate)), width, precision, product)
+        return None if slowness * operations(len(found.chosen), product) > most else found
 
 
 class _OfRows(DualCurvature):

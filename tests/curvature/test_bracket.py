@@ -149,6 +149,18 @@ def test_a_tolerance_below_the_rounding_of_float32_takes_float64():
     assert evidence.log_evidence == pytest.approx(expected.log_evidence, rel=1e-5)
 
 
+def test_float64_is_not_begun_where_the_exact_answer_costs_less(monkeypatch):
+    def unwanted(*args):
+        raise AssertionError("rows were chosen for nothing")
+
+    monkeypatch.setattr(bracket, "WORTHWHILE", 0.8)
+    monkeypatch.setattr(bracket, "select", unwanted)
+    case = trained()
+    single = replace(case, model=case.model.float(), inputs=case.inputs.float())
+    evidence = single.evidence(structure="full", tolerance=1e-6)
+    assert evidence.lower == evidence.upper
+
+
 def own_directions(examples, large, small):
     """Rows of each example in a subspace of its own, their eigenvalues far apart: [C, N, p] float32."""
     generator = torch.Generator().manual_seed(0)
