@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from lightning_bayes.curvature.base import CurvatureSummary, Problem
-from lightning_bayes.curvature.cholesky import rounding_of_log_det
+from lightning_bayes.curvature.cholesky import SMALL_ROUNDING, rounding_of_log_det
 from lightning_bayes.curvature.deflation import Selection, operations, select
-from lightning_bayes.curvature.dual import DualCurvature, inverse_on
+from lightning_bayes.curvature.dual import SMALL, DualCurvature, inverse_on
 from lightning_bayes.curvature.gram import KeptRows
 from lightning_bayes.curvature.kept import cross_all, example_grams
 from lightning_bayes.curvature.newton import quadratic_form, woodbury
@@ -45,7 +45,7 @@ WORTHWHILE = 0.8
 IN_FLOAT64 = 2.0
 """... where those of a bracket for which float32 is not good enough take so many times as long."""
 DECREMENT_TOLERANCE = 5e-3
-"""Relative rise of the Newton decrement at which its refinement ends: at most so much is missing."""
+"""Relative rise of the Newton decrement at which its refinement ends: about so much is missing at most."""
 
 
 class BracketCurvature(DualCurvature):
@@ -115,7 +115,9 @@ class BracketCurvature(DualCurvature):
         diagonal = grams.diagonal(dim1=1, dim2=2)
         most = WORTHWHILE * operations(diagonal.numel(), product)
         if _allowance(diagonal, layers[0].rows.dtype) > ROUNDING_SHARE * width:
-            slowness = IN_FLOAT64
+            # A small exact problem that rounds too much is done in float64 as well.
+            if diagonal.numel() > SMALL or _allowance(diagonal, layers[0].rows.dtype) <= SMALL_ROUNDING:
+                slowness = IN_FLOAT64
             roughly = torch.linalg.eigvalsh(grams.to(self._accurate)).clamp_(min=0.0).flatten()
             if slowness * operations(len(smallest_set(roughly, width)), product) > most:
                 return None

@@ -21,7 +21,7 @@ __all__ = ["Selection", "operations", "select"]
 BLOCK = 256
 """Columns of the factor that are computed at a time."""
 MAX_MARKED, SHARE = 512, 4
-"""Columns that are computed at most, and the part of S that they may be."""
+"""Columns that are computed at most, and the part that they may be of S as it was before."""
 NEGLIGIBLE = 0.05
 """Share of the bracket's width that the smallest rows, which nothing is subtracted from, take together."""
 
@@ -116,7 +116,7 @@ def select(
 ) -> Selection:
     """S as small as it may be, marking blocks of the largest rows for as long as that saves operations.
 
-    Only rows that are in S anyhow are marked, so that S shrinks with every block.
+    Only rows of S as it then stands are marked, so that S never grows.
 
     Args:
         rows: All rows.

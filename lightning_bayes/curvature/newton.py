@@ -1,5 +1,6 @@
 """gᵀ(G + Λ)⁻¹g from rows that are kept, by conjugate gradients."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,7 +15,7 @@ Vector = Mapping[str, Tensor]
 """One number for each entry of each parameter."""
 
 MAX_REFINEMENTS = 30
-"""Steps of conjugate gradients for the Newton decrement; an exact factor needs two, float32 a few."""
+"""Steps of conjugate gradients for the Newton decrement; an exact factor needs one, float32 a few."""
 REFINEMENT_TOLERANCE = 1e-7
 """Relative rise of the Newton decrement at which the steps end."""
 
@@ -38,13 +39,26 @@ def quadratic_form(
         gradient: g of each parameter tensor.
         tolerance: Relative rise at which the steps end.
     """
-    accurate = layers[0].rows.dtype
-    names = list(gradient)
+    # Of entries up to 1, so that squares do not overflow in float32.
+    unit = max((g.abs().max().item() for g in gradient.values()), default=0.0)
+    if unit == 0.0 or not math.isfinite(unit):
+        return unit
+    scaled = {name: (g / unit).to(layers[0].rows) for name, g in gradient.items()}
+    return unit**2 * _climb(layers, precondition, precision, scaled, tolerance)
+
+
+def _climb(
+    layers: Sequence[KeptRows],
+    precondition: Callable[[Vector], dict[str, Tensor]],
+    precision: Mapping[str, float],
+    gradient: Vector,
+    tolerance: float,
+) -> float:
+    names, residual = list(gradient), dict(gradient)
 
     def inner(left: Vector, right: Vector) -> float:
         return sum((left[name] * right[name]).sum().item() for name in names)
 
-    residual = {name: g.to(accurate) for name, g in gradient.items()}
     direction = precondition(residual)
     decrease = inner(residual, direction)
     value = 0.0

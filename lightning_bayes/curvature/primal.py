@@ -25,7 +25,7 @@ __all__ = ["KEPT_ROWS", "PrimalCurvature"]
 KEPT_ROWS = 4
 """Rows that are kept as they are, in units of p; more become a sum in float64."""
 QUICK_TOLERANCE = 1e-5
-"""What may be missing of the Newton decrement, relatively, where the factor is of the model's own type."""
+"""About what may be missing of the Newton decrement, relatively, where the factor is of the model's own type."""
 
 
 class PrimalCurvature(SpectralCurvature):

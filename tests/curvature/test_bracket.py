@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_bayes.curvature import blocks, blocks_budget, bracket, deflation, split_factor
+from lightning_bayes.curvature import blocks, blocks_budget, bracket, deflation
 from lightning_bayes.curvature.base import Problem
 from lightning_bayes.curvature.blocks import BlockCurvature
 from lightning_bayes.curvature.bracket import BracketCurvature
@@ -113,13 +113,13 @@ def trained():
 
 def test_little_is_kept_where_much_may_be_left_out(monkeypatch):
     sizes = []
-    original = split_factor.factorise
+    original = bracket.factor_of
 
-    def spy(layers, *rest):
-        sizes.append(layers[0].num_rows)
-        return original(layers, *rest)
+    def spy(selection, *rest):
+        sizes.append(len(selection.chosen))
+        return original(selection, *rest)
 
-    monkeypatch.setattr(split_factor, "factorise", spy)
+    monkeypatch.setattr(bracket, "factor_of", spy)
     case = trained()
     expected = case.reference(1.0)
     estimates = []

@@ -1,5 +1,7 @@
 """Conjugate gradients for the Newton decrement end only where little is missing."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -45,6 +47,20 @@ def test_no_more_than_the_tolerance_is_missing(pairs, tolerance):
     found, truth = found_and_true(*zip(*pairs, strict=True), tolerance)
     assert (1 - tolerance) * truth <= found * (1 + 1e-12)
     assert found <= truth * (1 + 1e-10)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_gradients_whose_squares_are_no_numbers_of_float32(size):
+    rows = with_spectrum([1.0, 3.0, 9.0]).to(torch.float32)
+    g = size * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    found = quadratic_form([rows], dict, LAMBDA, {"w": g.float()}, 1e-5)
+    assert found == pytest.approx(size**2 * (1.0 + 4.0 / 3.0 + 1.0), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [0.0, math.inf, math.nan])
+def test_gradients_that_leave_nothing_to_climb(size):
+    found = quadratic_form([with_spectrum([2.0])], dict, LAMBDA, {"w": torch.tensor([size]).double()})
+    assert found == pytest.approx(size, nan_ok=True)
 
 
 def test_too_few_steps_are_said(monkeypatch):
