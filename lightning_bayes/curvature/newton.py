@@ -40,9 +40,10 @@ def quadratic_form(
         tolerance: Relative rise at which the steps end.
     """
     # Of entries up to 1, so that squares do not overflow in float32.
-    unit = max((g.abs().max().item() for g in gradient.values()), default=0.0)
-    if unit == 0.0 or not math.isfinite(unit):
-        return unit
+    sizes = [g.abs().max().item() for g in gradient.values() if g.numel()]
+    unit = max(sizes, default=0.0)
+    if unit == 0.0 or not math.isfinite(sum(sizes)):
+        return sum(sizes)
     scaled = {name: (g / unit).to(layers[0].rows) for name, g in gradient.items()}
     return unit**2 * _climb(layers, precondition, precision, scaled, tolerance)
 
