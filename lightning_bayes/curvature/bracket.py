@@ -7,8 +7,8 @@ With S the largest rows, for K positive semi-definite,
     ln det(I + K_SS) ≤ ln det(I + K) ≤ ln det(I + K_SS) + Σ_{i∉S} ln(1 + R_ii)
 
 where R + I is the Schur complement of I + K_LL for some L within S (left: it is at least I; right: Fischer and
-Hadamard). The right-hand sum is known before K_SS is computed, so S is the smallest set that keeps the bracket
-within the tolerance, and what it costs is known as well. On trained networks this beats low-rank factors of K at
+Hadamard). The right-hand sum is known before all of K_SS is computed, so S is as small as keeps the bracket within
+the tolerance with L in it, and what it costs is known as well. On trained networks this beats low-rank factors of K at
 equal cost, because their spectra decay slowly: on the 784-800-10 net of the paper (N = 1000) 30 · 10⁹ operations
 leave 20 nats in the log-determinant, a greedily pivoted partial Cholesky factor 135 after 48 · 10⁹.
 """
@@ -109,14 +109,16 @@ class BracketCurvature(DualCurvature):
         return found
 
     def _worthwhile(self, precision: Mapping[str, float]) -> Selection | None:
+        """S, None where what it takes is not well below what the exact answer takes."""
         layers, product = self._layers(precision), self.problem.gram_width
         grams = example_grams(layers, precision)
         width, slowness = 2.0 * (self.problem.tolerance or 0.0), 1.0
         diagonal = grams.diagonal(dim1=1, dim2=2)
         most = WORTHWHILE * operations(diagonal.numel(), product)
-        if _allowance(diagonal, layers[0].rows.dtype) > ROUNDING_SHARE * width:
+        allowance = _allowance(diagonal, layers[0].rows.dtype)
+        if allowance > ROUNDING_SHARE * width:
             # A small exact problem that rounds too much is done in float64 as well.
-            if diagonal.numel() > SMALL or _allowance(diagonal, layers[0].rows.dtype) <= SMALL_ROUNDING:
+            if diagonal.numel() > SMALL or allowance <= SMALL_ROUNDING:
                 slowness = IN_FLOAT64
             roughly = torch.linalg.eigvalsh(grams.to(self._accurate)).clamp_(min=0.0).flatten()
             if slowness * operations(len(smallest_set(roughly, width)), product) > most:
@@ -124,7 +126,8 @@ class BracketCurvature(DualCurvature):
             layers = [layer.to(self._accurate) for layer in layers]
             # Again: those of float32 hold small eigenvalues to the rounding of the largest.
             grams = example_grams(layers, precision)
-        width -= 2.0 * _allowance(diagonal, layers[0].rows.dtype)
+            allowance = _allowance(diagonal, self._accurate)
+        width -= 2.0 * allowance
         found = select(principal_rows(layers, grams.to(self._accurate)), width, precision, product)
         return None if slowness * operations(len(found.chosen), product) > most else found
 
