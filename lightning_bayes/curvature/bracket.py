@@ -8,8 +8,8 @@ With S the largest rows, for K positive semi-definite,
 
 where R + I is the Schur complement of I + K_LL for some L within S (left: it is at least I; right: Fischer and
 Hadamard). The right-hand sum is known before all of K_SS is computed, so S is as small as keeps the bracket within
-the tolerance with L in it, and what it costs is known as well. On trained networks this beats low-rank factors of K at
-equal cost, because their spectra decay slowly: on the 784-800-10 net of the paper (N = 1000) 30 · 10⁹ operations
+the tolerance with L in it, and what it costs is known as well. On trained networks this beats low-rank factors of K
+at equal cost, because their spectra decay slowly: on the 784-800-10 net of the paper (N = 1000) 30 · 10⁹ operations
 leave 20 nats in the log-determinant, a greedily pivoted partial Cholesky factor 135 after 48 · 10⁹.
 """
 
