@@ -56,8 +56,19 @@ class _Backpack:
         self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor
     ) -> Tensor:
         """See `Derivatives.rows`."""
+        return self._pulled_back(module, local_name, inputs, output, grads, sum_batch=False)
+
+    def total(
+        self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor
+    ) -> Tensor:
+        """Σ over examples and columns of `rows`, in the parameter's shape."""
+        return self._pulled_back(module, local_name, inputs, output, grads, sum_batch=True).sum(0)
+
+    def _pulled_back(
+        self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor, sum_batch: bool
+    ) -> Tensor:
         module.input0, module.output = inputs, output
-        rows: Tensor = self.derivatives.param_mjp(local_name, module, (), (), grads, sum_batch=False)
+        rows: Tensor = self.derivatives.param_mjp(local_name, module, (), (), grads, sum_batch=sum_batch)
         return rows
 
 

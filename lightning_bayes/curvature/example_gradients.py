@@ -84,7 +84,7 @@ class ExampleGradientReader(RowReader):
             return _batch(*self._forward(forward, None))
 
         found: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
-        for rows in self._layers(batch, again):
+        for rows in self._layers(batch, again, batch.roots):
             found |= _sums(rows, keep_totals)
         return self._collected(found, batch, keep_totals)
 
@@ -197,9 +197,9 @@ def _dense_sums(rows: DenseRows) -> tuple[Tensor, Tensor]:
     """Σ ‖gₙ‖² and Σ gₙ of a parameter of any other kind."""
     local_name, use = rows.uses[0]
     if len(rows.uses) == 1 and isinstance(use, LayerUse) and use.entries == 1:
-        total_of = getattr(use.derivatives, "total", None)
-        if total_of is not None:  # an embedding: no gradient as long as its vocabulary for each example
-            return use.sum_squares(local_name).sum(), total_of(use.module, use.inputs, use.grads).flatten()
+        if hasattr(use.derivatives, "sum_squares"):  # an embedding: no gradient as long as its vocabulary for each
+            ones = use.grads.new_ones(use.grads.shape[1])
+            return use.sum_squares(local_name).sum(), use.weighted_total(local_name, ones).flatten()
     squares, total = None, None
     for part in _pieces(rows):
         squares = _squared(part) if squares is None else squares + _squared(part)

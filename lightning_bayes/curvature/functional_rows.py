@@ -93,6 +93,19 @@ class ModuleUse(Use):
             self._cache["squares"] = sums
         return self._cache["squares"][local_name]
 
+    def weighted_total(self, local_name: str, weights: Tensor) -> Tensor:
+        """See `Use`. All parameters are done in one go, some examples at a time."""
+        if "total" not in self._cache:
+            size = sum(p.numel() for p in self.parameters.values())
+            sums: dict[str, Tensor] = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+            for some in torch.arange(self.num_examples).split(max(1, 4 * CHUNK // max(size, 1))):
+                chosen = dict(zip(some.tolist(), weights[some.to(weights.device)].tolist(), strict=True))
+                part = replace(self, weights=chosen, _cache={}, _combined={})
+                for name, rows in part._pull_back(slice(0, 1)).items():
+                    sums[name] += rows.sum((0, 1))
+            self._cache["total"] = sums
+        return self._cache["total"][local_name]
+
     def with_layouts(self, layouts: Sequence[Layout | None]) -> "ModuleUse":
         """The same call with these layouts of its arguments."""
         return replace(self, layouts=tuple(layouts), _cache={}, _combined={})
@@ -214,6 +227,14 @@ class GraphUse(Use):
         return torch.stack(
             [torch.stack([self._row(root, n) for n in self.chosen]) for root in self.roots[columns]]
         )
+
+    def weighted_total(self, local_name: str, weights: Tensor) -> Tensor:
+        """See `Use`."""
+        seed = weights.reshape(-1, *[1] * (self.roots.dim() - 2)).to(self.roots) * self.roots[0]
+        (total,) = torch.autograd.grad(
+            self.outputs, self.parameter, seed, retain_graph=True, materialize_grads=True
+        )
+        return total
 
     def _row(self, root: Tensor, example: int) -> Tensor:
         seed = torch.zeros_like(self.outputs)

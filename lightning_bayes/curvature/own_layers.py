@@ -107,8 +107,10 @@ class _Embedding:
         total = torch.zeros_like(module.weight)
         return total.index_add_(0, tokens.flatten(), collected.square().sum(0).flatten(0, 1))
 
-    def total(self, module: Any, inputs: Tensor, grads: Tensor) -> Tensor:
-        """Σ over examples and columns [vocabulary, features], likewise."""
+    def total(
+        self, module: Any, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor
+    ) -> Tensor:
+        """Σ over examples and columns of `rows` [vocabulary, features], without forming them."""
         tokens, grads = self._masked(module, inputs, grads)
         total = torch.zeros_like(module.weight)
         return total.index_add_(0, tokens.flatten(), grads.sum(0).flatten(0, 1))

@@ -1,13 +1,12 @@
 """Which way each parameter's rows are read: by its layer's derivatives, by torch.func, or from the graph."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
-from lightning_bayes.curvature.batch import Batch, counts, find_layouts, gradients
+from lightning_bayes.curvature.batch import Batch, counts, find_layouts
 from lightning_bayes.curvature.calls import Call
 from lightning_bayes.curvature.derivatives import derivatives_of
 from lightning_bayes.curvature.functional_rows import GraphUse, ModuleUse
@@ -15,10 +14,14 @@ from lightning_bayes.curvature.layout import Layout
 from lightning_bayes.curvature.replay import Replays
 from lightning_bayes.curvature.rows import DenseRows, LayerUse, OuterRows, Rows, Use
 
-__all__ = ["GRAPH", "LAYER", "Plan", "local_name", "wrong_parameters"]
+__all__ = ["GRAPH", "LAYER", "Plan", "PlanMismatch", "local_name"]
 
 LAYER, GRAPH = "by the layer's derivatives", "from the graph"
 """Ways that are not the name of a module."""
+
+
+class PlanMismatch(ValueError):
+    """A batch cannot be read by the plan that was made on others."""
 
 
 @dataclass
@@ -64,14 +67,6 @@ class Plan:
                 if layout is not None and tensor.numel() > 0 and not layout.fits(tensor, num_examples):
                     return False
         return True
-
-    def is_right(self, layers: Sequence[Rows], batch: Batch) -> bool:
-        """Whether the rows of some examples of a batch are autograd's, tried on the smaller parameters.
-
-        Whoever moves examples about moves them for a layer's bias as for its weight, which costs more.
-        """
-        small = sorted(self.parameters, key=lambda name: self.parameters[name].numel())
-        return not wrong_parameters(self, layers, batch, small[: (len(small) + 1) // 2])
 
     def layers(self, batch: Batch) -> list[Rows]:
         """The rows of one batch."""
@@ -168,7 +163,7 @@ class Plan:
         layout, output, (grad,) = self.layouts[call.module][0], call.outputs[0], grads
         derivatives = derivatives_of(call.module)
         if layout is None or grad is None or derivatives is None:
-            raise ValueError(
+            raise PlanMismatch(
                 f"{type(call.module).__name__} with parameters {sorted(self._layers()[call.module].values())} is "
                 "used by a later batch in a way that does not tell its examples apart. Hold these parameters fixed "
                 "(requires_grad=False), or give batches that take the same way through the network."
@@ -189,7 +184,7 @@ class Plan:
         for call, grads in batch.of(module):
             use = self.module_use(names, call, grads, batch.num_examples)
             if use is None:
-                raise ValueError(
+                raise PlanMismatch(
                     f"{host or 'The network'} ({type(module).__name__}) cannot be replayed on single examples for "
                     f"the arguments of a later batch. Hold {sorted(names.values())} fixed (requires_grad=False)."
                 )
@@ -200,39 +195,6 @@ class Plan:
 def local_name(name: str, host: str) -> str:
     """A parameter's name as seen from a module that holds it."""
     return name[len(host) + 1 :] if host else name
-
-
-def wrong_parameters(
-    plan: Plan, layers: Sequence[Rows], batch: Batch, tried: Collection[str] | None = None
-) -> list[str]:
-    """Parameters whose rows, added up over the columns of two examples, are not autograd's."""
-    parameters = {name: p for name, p in plan.parameters.items() if tried is None or name in tried}
-    weights = _live_examples(batch)
-    seed = torch.zeros_like(batch.outputs)
-    for example, weight in weights.items():
-        seed[example] = weight * batch.roots[:, example].sum(0)
-    found: dict[str, Tensor] = {}
-    for layer in layers if weights else ():
-        if not parameters.keys().isdisjoint(layer.names):
-            found |= layer.combined(weights).total(parameters)
-    truths = dict(zip(parameters, gradients(batch.outputs, list(parameters.values()), seed), strict=True))
-    scale = max((truth.abs().max().item() for truth in truths.values() if truth is not None), default=0.0)
-    tolerance = 1e3 * torch.finfo(batch.outputs.dtype).eps * scale
-    wrong = []
-    for name, truth in truths.items():
-        difference = found.get(name, 0.0) - (0.0 if truth is None else truth.flatten())
-        if isinstance(difference, Tensor) and not bool((difference.abs() <= tolerance).all()):
-            wrong.append(name)
-    return wrong
-
-
-def _live_examples(batch: Batch) -> dict[int, float]:
-    """Up to three examples with rows, each with a weight: one alone may be left in its place by chance."""
-    size = batch.roots.detach().abs().flatten(2).sum((0, 2))
-    live = size.nonzero().flatten().tolist()
-    if not live:
-        return {}
-    return {live[len(live) // 2]: 0.4, live[0]: 1.0, int(size.argmax()): -0.7}
 
 
 def _joined_linear(uses: Mapping[str, list[tuple[str, Use]]]) -> list[Rows]:

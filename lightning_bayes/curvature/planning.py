@@ -1,4 +1,4 @@
-"""Makes a plan on the first batch, and proves it there: the rows of two examples must be autograd's.
+"""Makes a plan on the first batch, and proves it there: the rows of all examples must be autograd's.
 
 That finds what no table of layers can: a weight that a functional call uses too, a forward of somebody's own,
 a first dimension that is not the batch's. What fails goes to the next larger module that is called, and in the
@@ -13,13 +13,29 @@ from torch import Tensor, nn
 from lightning_bayes.curvature.batch import Batch, example_gradients, find_layouts
 from lightning_bayes.curvature.derivatives import AXIS_FREE, derivatives_of
 from lightning_bayes.curvature.layout import mixes_examples
-from lightning_bayes.curvature.plan import GRAPH, LAYER, Plan, local_name, wrong_parameters
+from lightning_bayes.curvature.plan import GRAPH, LAYER, Plan, local_name
+from lightning_bayes.curvature.proof import Proof, wrong_parameters
 
 __all__ = ["make_plan"]
 
 
-def make_plan(network: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, backend: str) -> Plan:
-    """Find a way for each parameter and prove it on two examples.
+def make_plan(
+    network: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    batch: Batch,
+    backend: str,
+    proof: Proof | None,
+    apart: bool = False,
+) -> Plan:
+    """Find a way for each parameter and prove it on all examples.
+
+    Args:
+        network: The network.
+        parameters: Those whose rows are wanted.
+        batch: With all calls of modules that hold parameters.
+        backend: See `RowReader`.
+        proof: Of this batch; None where no example has a row.
+        apart: Whether the examples are known not to influence each other.
 
     Raises:
         ValueError: If examples depend on each other, or if `backend` does not have the way that is needed.
@@ -28,15 +44,13 @@ def make_plan(network: nn.Module, parameters: Mapping[str, nn.Parameter], batch:
     for name in parameters:
         plan.ways[name] = LAYER if backend != "autograd" and _is_readable(plan, name, batch) else ""
         if plan.ways[name] != LAYER:
-            plan.ways[name] = _next_way(plan, name, batch, None, backend)
-    while wrong := wrong_parameters(plan, plan.layers(batch), batch):
+            plan.ways[name] = _next_way(plan, name, batch, None, backend, apart)
+    while proof is not None and (wrong := wrong_parameters(plan, proof)):
         for name in wrong:
-            if plan.ways[name] == GRAPH:
-                raise ValueError(_mixing(wrong))
             before = None if plan.ways[name] == LAYER else plan.ways[name]
-            plan.ways[name] = _next_way(plan, name, batch, before, backend)
+            plan.ways[name] = _next_way(plan, name, batch, before, backend, apart)
     # Without rows (saturated, or all targets ignored) every plan is right, and this one is not kept.
-    plan.proved = bool(batch.roots.detach().any())
+    plan.proved = proof is not None
     slow = [name for name, way in plan.ways.items() if way == GRAPH]
     if slow:
         warnings.warn(
@@ -68,7 +82,9 @@ def _is_readable(plan: Plan, name: str, batch: Batch) -> bool:
     return True
 
 
-def _next_way(plan: Plan, name: str, batch: Batch, before: str | None, backend: str) -> str:
+def _next_way(
+    plan: Plan, name: str, batch: Batch, before: str | None, backend: str, apart: bool
+) -> str:
     """The next larger module that can be replayed, beginning with the one that holds the parameter."""
     if backend == "backpack":
         raise ValueError(
@@ -85,7 +101,7 @@ def _next_way(plan: Plan, name: str, batch: Batch, before: str | None, backend: 
             plan.module_use(names, call, grads, batch.num_examples) is not None for call, grads in calls
         ):
             return host
-    if any(
+    if not apart and any(
         plain is not None and weighted is not None and mixes_examples(plain, weighted, batch.num_examples)
         for plain, weighted in example_gradients(batch)
     ):

@@ -18,8 +18,9 @@ from lightning_bayes.curvature.derivatives import CONVOLUTIONS, pad_beforehand
 from lightning_bayes.curvature.errors import check_finite
 from lightning_bayes.curvature.functional_rows import plain_kernels
 from lightning_bayes.curvature.likelihoods import Likelihood
-from lightning_bayes.curvature.plan import Plan
+from lightning_bayes.curvature.plan import Plan, PlanMismatch
 from lightning_bayes.curvature.planning import make_plan
+from lightning_bayes.curvature.proof import proof_of, wrong_parameters
 from lightning_bayes.curvature.rows import RowBlock, Rows
 
 __all__ = ["BatchRows", "RowReader", "forward_of"]
@@ -72,6 +73,7 @@ class RowReader:
         self._plan: Plan | None = None
         self._split = ""
         self._read = 0  # batches
+        self._apart = False  # whether examples have been seen not to influence each other
         wanted = {id(parameter) for parameter in self.parameters.values()}
         self._holders = [
             module for module in network.modules() if any(id(p) in wanted for p in module.parameters())
@@ -127,8 +129,8 @@ class RowReader:
         return outputs, targets, unit_loss, calls
 
     def _is_proof_due(self, read: int) -> bool:
-        """Whether the plan is tried again at this batch: 2, 4, 8, ..."""
-        return read & (read - 1) == 0
+        """Whether the plan is tried at this batch: at every one."""
+        return True
 
     def _roots(self, outputs: Tensor, targets: Tensor, likelihood: Likelihood) -> Tensor:
         if self._num_samples is None:
@@ -156,28 +158,45 @@ class RowReader:
                 outputs, _, _, calls = run_again()  # with all calls
                 return Batch.backward(calls, outputs, roots[columns])
 
-            yield RowBlock(len(outputs), columns, len(roots), self._layers(batch, again, start == 0))
+            # What holds for all columns together is tried once, with the first of them.
+            proved = roots if start == 0 else None
+            yield RowBlock(len(outputs), columns, len(roots), self._layers(batch, again, proved))
 
-    def _layers(self, batch: Batch, again: Callable[[], Batch], first: bool = True) -> list[Rows]:
+    def _layers(self, batch: Batch, again: Callable[[], Batch], roots: Tensor | None) -> list[Rows]:
         """The rows of a batch, by the plan, or by a new one where there is none or it is not right.
 
         Args:
             batch: With the calls that the plan wants, or all of them.
             again: The same with all calls.
-            first: Whether these are the first columns of a batch.
+            roots: All columns of the batch where these are the first of them; None where the plan has been tried.
         """
-        self._read += first
-        plan = self._plan
-        layers = None if plan is None else plan.layers(batch)
-        # A network that sorts or routes its examples may have left them in place in the first batch: the
-        # plan is tried again at the batches 2, 4, 8, ...
-        due = first and self._is_proof_due(self._read)
-        if plan is not None and layers is not None and due and not plan.is_right(layers, batch):
-            batch, plan = again(), None
-        if plan is None or layers is None:
-            plan = make_plan(self._network, self.parameters, batch, self._backend)
-            self._plan, self._split = plan if plan.proved else None, plan.summary()
+        if self._plan is not None:
+            layers = self._by_plan(self._plan, batch, roots)
+            if layers is not None:
+                return layers
+            batch = again()
+        elif roots is not None:
+            self._read += 1
+        proof = proof_of(batch, batch.roots if roots is None else roots)
+        plan = make_plan(self._network, self.parameters, batch, self._backend, proof, self._apart)
+        self._plan, self._split = plan if plan.proved else None, plan.summary()
+        return plan.layers(batch)
+
+    def _by_plan(self, plan: Plan, batch: Batch, roots: Tensor | None) -> list[Rows] | None:
+        """The rows by a plan; None if it does not fit, or if what it makes of all examples is not autograd's.
+
+        A network that sorts or routes its examples, or takes another way for some of them, may not have done so
+        in the batches before.
+        """
+        self._read += roots is not None
+        try:
             layers = plan.layers(batch)
+            if roots is not None and self._is_proof_due(self._read):
+                proof = proof_of(batch, roots)
+                if proof is not None and wrong_parameters(plan, proof):
+                    return None
+        except PlanMismatch:
+            return None
         return layers
 
 

@@ -12,9 +12,11 @@ This module knows the layers; `reader` runs the passes.
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from lightning_bayes.curvature.derivatives import CONVOLUTIONS, Derivatives, unfold_input
 
@@ -47,6 +49,10 @@ class Use(ABC):
     @abstractmethod
     def combined(self, weights: Mapping[int, float]) -> "Use":
         """One row wₙ Σ_c v₍ₙ,c₎ for each of some examples: rows are linear in the gradients of the output."""
+
+    @abstractmethod
+    def weighted_total(self, local_name: str, weights: Tensor) -> Tensor:
+        """Σₙ wₙ v₍ₙ,₀₎ over the rows of the first column, in the parameter's shape, for weights [N]."""
 
     def sum_squares(self, local_name: str) -> Tensor:
         """Σ over rows of v², in the parameter's shape, one column after the other."""
@@ -90,6 +96,21 @@ class LayerUse(Use):
         scale = grads.new_tensor(list(weights.values())).repeat_interleave(self.entries)
         grads = grads * scale.reshape(-1, *[1] * (grads.dim() - 2))
         return replace(self, inputs=self.inputs[its], output=self.output[its], grads=grads)
+
+    def weighted_total(self, local_name: str, weights: Tensor) -> Tensor:
+        """See `Use`; without forming rows where the derivatives can do without."""
+        grads = self.weighted_grads(weights).unsqueeze(0)
+        total_of = getattr(self.derivatives, "total", None)
+        if total_of is not None:
+            total: Tensor = total_of(self.module, local_name, self.inputs, self.output, grads)
+            return total
+        return self.derivatives.rows(self.module, local_name, self.inputs, self.output, grads).sum((0, 1))
+
+    def weighted_grads(self, weights: Tensor) -> Tensor:
+        """Gradients of the first column times the weight of the example that they belong to: [N·k, ...]."""
+        grads = self.grads[0]
+        along = weights.to(grads).repeat_interleave(self.entries)
+        return grads * along.reshape(-1, *[1] * (grads.dim() - 1))
 
     @property
     def is_linear(self) -> bool:
@@ -165,6 +186,17 @@ class OuterRows:
             sums[self.bias] = grads.sum(0)
         return sums
 
+    def weighted_total(self, weights: Tensor) -> dict[str, Tensor]:
+        """Σₙ wₙ v₍ₙ,₀₎ over the rows of the first column, flat, for weights [N]."""
+        sums: dict[str, Tensor] = {}
+        for use in self.uses:
+            grads = use.weighted_grads(weights)
+            parts = {self.bias: _summed_bias(use, grads), self.weight: _summed_outer(use, grads)}
+            for name, part in parts.items():
+                if name is not None:
+                    sums[name] = sums[name] + part if name in sums else part
+        return sums
+
     def dense(self) -> dict[str, Tensor]:
         """Rows [C, N, p] of each parameter."""
         grads, rows = self.grads(), {}
@@ -237,6 +269,11 @@ class DenseRows:
         """Σ over rows of v [p], if the parameter is among some."""
         return {self.name: self.dense()[self.name].sum((0, 1))} if self.name in names else {}
 
+    def weighted_total(self, weights: Tensor) -> dict[str, Tensor]:
+        """Σₙ wₙ v₍ₙ,₀₎ over the rows of the first column, flat, for weights [N]."""
+        totals = [use.weighted_total(local_name, weights) for local_name, use in self.uses]
+        return {self.name: torch.stack(totals).sum(0).flatten()}
+
     def dense(self) -> dict[str, Tensor]:
         """Rows [C, N, p]."""
         rows = self._columns(slice(None))
@@ -279,6 +316,26 @@ class RowBlock:
     num_columns: int
     """Of the whole root, or the number of samples where columns are sampled."""
     layers: list[Rows]
+
+
+_CONVOLVED = {nn.Conv1d: conv1d_weight, nn.Conv2d: conv2d_weight, nn.Conv3d: conv3d_weight}
+
+
+def _summed_outer(use: LayerUse, grads: Tensor) -> Tensor:
+    """Gradient of a linear layer's weight, flat, from those in its output: as autograd has it."""
+    module: Any = use.module
+    for layer, of_weight in _CONVOLVED.items():
+        if isinstance(module, layer):
+            size, arguments = module.weight.shape, (module.stride, module.padding, module.dilation, module.groups)
+            return of_weight(use.inputs, size, grads, *arguments).flatten()
+    return (grads.flatten(0, -2).mT @ use.inputs.flatten(0, -2)).flatten()
+
+
+def _summed_bias(use: LayerUse, grads: Tensor) -> Tensor:
+    """Gradient of a linear layer's bias."""
+    if isinstance(use.module, CONVOLUTIONS):
+        return grads.flatten(2).sum((0, 2))
+    return grads.flatten(0, -2).sum(0)
 
 
 def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:

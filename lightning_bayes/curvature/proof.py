@@ -1,0 +1,124 @@
+"""The proof of a plan: in every batch the rows of all examples, added up with weights, are autograd's gradient.
+
+With random weights wₙ and ρ_c, Σₙ wₙ Σ_c ρ_c v₍ₙ,c₎ is the gradient of Σₙ wₙ Σ_c ρ_c ⟨f(xₙ), R[c, n]⟩ in the
+parameters. The left side weighs *rows*, the right side *outputs*: an example whose rows are wrong, or are another's,
+shows. Rows are linear in the gradients of outputs, so that one column Σ_c ρ_c R[c, n] stands for all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_bayes.curvature.batch import Batch, gradients
+from lightning_bayes.curvature.plan import GRAPH, Plan
+from lightning_bayes.curvature.rows import Rows
+
+__all__ = ["Proof", "proof_of", "wrong_parameters"]
+
+ROUNDING = 1e3
+"""Allowed difference, in units of the type's rounding, relative to a parameter's largest entry."""
+SMALLEST_SCALE = 0.1
+"""That largest entry counts as at least this much of the largest of all: what cancels is rounded as its terms are."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One column that stands for all of a batch, and a weight for each example.
+
+    Attributes:
+        batch: With the one column Σ_c ρ_c R[c, n].
+        weights: wₙ, [N].
+    """
+
+    batch: Batch
+    weights: Tensor
+
+
+def proof_of(batch: Batch, roots: Tensor) -> Proof | None:
+    """What a plan is tried on, None where no example has a row.
+
+    Args:
+        batch: After the backward passes of some or all columns.
+        roots: All columns, [C, N, ...].
+    """
+    roots = roots.detach()
+    if not bool(roots.any()):
+        return None
+    generator = torch.Generator().manual_seed(len(roots) + batch.num_examples)
+    columns = _random(len(roots), roots, generator)
+    column = torch.tensordot(columns, roots, 1)
+    if len(batch.roots) == len(roots):
+        grads = [[_combined(columns, grad) for grad in of_call] for of_call in batch.grads]
+    else:  # of the columns that follow nothing is known yet
+        parts = iter(
+            gradients(batch.outputs, [tensor for call in batch.calls for tensor in call.outputs], column)
+        )
+        grads = [[_one_column(next(parts)) for _ in call.outputs] for call in batch.calls]
+    return Proof(
+        Batch(batch.calls, batch.outputs, column.unsqueeze(0), grads),
+        _random(batch.num_examples, roots, generator),
+    )
+
+
+def wrong_parameters(plan: Plan, proof: Proof, layers: Sequence[Rows] | None = None) -> list[str]:
+    """Parameters whose rows are not autograd's, in one backward pass and a weighted sum of rows.
+
+    Those that go by the graph are autograd's by definition.
+
+    Args:
+        plan: To be tried.
+        proof: From `proof_of`.
+        layers: The plan's rows of the proof's batch, where they are known.
+    """
+    parameters = {name: p for name, p in plan.parameters.items() if plan.ways[name] != GRAPH and p.numel()}
+    if not parameters:
+        return []
+    sums: dict[str, Tensor] = {}
+    for rows in plan.layers(proof.batch) if layers is None else layers:
+        if not parameters.keys().isdisjoint(rows.names):
+            sums |= rows.weighted_total(proof.weights)
+    column = proof.batch.roots[0]
+    seed = proof.weights.reshape(-1, *[1] * (column.dim() - 1)) * column
+    truths = dict(
+        zip(parameters, gradients(proof.batch.outputs, list(parameters.values()), seed), strict=True)
+    )
+    return _different(sums, truths)
+
+
+def _different(sums: dict[str, Tensor], truths: dict[str, Tensor | None]) -> list[str]:
+    """Names whose sums are not the truth; what is in neither is zero in both."""
+    differences, scales = {}, {}
+    for name, truth in truths.items():
+        own, right = sums.get(name), None if truth is None else truth.flatten()
+        if own is None and right is None:
+            continue
+        if own is None or right is None:
+            one = right if own is None else own
+            differences[name] = scales[name] = one.abs().max()  # type: ignore[union-attr]
+        else:
+            differences[name], scales[name] = (own - right).abs().max(), right.abs().max()
+    if not differences:
+        return []
+    difference, scale = torch.stack(list(differences.values())), torch.stack(list(scales.values()))
+    allowed = ROUNDING * torch.finfo(scale.dtype).eps * scale.clamp(min=SMALLEST_SCALE * scale.max())
+    right = (difference <= allowed).tolist()  # one wait for the device for all parameters
+    return [name for name, fine in zip(differences, right, strict=True) if not fine]
+
+
+def _combined(columns: Tensor, grad: Tensor | None) -> Tensor | None:
+    if grad is None:
+        return None
+    return columns.to(grad).unsqueeze(0).mm(grad.flatten(1)).view(1, *grad.shape[1:])
+
+
+def _one_column(grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else grad.unsqueeze(0)
+
+
+def _random(size: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers of either sign between a half and three halves in size."""
+    sizes = torch.rand(size, generator=generator, dtype=torch.float64) + 0.5
+    signs = torch.randint(2, (size,), generator=generator) * 2 - 1
+    return (sizes * signs).to(like)
