@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from lightning_bayes.curvature.data import Examples, examples_from_loader, examples_from_tensors
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
+from lightning_bayes.curvature.regrouping import BatchForward
 from lightning_bayes.intake import Forward
 
 __all__ = ["examples_of_data", "forward_of_pair", "require_device"]
@@ -70,7 +71,11 @@ def forward_of_pair(network: nn.Module, batch: Any, device: torch.device) -> For
         )
     if inputs.dtype in (torch.float16, torch.bfloat16):  # the copy of a half-precision model is float32
         inputs = inputs.to(next(network.parameters()).dtype)
-    return lambda: (_outputs(network, inputs.to(device)), targets.to(device))
+
+    def run(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return _outputs(network, pair[0].to(device)), pair[1].to(device)
+
+    return BatchForward(run, (inputs, targets))
 
 
 def _outputs(network: nn.Module, inputs: Tensor) -> Any:

@@ -30,6 +30,7 @@ from lightning_bayes.curvature.data import Examples
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
 from lightning_bayes.curvature.priors import Prior, PriorPrecision, require_prior_precision
+from lightning_bayes.curvature.regrouping import BatchForward
 from lightning_bayes.curvature.subset import Subset, last_layer
 from lightning_bayes.evaluation import evidence_of
 from lightning_bayes.evidence import Evidence
@@ -339,7 +340,7 @@ def _cloned(batch: Any) -> Any:
 
 
 def _forward(reader: ModuleReader, index: int, batch: Any) -> Forward:
-    return lambda: _outputs_and_targets(reader.read(batch, index))
+    return BatchForward(lambda some: _outputs_and_targets(reader.read(some, index)), batch)
 
 
 def _outputs_and_targets(captured: CapturedLoss) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,13 @@ class _Backpack:
         return self._pulled_back(module, local_name, inputs, output, grads, sum_batch=True).sum(0)
 
     def _pulled_back(
-        self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor, sum_batch: bool
+        self,
+        module: nn.Module,
+        local_name: str,
+        inputs: Tensor,
+        output: Tensor,
+        grads: Tensor,
+        sum_batch: bool,
     ) -> Tensor:
         module.input0, module.output = inputs, output
         rows: Tensor = self.derivatives.param_mjp(local_name, module, (), (), grads, sum_batch=sum_batch)

@@ -196,10 +196,11 @@ def _outer_squares(inputs: Tensor, grads: Tensor) -> Tensor:
 def _dense_sums(rows: DenseRows) -> tuple[Tensor, Tensor]:
     """Σ ‖gₙ‖² and Σ gₙ of a parameter of any other kind."""
     local_name, use = rows.uses[0]
-    if len(rows.uses) == 1 and isinstance(use, LayerUse) and use.entries == 1:
-        if hasattr(use.derivatives, "sum_squares"):  # an embedding: no gradient as long as its vocabulary for each
-            ones = use.grads.new_ones(use.grads.shape[1])
-            return use.sum_squares(local_name).sum(), use.weighted_total(local_name, ones).flatten()
+    alone = len(rows.uses) == 1 and isinstance(use, LayerUse) and use.entries == 1
+    if alone and isinstance(use, LayerUse) and hasattr(use.derivatives, "sum_squares"):
+        # An embedding: no gradient as long as its vocabulary for each example.
+        ones = use.grads.new_ones(use.grads.shape[1])
+        return use.sum_squares(local_name).sum(), use.weighted_total(local_name, ones).flatten()
     squares, total = None, None
     for part in _pieces(rows):
         squares = _squared(part) if squares is None else squares + _squared(part)

@@ -18,6 +18,7 @@ from lightning_bayes.curvature.base import CurvatureSummary, accumulation_dtype
 from lightning_bayes.curvature.errors import EvidenceUnavailableError, check_finite
 from lightning_bayes.curvature.likelihoods import Likelihood
 from lightning_bayes.curvature.reader import forward_of
+from lightning_bayes.curvature.regrouping import check_apart
 from lightning_bayes.curvature.twice import check_differentiable, gradient_to_differentiate
 
 __all__ = ["BatchHessian", "HessianCurvature", "HessianReader"]
@@ -57,6 +58,7 @@ class HessianReader:
     """
 
     def __init__(self, network: nn.Module, parameters: Collection[str]) -> None:
+        self._network = network
         named = dict(network.named_parameters())
         self.parameters: dict[str, nn.Parameter] = {name: named[name] for name in parameters}
         self._one_by_one = False
@@ -86,6 +88,7 @@ class HessianReader:
             flat = torch.cat([part.flatten() for part in gradient])
             matrix = torch.cat(list(self._rows(flat, parameters)))
             _check_symmetric(matrix, flat.dtype)
+            check_apart(forward, outputs, likelihood, self._network, self.parameters)
         return BatchHessian(
             num_examples=len(outputs),
             num_terms=likelihood.num_terms(outputs, targets),

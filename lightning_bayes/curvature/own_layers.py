@@ -107,9 +107,7 @@ class _Embedding:
         total = torch.zeros_like(module.weight)
         return total.index_add_(0, tokens.flatten(), collected.square().sum(0).flatten(0, 1))
 
-    def total(
-        self, module: Any, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor
-    ) -> Tensor:
+    def total(self, module: Any, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor) -> Tensor:
         """Σ over examples and columns of `rows` [vocabulary, features], without forming them."""
         tokens, grads = self._masked(module, inputs, grads)
         total = torch.zeros_like(module.weight)

@@ -82,9 +82,7 @@ def _is_readable(plan: Plan, name: str, batch: Batch) -> bool:
     return True
 
 
-def _next_way(
-    plan: Plan, name: str, batch: Batch, before: str | None, backend: str, apart: bool
-) -> str:
+def _next_way(plan: Plan, name: str, batch: Batch, before: str | None, backend: str, apart: bool) -> str:
     """The next larger module that can be replayed, beginning with the one that holds the parameter."""
     if backend == "backpack":
         raise ValueError(

@@ -21,6 +21,7 @@ from lightning_bayes.curvature.likelihoods import Likelihood
 from lightning_bayes.curvature.plan import Plan, PlanMismatch
 from lightning_bayes.curvature.planning import make_plan
 from lightning_bayes.curvature.proof import proof_of, wrong_parameters
+from lightning_bayes.curvature.regrouping import check_apart
 from lightning_bayes.curvature.rows import RowBlock, Rows
 
 __all__ = ["BatchRows", "RowReader", "forward_of"]
@@ -92,7 +93,8 @@ class RowReader:
         """Run one batch through the network and return its rows.
 
         Args:
-            forward: Runs the network and returns its outputs, with their graph, and the targets.
+            forward: Runs the network and returns its outputs, with their graph, and the targets. A
+                `BatchForward` lets all outputs be held against those of the same examples regrouped.
             likelihood: Of the targets given the outputs.
 
         Raises:
@@ -108,6 +110,8 @@ class RowReader:
         for name, part in zip(names, gradient, strict=True):
             check_finite(part, f"the gradient of the parameter {name!r}")
         roots = self._roots(outputs, targets, likelihood)
+        with plain_kernels():
+            self._apart = check_apart(forward, outputs, likelihood, self._network, self.parameters)
         if self._plan is not None and not self._plan.fits(calls, len(outputs)):
             self._plan = None  # its modules are called in another way: plan again, with all calls
             outputs, _, _, calls = self._run(forward, likelihood, None)

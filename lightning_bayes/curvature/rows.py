@@ -326,7 +326,10 @@ def _summed_outer(use: LayerUse, grads: Tensor) -> Tensor:
     module: Any = use.module
     for layer, of_weight in _CONVOLVED.items():
         if isinstance(module, layer):
-            size, arguments = module.weight.shape, (module.stride, module.padding, module.dilation, module.groups)
+            size, arguments = (
+                module.weight.shape,
+                (module.stride, module.padding, module.dilation, module.groups),
+            )
             return of_weight(use.inputs, size, grads, *arguments).flatten()
     return (grads.flatten(0, -2).mT @ use.inputs.flatten(0, -2)).flatten()
 

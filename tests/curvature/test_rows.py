@@ -112,11 +112,11 @@ def norms(*layers: nn.Module) -> nn.Module:
 
 
 UNREADABLE = {
-    "mixing": (Mixing, r"rows of \['layer.weight'\].*mixes the examples of a batch"),
+    "mixing": (Mixing, r"rows of \['layer.weight', 'layer.bias'\].*mixes the examples of a batch"),
     "mixing_norm": (lambda: norms(nn.BatchNorm1d(4, affine=False, track_running_stats=False)), "mixes"),
     "no_running_statistics": (
         lambda: norms(nn.BatchNorm1d(4, track_running_stats=False)),
-        r"rows of \['0.weight'\].*batch norm without running statistics",
+        r"rows of \['0.weight', '0.bias', .*batch norm without running statistics",
     ),
     "detached": (Detached, "no graph back to its parameters"),
     "tuple": (Tuple, "returned tuple; the evidence needs one tensor"),
@@ -135,7 +135,8 @@ def test_freezing_is_the_way_out_that_the_message_names():
     model = Mixing()
     model.layer.requires_grad_(False)
     data = (torch.randn(5, 5), torch.tensor([0, 1, 2, 0, 1]))
-    assert laplace_evidence(model, data).fixed_parameters == ("layer.weight", "layer.bias")
+    with pytest.warns(UserWarning, match="mixes the examples of a batch before .* changes with batch_size="):
+        assert laplace_evidence(model, data).fixed_parameters == ("layer.weight", "layer.bias")
 
 
 @pytest.mark.parametrize("structure", ["full", "kron", "diag"])

@@ -1,0 +1,225 @@
+"""Whether examples of a batch influence each other's outputs: all outputs against those of other groups.
+
+Derivatives do not show what is mixed under `no_grad`, behind `detach`, by sorting or by the place in the batch.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lightning_bayes.curvature.calls import recorded_calls
+from lightning_bayes.curvature.layout import mapped, tensors_of
+from lightning_bayes.curvature.likelihoods import Likelihood
+
+__all__ = ["BatchForward", "check_apart"]
+
+ROUNDING = 3e3
+"""Difference, in units of the type's rounding, that the size of a batch may make by the kernels that it chooses."""
+PERTURBATION, AMPLIFIED = 8.0, 100.0
+"""Relative change of weights, in units of rounding, and how many times what that does passes for rounding."""
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+@dataclass(frozen=True)
+class BatchForward:
+    """The call of a network on one batch, whole or some of its examples.
+
+    Attributes:
+        run: Runs the network on a batch that it may work on in place, and returns its outputs, with their graph,
+            and the targets.
+        batch: The batch, left as it is.
+    """
+
+    run: Callable[[Any], tuple[Tensor, Tensor]]
+    batch: Any
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """Outputs and targets of all examples."""
+        return self.run(mapped(Tensor.clone, self.batch))
+
+    def of(self, examples: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs and targets of some examples by themselves."""
+        return self.run(_chosen(self.batch, examples))
+
+    def num_examples(self) -> int | None:
+        """N; None where the batch cannot be taken apart: a graph, tensors that do not agree, objects."""
+        if not _is_plain(self.batch):
+            return None
+        sizes = {len(tensor) for tensor in tensors_of(self.batch) if tensor.dim()}
+        return sizes.pop() if len(sizes) == 1 else None
+
+
+def check_apart(
+    forward: object,
+    outputs: Tensor,
+    likelihood: Likelihood,
+    network: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+) -> bool:
+    """Refuse a batch whose examples influence each other's outputs, at the cost of one forward pass.
+
+    Args:
+        forward: Of the batch; only a `BatchForward` can be regrouped.
+        outputs: Of the whole batch, as `likelihood.prepare` returns them.
+        likelihood: Of the targets given the outputs.
+        network: The network.
+        parameters: Those that carry a prior.
+
+    Returns:
+        Whether it is known that they do not. A batch of one example, one that cannot be taken apart, and a network
+        that draws random numbers do not tell.
+
+    Raises:
+        ValueError: If they do, and a parameter stands before or in what mixes them.
+    """
+    size = len(outputs)
+    if not isinstance(forward, BatchForward) or size < 2 or forward.num_examples() != size:
+        return False
+    halves = _halves(size, outputs.device)
+    with _random_states(outputs.device), torch.enable_grad():
+        try:
+            again = [_prepared(forward.of(half), likelihood) for half in halves]
+        except Exception:
+            # Somebody's module need not take batches of another size: anything may come, and nothing is told.
+            return False
+        outputs = outputs.detach()
+        if any(part.shape != outputs[half].shape for part, half in zip(again, halves, strict=True)):
+            return False
+        difference = max(_largest(part - outputs[half]) for part, half in zip(again, halves, strict=True))
+        scale = _largest(outputs)
+        allowed = ROUNDING * torch.finfo(outputs.dtype).eps * scale
+        if difference <= allowed:
+            return True
+        once_more = _largest(_prepared(forward(), likelihood) - outputs)
+        drawn = once_more > allowed  # random numbers, or a state
+        if drawn or difference <= AMPLIFIED * _sensitivity(forward, outputs, likelihood, network):
+            return False
+        _refuse(_before_the_mixing(forward, halves, network, parameters), difference, scale)
+    return False
+
+
+def _refuse(before: list[str], difference: float, scale: float) -> None:
+    """Raise where parameters stand before the mixing, and say so where none does."""
+    if before:
+        raise ValueError(
+            f"The rows of {before} cannot be formed: the network mixes the examples of a batch (batch norm without "
+            "running statistics, a mean or an order over the batch, also under no_grad): the outputs of an example "
+            f"change by up to {difference:.3g} of {scale:.3g} with the others in its batch. The evidence needs the "
+            "likelihood to factorise over examples. Hold the parameters before the mixing fixed "
+            "(requires_grad=False), or use group or layer norm."
+        )
+    warnings.warn(
+        "The network mixes the examples of a batch before the parameters that carry a prior: the evidence is that of "
+        "the features as these batches make them, and changes with batch_size=.",
+        stacklevel=3,
+    )
+
+
+def _halves(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two groups drawn at random, in the order of the batch, which may be sorted."""
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(size))
+    first, second = order[: size // 2].sort()[0], order[size // 2 :].sort()[0]
+    return first.to(device), second.to(device)
+
+
+def _prepared(pair: tuple[Tensor, Tensor], likelihood: Likelihood) -> Tensor:
+    return likelihood.prepare(*pair)[0].detach()
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
+
+
+def _sensitivity(forward: BatchForward, outputs: Tensor, likelihood: Likelihood, network: nn.Module) -> float:
+    """How much the outputs change where each weight changes by a few units of rounding: what amplifies rounding."""
+    weights = [weight for weight in network.parameters() if weight.is_floating_point()]
+    before = [weight.detach().clone() for weight in weights]
+    try:
+        with torch.no_grad():
+            for weight in weights:
+                weight.mul_(
+                    1.0 + PERTURBATION * torch.finfo(weight.dtype).eps * torch.randn_like(weight).sign()
+                )
+        return _largest(_prepared(forward(), likelihood) - outputs)
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)
+
+
+def _before_the_mixing(
+    forward: BatchForward,
+    halves: Sequence[Tensor],
+    network: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+) -> list[str]:
+    """Parameters that some call uses whose arguments do not depend on the grouping, or whose calls are not seen."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    holders = {
+        module: [names[id(p)] for p in module.parameters(recurse=False) if id(p) in names]
+        for module in network.modules()
+    }
+    with recorded_calls(module for module, held in holders.items() if held) as whole:
+        forward()
+    parts = []
+    for half in halves:
+        with recorded_calls(module for module, held in holders.items() if held) as calls:
+            forward.of(half)
+        parts.append(calls)
+    before: dict[str, None] = {}
+    seen: dict[nn.Module, bool] = {}  # whether all its calls have arguments that depend on the grouping
+    aligned = all(len(calls) == len(whole) for calls in parts)
+    for index, call in enumerate(whole if aligned else ()):
+        given = tensors_of(call.arguments)
+        mixed = any(
+            _depends(tensor, tensors_of(calls[index].arguments)[place], half)
+            for calls, half in zip(parts, halves, strict=True)
+            for place, tensor in enumerate(given)
+        )
+        seen[call.module] = seen.get(call.module, True) and mixed
+    for module, held in holders.items():
+        if not seen.get(module, False):
+            before |= dict.fromkeys(held)
+    return list(before)
+
+
+def _depends(whole: Tensor, part: Tensor, half: Tensor) -> bool:
+    """Whether the entries of some examples are others in the whole batch than in a part of it."""
+    if whole.dim() == 0 or len(part) != len(half) or not whole.is_floating_point():
+        return False
+    expected = whole[half]
+    if expected.shape != part.shape:
+        return False
+    allowed = ROUNDING * torch.finfo(whole.dtype).eps * _largest(whole)
+    return _largest(expected - part) > allowed
+
+
+@contextmanager
+def _random_states(device: torch.device) -> Iterator[None]:
+    """Leave torch's streams as they are: what the rows are read from has drawn, or will draw, from them."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _chosen(tree: Any, examples: Tensor) -> Any:
+    return mapped(lambda tensor: tensor[examples.to(tensor.device)] if tensor.dim() else tensor.clone(), tree)
+
+
+def _is_plain(tree: Any) -> bool:
+    """Whether a batch is made of dense tensors and plain things in tuples, lists and dicts alone."""
+    if isinstance(tree, Tensor):
+        return tree.layout is torch.strided and not tree.is_nested
+    if isinstance(tree, PackedSequence):
+        return False
+    if type(tree) is dict:
+        return all(map(_is_plain, tree.values()))
+    if type(tree) in (tuple, list) or (isinstance(tree, tuple) and hasattr(tree, "_fields")):
+        return all(map(_is_plain, tree))
+    return isinstance(tree, PLAIN)
