@@ -101,6 +101,11 @@ def derivatives_of(module: nn.Module) -> Derivatives | None:
         return None
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
         return None  # its forward changes the weight, or its gradient is not that of its forward
+    if any(
+        isinstance(t, Tensor) and t.is_complex()
+        for t in (getattr(module, n, None) for n in ("weight", "bias"))
+    ):
+        return None  # a row has the real and imaginary parts
     # A subclass counts only while its forward is the layer's own: LoRA and the like are other functions.
     for layer, derivatives in DERIVATIVES.items():
         if isinstance(module, layer) and type(module).forward is layer.forward:

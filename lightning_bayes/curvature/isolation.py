@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_bayes.curvature.as_written import memo_of_tools, plain_operations, take_off_tools
+
 __all__ = ["isolated", "throw_away_copy"]
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -30,8 +32,8 @@ def isolated(*holders: object) -> Iterator[None]:
     """Restore the random states of torch, NumPy and Python on exit; within, fixed seeds and full float32.
 
     The generators that `holders` keep for themselves (a DataLoader with its dataset, transforms, sampler and
-    collate function) are restored too. Autocast and inference mode of the caller do not reach inside, and
-    nothing runs compiled.
+    collate function) are restored too. Autocast and inference mode of the caller do not reach inside, nothing runs
+    compiled, and autocast and activation checkpointing have no effect.
 
     Iterating a DataLoader draws from torch's global generator, transforms may draw from any; with
     fixed seeds two evaluations see the same draws. Trainers are often run with reduced matrix-product
@@ -43,6 +45,7 @@ def isolated(*holders: object) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(_full_float32())
+            stack.enter_context(plain_operations())
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
             for device in ("cpu", "cuda") if _num_cuda_devices() else ("cpu",):
@@ -185,7 +188,10 @@ class _DetachOnCopy(TorchFunctionMode):
 
 
 def throw_away_copy(module: _Module, shared: Sequence[object] = ()) -> _Module:
-    """Deep copy of a module, in eval mode, in float32 at least, without gradients.
+    """Deep copy of a module as it is written, in eval mode, in float32 at least, without gradients.
+
+    What tools hang on a module is taken off, and complex parameters are their real and imaginary parts, see
+    `as_written`.
 
     Args:
         module: Left as it is.
@@ -196,7 +202,8 @@ def throw_away_copy(module: _Module, shared: Sequence[object] = ()) -> _Module:
     """
     try:
         with _DetachOnCopy():
-            duplicate = copy.deepcopy(module, {id(thing): thing for thing in shared})
+            memo = memo_of_tools(module) | {id(thing): thing for thing in shared}
+            duplicate = copy.deepcopy(module, memo)
     except (TypeError, RuntimeError, NotImplementedError) as error:
         raise ValueError(
             f"{type(module).__name__} holds something that copy.deepcopy cannot copy ({error}); the evidence "
@@ -204,6 +211,7 @@ def throw_away_copy(module: _Module, shared: Sequence[object] = ()) -> _Module:
             "part that can be copied: network=."
         ) from error
     duplicate.eval()
+    take_off_tools(module, duplicate)
     for part in duplicate.modules():  # they log or alter gradients of training; there is no public way
         part._backward_hooks.clear()
         part._backward_pre_hooks.clear()

@@ -59,7 +59,7 @@ class Layout:
 
 def example_weights(num_examples: int, like: Tensor) -> Tensor:
     """The wₙ: distinct, between 1 and 2."""
-    return 1.0 + torch.arange(num_examples, dtype=like.dtype, device=like.device) / num_examples
+    return 1.0 + torch.arange(num_examples, dtype=like.real.dtype, device=like.device) / num_examples
 
 
 def find_layout(plain: Tensor, weighted: Tensor, num_examples: int) -> Layout | None:
@@ -94,7 +94,7 @@ def mixes_examples(plain: Tensor, weighted: Tensor, num_examples: int) -> bool:
         return False
     large = plain.abs() > 1e-3 * plain.abs().max()
     place = (weighted[large] / plain[large] - 1.0) * num_examples
-    return bool(((place - place.round()).abs() > num_examples * _rounding(plain)).any())
+    return bool(((place - place.real.round()).abs() > num_examples * _rounding(plain)).any())
 
 
 def _rounding(tensor: Tensor) -> float:

@@ -15,6 +15,7 @@ from lightning_bayes.callbacks.gradient_noise.live_copy import LiveCopy
 from lightning_bayes.callbacks.gradient_noise.two_batch_sizes import TwoBatchSizes, pooled
 from lightning_bayes.callbacks.reading import num_examples_of
 from lightning_bayes.callbacks.untouched import untouched
+from lightning_bayes.curvature.as_written import as_real
 from lightning_bayes.curvature.capture import CapturedLoss
 from lightning_bayes.curvature.example_gradients import ExampleGradientReader, GradientSums
 
@@ -64,7 +65,7 @@ class CopiedGradients:
     def nothing(self) -> TwoBatchSizes | None:
         """What a process says whose measurement failed, so that the others do not wait for it."""
         named, lost = dict(self._module.named_parameters()), [math.nan] * len(self._names)
-        totals = [torch.full_like(named[name], torch.nan).flatten() for name in self._names]
+        totals = [torch.full_like(as_real(named[name]), torch.nan).flatten() for name in self._names]
         totals = [total.float() if total.itemsize < 4 else total for total in totals]  # as in the copy
         return pooled(self._trainer, GradientSums(1, 1.0, lost, lost, totals))
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_bayes.callbacks.reading import ModuleReader
+from lightning_bayes.curvature.as_written import as_real
 
 PLAIN = (bool, int, float, complex, str, type(None))
 LARGEST_CONTAINER = 100
@@ -58,7 +59,7 @@ class LiveCopy:
             return False
         with torch.no_grad():
             for mine, theirs in self._parameters:
-                mine.copy_(theirs)
+                mine.copy_(as_real(theirs))
             for buffer, its_original in zip(self._buffers, buffers, strict=True):
                 buffer.copy_(its_original)
         for part, containers in self._containers:
