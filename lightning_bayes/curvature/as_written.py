@@ -165,7 +165,7 @@ def _uncompile(theirs: nn.Module, mine: nn.Module, copies: dict[int, nn.Module])
             if COMPILED in getattr(value, "__dict__", {}) and getattr(type(mine), name) is value:
                 vars(mine)[name] = MethodType(getattr(value, COMPILED), mine)
     for name, value in vars(theirs).items():
-        if COMPILED in getattr(value, "__dict__", {}):
+        if COMPILED in getattr(value, "__dict__", {}) and name != "_compiled_call_impl":
             function = getattr(value, COMPILED)
             if isinstance(function, MethodType) and id(function.__self__) in copies:
                 function = MethodType(function.__func__, copies[id(function.__self__)])
@@ -191,4 +191,9 @@ def _make_real(network: nn.Module) -> None:
 
 
 def _complex_view(name: str) -> property:
-    return property(lambda module: torch.view_as_complex(module._parameters[name]))
+    def number(module: nn.Module) -> Tensor:
+        parts: Any = module._parameters[name]
+        # Not `view_as_complex`, which wants the two side by side in memory: they may be cut out of one long vector.
+        return torch.complex(parts[..., 0], parts[..., 1])
+
+    return property(number)

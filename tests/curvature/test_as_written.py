@@ -132,6 +132,8 @@ def test_gradients_of_embeddings_are_derivatives(make, argument):
     twin = SlowTwin(plain, x, y, "classification")
     right = twin.evidence(dict.fromkeys(twin.names, 1.0), "full")
     assert got.log_evidence == pytest.approx(right.log_evidence, abs=1e-3)
+    if make is Bag:  # torch has no second derivative of it
+        return
     hessian = laplace_evidence(made(lambda: make(**{argument: True})), (x, y), curvature="hessian_positive")
     expected = laplace_evidence(made(make), (x, y), curvature="hessian_positive")
     assert hessian.log_evidence == pytest.approx(expected.log_evidence, abs=1e-4)
@@ -178,7 +180,7 @@ class RealTwin(nn.Module):
         values = {}
         for name, parameter in self.hold[0].named_parameters():
             mine = getattr(self, name.replace(".", "_"))
-            values[name] = torch.view_as_complex(mine) if parameter.is_complex() else mine
+            values[name] = torch.complex(mine[..., 0], mine[..., 1]) if parameter.is_complex() else mine
         return torch.func.functional_call(self.hold[0], values, (x,), tie_weights=True)
 
 
@@ -239,6 +241,7 @@ def wrapped_part(module):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*num_workers:")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.filterwarnings("ignore:.*logging interval:", "ignore:.*GradientNoiseScale:")
 @pytest.mark.parametrize("change", [compiled_part, compiled_step, wrapped_part])
 def test_compiled_parts_and_steps(tmp_path, change):
