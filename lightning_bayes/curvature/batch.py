@@ -1,7 +1,9 @@
 """One batch after its backward passes, and where its examples stand in what each call returned."""
 
 import itertools
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,18 @@ from torch import Tensor, nn
 from lightning_bayes.curvature.calls import Call
 from lightning_bayes.curvature.layout import Layout, example_weights, find_layout
 
-__all__ = ["Batch", "counts", "example_gradients", "find_layouts", "gradients"]
+__all__ = [
+    "Batch",
+    "ColumnPasses",
+    "counts",
+    "example_gradients",
+    "find_layouts",
+    "gradients",
+    "quiet_loops",
+]
+
+BATCHED_BYTES = 2**18
+"""Largest tensor, of one column, up to which columns go back in one batched pass."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +37,13 @@ class Batch:
     """Of each call, of each of its outputs: [C, *shape], None without influence."""
 
     @classmethod
-    def backward(cls, calls: list[Call], outputs: Tensor, roots: Tensor) -> "Batch":
+    def backward(
+        cls, calls: list[Call], outputs: Tensor, roots: Tensor, passes: "ColumnPasses | None" = None
+    ) -> "Batch":
         """Take each column of the root back to the outputs of the calls."""
         tensors = [tensor for call in calls for tensor in call.outputs]
-        columns = [gradients(outputs, tensors, column) for column in roots]
-        stacked = [None if grads[0] is None else torch.stack(grads) for grads in zip(*columns, strict=True)]
-        found = iter(stacked)
-        return cls(calls, outputs, roots, [[next(found) for _ in call.outputs] for call in calls])
+        stacked = iter((passes or ColumnPasses()).gradients(outputs, tensors, roots))
+        return cls(calls, outputs, roots, [[next(stacked) for _ in call.outputs] for call in calls])
 
     @property
     def num_examples(self) -> int:
@@ -44,6 +57,57 @@ class Batch:
             for call, grads in zip(self.calls, self.grads, strict=True)
             if call.module is module and counts(grads)
         ]
+
+
+class ColumnPasses:
+    """Takes columns back to tensors: all in one batched pass while they are small, else one after the other.
+
+    A pass over small tensors takes as long as its calls, and a batched one has as many as that of one column. Over
+    large ones it takes no less than a loop, and more memory: that of all columns for each step between.
+    """
+
+    def __init__(self) -> None:
+        self._one_by_one = False
+
+    def gradients(self, outputs: Tensor, tensors: list[Tensor], roots: Tensor) -> list[Tensor | None]:
+        """Gradients [C, *shape] of ⟨roots[c], outputs⟩ in each tensor, None where there is no way to it."""
+        if not tensors:
+            return []
+        width = max(tensor.numel() * tensor.element_size() for tensor in [outputs, *tensors])
+        if len(roots) > 1 and width <= BATCHED_BYTES and not self._one_by_one:
+            try:
+                with quiet_loops():
+                    return list(_batched(outputs, tensors, roots))
+            except RuntimeError as error:  # an operation that vmap does not know
+                self._one_by_one = True
+                logging.getLogger("lightning_bayes").info(
+                    "Columns are taken back one by one, which is slower: torch.vmap cannot batch this network's "
+                    "backward pass (%s).",
+                    error,
+                )
+        columns = [gradients(outputs, tensors, column) for column in roots]
+        return [None if grads[0] is None else torch.stack(grads) for grads in zip(*columns, strict=True)]
+
+
+def _batched(outputs: Tensor, tensors: list[Tensor], roots: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(
+        outputs, tensors, roots, retain_graph=True, allow_unused=True, is_grads_batched=True
+    )
+
+
+@contextmanager
+def quiet_loops() -> Iterator[None]:
+    """Let vmap run operations in a loop without its remark on them."""
+    # There is no public way, and vmap cannot be asked. `warnings.catch_warnings` would make Python forget, in every
+    # module, which warnings have been given once already.
+    switch = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", None)
+    try:
+        if switch is not None:
+            switch(False)
+        yield
+    finally:
+        if switch is not None:
+            switch(True)
 
 
 def find_layouts(batch: Batch) -> dict[nn.Module, tuple[Layout | None, ...]]:

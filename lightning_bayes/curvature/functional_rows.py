@@ -9,16 +9,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_bayes.curvature.batch import BATCHED_BYTES, quiet_loops
 from lightning_bayes.curvature.layout import Layout, mapped, tensors_of
 from lightning_bayes.curvature.rows import CHUNK, Use
 
 __all__ = ["GraphUse", "ModuleUse", "plain_kernels"]
+
+_ONE_BY_ONE: "WeakSet[nn.Module]" = WeakSet()
+"""Modules whose backward pass cannot be vmapped over columns as well as over examples."""
 
 
 @contextmanager
@@ -140,14 +145,24 @@ class ModuleUse(Use):
 
         def of_one(grads: list[Tensor], *tensors: Tensor) -> dict[str, Tensor]:
             pull = vjp(lambda parameters: self._outputs(parameters)(*tensors), dict(self.parameters))[1]
-            # Column by column: not every operation's backward pass can be vmapped twice.
+            if together:
+                return vmap(lambda *column: pull(list(column))[0], randomness="same")(*grads)
             rows = [pull([grad[column] for grad in grads])[0] for column in range(len(grads[0]))]
             return {name: torch.stack([row[name] for row in rows]) for name in self.parameters}
 
         width = len(grads[0][0]) * sum(p.numel() for p in self.parameters.values())
-        chunk = max(1, 4 * CHUNK // width)
+        chunk = max(1, 4 * CHUNK // max(width, 1))
+        # All columns in one pass where they are small, as in `ColumnPasses`.
+        size = max(grad[:, 0].numel() * grad.element_size() for grad in grads)
+        together = len(grads[0][0]) > 1 and size <= BATCHED_BYTES and self.module not in _ONE_BY_ONE
         with plain_kernels(), _vectorised():
-            rows = vmap(of_one, randomness="same", chunk_size=chunk)(grads, *tensors)
+            try:
+                rows = vmap(of_one, randomness="same", chunk_size=chunk)(grads, *tensors)
+            except RuntimeError:
+                if not together:
+                    raise
+                _ONE_BY_ONE.add(self.module)  # not every operation's backward pass can be vmapped twice
+                return self._pull_back(columns)
         return {name: value.transpose(0, 1).detach() for name, value in rows.items()}
 
     def _apart(self) -> list[tuple[Tensor, Layout | None]]:
@@ -184,21 +199,11 @@ def _vectorised() -> Iterator[None]:
     onednn: Any = torch.backends.mkldnn
     enabled = onednn.enabled
     onednn.enabled = False  # `onednn.flags` sets TF32 along with it, on which torch remarks
-    _remark_on_loops(False)
     try:
-        yield
+        with quiet_loops():
+            yield
     finally:
-        _remark_on_loops(True)
         onednn.enabled = enabled
-
-
-def _remark_on_loops(enabled: bool) -> None:
-    """Whether vmap says that it runs an operation in a loop; it does unless told otherwise, and cannot be asked."""
-    # There is no public way. `warnings.catch_warnings` would make Python forget, in every module, which
-    # warnings have been given once already.
-    switch = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", None)
-    if switch is not None:
-        switch(enabled)
 
 
 @dataclass(frozen=True)

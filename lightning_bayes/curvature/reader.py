@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_bayes.curvature.batch import Batch
+from lightning_bayes.curvature.batch import Batch, ColumnPasses
 from lightning_bayes.curvature.calls import Call, recorded_calls
 from lightning_bayes.curvature.derivatives import CONVOLUTIONS, pad_beforehand
 from lightning_bayes.curvature.errors import check_finite
@@ -73,6 +73,7 @@ class RowReader:
         self._generator: torch.Generator | None = None
         self._plan: Plan | None = None
         self._split = ""
+        self._passes = ColumnPasses()
         self._read = 0  # batches
         self._apart = False  # whether examples have been seen not to influence each other
         wanted = {id(parameter) for parameter in self.parameters.values()}
@@ -155,12 +156,12 @@ class RowReader:
         step = max(1, int(CHUNK_BYTES // max(width, 1)))
         for start in range(0, len(roots), step):
             columns = slice(start, min(start + step, len(roots)))
-            batch = Batch.backward(calls, outputs, roots[columns])
+            batch = Batch.backward(calls, outputs, roots[columns], self._passes)
 
             def again(columns: slice = columns) -> Batch:
                 nonlocal outputs, calls  # which the columns that follow need too
                 outputs, _, _, calls = run_again()  # with all calls
-                return Batch.backward(calls, outputs, roots[columns])
+                return Batch.backward(calls, outputs, roots[columns], self._passes)
 
             # What holds for all columns together is tried once, with the first of them.
             proved = roots if start == 0 else None

@@ -58,7 +58,7 @@ CHECKPOINTED = {
         [net.one, net.two], 2, x.requires_grad_(), use_reentrant=True
     ),
     "reentrant": lambda net, x: checkpoint(lambda v: net.two(net.one(v)), x, use_reentrant=True),
-    "autocast": lambda net, x: torch.autocast("cpu", dtype=torch.bfloat16)(plainly)(net, x),
+    "autocast": torch.autocast("cpu", dtype=torch.bfloat16)(plainly),
     "autocast of a part": lambda net, x: net.two(_half(net.one, x)),
 }
 
@@ -201,7 +201,10 @@ def test_a_complex_parameter_is_two_real_ones(make):
     )
     for structure in ("kron", "diag", "blocks"):
         laplace_evidence(network, (x, y), structure=structure)
-    assert all(p.is_complex() == q.is_complex() for p, q in zip(make().parameters(), network.parameters()))
+    assert all(
+        p.is_complex() == q.is_complex()
+        for p, q in zip(make().parameters(), network.parameters(), strict=True)
+    )
 
 
 class Module(L.LightningModule):
