@@ -1,12 +1,9 @@
 """The structures by name, and the choice between them."""
 
-import os
 import warnings
 from collections.abc import Callable
 
-import torch
-
-from lightning_bayes.curvature.base import Curvature, Problem
+from lightning_bayes.curvature.base import Curvature, Problem, total_memory
 from lightning_bayes.curvature.blocks_budget import blocks_cost
 from lightning_bayes.curvature.diagonal import DiagonalCurvature
 from lightning_bayes.curvature.full import full_cost, full_curvature
@@ -67,7 +64,7 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
             'structure="blocks" drops rows as they come, for prior precisions in fixed proportions, and several are '
             'to be found. Use prior_precision="optimize" for one, or structure="full" or structure="kron".'
         )
-    if structure == "full" and memory > _total_memory(problem.device):
+    if structure == "full" and memory > total_memory(problem.device):
         raise ValueError(f'structure="full" does not fit on {problem.device}: {sizes}. Use {cheaper}.')
     if structure == "full" and flop > AUTO_FLOP:
         warnings.warn(f'structure="full" will be slow: {sizes}. Faster: {cheaper}.', stacklevel=3)
@@ -102,11 +99,3 @@ def _readable(amount: float, unit: str) -> str:
             return f"{amount:.3g} {prefix}{unit}"
         amount /= 1000
     return f"{amount:.3g} T{unit}"
-
-
-def _total_memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return float("inf")

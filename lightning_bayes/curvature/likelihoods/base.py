@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_bayes.curvature.base import accumulation_dtype
+
 __all__ = [
     "DiagonalLikelihood",
     "Likelihood",
@@ -20,6 +22,7 @@ __all__ = [
     "check_root_fits",
     "flatten_alike",
     "shape_of",
+    "total",
     "weights_of",
 ]
 
@@ -56,7 +59,10 @@ class Likelihood(ABC):
 
     @abstractmethod
     def unit_loss(self, outputs: Tensor, targets: Any) -> Tensor:
-        """Sum over examples of φ times the negative log-density, without constants; a scalar, nats · φ."""
+        """Sum over examples of φ times the negative log-density, without constants; a scalar, nats · φ.
+
+        Summed in float64 where the device has it, since the log-likelihood is one end of a certified bracket.
+        """
 
     @abstractmethod
     def sqrt_hessian(self, outputs: Tensor, targets: Any) -> Tensor:
@@ -147,6 +153,11 @@ class DiagonalLikelihood(Likelihood):
         size = (num_columns, *root.shape)
         draws = torch.randint(2, size, generator=generator, dtype=root.dtype, device=root.device)
         return (2 * draws - 1) * root / math.sqrt(num_columns)
+
+
+def total(terms: Tensor) -> Tensor:
+    """Sum of all entries, in float64 where the device has it."""
+    return terms.sum(dtype=accumulation_dtype(terms.device))
 
 
 def flatten_alike(outputs: Tensor, targets: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from lightning_bayes.curvature.likelihoods.base import (
     check,
     flatten_alike,
     shape_of,
+    total,
     weights_of,
 )
 
@@ -62,7 +63,7 @@ class Bernoulli(DiagonalLikelihood):
     def unit_loss(self, outputs: Tensor, targets: BinaryTargets) -> Tensor:
         """−Σ w (p y ln σ(f) + (1 − y) ln σ(−f)) over examples and outputs."""
         losses = targets.positive * F.logsigmoid(outputs) + targets.negative * F.logsigmoid(-outputs)
-        return -losses.sum()
+        return -total(losses)
 
     def sqrt_diagonal(self, outputs: Tensor, targets: BinaryTargets) -> Tensor:
         """√(w (p y + 1 − y) σ(f) σ(−f))."""

@@ -12,6 +12,7 @@ from lightning_bayes.curvature.likelihoods.base import (
     check,
     check_root_fits,
     shape_of,
+    total,
     weights_of,
 )
 from lightning_bayes.functional._validation import finite
@@ -129,15 +130,15 @@ class Categorical(Likelihood):
             )
         smoothing = self.label_smoothing
         weight = None if self.weight is None else self.weight.to(logits)
-        total = counted.to(logits.dtype) if weight is None else weight[indices] * counted
-        num_terms = float((counted if weight is None else total.double()).sum())
+        carried = counted.to(logits.dtype) if weight is None else weight[indices] * counted
+        num_terms = float((counted if weight is None else carried.double()).sum())
         if smoothing == 0.0:
-            return ClassTargets(total, indices, num_terms)
+            return ClassTargets(carried, indices, num_terms)
         q = torch.full_like(logits, smoothing / num_classes, requires_grad=False)
         if weight is not None:
             q *= weight
         q *= counted.unsqueeze(-1)
-        q.scatter_add_(-1, indices.unsqueeze(-1), (1 - smoothing) * total.unsqueeze(-1))
+        q.scatter_add_(-1, indices.unsqueeze(-1), (1 - smoothing) * carried.unsqueeze(-1))
         return ClassTargets(q.sum(-1), q, num_terms)
 
     def _soft(self, logits: Tensor, targets: Tensor) -> ClassTargets:
@@ -159,9 +160,9 @@ class Categorical(Likelihood):
     def unit_loss(self, outputs: Tensor, targets: ClassTargets) -> Tensor:
         """−Σ q_c ln softmax(f)_c over examples, tokens and classes."""
         if targets.is_dense:
-            return -(targets.classes * F.log_softmax(outputs, dim=-1)).sum()
+            return -total(targets.classes * F.log_softmax(outputs, dim=-1))
         losses = F.cross_entropy(outputs.flatten(0, -2), targets.classes.flatten(), reduction="none")
-        return losses @ targets.total.flatten()
+        return total(losses * targets.total.flatten())
 
     def sqrt_hessian(self, outputs: Tensor, targets: ClassTargets) -> Tensor:
         """Columns [C-1, N, C] or [T(C-1), N, T, C]: each token's square root, zero on the other tokens."""
