@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_bayes.curvature.base import accumulation_dtype
 
 __all__ = [
+    "WEIGHTED",
     "DiagonalLikelihood",
     "Likelihood",
     "check",
@@ -129,8 +130,19 @@ class Likelihood(ABC):
     # PyTorch's summed loss as a multiple of `unit_loss`: F.mse_loss has no ½.
     _torch_terms: ClassVar[float] = 1.0
 
+    @property
+    def note(self) -> str | None:
+        """A sentence on what is scored where that is not plain, None where it is."""
+        return None
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+WEIGHTED = (
+    "With weights of classes or outputs the weighted sum of the log-densities of all examples is scored, as if each "
+    "were so many observations"
+)
 
 
 class DiagonalLikelihood(Likelihood):

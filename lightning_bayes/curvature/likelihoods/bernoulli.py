@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_bayes.curvature.likelihoods.base import (
+    WEIGHTED,
     DiagonalLikelihood,
     check,
     flatten_alike,
@@ -78,6 +79,11 @@ class Bernoulli(DiagonalLikelihood):
     def null_loss(self, outputs: Tensor, targets: BinaryTargets) -> float:
         """Summed weights times ln 2; N K ln 2 without any."""
         return math.log(2) * (targets.positive + targets.negative).double().sum().item()
+
+    @property
+    def note(self) -> str | None:
+        """See `Likelihood.note`."""
+        return None if self.weight is None and self.pos_weight is None else WEIGHTED
 
     def __repr__(self) -> str:
         given = {"weight": self.weight, "pos_weight": self.pos_weight}

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_bayes.curvature.likelihoods.base import (
+    WEIGHTED,
     Likelihood,
     check,
     check_root_fits,
@@ -41,7 +42,9 @@ class Categorical(Likelihood):
 
     Targets are class indices [N] or [N, T, ...], or class probabilities of the logits' shape. The loss of one
     token is that of `F.cross_entropy`: (1 − α) w_y (−ln p_y) + α/C Σ_c w_c (−ln p_c), in general
-    −Σ_c q_c ln p_c with Hessian (Σ_c q_c)(diag(p) − p pᵀ).
+    −Σ_c q_c ln p_c with Hessian (Σ_c q_c)(diag(p) − p pᵀ). With class weights the sum over all examples is scored,
+    Σₙ w_y (−ln p_y). PyTorch's mean divides that of a batch by the weights of the same batch, so that training weighs
+    the examples of batches with many heavy ones a little less; over a batch of all examples the two are one.
 
     Args:
         weight: w ≥ 0 of each class, [C].
@@ -199,6 +202,13 @@ class Categorical(Likelihood):
     def null_loss(self, outputs: Tensor, targets: ClassTargets) -> float:
         """Summed weights times ln C; N ln C for N plain examples."""
         return math.log(outputs.shape[-1]) * targets.total.double().sum().item()
+
+    @property
+    def note(self) -> str | None:
+        """See `Likelihood.note`."""
+        if self.weight is None:
+            return None
+        return f"{WEIGHTED}; PyTorch's mean divides by the weights of each batch, which the sum does not"
 
     def __repr__(self) -> str:
         plain = Categorical.__init__.__defaults__ or ()
