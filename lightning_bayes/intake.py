@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from lightning_bayes.curvature.base import Curvature, Problem
@@ -144,7 +143,6 @@ class _HessianIntake:
             self.curved = HessianCurvature(
                 {name: parameter.shape for name, parameter in self.parameters.items()},
                 first.device,
-                rounding=torch.finfo(first.dtype).eps,
                 only_positive=self.method.curvature == "hessian_positive",
             )
         self.curved.add(batch)

@@ -84,10 +84,11 @@ def laplace_evidence(
         max_examples: A random subset of this size, the same at every call; N is then its size.
         tolerance: Width in nats of the bracket [lower, upper] that is accepted; None for the exact value.
         num_samples: Columns of the loss Hessian's root to sample, for "kron" and "diag" of many classes;
-            None for all, or 64 where structure="auto" meets more than 512 outputs per example.
-        num_blocks: Batches whose rows "blocks" reads, two or more, drawn at random, the same at every call; None for
-            all. The log-likelihood stays that of all examples (one gradient pass); `lower`, and with it the value, is
-            then an unbiased estimate of a lower bound with a standard error, `upper` a certified bound.
+            None for all, or 64 where structure="auto" meets more than 512 outputs per example and all their columns
+            are beyond its budget.
+        num_blocks: Batches whose rows "blocks" reads, eight or more, drawn at random, the same at every call; None
+            for all. The log-likelihood stays that of all examples (one gradient pass); `lower`, and with it the
+            value, is then an unbiased estimate of a lower bound with a standard error, `upper` a certified bound.
         device: Where to compute; None for the model's own device.
         progress: Whether to show a progress bar.
 
@@ -170,11 +171,14 @@ class Computation:
                 )
             batches = iter(_tracked(examples, self.progress))
             first = next(batches, None)
-            method, subset = self._settled(network, first, where)
+            method, subset = self._settled(network, first, where, examples)
             prior = prior_from(network, self.prior_precision, subset=subset)
             whole = batches if first is None else itertools.chain([first], batches)
             forwards = (forward_of_pair(network, batch, where) for batch in whole)
             announce = logging.getLogger("lightning_bayes").info
+            for note in (*examples.notes, likelihood.note):
+                if note is not None:
+                    announce(f"{note}.")
             sizes = examples.num_examples, examples.num_batches
             totals = read_all(network, forwards, likelihood, prior, method, *sizes, announce)
             return conclude(totals, likelihood, prior)
@@ -196,7 +200,7 @@ class Computation:
         return matching(trainable_names(network), self.subset_of_weights)
 
     def _settled(
-        self, network: nn.Module, first: Any, device: torch.device
+        self, network: nn.Module, first: Any, device: torch.device, examples: Examples
     ) -> tuple[Method, list[str] | None]:
         """What only outputs can tell: how many there are, and which layer comes last."""
         method, subset = self._method(), self._named_subset(network)
@@ -208,7 +212,9 @@ class Computation:
         with torch.no_grad():
             outputs = few()[0]
         if isinstance(outputs, Tensor):
-            method, changed = sampling_if_many_columns(method, outputs)
+            number, batches = examples.num_examples, examples.num_batches
+            size = sum(p.numel() for p in network.parameters() if p.requires_grad)
+            method, changed = sampling_if_many_columns(method, outputs, number, size, -(-number // batches))
             if changed is not None:
                 warnings.warn(changed, stacklevel=4)
         return method, subset

@@ -245,7 +245,7 @@ def test_residuals_of_zero_have_no_noise():
 # --- bounds and brackets ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [{}, {"num_blocks": 6}], ids=str)
+@pytest.mark.parametrize("arguments", [{}, {"num_blocks": 8}], ids=str)
 def test_blocks_maximise_what_they_report(arguments, monkeypatch):
     """At the λ that is found no neighbour has more by the same structure; exact where every row is kept."""
     case = make_case("mlp", "classification", 30)

@@ -80,8 +80,8 @@ class LaplaceEvidence(Callback):
         batch_size: Examples at a time; None for the loader's own, at least 32.
         tolerance: Width in nats of the bracket [lower, upper] that is accepted; None for the exact value.
         num_samples: Columns of the loss Hessian's root to sample, for "kron" and "diag"; None for all, or 64
-            where structure="auto" meets more than 512 outputs per example.
-        num_blocks: Batches whose rows "blocks" reads, see `laplace_evidence`; None for all.
+            where structure="auto" meets more than 512 outputs per example whose columns are beyond its budget.
+        num_blocks: Batches whose rows "blocks" reads, eight or more, see `laplace_evidence`; None for all.
         max_overhead: Largest share of the training time that the callback may take, 0.1 for a tenth: epochs
             are skipped until an evaluation as long as the last fits. The first is always made. A key of a
             skipped epoch keeps its last value for monitors.
@@ -294,11 +294,15 @@ class LaplaceEvidence(Callback):
         self, trainer: Trainer, pl_module: LightningModule, reader: ModuleReader, captured: CapturedLoss
     ) -> Method:
         """Choose the structure and say why; the one place that announces how the evidence is computed."""
-        method, changed = sampling_if_many_columns(self.method, captured.outputs)
+        examples, prior = self._examples(trainer), self._prior(trainer, pl_module)
+        number, batches = examples.num_examples, examples.num_batches
+        size = sum(reader.network.get_parameter(name).numel() for name in prior.strengths)
+        method, changed = sampling_if_many_columns(
+            self.method, captured.outputs, number, size, -(-number // batches)
+        )
         self._asked = method
         if changed is not None:
             rank_zero_warn(f"LaplaceEvidence: {changed}")
-        examples, prior = self._examples(trainer), self._prior(trainer, pl_module)
         # The evidence has a loader of its own: what cannot be read from that one must fail now as well.
         own = _forward(reader, 0, next(iter(examples.read())))
         try:

@@ -25,6 +25,7 @@ from lightning_bayes.functional._validation import count, positive, string
 __all__ = [
     "announce_prior",
     "check_arguments",
+    "check_stream",
     "check_trainer",
     "examples_of",
     "is_decoupled",
@@ -60,10 +61,26 @@ def examples_of(
             "They speak of one training set: give fit() a single DataLoader, or call laplace_evidence() on a loader "
             "of your choice."
         )
+    check_stream(trainer, loader)
     at_most = max_examples
     if trainer.fast_dev_run:  # type: ignore[attr-defined] # a rehearsal of the code, not of the sums
         at_most = min(at_most or 32, 32)
     return examples_from_loader(loader, batch_size, at_most, num_batches(trainer, loader), mixed)
+
+
+def check_stream(trainer: Trainer, loader: "DataLoader[Any]") -> None:
+    """Refuse a stream that several processes read: whether each reads all of it or a shard cannot be told.
+
+    Raises:
+        ValueError: If it is so.
+    """
+    replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
+    if isinstance(loader.dataset, IterableDataset) and replicas > 1:
+        raise ValueError(
+            f"{type(loader.dataset).__name__} is an IterableDataset that {replicas} processes read, and what one "
+            "sees of it may be all examples or a shard: N cannot be told. Give fit() a map-style dataset, which "
+            "Lightning shards itself, or call laplace_evidence() on a loader of the whole stream after training."
+        )
 
 
 def num_batches(trainer: Trainer, loader: "DataLoader[Any]") -> int | None:

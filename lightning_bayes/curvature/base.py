@@ -1,5 +1,6 @@
 """What every curvature structure answers."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,14 @@ from torch import Tensor
 from lightning_bayes.curvature.block_sample import BlockSample
 from lightning_bayes.curvature.rows import RowBlock
 
-__all__ = ["Curvature", "CurvatureSummary", "Problem", "SpectralCurvature", "accumulation_dtype"]
+__all__ = [
+    "Curvature",
+    "CurvatureSummary",
+    "Problem",
+    "SpectralCurvature",
+    "accumulation_dtype",
+    "total_memory",
+]
 
 
 @dataclass(frozen=True)
@@ -131,3 +139,12 @@ class SpectralCurvature(Curvature):
 def accumulation_dtype(device: torch.device) -> torch.dtype:
     """float64 where the device has it: sums over a whole training set lose digits in float32."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def total_memory(device: torch.device) -> float:
+    """Bytes that a device has, or the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return float("inf")

@@ -13,7 +13,9 @@ from lightning_bayes.curvature.base import accumulation_dtype
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 
 __all__ = [
+    "LARGE_ROUNDING",
     "SMALL_ROUNDING",
+    "bounds_of",
     "cholesky_in_place",
     "diagonal_of_inverse",
     "eigenvalues_of",
@@ -31,6 +33,8 @@ ROUNDING_FACTOR = 16
 """Allowance for rounding in the log-determinant, in units of eps · tr(I + K)."""
 SMALL_ROUNDING = 0.1
 """Such an allowance, in nats, for which a small matrix is not done again in float64; of it a hundredth was seen."""
+LARGE_ROUNDING = 0.25
+"""Such an allowance, in nats, for which a large matrix is not: up to a twenty-fifth of it was seen, 0.01 nats."""
 SMALLEST_SPLIT = 128
 """Rows from which on a triangular matrix is inverted by halves, whose products are quicker than a solve."""
 
@@ -74,6 +78,18 @@ def rounding_of_log_det(trace: float, dtype: torch.dtype) -> float:
         dtype: Of the factor.
     """
     return ROUNDING_FACTOR * torch.finfo(dtype).eps * trace
+
+
+def bounds_of(log_det: float, rounding: float) -> tuple[float, float]:
+    """Bounds on an exact log-determinant: itself, or with its rounding where that is not small.
+
+    Args:
+        log_det: In nats.
+        rounding: Allowance for its rounding, in nats.
+    """
+    if rounding <= LARGE_ROUNDING:
+        return log_det, log_det
+    return max(log_det - rounding, 0.0), log_det + rounding
 
 
 def diagonal_of_inverse(factor: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 """The training examples, each once and in a fixed order, whatever loader they come from."""
 
 import copy
+import io
+import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +35,8 @@ class Examples:
     read: Callable[[], Iterable[Any]]
     """Starts one pass over the batches."""
     num_batches: int
+    notes: tuple[str, ...] = ()
+    """Sentences for the user on what counts as an example."""
 
 
 def examples_from_tensors(
@@ -81,7 +86,7 @@ def examples_from_loader(
         mixed: In a fixed random order instead, for what depends on which examples meet in a batch.
 
     Raises:
-        ValueError: If the loader is empty, of unknown length, or yields whole batches.
+        ValueError: If the loader is empty, of unknown length, yields whole batches, or can be read only once.
     """
     dataset = loader.dataset
     if loader.batch_sampler is None:
@@ -106,10 +111,10 @@ def examples_from_loader(
         "multiprocessing_context": loader.multiprocessing_context if loader.num_workers else None,
     }
     if isinstance(dataset, IterableDataset):
-        num_examples = _length(dataset)
-        if max_examples is not None and max_examples < num_examples:
-            raise ValueError("`max_examples` needs a map-style dataset; an IterableDataset is read whole.")
-    elif batch_size is None and (own := _own_batches(loader)) is not None:
+        return _of_stream(
+            loader, size, max_examples, None if num_batches is None else num_batches * (own_size or 1)
+        )
+    if batch_size is None and (own := _own_batches(loader)) is not None:
         examples = sorted(index for batch in own for index in batch)
         chosen = set(examples if max_examples is None else _subset(examples, max_examples))
         own = [kept for batch in own if (kept := [index for index in batch if index in chosen])]
@@ -130,7 +135,81 @@ def examples_from_loader(
     if num_examples == 0:
         raise ValueError("The training DataLoader is empty: there is nothing to take the evidence of.")
     reads = len(arguments["batch_sampler"]) if "batch_sampler" in arguments else -(-num_examples // size)
-    return Examples(num_examples, lambda: DataLoader(dataset, **arguments), reads)
+    return Examples(num_examples, lambda: DataLoader(dataset, **arguments), reads, _notes(loader))
+
+
+def _notes(loader: "DataLoader[Any]") -> tuple[str, ...]:
+    if not isinstance(getattr(loader.batch_sampler, "sampler", None), WeightedRandomSampler):
+        return ()
+    return (
+        "Each example that WeightedRandomSampler can draw counts once in the evidence; its weights, by which "
+        "training draws some more often than others, do not enter",
+    )
+
+
+def _of_stream(
+    loader: "DataLoader[Any]", size: int, max_examples: int | None, trained_on: int | None
+) -> Examples:
+    """The first examples of a stream, as many as its length says, in the process that asks for them.
+
+    Workers are not taken: each would go through the whole stream unless the dataset divides it among them, and
+    without workers such a dataset gives all of it.
+    """
+    stream = loader.dataset
+    _check_starts_anew(stream)
+    at_most = [_length(stream), *(n for n in (max_examples, trained_on) if n is not None)]
+    number = int(min(at_most))
+    if number == 0:
+        raise ValueError("The training DataLoader is empty: there is nothing to take the evidence of.")
+    first = _First(stream, number)
+    notes: tuple[str, ...] = ()
+    if max_examples is not None and max_examples < at_most[0]:
+        notes = (
+            f"max_examples takes the first {number:,} examples of {type(stream).__name__}, which is a stream",
+        )
+    return Examples(
+        number,
+        lambda: DataLoader(first, batch_size=size, collate_fn=loader.collate_fn),
+        -(-number // size),
+        notes,
+    )
+
+
+class _First(IterableDataset[Any]):
+    """The first examples of a stream; it may be endless, or shorter than it says."""
+
+    def __init__(self, stream: Dataset[Any], number: int) -> None:
+        self._stream, self._number = stream, number
+
+    def __iter__(self) -> Iterator[Any]:
+        # What a stream counts up in its own attributes belongs to training.
+        stream, taken = copy.copy(self._stream), 0
+        for example in itertools.islice(iter(stream), self._number):
+            taken += 1
+            yield example
+        if taken < self._number:
+            warnings.warn(
+                f"{type(stream).__name__} ended after {taken:,} examples, of {self._number:,} that its length "
+                f"promises: N is {taken:,}. Let __len__ return what __iter__ yields.",
+                stacklevel=2,
+            )
+
+
+def _check_starts_anew(stream: Dataset[Any]) -> None:
+    """Refuse a stream that holds an iterator: what is read of it for the evidence is gone for training."""
+    held = {
+        name: type(value).__name__
+        for name, value in getattr(stream, "__dict__", {}).items()
+        if isinstance(value, Iterator) and not isinstance(value, io.IOBase)
+    }
+    if isinstance(stream, Iterator):
+        held["self"] = type(stream).__name__
+    if held:
+        raise ValueError(
+            f"{type(stream).__name__} can be read only once, since it holds {held}: the evidence would take the "
+            "examples away from training. Let __iter__ make its iterator anew, or pass the examples as tensors to "
+            "laplace_evidence()."
+        )
 
 
 def _own_batches(loader: "DataLoader[Any]") -> list[list[int]] | None:

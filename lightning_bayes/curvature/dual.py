@@ -3,6 +3,7 @@
 ln det(I + Λ⁻¹ᐟ² VᵀV Λ⁻¹ᐟ²) = ln det(I + V Λ⁻¹ Vᵀ) (Sylvester).
 """
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,14 +12,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_bayes.curvature.base import CurvatureSummary, Problem, SpectralCurvature, accumulation_dtype
+from lightning_bayes.curvature.base import (
+    CurvatureSummary,
+    Problem,
+    SpectralCurvature,
+    accumulation_dtype,
+    total_memory,
+)
 from lightning_bayes.curvature.cholesky import (
+    LARGE_ROUNDING,
     SMALL_ROUNDING,
+    bounds_of,
     cholesky_in_place,
     diagonal_of_inverse,
     eigenvalues_of,
     keeps_the_identity,
     log_det_of,
+    rounding_of_log_det,
     solve,
 )
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
@@ -65,9 +75,12 @@ class DualCurvature(SpectralCurvature):
         found = self._rescaled(precision) or self._factorised(precision)
         layers = [layer.to(self._accurate) for layer in found.layers]
         quadratic = quadratic_form(layers, woodbury(layers, found.solve, precision), precision, gradient)
-        log_det, gamma = found.log_det, found.gamma
         return CurvatureSummary(
-            log_det, (log_det, log_det), gamma, quadratic, effective_parameters_stderr=found.gamma_stderr
+            found.log_det,
+            bounds_of(found.log_det, found.rounding),
+            found.gamma,
+            quadratic,
+            effective_parameters_stderr=found.gamma_stderr,
         )
 
     def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
@@ -83,7 +96,8 @@ class DualCurvature(SpectralCurvature):
         layers = self._layers(precision)
         log_det = log_det_from_eigenvalues(known[1], 1.0).item()
         gamma = effective_parameters(known[1], 1.0).item()
-        return _Factorised(layers, System(known[0], _tiles(layers)).solve, log_det, gamma, 0.0)
+        rounding = rounding_of_log_det(len(known[1]) + known[1].sum().item(), known[1].dtype)
+        return _Factorised(layers, System(known[0], _tiles(layers)).solve, log_det, gamma, 0.0, rounding)
 
     def _factorised(self, precision: Mapping[str, float]) -> "_Factorised":
         """From a factor; that of the last prior is remembered, since a search for λ ends where `at` begins."""
@@ -98,14 +112,15 @@ class DualCurvature(SpectralCurvature):
         system = factorise(layers if chosen is None else selected(layers, chosen), precision, types)
         gamma, stderr = trace_of_shrinkage(system.factor, NUM_PROBES, SMALL)
         solve = system.solve if chosen is None else inverse_on(chosen, system.solve)
-        self._last = key, _Factorised(layers, solve, log_det_of(system.factor), gamma, stderr)
+        log_det = log_det_of(system.factor)
+        self._last = key, _Factorised(layers, solve, log_det, gamma, stderr, system.rounding)
         return self._last[1]
 
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
         """See `Curvature.spectrum`: as many as rows; the others are zero."""
         layers = self._layers(precision)
-        dtype = self._accurate if layers[0].num_rows <= SMALL else self.problem.dtype
-        gram = _gram([layer.to(dtype) for layer in layers], precision)
+        # In float64 at every size: for which multiples of the prior it is asked for is not known here.
+        gram = _gram([layer.to(self._accurate) for layer in layers], precision)
         eigenvalues = eigenvalues_of(gram)
         if len(gram) <= SMALL:
             self._known = _Known(dict(precision), gram, eigenvalues)
@@ -143,6 +158,8 @@ class _Factorised:
     log_det: float
     gamma: float
     gamma_stderr: float
+    rounding: float
+    """Allowance for rounding in `log_det`, nats."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +188,8 @@ class System:
 
     factor: Tensor  # [rows, rows], lower
     tiles: list[slice]
+    rounding: float = 0.0
+    """Allowance for rounding in the log-determinant, nats."""
 
     def solve(self, coefficients: Tensor) -> Tensor:
         """(I + K)⁻¹ times coefficients [C, N], in their type."""
@@ -193,18 +212,24 @@ def factorise(
         layers: V.
         precision: λ of each parameter tensor.
         dtypes: The types.
-        allowed: Rounding of the log-determinant, in nats, for which up to `SMALL` rows are not done again.
+        allowed: Rounding of the log-determinant, in nats, for which up to `SMALL` rows are not done again. More
+            rows have `LARGE_ROUNDING`; infinity puts up with any.
 
     Raises:
         EvidenceUnavailableError: If none can.
     """
     size, accurate = layers[0].num_rows, dtypes[-1]
+    trace = size + _trace(layers, precision)
     for dtype in dict.fromkeys(dtypes):
-        cast = [layer.to(dtype) for layer in layers]
+        rounding = rounding_of_log_det(trace, dtype)
         again = size <= SMALL and dtype != accurate
+        spoils = size > SMALL and dtype != accurate and rounding > max(allowed, LARGE_ROUNDING)
+        if spoils and _has_room(layers[0].rows.device, size, accurate, rounding):
+            continue
+        cast = [layer.to(dtype) for layer in layers]
         factor = cholesky_in_place(_gram(cast, precision), allowed if again else math.inf)
         if factor is not None:
-            return System(factor, _tiles(layers))
+            return System(factor, _tiles(layers), rounding)
         if dtype != accurate and size > SMALL:
             warnings.warn(
                 f"The Cholesky factor of {size} rows lost its digits in {dtype}; it is "
@@ -216,6 +241,31 @@ def factorise(
         f"I + K of {size} rows is not positive definite even in {accurate}: the rows are of "
         "extreme scale. Raise the prior precision."
     )
+
+
+def _trace(layers: Sequence[KeptRows], precision: Mapping[str, float]) -> float:
+    diagonal = example_grams(layers, precision).diagonal(dim1=-2, dim2=-1)
+    return diagonal.sum(dtype=accumulation_dtype(diagonal.device)).item()
+
+
+def _has_room(device: torch.device, size: int, accurate: torch.dtype, rounding: float) -> bool:
+    """Whether K fits in an accurate type; says what is done, with the rounding that it would be done for."""
+    off = f"its log-determinant could be off by as much as {rounding:.2g} nats"
+    if float(size) ** 2 * accurate.itemsize > total_memory(device):
+        warnings.warn(
+            f"K of {size:,} rows does not fit on {device} in {accurate}, and without {off}, which the bounds hold. "
+            "A larger prior precision, or max_examples=, avoids this.",
+            stacklevel=2,
+        )
+        return False
+    logging.getLogger("lightning_bayes").info(
+        "K of %s rows is factorised in %s, which takes about twice as long and twice the memory: without, %s. "
+        "A larger prior precision avoids this.",
+        f"{size:,}",
+        accurate,
+        off,
+    )
+    return True
 
 
 def inverse_on(chosen: Tensor, inverse: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

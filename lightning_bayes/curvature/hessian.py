@@ -6,8 +6,9 @@ no minimum of the cost, the Gaussian integral diverges, and the Laplace evidence
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_bayes.curvature.base import CurvatureSummary, accumulation_dtype
 from lightning_bayes.curvature.errors import EvidenceUnavailableError, check_finite
+from lightning_bayes.curvature.float64 import InFloat64
 from lightning_bayes.curvature.likelihoods import Likelihood
 from lightning_bayes.curvature.reader import forward_of
 from lightning_bayes.curvature.regrouping import check_apart
@@ -25,6 +27,8 @@ __all__ = ["BatchHessian", "HessianCurvature", "HessianReader"]
 
 MAX_MEMORY = 2e9
 """Bytes that the matrix, scaled, and its eigenvectors may take: 7,905 parameters."""
+EXACT = 0.01
+"""Nats that rounding may put into a log-determinant that is still called exact."""
 ROWS_AT_ONCE = 64
 """Rows of the Hessian that one batched backward pass gives."""
 
@@ -44,13 +48,18 @@ class BatchHessian:
     null_loss: float | None
     gradient: dict[str, Tensor]
     matrix: Tensor  # [p, p], of `unit_loss`
+    rounding: float
+    """Relative, of the type that it was computed in."""
 
 
 class HessianReader:
     """Forms the Hessian of the unit loss in some parameters of a network, one batch at a time.
 
+    In float64, whatever the network's type: eigenvalues may be negative, so what float32 makes of small ones is not
+    told from what they are. A network that does not run in float64 is read as it is, with a warning.
+
     Args:
-        network: A throw-away copy in eval mode.
+        network: A throw-away copy in eval mode; it becomes float64.
         parameters: Names, as in `network.named_parameters()`, of the parameters that carry a prior.
 
     Raises:
@@ -61,7 +70,11 @@ class HessianReader:
         self._network = network
         named = dict(network.named_parameters())
         self.parameters: dict[str, nn.Parameter] = {name: named[name] for name in parameters}
+        self._network = network
         self._one_by_one = False
+        dtypes = {parameter.dtype for parameter in network.parameters() if parameter.is_floating_point()}
+        on = next(network.parameters()).device
+        self._widened = dtypes != {torch.float64} and accumulation_dtype(on) == torch.float64
         size = sum(parameter.numel() for parameter in self.parameters.values())
         if 4.0 * 8 * size**2 > MAX_MEMORY:
             raise ValueError(
@@ -69,6 +82,8 @@ class HessianReader:
                 f"passes as parameters; up to {int(math.sqrt(MAX_MEMORY / 32)):,} are accepted. Use "
                 'curvature="ggn", or subset_of_weights= for a part of the network.'
             )
+        if self._widened:
+            network.double()
 
     def read(self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood) -> BatchHessian:
         """Run one batch through the network and differentiate its unit loss twice.
@@ -78,9 +93,28 @@ class HessianReader:
             ValueError: If outputs and targets do not fit the likelihood, or the second derivative is wrong
                 or missing.
         """
+        if self._widened:
+            try:
+                return self._read(forward, likelihood)
+            except (RuntimeError, TypeError, ValueError) as error:
+                # What float64 is not to blame for fails again.
+                self._widened, self._one_by_one = False, False
+                self._network.float()
+                batch = self._read(forward, likelihood)
+                warnings.warn(
+                    "The Hessian is formed in float32, whose rounding the bounds hold: the network "
+                    f"does not run in float64 ({type(error).__name__}: {error}). Give a model that runs after "
+                    'model.double(), or use curvature="ggn".',
+                    stacklevel=2,
+                )
+                return batch
+        return self._read(forward, likelihood)
+
+    def _read(self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood) -> BatchHessian:
         parameters = list(self.parameters.values())
         with torch.enable_grad(), _twice_differentiable():
-            outputs, targets, unit_loss = forward_of(forward, likelihood)
+            with InFloat64() if self._widened else nullcontext():
+                outputs, targets, unit_loss = forward_of(forward, likelihood)
             gradient = gradient_to_differentiate(unit_loss, parameters)
             check_differentiable(gradient, 'curvature="ggn" does without.')
             for name, part in zip(self.parameters, gradient, strict=True):
@@ -96,6 +130,7 @@ class HessianReader:
             null_loss=likelihood.null_loss(outputs, targets),
             gradient={n: part.detach() for n, part in zip(self.parameters, gradient, strict=True)},
             matrix=matrix,
+            rounding=torch.finfo(flat.dtype).eps,
         )
 
     def _rows(self, flat: Tensor, parameters: list[nn.Parameter]) -> Iterator[Tensor]:
@@ -143,28 +178,27 @@ class HessianCurvature:
     """Answers of a `Curvature` for a matrix H that need not be positive semi-definite.
 
     With e the eigenvalues of the whitened Λ⁻¹ᐟ² H Λ⁻¹ᐟ², those of the whitened cost's Hessian are 1 + e, and
-    ln det(I + Λ⁻¹ᐟ² H Λ⁻¹ᐟ²) = Σ ln(1 + e).
+    ln det(I + Λ⁻¹ᐟ² H Λ⁻¹ᐟ²) = Σ ln(1 + e). Rounding has put up to p · eps of the largest |e| into each, with the
+    eps of the type that the Hessian was computed in: a smaller negative one counts as zero, and where that is worth
+    more than `EXACT` nats the bounds hold it.
 
     Args:
         shapes: Of the parameters that carry a prior.
-        rounding: Of the type that the Hessian was computed in, relative: an eigenvalue below p times this
-            much of the largest is zero.
         only_positive: Leave e < 0 out of every sum, as Smith & Le do who sum over the λᵢ ≥ λ. A heuristic:
             it is the evidence of another, convex cost, and no bound of anything.
     """
 
-    def __init__(
-        self, shapes: Mapping[str, torch.Size], device: torch.device, rounding: float, only_positive: bool
-    ) -> None:
+    def __init__(self, shapes: Mapping[str, torch.Size], device: torch.device, only_positive: bool) -> None:
         self._sizes = {name: shape.numel() for name, shape in shapes.items()}
         size = sum(self._sizes.values())
         self._matrix = torch.zeros(size, size, dtype=accumulation_dtype(device), device=device)
-        self._rounding = rounding
+        self._rounding = torch.finfo(self._matrix.dtype).eps
         self._only_positive = only_positive
 
     def add(self, batch: BatchHessian) -> None:
         """Add the Hessian of one batch."""
         self._matrix += batch.matrix
+        self._rounding = max(self._rounding, batch.rounding)
 
     def counts(self, precision: Mapping[str, float]) -> tuple[int, int]:
         """Eigenvalues of the cost's whitened Hessian below 1, which is λᵢ < λ, and those at most 0."""
@@ -178,7 +212,7 @@ class HessianCurvature:
             EvidenceUnavailableError: If H + Λ is not positive definite and nothing is left out.
         """
         values, vectors = torch.linalg.eigh(self._whitened(precision))
-        values = self._rounded(values)
+        bounds, values = self._bounds(values), self._rounded(values)
         below, negative = int((values < 0.0).sum()), int((values <= -1.0).sum())
         if negative and not self._only_positive:
             raise EvidenceUnavailableError(
@@ -186,14 +220,13 @@ class HessianCurvature:
                 f"are negative, of {len(values)}): this is no minimum, and its Laplace evidence does not exist. "
                 f"{WAYS_OUT}"
             )
-        whole = torch.log1p(values).sum().item() if not negative else None
         values = values.clamp(min=0.0) if self._only_positive else values
         log_det = torch.log1p(values).sum().item()
         slope = torch.cat([gradient[name].flatten() for name in self._sizes]).to(vectors)
         whitened = vectors.mT @ (slope * self._scale(precision))
         return CurvatureSummary(
             log_det=log_det,
-            bounds=(-math.inf, math.inf) if whole is None else (whole, whole),
+            bounds=(-math.inf, math.inf) if negative else bounds,
             effective_parameters=(values / (1.0 + values)).sum().item(),
             quadratic=(whitened.square() / (1.0 + values)).sum().item(),
         )
@@ -242,9 +275,21 @@ class HessianCurvature:
         return 0.5 * (whitened + whitened.mT)
 
     def _rounded(self, values: Tensor) -> Tensor:
-        """Eigenvalues with what is rounding set to zero."""
-        tiny = len(values) * self._rounding * values.abs().max()
-        return torch.where(values.abs() <= tiny, 0.0, values)
+        """Eigenvalues, with negative ones that may be rounding set to zero."""
+        return torch.where((values < 0.0) & (values >= -self._tiny(values)), 0.0, values)
+
+    def _bounds(self, values: Tensor) -> tuple[float, float]:
+        """Bounds on the log-determinant for eigenvalues that are right up to rounding; equal where that is little."""
+        tiny = self._tiny(values)
+        # Below −1 + tiny an eigenvalue may be −1: no lower bound.
+        lower, upper = ((values + shift).clamp(min=-1.0).log1p().sum().item() for shift in (-tiny, tiny))
+        if upper - lower <= 2.0 * EXACT:
+            whole = torch.log1p(self._rounded(values)).sum().item()
+            return whole, whole
+        return lower, upper
+
+    def _tiny(self, values: Tensor) -> Tensor:
+        return len(values) * self._rounding * values.abs().max()
 
 
 def _check_symmetric(matrix: Tensor, dtype: torch.dtype) -> None:

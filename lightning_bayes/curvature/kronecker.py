@@ -5,6 +5,7 @@ Botev, Ritter & Barber, *Practical Gauss-Newton Optimisation for Deep Learning*,
 output factor that KFLR takes. Scales as BackPACK and laplace-torch have them.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -23,6 +24,13 @@ MAX_EXACT_BLOCK = 1024
 """Parameters up to this size that have no Kronecker form keep their exact block, larger ones its diagonal."""
 
 
+UNCORRECTED = (
+    "A Kronecker factor is so large that its sampling error is told to first order, and the number is not corrected "
+    "for the bias of sampling: decompositions for both would take longer than the number. More num_samples= help."
+)
+_LOGGER = logging.getLogger("lightning_bayes")
+
+
 class KroneckerCurvature(SpectralCurvature):
     """One block for each parameter tensor: weights of linear and ungrouped convolutional layers as B ⊗ A.
 
@@ -34,7 +42,8 @@ class KroneckerCurvature(SpectralCurvature):
     eigenvalues below eps of the largest count: 5 nats of 38,000 for 100-64-10 at λ = 1e-6. A float64 model has them.
 
     Sampled columns are kept in groups, whose jackknife corrects the log-determinant and the effective
-    parameters in `at` and gives their standard errors; `spectrum` and `log_det_and_traces` are not corrected.
+    parameters in `at` and gives their standard errors; `spectrum` and `log_det_and_traces` are not corrected, and
+    nor is `at` where a factor has more than `layer_blocks.LARGEST_LEFT_OUT` entries.
 
     Args:
         problem: Sizes.
@@ -91,8 +100,12 @@ class KroneckerCurvature(SpectralCurvature):
         log_det_stderr = gamma_stderr = 0.0
         if self.problem.sampled:
             left_out = self._without_each_group(precision)
-            log_det, log_det_stderr = jackknife(log_det, [value for value, _ in left_out])
-            gamma, gamma_stderr = jackknife(gamma, [value for _, value in left_out])
+            corrected, log_det_stderr = jackknife(log_det, [value for value, _ in left_out])
+            corrected_gamma, gamma_stderr = jackknife(gamma, [value for _, value in left_out])
+            if all(block.leaves_out_exactly for block in self._blocks.values()):
+                log_det, gamma = corrected, corrected_gamma
+            else:
+                _LOGGER.info(UNCORRECTED)
         return CurvatureSummary(log_det, (0.0, math.inf), gamma, quadratic, log_det_stderr, gamma_stderr)
 
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:

@@ -20,6 +20,10 @@ from lightning_bayes.curvature.sampling import squares_by_group
 __all__ = ["Block", "BlockSummary", "DiagonalBlock", "ExactBlock", "LinearBlock"]
 
 
+LARGEST_LEFT_OUT = 1024
+"""Entries of a second moment up to which it is decomposed again for each group of columns."""
+
+
 @dataclass
 class BlockSummary:
     """Numbers of one block at one prior; see `CurvatureSummary`."""
@@ -41,6 +45,11 @@ class Block(ABC):
         self.num_groups = num_groups
         self.problem = problem
         self.accurate = accumulation_dtype(problem.device)
+
+    @property
+    def leaves_out_exactly(self) -> bool:
+        """Whether `eigenvalues` without a group are exact rather than of first order."""
+        return True
 
     @abstractmethod
     def eigenvalues(
@@ -163,6 +172,11 @@ class LinearBlock(Block):
             parts.append(sums / precision[self.bias])
         return torch.cat(parts)
 
+    @property
+    def leaves_out_exactly(self) -> bool:
+        """See `Block.leaves_out_exactly`."""
+        return self._grads.leaves_out_exactly and (not self._expand or self._sums.leaves_out_exactly)
+
     def summary(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor] | None) -> BlockSummary:
         """See `Block.summary`."""
         outputs = self._grads.spectrum()
@@ -222,20 +236,31 @@ class LinearBlock(Block):
 
 
 class _Moments:
-    """One second moment a group, and their sum's decomposition."""
+    """One second moment a group, and their sum's decomposition.
+
+    Up to `LARGEST_LEFT_OUT` entries the eigenvalues without a group are those of what is left; beyond, those of first
+    order, uᵀMu of the eigenvectors u of the whole, because another decomposition for each group would take longer
+    than the number whose error it is for.
+    """
 
     def __init__(self, num_groups: int, dtype: torch.dtype) -> None:
         self._groups = [SecondMoment() for _ in range(num_groups)]
         self._dtype = dtype
+        self._width = 0
         self._spectrum: Spectrum | None = None
 
     def add(self, rows: Tensor, groups: Sequence[Sequence[int]]) -> None:
         """Add rows [C, N, p]."""
-        self._spectrum = None
+        self._spectrum, self._width = None, rows.shape[-1]
         for moment, columns in zip(self._groups, groups, strict=True):
             if columns:
                 own = rows if len(columns) == len(rows) else rows[list(columns)]
                 moment.add(own.flatten(0, 1))
+
+    @property
+    def leaves_out_exactly(self) -> bool:
+        """Whether the eigenvalues without a group are exact."""
+        return self._width <= LARGEST_LEFT_OUT
 
     def spectrum(self) -> Spectrum:
         """Of all groups together."""
@@ -248,6 +273,9 @@ class _Moments:
         """Of all groups, or of all but one."""
         if without is None:
             return self.spectrum().values
+        if not self.leaves_out_exactly:
+            whole = self.spectrum()
+            return (whole.values - self._groups[without].along(whole)).clamp(min=0)
         kept = [moment for group, moment in enumerate(self._groups) if group != without]
         return SecondMoment.merged(kept).eigenvalues(self._dtype)
 

@@ -123,6 +123,21 @@ class SecondMoment:
         values: Tensor = torch.linalg.eigvalsh(matrix, UPLO="U")
         return values.clamp(min=0)
 
+    def along(self, spectrum: Spectrum) -> Tensor:
+        """uᵀ M u [r] for each eigenvector u of a second moment that this one is a part of."""
+        basis, active = spectrum.basis, spectrum.active
+        if self._matrix is None:
+            if not self._vectors:
+                return torch.zeros_like(spectrum.values)
+            vectors = torch.cat(self._vectors).to(basis)
+            return ((vectors if active is None else vectors[:, active]) @ basis).square().sum(0)
+        matrix = self._matrix.to(basis)
+        if active is not None:
+            matrix = matrix[active][:, active]
+        # On and above the diagonal: each entry above counts twice.
+        doubled = 2.0 * (matrix.triu() @ basis) - matrix.diagonal().unsqueeze(1) * basis
+        return (basis * doubled).sum(0)
+
     def _active_vectors(self, dtype: torch.dtype, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
         vectors = torch.cat(self._vectors).to(dtype)
         if scale is not None:

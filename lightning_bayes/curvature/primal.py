@@ -8,10 +8,12 @@ from torch import Tensor
 from lightning_bayes.curvature.base import CurvatureSummary, Problem, SpectralCurvature, accumulation_dtype
 from lightning_bayes.curvature.cholesky import (
     SMALL_ROUNDING,
+    bounds_of,
     cholesky_in_place,
     diagonal_of_inverse,
     eigenvalues_of,
     log_det_of,
+    rounding_of_log_det,
     solve,
     spoilt,
 )
@@ -62,7 +64,9 @@ class PrimalCurvature(SpectralCurvature):
         factor = self._factor(precision)
         log_det, traces = log_det_of(factor), self._traces(factor)
         quadratic = self._quadratic(factor, precision, gradient)
-        return CurvatureSummary(log_det, (log_det, log_det), sum(traces.values()), quadratic)
+        # The squared norm of L is the trace of L Lᵀ.
+        rounding = rounding_of_log_det(factor.tril().square().sum().item(), factor.dtype)
+        return CurvatureSummary(log_det, bounds_of(log_det, rounding), sum(traces.values()), quadratic)
 
     def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
         """See `Curvature.log_det_and_gamma`."""

@@ -1,12 +1,9 @@
 """The structures by name, and the choice between them."""
 
-import os
 import warnings
 from collections.abc import Callable
 
-import torch
-
-from lightning_bayes.curvature.base import Curvature, Problem
+from lightning_bayes.curvature.base import Curvature, Problem, total_memory
 from lightning_bayes.curvature.blocks_budget import blocks_cost
 from lightning_bayes.curvature.diagonal import DiagonalCurvature
 from lightning_bayes.curvature.full import full_cost, full_curvature
@@ -67,7 +64,9 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
             'structure="blocks" drops rows as they come, for prior precisions in fixed proportions, and several are '
             'to be found. Use prior_precision="optimize" for one, or structure="full" or structure="kron".'
         )
-    if structure == "full" and memory > _total_memory(problem.device):
+    if structure == "blocks" and problem.block_sample is None and _is_cheaper(problem):
+        sizes += "; less than the bounds take, so structure='full' is quicker here and has no bounds to need"
+    if structure == "full" and memory > total_memory(problem.device):
         raise ValueError(f'structure="full" does not fit on {problem.device}: {sizes}. Use {cheaper}.')
     if structure == "full" and flop > AUTO_FLOP:
         warnings.warn(f'structure="full" will be slow: {sizes}. Faster: {cheaper}.', stacklevel=3)
@@ -87,9 +86,15 @@ def _within_budget(problem: Problem, sizes: str) -> tuple[str, str]:
             f"tolerance={problem.tolerance:g} is not to be had within {budget}: {sizes}. structure='full' tries it "
             "all the same, max_examples= takes fewer examples; without tolerance= the bounds are as wide as they are."
         )
-    if problem.rises_together and _fits(*blocks_cost(problem)):
+    if problem.rises_together and _fits(*blocks_cost(problem)) and not _is_cheaper(problem):
         return "blocks", f"{sizes}, beyond {budget}, which allows bounds from the largest rows; {overrides}"
     return "kron", f"{sizes}, beyond {budget}; {overrides}"
+
+
+def _is_cheaper(problem: Problem) -> bool:
+    """Whether the exact matrix takes less than the bounds of "blocks"."""
+    exact, bounds = full_cost(problem), blocks_cost(problem)
+    return exact[0] <= max(bounds[0], AUTO_MEMORY) and exact[1] <= bounds[1]
 
 
 def _fits(memory: float, flop: float) -> bool:
@@ -102,11 +107,3 @@ def _readable(amount: float, unit: str) -> str:
             return f"{amount:.3g} {prefix}{unit}"
         amount /= 1000
     return f"{amount:.3g} T{unit}"
-
-
-def _total_memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return float("inf")

@@ -182,10 +182,10 @@ def test_sampled_columns(tmp_path):
 
 
 def test_sampled_blocks(tmp_path):
-    callback = LaplaceEvidence("blocks", num_blocks=3, batch_size=2)
+    callback = LaplaceEvidence("blocks", num_blocks=8, batch_size=1)
     run = fit(tmp_path, Module(mlp(), cross_entropy), loader(), callback)
     evidence = callback.history[0][1]
-    assert (evidence.structure, evidence.num_blocks) == ("blocks", 3)
+    assert (evidence.structure, evidence.num_blocks) == ("blocks", 8)
     assert evidence.lower_stderr > 0.0
     assert run.callback_metrics["bayes/lower_stderr"] == pytest.approx(evidence.lower_stderr, rel=1e-6)
     assert run.callback_metrics["bayes/lower"] == pytest.approx(evidence.lower, rel=1e-6)
@@ -210,6 +210,7 @@ def test_the_search_for_a_prior_begins_at_the_last_epochs(tmp_path, prior, monke
 
 def test_many_outputs_are_sampled_and_said_to_be(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_bayes.options.MAX_COLUMNS", 2)
+    monkeypatch.setattr("lightning_bayes.options.AUTO_FLOP", 1.0)
     callback, module = LaplaceEvidence(), Module(mlp(), cross_entropy)
     with pytest.warns(UserWarning, match=r"3 outputs per example, so structure='auto' takes.*num_samples=64"):
         fit(tmp_path, module, loader(), callback)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -14,8 +15,10 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    get_worker_info,
 )
 
+from lightning_bayes import laplace_evidence
 from lightning_bayes.curvature.data import examples_from_loader, examples_from_tensors
 
 N = 11
@@ -180,9 +183,120 @@ def test_loaders_that_cannot_be_counted(make, message):
         examples_from_loader(make(), None, None)
 
 
-def test_a_stream_cannot_be_sampled():
-    with pytest.raises(ValueError, match="`max_examples` needs a map-style dataset"):
-        examples_from_loader(DataLoader(SizedStream()), None, 3)
+class Endless(SizedStream):
+    def __iter__(self):
+        while True:
+            yield from DATASET
+
+
+class Longer(SizedStream):
+    def __iter__(self):
+        yield from (*DATASET, *DATASET)
+
+
+class Shards(SizedStream):
+    """The idiom of PyTorch's documentation."""
+
+    def __iter__(self):
+        info = get_worker_info()
+        yield from list(DATASET) if info is None else list(DATASET)[info.id :: info.num_workers]
+
+
+class Counts(SizedStream):
+    """Goes on where it has stopped."""
+
+    def __init__(self):
+        self.position = 0
+
+    def __iter__(self):
+        while True:
+            self.position += 1
+            yield DATASET[(self.position - 1) % N]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stream", [SizedStream, Endless, Longer, Shards, Counts])
+def test_a_stream_is_read_for_as_long_as_it_says(stream, workers, drop_last):
+    """Two workers of a stream that does not divide itself would give each example twice."""
+    loader = DataLoader(stream(), batch_size=4, num_workers=workers, drop_last=drop_last)
+    examples = examples_from_loader(loader, 4, None)
+    assert seen(examples) == WHOLE
+    assert seen(examples) == WHOLE
+    assert getattr(loader.dataset, "position", 0) == 0
+
+
+@pytest.mark.parametrize("stream", [SizedStream, Endless])
+def test_the_first_examples_of_a_stream(stream):
+    examples = examples_from_loader(DataLoader(stream()), None, 3)
+    assert seen(examples) == WHOLE[:3]
+    assert "first 3 examples" in examples.notes[0]
+    assert (
+        seen(examples_from_loader(DataLoader(stream(), batch_size=2), None, None, num_batches=2)) == WHOLE[:4]
+    )
+
+
+class Shorter(SizedStream):
+    def __iter__(self):
+        yield from (DATASET[i] for i in range(5))
+
+
+class Empty(SizedStream):
+    def __iter__(self):
+        return iter(())
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
+def test_a_stream_that_ends_early_counts_what_it_gave(batch_size):
+    inputs = nn.Linear(1, N)
+    loader = DataLoader(
+        Shorter(),
+        batch_size=batch_size,
+        collate_fn=lambda batch: (
+            torch.stack([x for x, _ in batch]).unsqueeze(1),
+            torch.stack([y for _, y in batch]),
+        ),
+    )
+    with pytest.warns(UserWarning, match="ended after 5 examples, of 11"):
+        evidence = laplace_evidence(inputs, loader)
+    assert evidence.num_examples == 5
+    x, y = DATASET.tensors
+    right = laplace_evidence(inputs, (x[:5].unsqueeze(1), y[:5]))
+    assert evidence.log_evidence == pytest.approx(right.log_evidence, abs=1e-4)
+
+
+class Once(SizedStream):
+    """Its examples are gone when they have been read."""
+
+    def __init__(self):
+        self.examples = (example for example in DATASET)
+
+    def __iter__(self):
+        yield from self.examples
+
+
+class Itself(SizedStream):
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return DATASET[0]
+
+
+@pytest.mark.parametrize("stream", [Once, Itself])
+def test_a_stream_that_can_be_read_once_is_left_to_training(stream):
+    loader = DataLoader(stream(), batch_size=4)
+    with pytest.raises(ValueError, match=f"{stream.__name__} can be read only once.*make its iterator anew"):
+        examples_from_loader(loader, None, None)
+    assert next(iter(loader))[1].tolist()[0] == 0
+
+
+def test_a_weighted_sampler_is_said_to_count_each_example_once():
+    sampler = WeightedRandomSampler([1.0] * (N - 1) + [0.0], 30)
+    examples = examples_from_loader(DataLoader(DATASET, sampler=sampler), None, None)
+    assert examples.num_examples == N - 1
+    assert "counts once" in examples.notes[0]
+    assert examples_from_loader(DataLoader(DATASET), None, None).notes == ()
 
 
 @pytest.mark.parametrize(

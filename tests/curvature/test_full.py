@@ -202,10 +202,14 @@ def test_refinement_gives_the_newton_decrement_the_digits_that_the_factor_lacks(
     ("network", "precision"),
     [("linear", 1e-5), ("mlp", 1e-6), ("mlp", 1e-7), ("conv", 1e-7), ("linear", 1e-8)],
 )
-def test_a_factor_that_loses_its_digits_is_computed_again_in_float64(network, precision, in_single_precision):
+def test_a_factor_that_would_lose_its_digits_is_one_in_float64(
+    network, precision, in_single_precision, caplog
+):
     """In float32 the mlp has a factor at 1e-7, no pivot below 1, and a decrement wrong by -130 times."""
-    with pytest.warns(UserWarning, match=r"lost its digits in torch\.float32.*larger prior precision"):
+    with caplog.at_level("INFO", logger="lightning_bayes"):
         evidence, expected = in_single_precision(network, precision)
+    assert "factorised in torch.float64" in caplog.text
+    assert "larger prior precision" in caplog.text
     assert evidence.log_occam_factor == pytest.approx(expected.log_occam_factor, rel=1e-6)
     assert evidence.newton_decrement == pytest.approx(expected.newton_decrement, rel=1e-5)
 

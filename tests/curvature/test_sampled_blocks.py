@@ -184,16 +184,16 @@ def test_where_all_parameters_are_determined_they_are_no_more_than_there_are(rea
 
 
 def test_all_examples_have_their_likelihood_and_some_their_rows():
-    case = make_case("conv", "classification", 24)
+    case = make_case("conv", "classification", 36)
     before = torch.get_rng_state()
-    exact, found = case.evidence(), case.evidence(structure="blocks", num_blocks=5)
+    exact, found = case.evidence(), case.evidence(structure="blocks", num_blocks=8)
     assert torch.equal(torch.get_rng_state(), before)
     assert found.log_likelihood == pytest.approx(exact.log_likelihood, rel=1e-12)
-    assert (found.num_examples, found.num_blocks) == (24, 5)
+    assert (found.num_examples, found.num_blocks) == (36, 8)
     assert found.upper >= exact.log_evidence
     assert found.lower == found.log_evidence
     assert found.lower_stderr == found.log_evidence_stderr > 0.0
-    assert "estimated from 5 batches, not certified" in str(found)
+    assert "estimated from 8 batches, not certified" in str(found)
     assert found.newton_decrement >= exact.newton_decrement
     whole = case.evidence(structure="blocks", num_blocks=1000)
     assert whole.log_evidence == pytest.approx(exact.log_evidence, rel=1e-9)
@@ -202,6 +202,7 @@ def test_all_examples_have_their_likelihood_and_some_their_rows():
 
 
 def test_one_block_has_an_infinite_error(monkeypatch):
+    monkeypatch.setattr("lightning_bayes.options.FEWEST_BLOCKS", 2)
     evidence = make_case().evidence(structure="blocks", num_blocks=2)
     assert evidence.lower_stderr == math.inf
     assert math.isfinite(evidence.lower)
@@ -253,10 +254,14 @@ def test_how_rows_are_kept_changes_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"num_blocks": 3}, r"`num_blocks` to be None beside structure='auto'"),
+        ({"num_blocks": 8}, r"`num_blocks` to be None beside structure='auto'"),
         ({"num_blocks": 0, "structure": "blocks"}, "num_blocks"),
-        ({"num_blocks": 1, "structure": "blocks"}, "`num_blocks` to be 2 or more, got 1"),
-        ({"num_blocks": 3, "structure": "blocks", "tolerance": 1.0}, "tolerance"),
+        (
+            {"num_blocks": 1, "structure": "blocks"},
+            "`num_blocks` to be 8 or more, got 1.*num_blocks=8, or None",
+        ),
+        ({"num_blocks": 7, "structure": "blocks"}, "`num_blocks` to be 8 or more, got 7"),
+        ({"num_blocks": 8, "structure": "blocks", "tolerance": 1.0}, "tolerance"),
     ],
 )
 def test_wrong_use_is_refused(arguments, words):
@@ -266,11 +271,11 @@ def test_wrong_use_is_refused(arguments, words):
 
 def test_seed_is_not_the_users(monkeypatch):
     case = make_case("mlp", "classification", 30)
-    once = case.evidence(structure="blocks", num_blocks=4)
+    once = case.evidence(structure="blocks", num_blocks=8)
     torch.manual_seed(99)
     again = laplace_evidence(
-        case.model, (case.inputs, case.targets), structure="blocks", num_blocks=4, batch_size=3
+        case.model, (case.inputs, case.targets), structure="blocks", num_blocks=8, batch_size=3
     )
     assert again.log_evidence == once.log_evidence
     monkeypatch.setattr(block_sample, "SEED", 1)
-    assert case.evidence(structure="blocks", num_blocks=4).log_evidence != once.log_evidence
+    assert case.evidence(structure="blocks", num_blocks=8).log_evidence != once.log_evidence

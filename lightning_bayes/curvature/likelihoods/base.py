@@ -13,13 +13,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_bayes.curvature.base import accumulation_dtype
+
 __all__ = [
+    "WEIGHTED",
     "DiagonalLikelihood",
     "Likelihood",
     "check",
     "check_root_fits",
     "flatten_alike",
     "shape_of",
+    "total",
     "weights_of",
 ]
 
@@ -56,7 +60,10 @@ class Likelihood(ABC):
 
     @abstractmethod
     def unit_loss(self, outputs: Tensor, targets: Any) -> Tensor:
-        """Sum over examples of φ times the negative log-density, without constants; a scalar, nats · φ."""
+        """Sum over examples of φ times the negative log-density, without constants; a scalar, nats · φ.
+
+        Summed in float64 where the device has it, since the log-likelihood is one end of a certified bracket.
+        """
 
     @abstractmethod
     def sqrt_hessian(self, outputs: Tensor, targets: Any) -> Tensor:
@@ -123,8 +130,19 @@ class Likelihood(ABC):
     # PyTorch's summed loss as a multiple of `unit_loss`: F.mse_loss has no ½.
     _torch_terms: ClassVar[float] = 1.0
 
+    @property
+    def note(self) -> str | None:
+        """A sentence on what is scored where that is not plain, None where it is."""
+        return None
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+WEIGHTED = (
+    "With weights of classes or outputs the weighted sum of the log-densities of all examples is scored, as if each "
+    "were so many observations"
+)
 
 
 class DiagonalLikelihood(Likelihood):
@@ -147,6 +165,11 @@ class DiagonalLikelihood(Likelihood):
         size = (num_columns, *root.shape)
         draws = torch.randint(2, size, generator=generator, dtype=root.dtype, device=root.device)
         return (2 * draws - 1) * root / math.sqrt(num_columns)
+
+
+def total(terms: Tensor) -> Tensor:
+    """Sum of all entries, in float64 where the device has it."""
+    return terms.sum(dtype=accumulation_dtype(terms.device))
 
 
 def flatten_alike(outputs: Tensor, targets: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_bayes.curvature.likelihoods.base import (
+    WEIGHTED,
     DiagonalLikelihood,
     check,
     flatten_alike,
     shape_of,
+    total,
     weights_of,
 )
 
@@ -62,7 +64,7 @@ class Bernoulli(DiagonalLikelihood):
     def unit_loss(self, outputs: Tensor, targets: BinaryTargets) -> Tensor:
         """−Σ w (p y ln σ(f) + (1 − y) ln σ(−f)) over examples and outputs."""
         losses = targets.positive * F.logsigmoid(outputs) + targets.negative * F.logsigmoid(-outputs)
-        return -losses.sum()
+        return -total(losses)
 
     def sqrt_diagonal(self, outputs: Tensor, targets: BinaryTargets) -> Tensor:
         """√(w (p y + 1 − y) σ(f) σ(−f))."""
@@ -77,6 +79,11 @@ class Bernoulli(DiagonalLikelihood):
     def null_loss(self, outputs: Tensor, targets: BinaryTargets) -> float:
         """Summed weights times ln 2; N K ln 2 without any."""
         return math.log(2) * (targets.positive + targets.negative).double().sum().item()
+
+    @property
+    def note(self) -> str | None:
+        """See `Likelihood.note`."""
+        return None if self.weight is None and self.pos_weight is None else WEIGHTED
 
     def __repr__(self) -> str:
         given = {"weight": self.weight, "pos_weight": self.pos_weight}

@@ -8,10 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_bayes.curvature.likelihoods.base import (
+    WEIGHTED,
     Likelihood,
     check,
     check_root_fits,
     shape_of,
+    total,
     weights_of,
 )
 from lightning_bayes.functional._validation import finite
@@ -40,7 +42,9 @@ class Categorical(Likelihood):
 
     Targets are class indices [N] or [N, T, ...], or class probabilities of the logits' shape. The loss of one
     token is that of `F.cross_entropy`: (1 − α) w_y (−ln p_y) + α/C Σ_c w_c (−ln p_c), in general
-    −Σ_c q_c ln p_c with Hessian (Σ_c q_c)(diag(p) − p pᵀ).
+    −Σ_c q_c ln p_c with Hessian (Σ_c q_c)(diag(p) − p pᵀ). With class weights the sum over all examples is scored,
+    Σₙ w_y (−ln p_y). PyTorch's mean divides that of a batch by the weights of the same batch, so that training weighs
+    the examples of batches with many heavy ones a little less; over a batch of all examples the two are one.
 
     Args:
         weight: w ≥ 0 of each class, [C].
@@ -129,15 +133,15 @@ class Categorical(Likelihood):
             )
         smoothing = self.label_smoothing
         weight = None if self.weight is None else self.weight.to(logits)
-        total = counted.to(logits.dtype) if weight is None else weight[indices] * counted
-        num_terms = float((counted if weight is None else total.double()).sum())
+        carried = counted.to(logits.dtype) if weight is None else weight[indices] * counted
+        num_terms = float((counted if weight is None else carried.double()).sum())
         if smoothing == 0.0:
-            return ClassTargets(total, indices, num_terms)
+            return ClassTargets(carried, indices, num_terms)
         q = torch.full_like(logits, smoothing / num_classes, requires_grad=False)
         if weight is not None:
             q *= weight
         q *= counted.unsqueeze(-1)
-        q.scatter_add_(-1, indices.unsqueeze(-1), (1 - smoothing) * total.unsqueeze(-1))
+        q.scatter_add_(-1, indices.unsqueeze(-1), (1 - smoothing) * carried.unsqueeze(-1))
         return ClassTargets(q.sum(-1), q, num_terms)
 
     def _soft(self, logits: Tensor, targets: Tensor) -> ClassTargets:
@@ -159,9 +163,9 @@ class Categorical(Likelihood):
     def unit_loss(self, outputs: Tensor, targets: ClassTargets) -> Tensor:
         """−Σ q_c ln softmax(f)_c over examples, tokens and classes."""
         if targets.is_dense:
-            return -(targets.classes * F.log_softmax(outputs, dim=-1)).sum()
+            return -total(targets.classes * F.log_softmax(outputs, dim=-1))
         losses = F.cross_entropy(outputs.flatten(0, -2), targets.classes.flatten(), reduction="none")
-        return losses @ targets.total.flatten()
+        return total(losses * targets.total.flatten())
 
     def sqrt_hessian(self, outputs: Tensor, targets: ClassTargets) -> Tensor:
         """Columns [C-1, N, C] or [T(C-1), N, T, C]: each token's square root, zero on the other tokens."""
@@ -198,6 +202,13 @@ class Categorical(Likelihood):
     def null_loss(self, outputs: Tensor, targets: ClassTargets) -> float:
         """Summed weights times ln C; N ln C for N plain examples."""
         return math.log(outputs.shape[-1]) * targets.total.double().sum().item()
+
+    @property
+    def note(self) -> str | None:
+        """See `Likelihood.note`."""
+        if self.weight is None:
+            return None
+        return f"{WEIGHTED}; PyTorch's mean divides by the weights of each batch, which the sum does not"
 
     def __repr__(self) -> str:
         plain = Categorical.__init__.__defaults__ or ()

@@ -5,10 +5,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
-from lightning_bayes.curvature.likelihoods.base import DiagonalLikelihood, check, flatten_alike, shape_of
+from lightning_bayes.curvature.likelihoods.base import (
+    DiagonalLikelihood,
+    check,
+    flatten_alike,
+    shape_of,
+    total,
+)
 from lightning_bayes.functional._validation import positive
 
 __all__ = ["Gaussian", "HeteroscedasticGaussian"]
@@ -37,7 +42,7 @@ class Gaussian(DiagonalLikelihood):
 
     def unit_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """½ Σ (f − y)² over examples and outputs."""
-        return 0.5 * F.mse_loss(outputs, targets, reduction="sum")
+        return 0.5 * total((outputs - targets).square())
 
     def sqrt_diagonal(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """One for each output."""
@@ -110,7 +115,7 @@ class HeteroscedasticGaussian(DiagonalLikelihood):
     def unit_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """½ Σ ln v + (μ − y)²/v over examples and outputs."""
         mean, variance = outputs.chunk(2, dim=1)
-        return 0.5 * (variance.log() + (mean - targets).square() / variance).sum()
+        return 0.5 * total(variance.log() + (mean - targets).square() / variance)
 
     def sqrt_diagonal(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """1/√v for the means, 1/(√2 v) for the variances."""
