@@ -126,7 +126,9 @@ def _present_options(group: argparse._ArgumentGroup) -> None:
         help="Adam's betas or RMSprop's alpha (default: 0.9 0.999; 0.99 for rmsprop)",
     )
     group.add_argument(
-        "--reduction", choices=("mean", "sum"), help="of the loss over the examples of a batch (default: mean)"
+        "--reduction",
+        choices=("mean", "sum"),
+        help="of the loss over the examples of a batch (default: mean)",
     )
     group.add_argument(
         "--averaged-batches",
@@ -166,8 +168,8 @@ def _check_options(group: argparse._ArgumentGroup) -> None:
         "--largest-eigenvalue",
         type=float,
         metavar="H",
-        help="of the Hessian of the mean loss (callback Stability; divide what it logs of a summed loss by the examples"
-        " of a training_step); SGD only",
+        help="of the Hessian of the mean loss (callback Stability; divide what it logs of a summed loss by the"
+        " examples of a training_step); SGD only",
     )
     group.add_argument("--ema-decay", type=float, metavar="RHO", help="decay of an average of the weights")
     group.add_argument(
@@ -198,7 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(saved.to_json() + "\n")
     else:
         Console().print(advice_renderable(saved.advice, saved.comparisons))
-    impossible = [piece for piece in saved.advice if all(move.verdict == "impossible" for move in piece.moves)]
+    impossible = [
+        piece for piece in saved.advice if all(move.verdict == "impossible" for move in piece.moves)
+    ]
     for piece in impossible:
         reason = next(check.sentence for check in piece.checks if check.name == SOLUTION)
         sys.stderr.write(f"{PROGRAM} advise: {_with_options(reason)}\n")
@@ -284,7 +288,9 @@ def _configurations(
     _refuse(given, adaptive)
     names = ("learning_rate", "batch_size", "dataset_size", *(ONLY_ADAM if adaptive else ONLY_SGD[:3]), *LOSS)
     values = {name: given[name] for name in names if given[name] is not None}
-    positive("learning_rate", values["learning_rate"])  # a schedule passes through 0, what is given here does not
+    positive(
+        "learning_rate", values["learning_rate"]
+    )  # a schedule passes through 0, what is given here does not
     if "averaged_batches" in values and values.get("reduction") != "sum":
         raise ValueError("--averaged-batches goes with --reduction sum: for a mean it does not matter")
     for name in ("batch_size", "dataset_size", "averaged_batches"):

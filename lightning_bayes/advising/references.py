@@ -126,8 +126,10 @@ def comparisons_with(reference: Reference, groups: Sequence[ParameterGroup]) -> 
             )
         if not reference.says_reduction and not isinstance(known, int | float):
             ours = group.configuration
-            known = replace(known, reduction=ours.reduction, averaged_batches=ours.averaged_batches)
-        found.setdefault((group.configuration, known), []).append(group.name)
+            loss = {"reduction": ours.reduction, "averaged_batches": ours.averaged_batches}
+            found.setdefault((ours, replace(known, **loss)), []).append(group.name)  # type: ignore[arg-type]
+        else:
+            found.setdefault((group.configuration, known), []).append(group.name)
     return [
         compare(present, known, name=", ".join(names), source=reference.source)
         for (present, known), names in found.items()
@@ -218,7 +220,7 @@ def _from_path(given: Any, sizes: Mapping[str, int]) -> Reference:
             return replace(read, says_reduction=False)
         if run.noise_scales is not None:
             return _reference(run.noise_scales, run.source, run.notes, run.adaptive)
-        return _from_json(Path(run.source))
+        return replace(_from_json(Path(run.source)), notes=run.notes)
     if not path.is_file():
         raise ValueError(f"Expected argument `reference` to be {KNOWN}, but there is no file {str(path)!r}.")
     if path.suffix == ".json" and not sizes:

@@ -249,9 +249,9 @@ def _notes(
     )
     if present.reduction == "sum":
         yield (
-            "The loss is a sum over the examples of a training_step: this optimizer's step does not depend on that, and"
-            " of its settings only eps does; the eps advised is that of the sum, with as many accumulated batches and"
-            " devices as now."
+            "The loss is a sum over the examples of a training_step: this optimizer's step does not depend on"
+            " that, and of its settings only eps does; the eps advised is that of the sum, with as many accumulated"
+            " batches and devices as now."
         )
     if len(moves) > 1 and unchanged is not None:
         yield (

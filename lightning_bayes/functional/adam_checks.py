@@ -102,8 +102,8 @@ def _rules(
         yield Check("rules_agree", True, larger, limit, f"{sentence} = {limit:.4g}, which is so here.")
         return
     sentence += (
-        f" = {limit:.4g}, which is not so here. To keep the trajectory try the range; the learning rate that reaches a"
-        " loss in the fewest steps is another question: for optimizers that step by the sign of the gradient it is"
+        f" = {limit:.4g}, which is not so here. To keep the trajectory try the range; the learning rate that reaches"
+        " a loss in the fewest steps is another question: for optimizers that step by the sign of the gradient it is"
         " largest at a batch of about B_simple and falls beyond it (Li et al. 2024)."
     )
     yield Check("rules_agree", False, larger, limit, sentence)
@@ -141,6 +141,8 @@ def _decoupled_decay(present: AdamConfiguration, advised: AdamConfiguration) -> 
         1.0,
         "Decoupled weight decay (AdamW) shrinks the weights by lr * weight_decay * N/B an epoch, which the rule"
         f" divides by sqrt(kappa): to keep it, multiply weight_decay by sqrt(kappa) = {root:.6g}."
-        + ("" if present.reduction == "sum" else " An L2 penalty inside the gradient (Adam) needs no change."),
+        + (
+            "" if present.reduction == "sum" else " An L2 penalty inside the gradient (Adam) needs no change."
+        ),
         action=True,
     )

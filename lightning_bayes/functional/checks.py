@@ -168,8 +168,8 @@ def _warm_up(present: Configuration, exact: Configuration) -> Check:
         False,
         ratio,
         1.0,
-        f"The learning rate{on} grows {ratio:.4g} times: warm it up from {exact.learning_rate / ratio:.6g} over about 5"
-        " epochs (Goyal et al. 2017).",
+        f"The learning rate{on} grows {ratio:.4g} times: warm it up from {exact.learning_rate / ratio:.6g} over"
+        " about 5 epochs (Goyal et al. 2017).",
         action=True,
     )
 

@@ -140,7 +140,7 @@ def weight_ema(
 
 
 def weight_decay(present: AnyConfiguration, solution: AnyConfiguration) -> Iterator[Check]:
-    """The prior that an L2 penalty is, where N changes or the examples that the loss sums: λ = N · weight_decay / b."""
+    """The prior that an L2 penalty is, λ = N · weight_decay / b, where N changes or the b examples of a sum."""
     if present.dataset_size is None or solution.dataset_size is None:
         data = 1.0
     else:

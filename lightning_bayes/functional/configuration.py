@@ -76,7 +76,7 @@ class Configuration:
 
     @property
     def time_per_epoch(self) -> float:
-        """Training time that one epoch covers, ε (N/B) (1 - τ) / (1 - m): what the linear rule keeps; ε on the mean."""
+        """Training time that one epoch covers, ε (N/B) (1 - τ) / (1 - m): what the linear rule keeps."""
         factor = momentum_factor(self.momentum, self.dampening)
         return self.mean_learning_rate * (self.dataset_size / self.batch_size) * factor
 
@@ -97,9 +97,7 @@ class Configuration:
     @property
     def on_the_mean(self) -> Configuration:
         """The same run with a mean in place of a sum."""
-        return replace(
-            self, learning_rate=self.mean_learning_rate, reduction="mean", averaged_batches=1
-        )
+        return replace(self, learning_rate=self.mean_learning_rate, reduction="mean", averaged_batches=1)
 
     def summed_like(self, other: Configuration) -> Configuration:
         """This run of a mean loss with the reduction of another, at the learning rate that makes the same steps."""

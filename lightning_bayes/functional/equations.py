@@ -49,7 +49,8 @@ def linear_equation(present: Configuration, linear: Configuration, unknown: Unkn
     changed = [(top, bottom) for top, bottom in zip(above, below, strict=True) if top[1] != bottom[1]]
     letters = "".join(f" * {top[0]}/{bottom[0]}" for top, bottom in changed)
     numbers = "".join(f" * {top[1]:.6g}/{bottom[1]:.6g}" for top, bottom in changed)
-    return f"linear: {symbol}' = {symbol}{letters} = {start:.6g}{numbers} = {result:.6g}"
+    shown = f"{start:.6g}{numbers} = " if numbers else ""
+    return f"linear: {symbol}' = {symbol}{letters} = {shown}{result:.6g}"
 
 
 def _summed(configuration: Configuration) -> tuple[str, str]:
@@ -66,5 +67,7 @@ def _summed_equation(scale: float, exact: Configuration, unknown: Unknown, left:
         numbers = f"{scale:.6g} * {momentum}/({exact.dataset_size}/{batch_size} - 1){right}"
         divided = f"{numbers}/{exact.summed_examples:.6g}"
         return f"exact: lr' = g (1 - m')/(N'/B' - 1){left}/b' = {divided} = {learning_rate}"
-    numbers = f"{exact.dataset_size} - {scale:.6g} * {exact.averaged_batches} * {momentum}/{learning_rate}{right}"
+    numbers = (
+        f"{exact.dataset_size} - {scale:.6g} * {exact.averaged_batches} * {momentum}/{learning_rate}{right}"
+    )
     return f"exact: B' = N' - g k (1 - m')/lr'{left} = {numbers} = {batch_size}"

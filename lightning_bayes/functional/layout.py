@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from lightning_bayes.functional._validation import count
 from lightning_bayes.functional.adam_advice import AdamAdvice
-from lightning_bayes.functional.advice import Advice
 from lightning_bayes.functional.adam_scaling import AdamConfiguration, square_root_rule
+from lightning_bayes.functional.advice import Advice
 from lightning_bayes.functional.check import Check
 from lightning_bayes.functional.configuration import Configuration, Targets, Unknown
 from lightning_bayes.functional.scaling import solve
@@ -81,7 +81,7 @@ def with_trainer_check(
     moves = []
     for move in advice.moves:
         checks: tuple[Check, ...] = move.checks
-        safe, limits = move.safe, move.limited_by
+        limits: tuple[str, ...] = move.limited_by
         if move.solution is not None:
             added = trainer_check(
                 move.solution.batch_size,
@@ -94,39 +94,42 @@ def with_trainer_check(
             checks = (added, *checks)
             if added.passed is False and not added.action:
                 limits = (*limits, added.name)
-        if safe is not None and max(1, round(safe.batch_size)) % replicas:
-            safe = _divisible(advice, move.solved_for, safe.batch_size, replicas)
-        moves.append(replace(move, checks=checks, safe=safe, limited_by=limits))
+        moved = replace(move, checks=checks, limited_by=limits)
+        if move.safe is not None and max(1, round(move.safe.batch_size)) % replicas:
+            safe = _divisible(advice, move.solved_for, move.safe.batch_size, replicas)
+            moved = replace(moved, safe=safe)  # type: ignore[arg-type] # of the move's own kind
+        moves.append(moved)
     return replace(advice, moves=tuple(moves))
 
 
 def _divisible(
-    advice: AnyAdvice, unknown: Unknown, batch_size: float, replicas: int
+    advice: Advice | AdamAdvice, unknown: Unknown, batch_size: float, replicas: int
 ) -> Configuration | AdamConfiguration | None:
-    """The move to the next smaller batch that divides among replicas; None where that is none towards the target."""
+    """The largest move within one that is safe whose batch divides among replicas; None where there is none."""
+    target, present = advice.targets.get("batch_size"), advice.present
+    if unknown != "learning_rate" or target is None:
+        return None
     whole = max(1, round(batch_size))
-    below = whole - whole % replicas
-    if unknown != "learning_rate" or advice.targets.keys() != {"batch_size"}:
+    grows = target > present.batch_size
+    batch = whole - whole % replicas if grows else whole - whole % replicas + replicas
+    if (batch <= present.batch_size) if grows else (batch >= present.batch_size):
         return None
-    if not min(advice.present.batch_size, below) >= 1 or below <= advice.present.batch_size < whole:
-        return None
-    targets = Targets(batch_size=below)
-    if isinstance(advice, AdamAdvice):
-        return square_root_rule(advice.present, batch_size=below)
-    return solve(advice.present, targets, "exact", "learning_rate")
+    if isinstance(present, AdamConfiguration):
+        return square_root_rule(present, batch_size=batch)
+    return solve(present, replace(Targets(**advice.targets), batch_size=batch), "exact", unknown)  # type: ignore[arg-type]
 
 
 def _summed_check(check: Check, solution: Configuration, replicas: int) -> Check:
     """How a Trainer takes a batch whose loss is summed: what it averages over is part of the learning rate."""
     whole, averaged = max(1, round(solution.batch_size)), solution.averaged_batches
-    if whole % replicas:
+    if whole % replicas or check.passed:  # it does not divide, or nothing changes
         return check
     if whole % averaged == 0 and averaged % replicas == 0:
         each = f" on each of the {replicas} devices" if replicas > 1 else ""
         sentence = (
             f"The Trainer can: DataLoader(batch_size={whole // averaged}){each} and"
-            f" accumulate_grad_batches={averaged // replicas}, for which the learning rate is; with k times the batches"
-            " averaged, on a batch of the loader that is smaller by as much, it is k times as large."
+            f" accumulate_grad_batches={averaged // replicas}, for which the learning rate is; with k times the"
+            " batches averaged, on a batch of the loader that is smaller by as much, it is k times as large."
         )
         return replace(check, value=averaged // replicas, sentence=sentence, passed=False, action=True)
     rate = solution.learning_rate * replicas / averaged

@@ -84,7 +84,11 @@ def part_of(present: AnyPresent, targets: Targets, share: float) -> Targets:
 def reach_note(present: AnyPresent, targets: Targets, move: AnyMove) -> str | None:
     """In words how far a growing batch may go, where the target goes too far."""
     safe = move.safe
-    if targets.batch_size is None or safe is None or not present.batch_size < safe.batch_size < targets.batch_size:
+    if (
+        targets.batch_size is None
+        or safe is None
+        or not present.batch_size < safe.batch_size < targets.batch_size
+    ):
         return None
     up_to = f"Up to a batch of {safe.batch_size:.0f}, with a learning rate of {safe.learning_rate:.4g},"
     return f"{up_to} nothing that is known here fails."

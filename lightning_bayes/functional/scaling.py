@@ -35,8 +35,8 @@ class Move:
         linear: the configuration by B ∝ ε N / (1 - m); None where it leaves the training set.
         why: the equations with their numbers put in, exact first.
         checks: what the move was held against, and what is to be done with it.
-        safe: the largest move of this kind that no check fails: `exact` where none fails, else one that goes a part of
-            the way to the targets; None where every one fails.
+        safe: the largest move of this kind that no check fails: `exact` where none fails, else one that goes a part
+            of the way to the targets; None where every one fails.
         limited_by: the checks that fail beyond `safe`, by name.
     """
 

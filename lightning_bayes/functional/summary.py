@@ -47,8 +47,8 @@ def headline(targets: Mapping[str, float], moves: Sequence[AnyMove]) -> str:
         moves: the ways to keep the noise.
 
     Returns:
-        Such as "batch 2048: lr 0.8299 (linear 0.8); safe, 6 checks pass; Trainer: yes", or "up to batch 5000: lr 2.159
-        (batch size limits it); asked, batch 8192: lr 3.807 (linear 3.2); doubtful, 2 of 6 checks fail".
+        Such as "batch 2048: lr 0.8299 (linear 0.8); safe, 6 checks pass; Trainer: yes", or "up to batch 5000: lr
+        2.159 (batch size limits it); asked, batch 8192: lr 3.807 (linear 3.2); doubtful, 2 of 6 checks fail".
     """
     passing = [move for move in moves if move.verdict in ("safe", "unverified")]
     if not passing:

@@ -1,4 +1,4 @@
-"""What a loss that is a sum over the examples of a training_step changes: the batch that goes with a learning rate."""
+"""What a loss that sums the examples of a training_step changes: the batch that goes with a learning rate."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def summed_batch_size(present: Configuration, goal: Goal, rule: str) -> float:
     """
     factor = momentum_factor(goal.momentum, goal.dampening)
     if rule == "exact":
-        batch = goal.dataset_size - present.noise_scale * present.averaged_batches / (goal.learning_rate * factor)
+        batch = goal.dataset_size - present.noise_scale * present.averaged_batches / (
+            goal.learning_rate * factor
+        )
         return _at_least_one(batch, goal)
     if rule == "sqrt":
         ratio = present.learning_rate / goal.learning_rate
@@ -62,7 +64,11 @@ def unit_note(reduction: Reduction, batches: int) -> str | None:
     """In which unit learning rates are, in words; None for a mean."""
     if reduction == "mean":
         return None
-    over = "the batch" if batches == 1 else f"B/{batches} examples, since {batches} batches are averaged in a step"
+    over = (
+        "the batch"
+        if batches == 1
+        else f"B/{batches} examples, since {batches} batches are averaged in a step"
+    )
     return (
         f"The loss is a sum over the examples of a training_step ({over}), and the learning rates are those of that"
         " sum for the batch size beside them; g is of the mean loss, on which they are so many times as large."
