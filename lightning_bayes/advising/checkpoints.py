@@ -67,7 +67,7 @@ def groups_of_checkpoint(
     Raises:
         ValueError: naming what the checkpoint does not say, and how to give it.
     """
-    recorded = _recorded(checkpoint)
+    recorded = recorded_configurations(checkpoint)
     if recorded and not sizes:
         return recorded, ()
     states = checkpoint.get("optimizer_states") or []
@@ -101,7 +101,7 @@ def groups_of_checkpoint(
     return groups, tuple(dict.fromkeys(notes))
 
 
-def _recorded(checkpoint: Mapping[str, Any]) -> dict[str, AnyConfiguration]:
+def recorded_configurations(checkpoint: Mapping[str, Any]) -> dict[str, AnyConfiguration]:
     """The peaks that a ScalingAdvisor noted; the first one's, since all note the same."""
     for key, state in (checkpoint.get("callbacks") or {}).items():
         if str(key).startswith("ScalingAdvisor") and state:

@@ -23,7 +23,8 @@ from lightning_bayes.functional import (
     advise,
     advise_adam,
 )
-from lightning_bayes.functional._validation import count
+from lightning_bayes.functional._validation import count, positive
+from lightning_bayes.functional.check import SOLUTION
 from lightning_bayes.functional.layout import with_trainer_check
 
 PROGRAM = "python -m lightning_bayes"
@@ -57,6 +58,8 @@ OPTIONS = {
     "largest_eigenvalue": "--largest-eigenvalue",
     "ema_decay": "--ema-decay",
     "reference": "--reference",
+    "reduction": "--reduction",
+    "averaged_batches": "--averaged-batches",
     "target_learning_rate": "--target-lr",
     "target_batch_size": "--target-batch-size",
     "target_momentum": "--target-momentum",
@@ -65,6 +68,8 @@ OPTIONS = {
 TARGETS = ("target_batch_size", "target_learning_rate", "target_momentum", "target_dataset_size")
 ONLY_SGD = ("momentum", "dampening", "nesterov", "target_momentum", "largest_eigenvalue")
 ONLY_ADAM = ("betas", "eps")
+LOSS = ("reduction", "averaged_batches")
+NEGATIVE = re.compile(r"-(?:\.?\d|inf|nan)", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):
@@ -120,6 +125,17 @@ def _present_options(group: argparse._ArgumentGroup) -> None:
         metavar="BETA",
         help="Adam's betas or RMSprop's alpha (default: 0.9 0.999; 0.99 for rmsprop)",
     )
+    group.add_argument(
+        "--reduction",
+        choices=("mean", "sum"),
+        help="of the loss over the examples of a batch (default: mean)",
+    )
+    group.add_argument(
+        "--averaged-batches",
+        type=number,
+        metavar="K",
+        help="with --reduction sum: accumulated batches x devices, whose sums a step averages (default: 1)",
+    )
     group.add_argument("--eps", type=float, metavar="EPS", help="Adam's or RMSprop's eps (default: 1e-8)")
 
 
@@ -135,7 +151,7 @@ def _target_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--devices",
         dest="replicas",
-        type=int,
+        type=number,
         metavar="K",
         help="data-parallel devices that are to share a batch",
     )
@@ -152,7 +168,8 @@ def _check_options(group: argparse._ArgumentGroup) -> None:
         "--largest-eigenvalue",
         type=float,
         metavar="H",
-        help="of the Hessian of the mean loss (callback Stability); SGD only",
+        help="of the Hessian of the mean loss (callback Stability; divide what it logs of a summed loss by the"
+        " examples of a training_step); SGD only",
     )
     group.add_argument("--ema-decay", type=float, metavar="RHO", help="decay of an average of the weights")
     group.add_argument(
@@ -170,10 +187,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit status 0. Wrong input exits with 2 and one line on stderr, as argparse does.
+        The exit status: 0, or 1 where what is asked for is impossible, with the reason on stderr. Wrong input exits
+        with 2 and one line on stderr, as argparse does.
     """
     command = parser()
-    given = vars(command.parse_args(argv))
+    given = vars(command.parse_args(_with_negatives(sys.argv[1:] if argv is None else argv)))
     try:
         saved = _saved(given)
     except ValueError as error:
@@ -182,7 +200,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(saved.to_json() + "\n")
     else:
         Console().print(advice_renderable(saved.advice, saved.comparisons))
-    return 0
+    impossible = [
+        piece for piece in saved.advice if all(move.verdict == "impossible" for move in piece.moves)
+    ]
+    for piece in impossible:
+        reason = next(check.sentence for check in piece.checks if check.name == SOLUTION)
+        sys.stderr.write(f"{PROGRAM} advise: {_with_options(reason)}\n")
+    return 1 if impossible else 0
+
+
+def _with_negatives(argv: Sequence[str]) -> list[str]:
+    """The arguments with negative numbers joined to their options: argparse takes -1e-3 and -inf for options."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1].startswith("--") and "=" not in joined[-1] and NEGATIVE.match(argument):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _saved(given: Mapping[str, object]) -> SavedAdvice:
@@ -231,7 +266,7 @@ def _configurations(
     given: Mapping[str, object], reference: Reference | None
 ) -> dict[str, Configuration | AdamConfiguration]:
     """The run as it is: from the options, or the reference where it is given alone."""
-    own = ("learning_rate", "batch_size", "dataset_size", "optimizer", *ONLY_SGD[:3], *ONLY_ADAM)
+    own = ("learning_rate", "batch_size", "dataset_size", "optimizer", *ONLY_SGD[:3], *ONLY_ADAM, *LOSS)
     options = [OPTIONS.get(name, f"--{name}") for name in own if given[name] is not None]
     if reference is not None and not options:
         known = {name or "reference": found for name, found in reference.groups.items()}
@@ -251,9 +286,14 @@ def _configurations(
     if missing:
         raise ValueError(f"missing {', '.join(missing)}")
     _refuse(given, adaptive)
-    names = ("learning_rate", "batch_size", "dataset_size", *(ONLY_ADAM if adaptive else ONLY_SGD[:3]))
+    names = ("learning_rate", "batch_size", "dataset_size", *(ONLY_ADAM if adaptive else ONLY_SGD[:3]), *LOSS)
     values = {name: given[name] for name in names if given[name] is not None}
-    for name in ("batch_size", "dataset_size"):
+    positive(
+        "learning_rate", values["learning_rate"]
+    )  # a schedule passes through 0, what is given here does not
+    if "averaged_batches" in values and values.get("reduction") != "sum":
+        raise ValueError("--averaged-batches goes with --reduction sum: for a mean it does not matter")
+    for name in ("batch_size", "dataset_size", "averaged_batches"):
         if name in values:
             values[name] = count(name, values[name])
     if values.get("dampening") and not values.get("momentum"):

@@ -14,6 +14,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ADVICE_FILE = "scaling_advice.json"
+ADVICE_FILES = "scaling_advice*.json"
+"""Those of several advisors, and of several runs in one directory, are numbered: scaling_advice-1.json."""
 # `SGDNoiseScale`'s keys: "bayes/noise_scale", "bayes/adam_noise_scale-Adam/pg1"; not "bayes/gradient_noise_scale".
 KEY = re.compile(r"(?:^|/)(?P<adam>adam_)?noise_scale(?:-(?P<group>.+))?$")
 # What hyper-parameters are commonly called, and the fields of a configuration.
@@ -52,8 +54,8 @@ def read_logged_run(directory: Path) -> LoggedRun:
     Raises:
         ValueError: if there is none of the three.
     """
-    saved = directory / ADVICE_FILE
-    if saved.is_file():
+    saved = _newest(directory.glob(ADVICE_FILES))
+    if saved is not None:
         return LoggedRun(str(saved))
     table = directory / "metrics.csv"
     if table.is_file():
@@ -71,12 +73,22 @@ def read_logged_run(directory: Path) -> LoggedRun:
             f"The batch size of the reference is from {source}: examples per optimizer step, on one device."
         )
         return LoggedRun(source, values=values, notes=(note,))
+    # Loggers that share a directory among runs have advice in <name>/<version> below it.
+    below = _newest([*directory.glob(f"*/{ADVICE_FILES}"), *directory.glob(f"*/*/{ADVICE_FILES}")])
+    if below is not None:
+        note = f"Of the runs below {directory} the reference is the newest with advice, {below.parent}."
+        return LoggedRun(str(below), notes=(note,))
     raise ValueError(
         f"Expected `reference` {str(directory)!r} to hold {ADVICE_FILE} (written by a ScalingAdvisor), a noise scale"
         " in metrics.csv or an event file of TensorBoard (logged by SGDNoiseScale), or learning_rate and batch_size"
         f" in hparams.yaml, but found only {sorted(path.name for path in directory.iterdir())}. Give a dict of the"
         " configuration in its place."
     )
+
+
+def _newest(files: Iterable[Path]) -> Path | None:
+    """The file written last; of several of one moment the one with the highest number."""
+    return max(files, key=lambda path: (path.stat().st_mtime_ns, len(path.name), path.name), default=None)
 
 
 def _run(source: str, series: Iterable[tuple[str, list[float]]]) -> LoggedRun | None:

@@ -25,6 +25,8 @@ NEITHER = tuple(
 ADAPTIVE_KEYS = ("betas", "alpha", "rho", "lr_decay")
 # Likewise of LBFGS, Rprop, Muon and Adafactor, and of ASGD, whose `alpha` is another.
 OTHER_KEYS = ("max_iter", "etas", "ns_steps", "beta2_decay", "lambd")
+# What is read from a parameter group.
+READ = ("lr", "initial_lr", "max_lr", "momentum", "dampening", "nesterov", "betas", "alpha", "rho", "eps")
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,13 @@ def groups_of(
             "Neither the SGD noise scale nor Adam's square-root rule describes"
             f" {type(optimizer).__name__}. Remove the callback, or train with SGD or an Adam-like optimizer."
         )
+    groups = getattr(optimizer, "param_groups", None)
+    if not isinstance(groups, list | tuple) or not all(isinstance(group, Mapping) for group in groups):
+        raise ValueError(
+            f"Expected {type(optimizer).__name__} to have `param_groups`, a list of dicts as in torch.optim, but got"
+            f" {type(groups).__name__}. Remove the callback: where an optimizer keeps its learning rate is not known."
+        )
     adaptive = is_adaptive(optimizer)
-    groups = optimizer.param_groups
     found = []
     for full_name, group in zip(names_of(name, groups), groups, strict=True):
         if "lr" not in group:
@@ -80,8 +87,15 @@ def groups_of(
                 f" {sorted(map(str, group))}. Remove the callback: without a learning rate there is no"
                 " noise scale."
             )
-        rate = scheduled_learning_rate(group) if scheduled else learning_rate(group)
-        configuration = configuration_of(group, rate, batch_size, examples, adaptive=adaptive)
+        try:
+            rate = scheduled_learning_rate(group) if scheduled else learning_rate(group)
+            configuration = configuration_of(group, rate, batch_size, examples, adaptive=adaptive)
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            settings = {key: value for key, value in group.items() if key in READ}
+            raise ValueError(
+                f"The settings of {full_name} cannot be read as those of SGD or an Adam-like optimizer: {settings}"
+                f" ({type(error).__name__}: {error}). Remove the callback: without them there is no noise scale."
+            ) from error
         found.append(ParameterGroup(full_name, configuration))
     return found
 
@@ -99,7 +113,8 @@ def is_adaptive(optimizer: Any) -> bool:
     """Whether an optimizer is Adam-like: one of torch's, or another with `betas` and no `momentum`."""
     if isinstance(optimizer, ADAPTIVE):
         return True
-    group = optimizer.param_groups[0] if optimizer.param_groups else {}
+    groups = getattr(optimizer, "param_groups", None)
+    group = groups[0] if groups else {}
     return not isinstance(optimizer, SGD) and "betas" in group and "momentum" not in group
 
 

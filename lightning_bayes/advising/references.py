@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_bayes.advising.checkpoints import SIZES, groups_of_checkpoint, load_checkpoint
+from lightning_bayes.advising.checkpoints import (
+    SIZES,
+    groups_of_checkpoint,
+    load_checkpoint,
+    recorded_configurations,
+)
 from lightning_bayes.advising.logged_runs import read_logged_run
 from lightning_bayes.advising.parameter_groups import ParameterGroup
 from lightning_bayes.functional import AdamConfiguration, Comparison, Configuration, compare
@@ -22,7 +27,18 @@ KNOWN = (
     " or a dict such as"
     ' {"learning_rate": 0.1, "batch_size": 256, "dataset_size": 50000, "momentum": 0.9}'
 )
-FIELDS = ("learning_rate", "batch_size", "dataset_size", "momentum", "dampening", "nesterov", "betas", "eps")
+FIELDS = (
+    "learning_rate",
+    "batch_size",
+    "dataset_size",
+    "momentum",
+    "dampening",
+    "nesterov",
+    "betas",
+    "eps",
+    "reduction",
+    "averaged_batches",
+)
 
 
 @dataclass(frozen=True)
@@ -34,12 +50,15 @@ class Reference:
         adaptive: whether its optimizer is Adam-like.
         source: where it was read.
         notes: what had to be assumed, each a sentence.
+        says_reduction: whether it tells a mean loss from a sum; where it does not, its loss is taken to be as that of
+            the run it is compared with.
     """
 
     groups: Mapping[str, Configuration | AdamConfiguration | float]
     adaptive: bool
     source: str
     notes: tuple[str, ...] = ()
+    says_reduction: bool = True
 
 
 def read_reference(reference: ReferenceLike) -> Reference:
@@ -65,14 +84,16 @@ def read_reference(reference: ReferenceLike) -> Reference:
         return _reference({"": reference}, "as given")
     if isinstance(reference, Mapping):
         if "optimizer_states" in reference:
-            found, notes = groups_of_checkpoint(reference, "the checkpoint", {})
-            return _reference(found, "the checkpoint", notes)
+            return _of_checkpoint(reference, "the checkpoint", {})
         if "path" in reference:
             sizes = {name: value for name, value in reference.items() if name != "path"}
             _only(sizes, SIZES, 'beside "path"')
             return _from_path(reference["path"], {name: count(name, value) for name, value in sizes.items()})
         _only(reference, FIELDS, "in a dict")
-        return _reference({"": configuration_from(reference, "the dict")}, "as given")
+        return replace(
+            _reference({"": configuration_from(reference, "the dict")}, "as given"),
+            says_reduction="reduction" in reference,
+        )
     if isinstance(reference, str | os.PathLike):
         return _from_path(reference, {})
     raise ValueError(f"Expected argument `reference` to be {KNOWN}, but got {reference!r}.")
@@ -101,9 +122,14 @@ def comparisons_with(reference: Reference, groups: Sequence[ParameterGroup]) -> 
             raise ValueError(
                 f"Expected argument `reference` to be of {kinds[reference.adaptive]}, as the present run is, but"
                 f" {reference.source} is of {kinds[not reference.adaptive]}: the noise scales are different"
-                " quantities."
+                f" quantities. Give a run of {kinds[reference.adaptive]}, or leave `reference` out."
             )
-        found.setdefault((group.configuration, known), []).append(group.name)
+        if not reference.says_reduction and not isinstance(known, int | float):
+            ours = group.configuration
+            loss = {"reduction": ours.reduction, "averaged_batches": ours.averaged_batches}
+            found.setdefault((ours, replace(known, **loss)), []).append(group.name)  # type: ignore[arg-type]
+        else:
+            found.setdefault((group.configuration, known), []).append(group.name)
     return [
         compare(present, known, name=", ".join(names), source=reference.source)
         for (present, known), names in found.items()
@@ -190,16 +216,22 @@ def _from_path(given: Any, sizes: Mapping[str, int]) -> Reference:
     if path.is_dir() and not sizes:
         run = read_logged_run(path)
         if run.values is not None:
-            return _reference({"": configuration_from(run.values, run.source)}, run.source, run.notes)
+            read = _reference({"": configuration_from(run.values, run.source)}, run.source, run.notes)
+            return replace(read, says_reduction=False)
         if run.noise_scales is not None:
             return _reference(run.noise_scales, run.source, run.notes, run.adaptive)
-        return _from_json(Path(run.source))
+        return replace(_from_json(Path(run.source)), notes=run.notes)
     if not path.is_file():
         raise ValueError(f"Expected argument `reference` to be {KNOWN}, but there is no file {str(path)!r}.")
     if path.suffix == ".json" and not sizes:
         return _from_json(path)
-    found, notes = groups_of_checkpoint(load_checkpoint(path), str(path), sizes)
-    return _reference(found, str(path), notes)
+    return _of_checkpoint(load_checkpoint(path), str(path), sizes)
+
+
+def _of_checkpoint(checkpoint: Mapping[str, Any], source: str, sizes: Mapping[str, int]) -> Reference:
+    groups, notes = groups_of_checkpoint(checkpoint, source, sizes)
+    noted = bool(recorded_configurations(checkpoint)) and not sizes
+    return replace(_reference(groups, source, notes), says_reduction=noted)
 
 
 def _from_json(path: Path) -> Reference:

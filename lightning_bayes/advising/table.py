@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
@@ -49,7 +50,8 @@ def _section(advice: Advice | AdamAdvice) -> RenderableType:
     title = f"Scaling advice for {advice.name}" if advice.name else "Scaling advice"
     parts: list[RenderableType] = [
         Text(title, style="italic"),
-        Text(advice.summary, style="bold"),
+        # The largest move that no check fails, and below it what was asked for.
+        Text(advice.summary.replace("; asked, ", "\nasked, "), style="bold"),
         _table(advice),
     ]
     sets = _check_sets(advice)
@@ -91,6 +93,8 @@ def _passed(check: Check) -> str:
     name = check.name.replace("_", " ")
     if check.value is None or check.limit is None:
         return name
+    if not math.isfinite(check.limit):
+        return name  # no limit at all
     value, limit = (f"{x:.0f}" if 1e3 <= x < 1e9 else f"{x:.3g}" for x in (abs(check.value), check.limit))
     return f"{name} ({value} of {limit})"
 
@@ -151,6 +155,8 @@ def _rows(configurations: list[Configuration | AdamConfiguration | None]) -> lis
     if isinstance(configurations[0], AdamConfiguration):
         names |= {"betas": "betas", "eps": "eps", "lr/sqrt(batch)": "noise_scale"}
     else:
+        if configurations[0] is not None and configurations[0].reduction == "sum":
+            names |= {"lr on the mean": "mean_learning_rate"}
         names |= {"momentum": "momentum", "dampening": "dampening", "noise scale": "noise_scale"}
     rows = []
     for label, attribute in names.items():

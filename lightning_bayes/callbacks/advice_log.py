@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
@@ -29,24 +30,24 @@ def emit(trainer: Trainer, saved: SavedAdvice, prefix: str, directory: str | Non
         return
     console = Console()
     console.print(advice_renderable(saved.advice, saved.comparisons))
-    path = None if directory is None else _save(saved, directory, number)
+    path = None if directory is None else _saved(trainer, saved, directory, number)
     if path is not None:
         console.print(f"Saved: {path}", soft_wrap=True, highlight=False, markup=False)
     text = advice_text(saved.advice, saved.comparisons)
     flat = flat_keys(saved, f"{prefix}advice")
     for logger in trainer.loggers:
-        # Not every logger takes text; TensorBoard's does, whichever Lightning package made it.
-        add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
-        if callable(add_text):
-            # As a code block: TensorBoard renders text as Markdown.
-            add_text(f"{prefix}advice", f"```\n{text}\n```", trainer.global_step)
         try:
+            # Not every logger takes text; TensorBoard's does, whichever Lightning package made it.
+            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
+            if callable(add_text):
+                # As a code block: TensorBoard renders text as Markdown.
+                add_text(f"{prefix}advice", f"```\n{text}\n```", trainer.global_step)
             _log_hyperparams(logger, flat)
         except (
             Exception
         ) as error:  # whatever a tracking server says: it must not end a fit that has succeeded
             rank_zero_warn(
-                f"ScalingAdvisor: {type(logger).__name__} did not take the advice as hyper-parameters"
+                f"ScalingAdvisor: {type(logger).__name__} did not take the advice as text and hyper-parameters"
                 f" ({type(error).__name__}: {error}). It is in `advisor.advice`"
                 + ("." if path is None else f" and in {path}.")
             )
@@ -90,15 +91,52 @@ def _cases(advice: Advice | AdamAdvice) -> list[tuple[str, Configuration | AdamC
     return cases
 
 
+def _saved(trainer: Trainer, saved: SavedAdvice, directory: str, number: int) -> str | None:
+    """The file that the advice was written to; None, with a warning, where it could not be."""
+    try:
+        return _save(saved, _of_this_run(trainer, directory), number)
+    except Exception as error:  # a full disk, a directory without rights, a remote store that does not answer
+        rank_zero_warn(
+            f"ScalingAdvisor: {ADVICE_FILE} could not be written in {directory!r} ({type(error).__name__}: {error})."
+            " The advice was printed and is in `advisor.advice`; `Trainer(default_root_dir=...)` or the logger's"
+            " `save_dir` names another directory."
+        )
+        return None
+
+
+def _of_this_run(trainer: Trainer, directory: str) -> str:
+    """The directory itself where the logger keeps runs apart in it, else one below it, as for checkpoints."""
+    logger = trainer.loggers[0] if trainer.loggers else None
+    if logger is None or getattr(logger, "log_dir", None) is not None:  # TensorBoard and CSV: .../version_0
+        return directory
+    # MLflow and W&B share one `save_dir` among all runs; their version is the run's id.
+    version = logger.version
+    parts = [logger.name, f"version_{version}" if isinstance(version, int) else version]
+    names = [str(part).replace("/", "_") for part in parts if part not in (None, "")]
+    return "/".join([str(directory).rstrip("/"), *names])
+
+
 def _save(saved: SavedAdvice, directory: str, number: int) -> str:
-    name = ADVICE_FILE if number == 0 else ADVICE_FILE.replace(".json", f"-{number}.json")
-    path = f"{str(directory).rstrip('/')}/{name}"
+    """Writes a file that is not there yet: another run's advice is never overwritten."""
     # Lightning's loggers write to remote directories too.
     files = get_filesystem(directory)
     files.makedirs(directory, exist_ok=True)
-    with files.open(path, "w", encoding="utf-8") as file:
-        file.write(saved.to_json() + "\n")
-    return path
+    text = saved.to_json() + "\n"
+    while True:
+        name = ADVICE_FILE if number == 0 else ADVICE_FILE.replace(".json", f"-{number}.json")
+        path = f"{str(directory).rstrip('/')}/{name}"
+        number += 1
+        if "://" not in path:
+            try:
+                with Path(path).open("x", encoding="utf-8") as file:
+                    file.write(text)
+            except FileExistsError:
+                continue
+            return path
+        if not files.exists(path):
+            with files.open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+            return path
 
 
 def _log_hyperparams(logger: Any, flat: Mapping[str, float | str]) -> None:

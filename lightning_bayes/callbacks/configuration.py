@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from numbers import Integral
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
 
 from lightning_bayes.advising.parameter_groups import (
     ParameterGroup,
@@ -17,17 +18,23 @@ from lightning_bayes.advising.parameter_groups import (
     names_of,
     optimizer_notes,
 )
-from lightning_bayes.callbacks.training_set import dataset_size_of, replicas_of
+from lightning_bayes.callbacks.loss_reduction import reduction_of
+from lightning_bayes.callbacks.training_set import dataset_size_of, known_length, replicas_of
+from lightning_bayes.functional import AdamConfiguration
+from lightning_bayes.functional.adam_advice import check_adam_targets
+from lightning_bayes.functional.configuration import Targets
 
 __all__ = [
     "ParameterGroup",
     "Sizes",
     "TrainerConfiguration",
     "changing_settings",
+    "check_targets",
     "group_names",
     "is_adaptive",
     "learning_rate_in_step",
     "loader_batch_size",
+    "makes_a_step",
     "read_configuration",
     "read_sizes",
 ]
@@ -148,7 +155,70 @@ def read_configuration(
         raise ValueError(
             "Expected an optimizer, but `configure_optimizers` gave none. Remove the callback, or return one."
         )
+    if reduction_of(trainer) == "sum":
+        averaged = sizes.accumulation * sizes.replicas
+        groups = [
+            replace(
+                group,
+                configuration=replace(group.configuration, reduction="sum", averaged_batches=averaged),
+            )
+            for group in groups
+        ]
     return TrainerConfiguration(tuple(groups), tuple(notes), sizes)
+
+
+def makes_a_step(trainer: Trainer, optimizer: Any) -> bool:
+    """Whether the step that Lightning announces moves weights: in a pass without gradients it does not.
+
+    StochasticWeightAveraging appends an epoch for the statistics of batch norm, in which it accumulates all batches
+    and leaves out the backward pass.
+
+    Args:
+        trainer: in `on_before_optimizer_step`.
+        optimizer: that is to step.
+    """
+    if getattr(trainer.fit_loop, "_skip_backward", False):
+        return False
+    if trainer.strategy.handles_gradient_accumulation:  # DeepSpeed keeps the gradients itself
+        return True
+    groups = getattr(optimizer, "param_groups", ())
+    return any(parameter.grad is not None for group in groups for parameter in group["params"])
+
+
+def check_targets(trainer: Trainer, configuration: TrainerConfiguration, targets: Targets) -> None:
+    """Raises a ValueError for targets that this run cannot have, with what can be done about it.
+
+    Args:
+        trainer: that is fitting.
+        configuration: as `read_configuration` gives it.
+        targets: what is asked for.
+    """
+    if any(isinstance(group.configuration, AdamConfiguration) for group in configuration.groups):
+        check_adam_targets(targets)
+    examples = configuration.sizes.dataset_size
+    try:
+        targets.check_against(examples)
+    except ValueError as error:
+        wanted = int(targets.batch_size or 0)
+        raise ValueError(f"{error} {_way_to_more_examples(trainer, examples, wanted)}") from error
+
+
+def _way_to_more_examples(trainer: Trainer, examples: int, wanted: int) -> str:
+    """What to do where a target batch does not fit: names the flag that leaves so few examples, where one does."""
+    smaller = f"take a target_batch_size below {examples}"
+    limits = {
+        "fast_dev_run": getattr(trainer, "fast_dev_run", 0),
+        "overfit_batches": getattr(trainer, "overfit_batches", 0),
+        "limit_train_batches": getattr(trainer, "limit_train_batches", None),
+    }
+    # Under `fast_dev_run` Lightning sets the other two itself, and by default the last is 1.0.
+    flag = next((name for name, value in limits.items() if value and value != 1.0), None)
+    if flag is None and limits["limit_train_batches"] == 1 and isinstance(limits["limit_train_batches"], int):
+        flag = "limit_train_batches"
+    whole = known_length(getattr(_loader(trainer), "dataset", None))
+    if flag is not None and whole is not None and examples < wanted <= whole:
+        return f"Trainer({flag}={limits[flag]!r}) leaves {examples} of {whole} examples: remove `{flag}`, or {smaller}."
+    return f"Give target_dataset_size={wanted} or more beside it, if there will be so many examples, or {smaller}."
 
 
 def changing_settings(trainer: Trainer) -> tuple[object, ...]:
@@ -160,13 +230,13 @@ def changing_settings(trainer: Trainer) -> tuple[object, ...]:
     Returns:
         Values to compare with those of another step.
     """
-    loader = trainer.train_dataloader
+    loader = next(_flatten(trainer.train_dataloader), None)
     sizes = [getattr(part, "batch_size", None) for part in (loader, getattr(loader, "batch_sampler", None))]
     values: list[object] = [id(loader), *sizes, trainer.accumulate_grad_batches, trainer.num_training_batches]
     in_step = learning_rate_in_step(trainer)
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
-            values.append(in_step(group) if "lr" in group else None)
+            values.append(_number(group.get("lr")) if not _is_number(group.get("lr")) else in_step(group))
             values += [_number(group.get(key)) for key in CHANGING]
     return tuple(values)
 
@@ -187,7 +257,14 @@ def learning_rate_in_step(trainer: Trainer) -> Callable[[Mapping[str, Any]], flo
 
 
 def _number(value: object) -> object:
-    return value.item() if isinstance(value, torch.Tensor) else value  # a tensor is changed in place
+    if isinstance(value, torch.Tensor):
+        return value.tolist()  # a tensor is changed in place
+    # As is a list, which an optimizer of somebody's own may keep.
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) or (isinstance(value, torch.Tensor) and value.numel() == 1)
 
 
 def _loader(trainer: Trainer) -> Any:
@@ -225,12 +302,23 @@ def loader_batch_size(loader: Any) -> int:
     if batch_size is None and batch_sampler is not None:
         batch_size = getattr(batch_sampler, "batch_size", None)
     if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or int(batch_size) < 1:
-        found = "" if batch_sampler is None else f" and a {type(batch_sampler).__name__} without `batch_size`"
+        sampler = (
+            "" if batch_sampler is None else f" and a {type(batch_sampler).__name__} without `batch_size`"
+        )
+        remedy = (
+            "Pass `batch_size=` to the DataLoader in place of batching inside the dataset, or give its batch sampler"
+            " an attribute `batch_size` with the number of examples per batch."
+        )
+        if not isinstance(loader, DataLoader):
+            remedy = "Give a torch DataLoader, or remove the callback."
+            if hasattr(loader, "__dict__"):
+                remedy = (
+                    f"Give the {type(loader).__name__} attributes `batch_size`, the number of examples per batch, and"
+                    " `dataset`, whose length is that of the training set; or remove the callback."
+                )
         raise ValueError(
             "Expected the training dataloader to have a `batch_size`, but got"
-            f" {type(loader).__name__}(batch_size={batch_size!r}){found}. Pass `batch_size=` to the"
-            " DataLoader in place of batching inside the dataset, or give its batch sampler an"
-            " attribute `batch_size` with the number of examples per batch."
+            f" {type(loader).__name__}(batch_size={batch_size!r}){sampler}. {remedy}"
         )
     return int(batch_size)
 

@@ -6,7 +6,9 @@ import math
 
 from lightning.pytorch import Trainer
 
+from lightning_bayes.callbacks.configuration import read_sizes
 from lightning_bayes.callbacks.gradient_noise_scale import GradientNoiseScale
+from lightning_bayes.callbacks.loss_reduction import reduction_of
 from lightning_bayes.callbacks.stability import Stability
 from lightning_bayes.functional.check import Measurements
 
@@ -21,8 +23,8 @@ def measured(trainer: Trainer) -> Measurements:
         trainer: with callbacks.
 
     Returns:
-        The gradient noise scale (NaN where it was not resolved) and the largest eigenvalue; None for what was not
-        measured.
+        The gradient noise scale (NaN where it was not resolved) and the largest eigenvalue of the Hessian of the mean
+        loss, also where training_step returns a sum; None for what was not measured.
     """
     noise: float | None = None
     largest: float | None = None
@@ -32,8 +34,17 @@ def measured(trainer: Trainer) -> Measurements:
         if isinstance(callback, Stability):
             values = [reading.largest_eigenvalue for _, reading in callback.history]
             # NaN weights have no curvature.
-            largest = max((value for value in values if math.isfinite(value)), default=largest)
+            known = [value / _summed_by(callback, trainer) for value in values if math.isfinite(value)]
+            largest = max(known, default=largest)
     return Measurements(None if noise is None else _resolved(noise), largest)
+
+
+def _summed_by(callback: Stability, trainer: Trainer) -> int:
+    """How many times the mean loss the one is whose curvature Stability measures: the examples of a training_step."""
+    if callback.network is not None or reduction_of(trainer) == "mean":
+        return 1
+    sizes = read_sizes(trainer)
+    return min(sizes.device_batch_size, sizes.dataset_size)
 
 
 def _resolved(noise_scale: float) -> float:

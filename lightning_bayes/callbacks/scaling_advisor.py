@@ -18,8 +18,11 @@ from lightning_bayes.callbacks.advice_log import emit
 from lightning_bayes.callbacks.configuration import (
     TrainerConfiguration,
     changing_settings,
+    check_targets,
+    makes_a_step,
     read_configuration,
 )
+from lightning_bayes.callbacks.loss_reduction import forget_reduction, note_reduction
 from lightning_bayes.callbacks.measured import measured
 from lightning_bayes.callbacks.peaks import PeakRecord, note_step
 from lightning_bayes.functional import (
@@ -33,7 +36,6 @@ from lightning_bayes.functional import (
     advise_adam,
 )
 from lightning_bayes.functional._validation import string
-from lightning_bayes.functional.adam_advice import check_adam_targets
 from lightning_bayes.functional.check import Measurements
 from lightning_bayes.functional.configuration import Targets
 from lightning_bayes.functional.layout import AnyAdvice, with_trainer_check
@@ -119,6 +121,7 @@ class ScalingAdvisor(Callback):
         self._settings: tuple[object, ...] | None = None
         self._directory: str | None = None
         self._due = False
+        self._said = True
 
     @cached_property  # Lightning asks at every hook
     @override
@@ -129,13 +132,11 @@ class ScalingAdvisor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_alone(trainer)
+        forget_reduction(trainer)
         self.advice, self.comparisons, self._settings = [], [], None
         self._latest = configuration = read_configuration(trainer)
         if self.targets is not None:
-            for group in configuration.groups:
-                if isinstance(group.configuration, AdamConfiguration):
-                    check_adam_targets(self.targets)
-                self.targets.check_against(int(group.configuration.dataset_size or 0))
+            check_targets(trainer, configuration, self.targets)
         # Only a resumed run has records of its own past: a second fit from the start, or one of another
         # model, begins anew.
         if trainer.global_step == 0 or self._records.keys() != {group.name for group in configuration.groups}:
@@ -143,18 +144,30 @@ class ScalingAdvisor(Callback):
         # Asked on every process: it is the same on all.
         self._directory = trainer.log_dir if trainer.loggers else None
         self._due = True
-        if self.reference is not None:
+        if self.reference is not None:  # of another kind of optimizer it is refused before the first batch
             self._compare(read_configuration(trainer, scheduled=True).groups)
-            self._say(self.reference)
+        self._said = False
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._settings = None  # the training set may have grown
 
     @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        note_reduction(trainer, pl_module, batch, batch_idx)
+        if self.reference is not None and not self._said:  # the noise of a sum is known by now
+            self._said = True
+            self._compare(read_configuration(trainer, scheduled=True).groups)
+            self._say(self.reference)
+
+    @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
+        if not makes_a_step(trainer, optimizer):
+            return
         settings = changing_settings(trainer)
         if settings != self._settings:
             self._settings, self._latest = settings, read_configuration(trainer)

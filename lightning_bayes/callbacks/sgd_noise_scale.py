@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -12,8 +12,10 @@ from typing_extensions import override
 from lightning_bayes.callbacks.configuration import (
     TrainerConfiguration,
     changing_settings,
+    makes_a_step,
     read_configuration,
 )
+from lightning_bayes.callbacks.loss_reduction import forget_reduction, note_reduction
 from lightning_bayes.callbacks.step_logging import log_step
 from lightning_bayes.functional import AdamConfiguration
 from lightning_bayes.functional._validation import count, string
@@ -26,7 +28,9 @@ class SGDNoiseScale(Callback):
 
     N counts the examples that training draws, each once; without shuffling, `limit_train_batches` leaves those
     of so many batches. B counts the examples of one optimizer step: loader batch x accumulation x replicas. ε,
-    m and τ are the optimizer's, at the moment of its step, so that schedules are followed.
+    m and τ are the optimizer's, at the moment of its step, so that schedules are followed. ε is that of the mean
+    loss: where training_step returns a sum over its b examples, which is read from a copy before the first step,
+    the learning rate counts b times.
 
     The value of an epoch is the one in force **at its last optimizer step**. (At the end of an epoch
     Lightning has already moved its schedulers on to the next, so the callback reads when the optimizer
@@ -83,6 +87,7 @@ class SGDNoiseScale(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_alone(trainer)
+        forget_reduction(trainer)
         self._in_force, self._last_logged_step, self._groups_differ = None, -1, False
         configuration = read_configuration(trainer, self.dataset_size)
         for note in configuration.notes:
@@ -102,9 +107,17 @@ class SGDNoiseScale(Callback):
         self._settings = None  # the training set may have grown
 
     @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        note_reduction(trainer, pl_module, batch, batch_idx)
+
+    @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
+        if not makes_a_step(trainer, optimizer):
+            return
         settings = changing_settings(trainer)
         if self._in_force is None or settings != self._settings:  # most steps are made as the one before
             self._in_force = self.noise_scales(read_configuration(trainer, self.dataset_size))

@@ -42,17 +42,27 @@ def why_not_sgd(trainer: Trainer) -> str | None:
 def sgd_steps(trainer: Trainer) -> list[SGDStep]:
     """The present settings of each parameter group, in the order of `names_of_groups`."""
     in_step = learning_rate_in_step(trainer)
-    return [
-        SGDStep(
-            learning_rate=in_step(group),
-            momentum=float(group["momentum"]),
-            # torch.optim.SGD applies dampening in the momentum buffer only: it ignores it where there is none.
-            dampening=float(group["dampening"]) if group["momentum"] else 0.0,
-            nesterov=bool(group["nesterov"]),
-            weight_decay=float(group["weight_decay"]),
-        )
-        for group in _groups(trainer)
-    ]
+    return [_step(group, in_step(group)) for group in _groups(trainer)]
+
+
+def _step(group: dict[str, Any], learning_rate: float) -> SGDStep:
+    names = ("momentum", "dampening", "nesterov", "weight_decay")
+    try:
+        momentum, dampening, weight_decay = (float(group[names[i]]) for i in (0, 1, 3))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        settings = {name: group.get(name) for name in names}
+        raise ValueError(
+            f"The settings of a parameter group of SGD cannot be read as numbers: {settings} ({error}). Leave"
+            " Stability out, or give the group those of torch.optim.SGD."
+        ) from error
+    # torch.optim.SGD applies dampening in the momentum buffer only: it ignores it where there is none.
+    return SGDStep(
+        learning_rate=learning_rate,
+        momentum=momentum,
+        dampening=dampening if momentum else 0.0,
+        nesterov=bool(group["nesterov"]),
+        weight_decay=weight_decay,
+    )
 
 
 def names_of_groups(trainer: Trainer, network: nn.Module) -> dict[str, int]:

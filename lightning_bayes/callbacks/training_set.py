@@ -90,7 +90,7 @@ def dataset_size_of(loader: Any, trainer: Trainer, given: int | None) -> tuple[i
 
 def _partial_draw(sampler: Any, whole: int, examples: int) -> list[str]:
     """A note where somebody's own sampler draws another number of examples than the dataset holds."""
-    draws = _known_length(sampler)
+    draws = known_length(sampler)
     if isinstance(sampler, KNOWN_SAMPLERS) or draws is None or draws == whole:
         return []
     return [
@@ -122,8 +122,8 @@ def _counted(loader: Any, sampler: Any, trainer: Trainer) -> _Counted | None:
     if not isinstance(loader, DataLoader):
         return None
     depends_on = (
-        _known_length(loader.dataset),
-        _known_length(sampler),
+        known_length(loader.dataset),
+        known_length(sampler),
         trainer.num_training_batches,
         replicas_of(trainer),
         trainer.fast_dev_run,  # type: ignore[attr-defined] # set without being declared
@@ -150,7 +150,7 @@ def _count(loader: DataLoader[Any], trainer: Trainer) -> _Counted | None:
 
 
 def _length(dataset: Any) -> int:
-    examples = _known_length(dataset) or 0
+    examples = known_length(dataset) or 0
     if examples < 1:
         raise ValueError(
             f"Expected a training set with a length of at least 1, but got {type(dataset).__name__}"
@@ -160,7 +160,8 @@ def _length(dataset: Any) -> int:
     return examples
 
 
-def _known_length(collection: Any) -> int | None:
+def known_length(collection: Any) -> int | None:
+    """The length of a collection, None where it has none."""
     try:
         return len(collection)
     except (TypeError, NotImplementedError):

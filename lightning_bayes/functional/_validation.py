@@ -84,6 +84,12 @@ def count(name: str, value: object) -> int:
     return nearest
 
 
+def check_reduction(value: object) -> None:
+    """Raises a ValueError unless the value is "mean" or "sum"."""
+    if not isinstance(value, str) or value not in ("mean", "sum"):
+        raise ValueError(f'Expected argument `reduction` to be "mean" or "sum", but got {value!r}.')
+
+
 def string(name: str, value: object) -> str:
     """Returns `value` if it is a string, or raises a ValueError that names it."""
     if not isinstance(value, str):

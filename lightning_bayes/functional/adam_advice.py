@@ -12,7 +12,7 @@ from lightning_bayes.functional.adam_scaling import AdamConfiguration, square_ro
 from lightning_bayes.functional.check import Check, Measurements, Verdict, verdict
 from lightning_bayes.functional.configuration import NoSolutionError, Targets, Unknown
 from lightning_bayes.functional.group_advice import GroupAdvice
-from lightning_bayes.functional.reach import largest_batch_size, reach_note
+from lightning_bayes.functional.reach import furthest, reach_note
 from lightning_bayes.functional.summary import no_solution
 
 
@@ -27,6 +27,8 @@ class AdamMove:
         linear: learning rate and batch size in proportion, betas and eps as they are: SGD's rule, common in
             practice, and the other end of the range to try. None where it leaves the training set.
         checks: what the move was held against, and what is to be done with it.
+        safe: the largest move of this kind that no check fails, as in `Move`.
+        limited_by: the checks that fail beyond `safe`, by name.
     """
 
     solved_for: Unknown
@@ -34,6 +36,8 @@ class AdamMove:
     why: tuple[str, ...]
     linear: AdamConfiguration | None = None
     checks: tuple[Check, ...] = ()
+    safe: AdamConfiguration | None = None
+    limited_by: tuple[str, ...] = ()
 
     @property
     def solution(self) -> AdamConfiguration | None:
@@ -65,6 +69,11 @@ class AdamAdvice(GroupAdvice[AdamConfiguration, AdamMove]):
     def advised(self) -> AdamConfiguration | None:
         """The first move."""
         return self.moves[0].advised
+
+    @property
+    def safe(self) -> AdamConfiguration | None:
+        """The largest part of the first move that no check fails; None where every part fails one."""
+        return self.moves[0].safe
 
 
 def advise_adam(
@@ -107,14 +116,15 @@ def advise_adam(
     positive("learning_rate", configuration.learning_rate)
     if configuration.dataset_size is not None:
         targets.check_against(configuration.dataset_size)
-    moves = tuple(_move(configuration, targets, unknown, measured) for unknown in _unknowns(targets))
+    moves = tuple(_bounded(configuration, targets, unknown, measured) for unknown in _unknowns(targets))
+    reach = reach_note(configuration, targets, moves[0]) if len(moves) == 1 else None
     equation = (
         f"lr/sqrt(B) = {configuration.learning_rate:.6g}/sqrt({configuration.batch_size:.6g}) ="
         f" {configuration.noise_scale:.6g}"
     )
     unchanged = _unchanged(configuration, targets)
     notes = (
-        *_reach(configuration, targets, measured, moves),
+        *(() if reach is None else (reach,)),
         *_notes(configuration, targets, unchanged, moves),
     )
     return AdamAdvice(configuration, unchanged, moves, notes, equation, name, targets.given())
@@ -126,7 +136,7 @@ def check_adam_targets(targets: Targets) -> None:
         raise ValueError(
             "Expected argument `target_momentum` to be None for an Adam-like optimizer, but got"
             f" {targets.momentum!r}: it has running averages (betas), which Adam's rule moves with the"
-            " batch size."
+            " batch size. Leave `target_momentum` out, and give a batch size or a learning rate as target."
         )
 
 
@@ -146,6 +156,15 @@ def _unchanged(present: AdamConfiguration, targets: Targets) -> AdamConfiguratio
     return replace(present, learning_rate=learning_rate, batch_size=batch_size, dataset_size=dataset_size)
 
 
+def _bounded(
+    present: AdamConfiguration, targets: Targets, unknown: Unknown, measured: Measurements
+) -> AdamMove:
+    """The move, and how much of it no check fails."""
+    move = _move(present, targets, unknown, measured)
+    safe, limits = furthest(present, targets, lambda part: _move(present, part, unknown, measured))
+    return replace(move, safe=safe.solution if isinstance(safe, AdamMove) else None, limited_by=limits)
+
+
 def _move(present: AdamConfiguration, targets: Targets, unknown: Unknown, measured: Measurements) -> AdamMove:
     # A new size bounds the solved batch, not the old one.
     dataset_size = present.dataset_size if targets.dataset_size is None else targets.dataset_size
@@ -159,7 +178,8 @@ def _move(present: AdamConfiguration, targets: Targets, unknown: Unknown, measur
         if unknown == "learning_rate":
             alone = f" The learning-rate part alone would be {result}, without betas to match it."
         return AdamMove(unknown, None, (factor,), linear, (no_solution(str(error) + alone),))
-    why = (factor, f"sqrt: {result}", "1 - beta' = kappa (1 - beta), eps' = eps/sqrt(kappa)")
+    eps = "eps sqrt(kappa)" if present.reduction == "sum" else "eps/sqrt(kappa)"
+    why = (factor, f"sqrt: {result}", f"1 - beta' = kappa (1 - beta), eps' = {eps}")
     checks = tuple(adam_checks_of(present, advised, linear, unknown, measured))
     return AdamMove(unknown, advised, why, linear, checks)
 
@@ -217,22 +237,6 @@ def _linear(
     return replace(present, learning_rate=learning_rate, batch_size=batch_size, dataset_size=dataset_size)
 
 
-def _reach(
-    present: AdamConfiguration, targets: Targets, measured: Measurements, moves: tuple[AdamMove, ...]
-) -> Iterator[str]:
-    """How far a growing batch may go, where the target goes too far."""
-    if targets.batch_size is None or len(moves) > 1 or moves[0].verdict not in ("doubtful", "impossible"):
-        return
-
-    def move_to(batch_size: int) -> AdamMove:
-        return _move(present, replace(targets, batch_size=batch_size), "learning_rate", measured)
-
-    found = largest_batch_size(present.batch_size, targets.batch_size, lambda batch: move_to(batch).checks)
-    advised = None if found is None else move_to(found).advised
-    if found is not None and advised is not None:
-        yield reach_note(found, advised.learning_rate)
-
-
 def _notes(
     present: AdamConfiguration,
     targets: Targets,
@@ -243,6 +247,12 @@ def _notes(
         "This is Adam's square-root rule (Malladi et al. 2022), not SGD's linear one: learning rate,"
         " betas and eps move together."
     )
+    if present.reduction == "sum":
+        yield (
+            "The loss is a sum over the examples of a training_step: this optimizer's step does not depend on"
+            " that, and of its settings only eps does; the eps advised is that of the sum, with as many accumulated"
+            " batches and devices as now."
+        )
     if len(moves) > 1 and unchanged is not None:
         yield (
             f"With both targets lr/sqrt(B) goes from {present.noise_scale:.6g} to"

@@ -54,7 +54,7 @@ def adam_checks_of(
     yield _epochs(present, advised)
     yield from weight_ema(present, advised, measured)
     yield from _decoupled_decay(present, advised)
-    yield from weight_decay(present.dataset_size, advised.dataset_size)
+    yield from weight_decay(present, advised)
 
 
 def adam_domain(present: AdamConfiguration, batch_size: float) -> Check:
@@ -91,15 +91,22 @@ def _rules(
     larger = max(present.batch_size, advised.batch_size)
     sentence = (
         f"The rules differ: the square root asks for a {name} of {value:.4g}, SGD's linear rule for {other:.4g}"
-        f" (range {low:.4g} to {high:.4g}). The square root is derived for Adam where the noise dominates the"
-        " gradient, B << B_simple"
+        f" (range {low:.4g} to {high:.4g}). The square root keeps the trajectory of Adam where the noise dominates"
+        " the gradient, B << B_simple"
     )
     if limit is None:
         yield Check("rules_agree", None, larger, None, f"{sentence}; B_simple is not measured here.")
         return
     passed = larger <= limit
-    verdict = "which is so here" if passed else "which is not so here: try the range"
-    yield Check("rules_agree", passed, larger, limit, f"{sentence} = {limit:.4g}, {verdict}.")
+    if passed:
+        yield Check("rules_agree", True, larger, limit, f"{sentence} = {limit:.4g}, which is so here.")
+        return
+    sentence += (
+        f" = {limit:.4g}, which is not so here. To keep the trajectory try the range; the learning rate that reaches"
+        " a loss in the fewest steps is another question: for optimizers that step by the sign of the gradient it is"
+        " largest at a batch of about B_simple and falls beyond it (Li et al. 2024)."
+    )
+    yield Check("rules_agree", False, larger, limit, sentence)
 
 
 def _warm_up(present: AdamConfiguration, advised: AdamConfiguration) -> Check:
@@ -123,7 +130,7 @@ def _epochs(present: AdamConfiguration, advised: AdamConfiguration) -> Check:
 
 def _decoupled_decay(present: AdamConfiguration, advised: AdamConfiguration) -> Iterator[Check]:
     # Each step shrinks the weights by ε wd, an epoch of N/B steps by ε wd N/B. The rule makes of it
-    # (ε √κ) wd N/(κ B) = (ε wd N/B)/√κ, so wd √κ keeps it; in the SDE, whose time is ε² a step, likewise.
+    # (ε √κ) wd N/(κ B) = (ε wd N/B)/√κ, so wd √κ keeps it; in the SDE, whose time is ε² a step, too.
     root = math.sqrt(advised.batch_size / present.batch_size)
     if abs(root - 1) <= 1e-9:
         return
@@ -133,7 +140,9 @@ def _decoupled_decay(present: AdamConfiguration, advised: AdamConfiguration) -> 
         root,
         1.0,
         "Decoupled weight decay (AdamW) shrinks the weights by lr * weight_decay * N/B an epoch, which the rule"
-        f" divides by sqrt(kappa): to keep it, multiply weight_decay by sqrt(kappa) = {root:.6g}. An L2 penalty"
-        " inside the gradient (Adam) needs no change.",
+        f" divides by sqrt(kappa): to keep it, multiply weight_decay by sqrt(kappa) = {root:.6g}."
+        + (
+            "" if present.reduction == "sum" else " An L2 penalty inside the gradient (Adam) needs no change."
+        ),
         action=True,
     )

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from lightning_bayes.functional._validation import (
     ROUNDING,
     batch_within_dataset,
+    check_reduction,
     count,
     fraction,
     non_negative,
     positive,
 )
-from lightning_bayes.functional.configuration import NoSolutionError
+from lightning_bayes.functional.configuration import NoSolutionError, Reduction
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class AdamConfiguration:
         betas: every decay rate of a running average, each in [0, 1): (β1, β2) of Adam, (alpha,) of RMSprop.
         eps: the constant beside the root mean square, at least 0.
         dataset_size: N if known. The rule does not depend on it.
+        reduction: of the loss over the examples of one training_step: "mean" or "sum". The step of these optimizers
+            does not depend on a factor of the loss, but eps is compared with the gradient and so does.
+        averaged_batches: as in `Configuration`.
 
     Raises:
         ValueError: naming the argument, if one is not a number, not finite or outside its domain.
@@ -36,8 +40,12 @@ class AdamConfiguration:
     betas: tuple[float, ...] = (0.9, 0.999)
     eps: float = 1e-8
     dataset_size: int | None = None
+    reduction: Reduction = "mean"
+    averaged_batches: int = 1
 
     def __post_init__(self) -> None:
+        check_reduction(self.reduction)
+        count("averaged_batches", self.averaged_batches)
         non_negative("learning_rate", self.learning_rate)
         positive("batch_size", self.batch_size)
         if not isinstance(self.betas, tuple):
@@ -53,6 +61,11 @@ class AdamConfiguration:
     def noise_scale(self) -> float:
         """The invariant ε/√B, as `adam_noise_scale` documents it."""
         return self.learning_rate / math.sqrt(self.batch_size)
+
+    @property
+    def summed_examples(self) -> float:
+        """b, the examples that the loss of one training_step sums: B / averaged_batches; 1 for a mean."""
+        return self.batch_size / self.averaged_batches if self.reduction == "sum" else 1.0
 
     @property
     def largest_batch_size(self) -> float:
@@ -115,7 +128,8 @@ def square_root_rule(
     B → κB,   ε → ε√κ,   1-β → κ(1-β) for every β,   eps → eps/√κ
 
     Args:
-        present: the configuration to start from; its learning rate is above 0.
+        present: the configuration to start from; its learning rate is above 0. For a summed loss, whose gradient is
+            b times that of the mean, eps is b times as large too: eps → eps √κ with as many averaged batches.
         batch_size: B', so that κ = B'/B.
         learning_rate: ε', so that κ = (ε'/ε)², in place of `batch_size`. Without either κ is 1.
 
@@ -150,5 +164,5 @@ def square_root_rule(
         learning_rate=learning_rate,
         batch_size=batch_size,
         betas=tuple(1 - kappa * (1 - beta) for beta in present.betas),
-        eps=present.eps / math.sqrt(kappa),
+        eps=present.eps * math.sqrt(kappa) if present.reduction == "sum" else present.eps / math.sqrt(kappa),
     )

@@ -11,9 +11,10 @@ from lightning_bayes.functional.checks import checks_of
 from lightning_bayes.functional.configuration import Configuration, NoSolutionError, Targets, Unknown
 from lightning_bayes.functional.equations import exact_equation, linear_equation, noise_scale_equation
 from lightning_bayes.functional.group_advice import GroupAdvice
-from lightning_bayes.functional.reach import largest_batch_size, reach_note
+from lightning_bayes.functional.reach import furthest, reach_note
 from lightning_bayes.functional.scaling import Move, Rule, solve
 from lightning_bayes.functional.summary import no_solution
+from lightning_bayes.functional.summed_loss import unit_note
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Advice(GroupAdvice[Configuration, Move]):
     def linear(self) -> Configuration | None:
         """The first move, by the linear rule."""
         return self.moves[0].linear
+
+    @property
+    def safe(self) -> Configuration | None:
+        """The largest part of the first move that no check fails; None where every part fails one."""
+        return self.moves[0].safe
 
 
 def advise(
@@ -55,13 +61,14 @@ def advise(
     rate. With both, g changes; the two moves are the single changes of a target that restore it.
 
     Args:
-        configuration: the present one; its learning rate is above 0.
+        configuration: the present one; its learning rate is above 0. With a summed loss it and every learning rate
+            here are those of the sum, for the batch that goes with them.
         target_batch_size: B', examples per optimizer step; whole, at most the (target) dataset size.
         target_learning_rate: ε', above 0.
         target_momentum: m', in [0, 1).
         target_dataset_size: N'; whole.
         gradient_noise_scale: measured B_simple = tr Σ/‖G‖² in examples; NaN where it was not resolved.
-        largest_eigenvalue: measured h of the Hessian of the mean loss.
+        largest_eigenvalue: measured h of the Hessian of the mean loss, whatever the reduction.
         ema_decay: ρ in [0, 1) of an average of the weights, if there is one.
         name: copied into the advice.
 
@@ -80,13 +87,22 @@ def advise(
     positive("learning_rate", configuration.learning_rate)
     goal = targets.fixed(configuration)
     unchanged = goal.configuration() if goal.batch_size <= goal.dataset_size else None
-    moves = tuple(_move(configuration, targets, unknown, measured) for unknown in targets.unknowns())
+    moves = tuple(_bounded(configuration, targets, unknown, measured) for unknown in targets.unknowns())
+    unit = unit_note(configuration.reduction, configuration.averaged_batches)
+    reach = reach_note(configuration, targets, moves[0]) if len(moves) == 1 else None
     notes = (
-        *_reach(configuration, targets, measured, moves),
+        *(note for note in (reach, unit) if note is not None),
         *_notes(configuration, targets, unchanged, moves),
     )
     equation = noise_scale_equation(configuration)
     return Advice(configuration, unchanged, moves, notes, equation, name, targets.given())
+
+
+def _bounded(present: Configuration, targets: Targets, unknown: Unknown, measured: Measurements) -> Move:
+    """The move, and how much of it no check fails."""
+    move = _move(present, targets, unknown, measured)
+    safe, limits = furthest(present, targets, lambda part: _move(present, part, unknown, measured))
+    return replace(move, safe=safe.solution if isinstance(safe, Move) else None, limited_by=limits)
 
 
 def _move(present: Configuration, targets: Targets, unknown: Unknown, measured: Measurements) -> Move:
@@ -123,22 +139,6 @@ def _solution(
     return solution, ""
 
 
-def _reach(
-    present: Configuration, targets: Targets, measured: Measurements, moves: tuple[Move, ...]
-) -> Iterator[str]:
-    """How far a growing batch may go, where the target goes too far."""
-    if targets.batch_size is None or len(moves) > 1 or moves[0].verdict not in ("doubtful", "impossible"):
-        return
-
-    def move_to(batch_size: int) -> Move:
-        return _move(present, replace(targets, batch_size=batch_size), "learning_rate", measured)
-
-    found = largest_batch_size(present.batch_size, targets.batch_size, lambda batch: move_to(batch).checks)
-    exact = None if found is None else move_to(found).exact
-    if found is not None and exact is not None:
-        yield reach_note(found, exact.learning_rate)
-
-
 def _notes(
     present: Configuration, targets: Targets, unchanged: Configuration | None, moves: tuple[Move, ...]
 ) -> Iterator[str]:
@@ -152,7 +152,7 @@ def _notes(
         return
     if unchanged is not None:
         before, after = present.noise_scale, unchanged.noise_scale
-        times = f", {after / before:.3g} times the present one" if before > 0 else ""
+        times = f", {after / before:.3g} times the present one" if before > 0 and after > 0 else ""
         yield f"With both targets the noise scale goes from {before:.6g} to {after:.6g}{times}."
     goal = targets.fixed(present)
     for move in moves:

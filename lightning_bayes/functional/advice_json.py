@@ -122,6 +122,8 @@ def _number(value: Any) -> Any:
 def _configuration(found: Mapping[str, Any]) -> Any:
     names = ("learning_rate", "batch_size", "dataset_size")
     common = {name: _number(found[name]) for name in names}
+    # Files from before the reduction was written are taken to be of means, as they were then.
+    common |= {name: found[name] for name in ("reduction", "averaged_batches") if name in found}
     if found["optimizer"] == "adam":
         return AdamConfiguration(**common, betas=tuple(found["betas"]), eps=found["eps"])
     others = {name: found[name] for name in ("momentum", "dampening", "nesterov")}
@@ -155,6 +157,8 @@ def _advice(found: Mapping[str, Any]) -> Advice | AdamAdvice:
                 tuple(move["why"]),
                 _maybe(move["linear"]),
                 _checks(move["checks"]),
+                _maybe(move.get("safe")),
+                tuple(move.get("limited_by", ())),
             )
             for move in found["moves"]
         )
@@ -166,6 +170,8 @@ def _advice(found: Mapping[str, Any]) -> Advice | AdamAdvice:
             _maybe(move["linear"]),
             tuple(move["why"]),
             _checks(move["checks"]),
+            _maybe(move.get("safe")),
+            tuple(move.get("limited_by", ())),
         )
         for move in found["moves"]
     )

@@ -51,7 +51,7 @@ def checks_of(
     yield from whole_batch(exact, "the noise scale")
     yield from _epochs_and_steps(present, exact)
     yield from weight_ema(present, exact, measured)
-    yield from weight_decay(present.dataset_size, exact.dataset_size)
+    yield from weight_decay(present, exact)
 
 
 def _rules_agree(exact: Configuration, linear: Configuration, unknown: Unknown) -> Check:
@@ -70,26 +70,30 @@ def _rules_agree(exact: Configuration, linear: Configuration, unknown: Unknown) 
 
 
 def _stability(present: Configuration, exact: Configuration, measured: Measurements) -> Iterator[Check]:
-    h, rate = measured.largest_eigenvalue, exact.learning_rate
+    # Of the mean loss, as h is; sentences speak of the learning rate that the user sets.
+    h, rate, unit = measured.largest_eigenvalue, exact.mean_learning_rate, exact.summed_examples
     edge = stability_edge(exact.momentum, exact.dampening, nesterov=exact.nesterov)
     if h is None:
         before = stability_edge(present.momentum, present.dampening, nesterov=present.nesterov)
-        if rate / edge > present.learning_rate / before * (
+        if rate / edge > present.mean_learning_rate / before * (
             1 + 1e-9
         ):  # nearer to the edge than a run that trains
             yield from _stability_not_measured(exact, edge / rate)
         return
     largest = edge / h if h > 0 else math.inf
     sentence = (
-        f"The learning rate of {rate:.6g} is below the largest stable one, {largest:.4g}, at h = {h:.4g}."
+        f"The learning rate of {rate / unit:.6g} is below the largest stable one, {largest / unit:.4g}, at"
+        f" h = {h:.4g}."
     )
-    if rate >= largest:
+    if h <= 0:
+        sentence = f"Every learning rate is stable: no direction has positive curvature (h = {h + 0.0:.4g})."
+    elif rate >= largest:
         sentence = (
-            f"The learning rate of {rate:.6g} is not below the largest stable one, {_edge(exact, 'h')} ="
-            f" {largest:.4g} at the measured curvature h = {h:.4g}: expect training to diverge, unless a"
+            f"The learning rate of {rate / unit:.6g} is not below the largest stable one, {_edge(exact, 'h')} ="
+            f" {largest / unit:.4g} at the measured curvature h = {h:.4g}: expect training to diverge, unless a"
             " warm-up leads it to flatter weights."
         )
-    yield Check("stability", rate < largest, rate, largest, sentence)
+    yield Check("stability", rate < largest, rate / unit, largest / unit, sentence)
     factor = variance_inflation(rate, max(h, 0.0), exact.momentum, exact.dampening, nesterov=exact.nesterov)
     passed = 1 / LARGEST_VARIANCE <= factor <= LARGEST_VARIANCE
     limits = f"{'at most' if factor <= LARGEST_VARIANCE else 'above'} {LARGEST_VARIANCE:g}"
@@ -99,6 +103,8 @@ def _stability(present: Configuration, exact: Configuration, measured: Measureme
         f"In the sharpest direction the weights vary {factor:.4g} times as much as the noise scale says"
         f" ({limits})."
     )
+    if math.isinf(factor):
+        sentence = "In the sharpest direction the weights have no stationary variance: the steps grow there."
     if not passed:
         sentence += " The noise scale is no longer the whole story there."
     yield Check("variance", passed, factor, LARGEST_VARIANCE, sentence)
@@ -114,18 +120,15 @@ def _stability_not_measured(exact: Configuration, curvature: float) -> Iterator[
         f" stays below {_edge(exact, 'lr')} = {curvature:.4g}; it is not measured here (`Stability` does).",
     )
     most = _largest_curvature(exact)
-    yield Check(
-        "variance",
-        None,
-        None,
-        LARGEST_VARIANCE,
-        f"The noise scale is the whole story only while that curvature stays below {most:.4g}.",
-    )
+    sentence = f"The noise scale is the whole story only while that curvature stays below {most:.4g}."
+    if math.isinf(most):
+        sentence = "The noise scale is the whole story at every curvature that is stable."
+    yield Check("variance", None, None, LARGEST_VARIANCE, sentence)
 
 
 def _largest_curvature(configuration: Configuration) -> float:
     """The curvature up to which `variance_inflation` is within its limits."""
-    m, rate = configuration.momentum, configuration.learning_rate
+    m, rate = configuration.momentum, configuration.mean_learning_rate
     edge = stability_edge(m, configuration.dampening, nesterov=configuration.nesterov)
     if not configuration.nesterov:  # 1/(1 - r) = 1.1
         return edge * (1 - 1 / LARGEST_VARIANCE) / rate
@@ -146,6 +149,8 @@ def _largest_curvature(configuration: Configuration) -> float:
 
 def _edge(configuration: Configuration, below: str) -> str:
     """The formula of the edge, for the momentum at hand."""
+    if configuration.reduction == "sum":  # the examples that are summed, over which h is a mean
+        below = f"({below} * {configuration.summed_examples:.6g})"
     if configuration.nesterov:
         return f"2 (1 + m)/((1 + 2 m) {below})"
     if configuration.dampening > 0:
@@ -154,7 +159,8 @@ def _edge(configuration: Configuration, below: str) -> str:
 
 
 def _warm_up(present: Configuration, exact: Configuration) -> Check:
-    ratio = exact.learning_rate / present.learning_rate
+    ratio = exact.mean_learning_rate / present.mean_learning_rate
+    on = " on the mean loss" if exact.reduction == "sum" else ""
     if ratio <= 1 + 1e-9:
         return Check("warm_up", True, ratio, 1.0, "The learning rate does not grow: no warm-up.", action=True)
     return Check(
@@ -162,8 +168,8 @@ def _warm_up(present: Configuration, exact: Configuration) -> Check:
         False,
         ratio,
         1.0,
-        f"The learning rate grows {ratio:.4g} times: warm it up from {present.learning_rate:.6g} over about 5"
-        " epochs (Goyal et al. 2017).",
+        f"The learning rate{on} grows {ratio:.4g} times: warm it up from {exact.learning_rate / ratio:.6g} over"
+        " about 5 epochs (Goyal et al. 2017).",
         action=True,
     )
 

@@ -139,16 +139,28 @@ def weight_ema(
         )
 
 
-def weight_decay(before: int | None, after: int | None) -> Iterator[Check]:
-    """The prior that an L2 penalty is, where the number of examples N changes."""
-    if before is None or after is None or before == after:
+def weight_decay(present: AnyConfiguration, solution: AnyConfiguration) -> Iterator[Check]:
+    """The prior that an L2 penalty is, λ = N · weight_decay / b, where N changes or the b examples of a sum."""
+    if present.dataset_size is None or solution.dataset_size is None:
+        data = 1.0
+    else:
+        data = present.dataset_size / solution.dataset_size
+    # A loss summed over b examples is b times the mean, beside the same penalty.
+    factor = data * (solution.summed_examples / present.summed_examples)
+    if data == 1 and solution.summed_examples == present.summed_examples:
         return
+    before, after = present.dataset_size, solution.dataset_size
+    shown, precision = f"N/N' = {before}/{after}", "N * weight_decay"
+    if solution.summed_examples != present.summed_examples:
+        b, other = f"{solution.summed_examples:.6g}", f"{present.summed_examples:.6g}"
+        shown = f"b'/b = {b}/{other}" if data == 1 else f"N b'/(N' b) = {before} * {b}/({after} * {other})"
+        precision = "N * weight_decay / b beside a loss that sums b examples"
     yield Check(
         "weight_decay",
         False,
-        before / after,
+        factor,
         1.0,
-        "An L2 penalty is a prior of precision N * weight_decay: to keep it, multiply weight_decay"
-        f" by N/N' = {before}/{after} = {before / after:.6g}.",
+        f"An L2 penalty is a prior of precision {precision}: to keep it, multiply weight_decay"
+        f" by {shown} = {factor:.6g}.",
         action=True,
     )

@@ -88,7 +88,13 @@ class Comparison:
         numbers = f"{here}, and {there} in the reference{where}"
         if not self.differs:
             return f"{quantity} is {numbers}: the same within {TOLERANCE:.0%}."
-        return " ".join((f"{quantity} is {numbers}: {self.ratio:.4g} times.", *self._remedies()))
+        return " ".join((f"{quantity} is {numbers}{self._times()}.", *self._remedies()))
+
+    def _times(self) -> str:
+        """How many times the reference's, where both have noise."""
+        if self.reference_noise_scale == 0 or self.present.noise_scale == 0:
+            return ", of which one has no noise" if self.ratio != 1 else ""
+        return f": {self.ratio:.4g} times" if math.isfinite(self.ratio) else ""
 
     def _remedies(self) -> Iterator[str]:
         changes = [_phrase(change, self.reference_noise_scale) for change in self.restorations]
@@ -151,13 +157,14 @@ def compare(
         restorations = tuple(_adam_restorations(present, scale))
         expected = None
         if isinstance(known, AdamConfiguration) and known.learning_rate > 0:
-            expected = _expected(known, present.batch_size)
+            expected = _expected(known, present)
         return Comparison(present, known, scale, restorations, expected, name, source)
     return Comparison(present, known, scale, tuple(_restorations(present, scale)), None, name, source)
 
 
 def _restorations(present: Configuration, scale: float) -> Iterator[Restoration]:
-    rate, batch, examples = present.learning_rate, present.batch_size, present.dataset_size
+    # Of the mean loss, as the noise scale is.
+    rate, batch, examples = present.mean_learning_rate, present.batch_size, present.dataset_size
     factor = momentum_factor(present.momentum, present.dampening)
     ratio = (examples - batch) / batch
     if scale == 0:
@@ -165,10 +172,12 @@ def _restorations(present: Configuration, scale: float) -> Iterator[Restoration]
         yield Restoration("batch_size", examples, 0.0)
         return
     if ratio > 0:
-        yield Restoration("learning_rate", scale / (ratio * factor), scale)
+        yield Restoration("learning_rate", scale / (ratio * factor) / present.summed_examples, scale)
     if rate == 0:
         return
     solved = examples / (1 + scale / (rate * factor))
+    if present.reduction == "sum":  # the learning rate of the sum stays, that on the mean goes with the batch
+        solved = examples - scale * present.averaged_batches / (present.learning_rate * factor)
     if solved >= 1:
         yield _rounded(present, "batch_size", solved)
     momentum = 1 - rate * ratio * (1 - present.dampening) / scale
@@ -196,11 +205,25 @@ def _adam_restorations(present: AdamConfiguration, scale: float) -> Iterator[Res
         yield Restoration("batch_size", batch, whole.noise_scale)
 
 
-def _expected(reference: AdamConfiguration, batch_size: float) -> AdamConfiguration | None:
+def _expected(reference: AdamConfiguration, present: AdamConfiguration) -> AdamConfiguration | None:
+    # eps is compared with the gradient, which a sum over b examples makes b times as large.
+    known = replace(
+        reference,
+        eps=reference.eps / reference.summed_examples,
+        dataset_size=None,
+        reduction="mean",
+        averaged_batches=1,
+    )
     try:
-        return square_root_rule(replace(reference, dataset_size=None), batch_size=batch_size)
+        moved = square_root_rule(known, batch_size=present.batch_size)
     except NoSolutionError:
         return None  # outside the rule's domain no betas go with the batch
+    return replace(
+        moved,
+        eps=moved.eps * present.summed_examples,
+        reduction=present.reduction,
+        averaged_batches=present.averaged_batches,
+    )
 
 
 def _phrase(change: Restoration, goal: float) -> str:

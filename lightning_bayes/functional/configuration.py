@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from lightning_bayes.functional._validation import (
     batch_within_dataset,
+    check_reduction,
     count,
     fraction,
     non_negative,
@@ -15,6 +16,7 @@ from lightning_bayes.functional._validation import (
 from lightning_bayes.functional.noise_scale import momentum_factor, steady_state_noise_scale
 
 Unknown = Literal["learning_rate", "batch_size"]
+Reduction = Literal["mean", "sum"]
 
 
 class NoSolutionError(ValueError):
@@ -26,12 +28,15 @@ class Configuration:
     """What the noise scale of SGD depends on, checked at construction.
 
     Attributes:
-        learning_rate: ε on the mean loss; at least 0 (schedules pass through 0, where g is 0).
+        learning_rate: ε on the loss as training_step returns it; at least 0 (schedules pass through 0, where g is 0).
         batch_size: B, examples per optimizer step, in (0, N]; a solved batch size is not rounded.
         dataset_size: N, training examples.
         momentum: m, in [0, 1).
         dampening: τ, in [0, 1).
         nesterov: whether the momentum is Nesterov's. g is the same; the largest stable learning rate is not.
+        reduction: of the loss that the learning rate is for, over the examples of one training_step: "mean" or "sum".
+        averaged_batches: training_steps whose losses an optimizer step averages, accumulated batches x replicas;
+            whole. A sum is over B / averaged_batches examples; for a mean it does not matter.
 
     Raises:
         ValueError: naming the argument, if one is not a number, not finite or outside its domain.
@@ -43,8 +48,12 @@ class Configuration:
     momentum: float = 0.0
     dampening: float = 0.0
     nesterov: bool = False
+    reduction: Reduction = "mean"
+    averaged_batches: int = 1
 
     def __post_init__(self) -> None:
+        check_reduction(self.reduction)
+        count("averaged_batches", self.averaged_batches)
         non_negative("learning_rate", self.learning_rate)
         positive("batch_size", self.batch_size)
         count("dataset_size", self.dataset_size)
@@ -61,15 +70,46 @@ class Configuration:
 
     @property
     def noise_scale(self) -> float:
-        """The SGD noise scale g = ε (N/B - 1) (1 - τ) / (1 - m), as `sgd_noise_scale` documents it."""
+        """The SGD noise scale g = ε (N/B - 1) (1 - τ) / (1 - m), as `sgd_noise_scale` documents it; ε on the mean."""
         factor = momentum_factor(self.momentum, self.dampening)
-        return steady_state_noise_scale(self.learning_rate, self.batch_size, self.dataset_size, factor)
+        return steady_state_noise_scale(self.mean_learning_rate, self.batch_size, self.dataset_size, factor)
 
     @property
     def time_per_epoch(self) -> float:
         """Training time that one epoch covers, ε (N/B) (1 - τ) / (1 - m): what the linear rule keeps."""
         factor = momentum_factor(self.momentum, self.dampening)
-        return self.learning_rate * (self.dataset_size / self.batch_size) * factor
+        return self.mean_learning_rate * (self.dataset_size / self.batch_size) * factor
+
+    @property
+    def summed_examples(self) -> float:
+        """b, the examples that the loss of one training_step sums: B / averaged_batches; 1 for a mean.
+
+        An optimizer step goes down 1/(k R) of the sum over all B examples, k batches being accumulated on R
+        replicas: b = B/(k R) times the mean loss.
+        """
+        return self.batch_size / self.averaged_batches if self.reduction == "sum" else 1.0
+
+    @property
+    def mean_learning_rate(self) -> float:
+        """The learning rate on the mean loss that makes the same steps: ε b, with `summed_examples` b."""
+        return self.learning_rate * self.summed_examples
+
+    @property
+    def on_the_mean(self) -> Configuration:
+        """The same run with a mean in place of a sum."""
+        return replace(self, learning_rate=self.mean_learning_rate, reduction="mean", averaged_batches=1)
+
+    def summed_like(self, other: Configuration) -> Configuration:
+        """This run of a mean loss with the reduction of another, at the learning rate that makes the same steps."""
+        if other.reduction == "mean":
+            return self
+        b = self.batch_size / other.averaged_batches
+        return replace(
+            self,
+            learning_rate=self.learning_rate / b,
+            reduction="sum",
+            averaged_batches=other.averaged_batches,
+        )
 
     @property
     def steps_per_epoch(self) -> float:
@@ -110,6 +150,8 @@ class Targets:
                 "Expected at least one of `target_batch_size`, `target_learning_rate`, `target_momentum` and"
                 " `target_dataset_size` to be given, but got None for all four."
             )
+        if self.dataset_size is not None:
+            self.check_against(self.dataset_size)
 
     def check_against(self, dataset_size: int) -> None:
         """Raises a ValueError if the target batch is larger than the training set it is drawn from."""
@@ -141,6 +183,8 @@ class Targets:
             # Dampening acts on what enters the momentum buffer. Without momentum there is no buffer.
             dampening=0.0 if self.momentum == 0 else present.dampening,
             nesterov=present.nesterov and momentum > 0,
+            reduction=present.reduction,
+            averaged_batches=present.averaged_batches,
         )
 
 
@@ -154,6 +198,8 @@ class Goal:
     momentum: float
     dampening: float
     nesterov: bool
+    reduction: Reduction = "mean"
+    averaged_batches: int = 1
 
     def configuration(self) -> Configuration:
         """The same values as a checked `Configuration`."""
@@ -164,4 +210,6 @@ class Goal:
             self.momentum,
             self.dampening,
             self.nesterov,
+            self.reduction,
+            self.averaged_batches,
         )

@@ -8,12 +8,19 @@ from typing import Literal
 from lightning_bayes.functional._validation import count, positive
 from lightning_bayes.functional.adam_scaling import AdamConfiguration, square_root_rule
 from lightning_bayes.functional.check import Check, Verdict, verdict
-from lightning_bayes.functional.configuration import Configuration, Goal, NoSolutionError, Targets, Unknown
+from lightning_bayes.functional.configuration import (
+    Configuration,
+    Goal,
+    NoSolutionError,
+    Targets,
+    Unknown,
+)
 from lightning_bayes.functional.noise_scale import (
     batch_size_for_noise_scale,
     momentum_factor,
     steady_state_learning_rate,
 )
+from lightning_bayes.functional.summed_loss import summed_batch_size
 
 Rule = Literal["exact", "linear", "sqrt"]
 
@@ -28,6 +35,9 @@ class Move:
         linear: the configuration by B ∝ ε N / (1 - m); None where it leaves the training set.
         why: the equations with their numbers put in, exact first.
         checks: what the move was held against, and what is to be done with it.
+        safe: the largest move of this kind that no check fails: `exact` where none fails, else one that goes a part
+            of the way to the targets; None where every one fails.
+        limited_by: the checks that fail beyond `safe`, by name.
     """
 
     solved_for: Unknown
@@ -35,6 +45,8 @@ class Move:
     linear: Configuration | None
     why: tuple[str, ...]
     checks: tuple[Check, ...] = ()
+    safe: Configuration | None = None
+    limited_by: tuple[str, ...] = ()
 
     @property
     def solution(self) -> Configuration | None:
@@ -115,7 +127,8 @@ def solve(present: Configuration, targets: Targets, rule: Rule, unknown: Unknown
     """`rescale` for values already gathered; a target for the unknown itself is disregarded.
 
     Args:
-        present: the configuration whose noise scale is kept; its learning rate is above 0.
+        present: the configuration whose noise scale is kept; its learning rate is above 0. With a summed loss both
+            it and the new one are of the sum over the examples of one training_step, with as many averaged batches.
         targets: what changes.
         rule: "exact", "linear" or "sqrt".
         unknown: "learning_rate" or "batch_size".
@@ -130,6 +143,11 @@ def solve(present: Configuration, targets: Targets, rule: Rule, unknown: Unknown
     if not isinstance(rule, str) or rule not in rules:
         raise ValueError(f'Expected argument `rule` to be "exact", "linear" or "sqrt", but got {rule!r}.')
     positive("learning_rate", present.learning_rate)
+    if present.reduction == "sum":
+        if unknown == "learning_rate":
+            return solve(present.on_the_mean, targets, rule, unknown).summed_like(present)
+        batch_size = summed_batch_size(present, targets.fixed(present), rule)
+        return replace(targets.fixed(present), batch_size=batch_size).configuration()
     goal = targets.fixed(present)
     if unknown == "learning_rate":
         targets.check_against(present.dataset_size)

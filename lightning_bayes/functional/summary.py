@@ -28,19 +28,50 @@ class AnyMove(Protocol):
     def checks(self) -> tuple[Check, ...]: ...  # noqa: D102
 
     @property
+    def safe(self) -> Configuration | AdamConfiguration | None: ...  # noqa: D102
+
+    @property
+    def limited_by(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
     def verdict(self) -> Verdict: ...  # noqa: D102
 
 
 def headline(targets: Mapping[str, float], moves: Sequence[AnyMove]) -> str:
     """The answer in one line: what is given, what follows from it, how sure that is, can the Trainer do it.
 
+    Where a check fails the largest move that none fails comes first: it is the one to take.
+
     Args:
         targets: what is given, by the names of its fields.
         moves: the ways to keep the noise.
 
     Returns:
-        Such as "batch 8192: lr 3.807 (linear 3.2); doubtful, 2 of 6 checks fail; Trainer: yes".
+        Such as "batch 2048: lr 0.8299 (linear 0.8); safe, 6 checks pass; Trainer: yes", or "up to batch 5000: lr
+        2.159 (batch size limits it); asked, batch 8192: lr 3.807 (linear 3.2); doubtful, 2 of 6 checks fail".
     """
+    passing = [move for move in moves if move.verdict in ("safe", "unverified")]
+    if not passing:
+        firsts = dict.fromkeys(_largest_safe(targets, move) for move in moves)
+        return f"{', or '.join(firsts)}; asked, {_asked(targets, moves)}"
+    # What passes is the answer: the others come after it.
+    return _asked(targets, [*passing, *(move for move in moves if move not in passing)])
+
+
+def _largest_safe(targets: Mapping[str, float], move: AnyMove) -> str:
+    """The part of a move that no check fails, and which check limits it."""
+    limits = " and ".join(name.replace("_", " ") for name in move.limited_by) or "every check"
+    verb = "limit it" if len(move.limited_by) > 1 else "limits it"
+    if move.safe is None:
+        return f"no move to a new {move.solved_for.replace('_', ' ')} passes ({limits})"
+    # With both targets one of them is in the place of the value that is solved for.
+    given = [name for name in targets if name != move.solved_for]
+    parts = ", ".join(f"{SHORT[name]} {_solved(getattr(move.safe, name))}" for name in given)
+    value = _solved(getattr(move.safe, move.solved_for))
+    return f"up to {parts}: {SHORT[move.solved_for]} {value} ({limits} {verb})"
+
+
+def _asked(targets: Mapping[str, float], moves: Sequence[AnyMove]) -> str:
     given = ", ".join(f"{SHORT[name]} {_number(value)}" for name, value in targets.items())
     if {"batch_size", "learning_rate"} <= targets.keys():
         # Both leave nothing to solve for: either of them, in place of its target, restores the noise.

@@ -37,7 +37,8 @@ def test_table(capsys):
     text = printed(capsys, *RUN, "--target-batch-size", "8192")
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     assert lines[0] == "Scaling advice for SGD"
-    assert lines[1] == "batch 8192: lr 3.807 (linear 3.2); doubtful, 2 of 6 checks fail"
+    assert lines[1] == "up to batch 5000: lr 2.159 (batch size limits it)"
+    assert lines[2] == "asked, batch 8192: lr 3.807 (linear 3.2); doubtful, 2 of 6 checks fail"
     assert max(map(len, text.splitlines())) <= 80
 
 

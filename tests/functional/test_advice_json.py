@@ -46,7 +46,7 @@ def test_round_trip(saved):
 
 def test_what_a_reader_finds():
     (advice,) = json.loads(SAVED[0].to_json())["advice"]
-    assert advice["verdict"] == "doubtful" and advice["summary"].startswith("batch 8192: lr 3.807")
+    assert advice["verdict"] == "doubtful" and "; asked, batch 8192: lr 3.807" in advice["summary"]
     assert advice["present"]["noise_scale"] == pytest.approx(SGD.noise_scale)
     (move,) = advice["moves"]
     assert move["range"] == pytest.approx([3.2, 3.80742], rel=1e-5)
