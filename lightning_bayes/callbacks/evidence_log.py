@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
 from lightning_bayes.evidence import Evidence
 
-__all__ = ["UNAVAILABLE", "logged_values"]
+__all__ = ["KEYS", "UNAVAILABLE", "evidence_from", "logged_values"]
 
 UNAVAILABLE = (
     "log_evidence",
@@ -17,12 +19,37 @@ UNAVAILABLE = (
 )
 """Keys that are logged as NaN when an epoch has no evidence, so that curves show the gap."""
 
+KEYS = (
+    *UNAVAILABLE,
+    "log_evidence_ratio",
+    "log_evidence_best_prior",
+    "log_evidence_stderr",
+    "lower",
+    "lower_stderr",
+    "upper",
+    "noise_variance",
+    "prior_optimized",
+    "prior_precision",
+)
+"""All keys."""
+
+
+def evidence_from(stored: Mapping[str, Any]) -> Evidence:
+    """An Evidence from the fields that a checkpoint of this or another version holds.
+
+    Raises:
+        TypeError: If fields without a default are missing.
+    """
+    known = {field.name for field in fields(Evidence)}
+    return Evidence(**{name: value for name, value in stored.items() if name in known})
+
 
 def logged_values(evidence: Evidence) -> dict[str, float]:
     """Numbers by the end of their keys; bounds where they are finite, standard errors where they are not 0."""
-    names = (*UNAVAILABLE, "log_evidence_ratio", "noise_variance")
+    names = (*UNAVAILABLE, "log_evidence_ratio", "log_evidence_best_prior", "noise_variance")
     values = {name: getattr(evidence, name) for name in names if getattr(evidence, name) is not None}
     values |= {name: bound for name in ("lower", "upper") if math.isfinite(bound := getattr(evidence, name))}
+    values["prior_optimized"] = float(evidence.prior_optimized)
     if evidence.log_evidence_stderr > 0.0:
         values["log_evidence_stderr"] = evidence.log_evidence_stderr
     if evidence.lower_stderr > 0.0:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from functools import cached_property
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -21,9 +22,10 @@ from lightning_bayes.callbacks.gradient_noise.checks import (
 )
 from lightning_bayes.callbacks.gradient_noise.copied_gradients import CopiedGradients
 from lightning_bayes.callbacks.gradient_noise.metric import GradientNoiseMetric
-from lightning_bayes.callbacks.gradient_noise.parts import layer_of, layers_of, logged_values
+from lightning_bayes.callbacks.gradient_noise.parts import KEYS, layer_of, layers_of, logged_values
 from lightning_bayes.callbacks.gradient_noise.training_gradients import TrainingGradients
 from lightning_bayes.callbacks.gradient_noise.two_batch_sizes import TwoBatchSizes
+from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
 from lightning_bayes.callbacks.step_logging import log_step
 from lightning_bayes.callbacks.trainer_inputs import step_batch_size
 from lightning_bayes.curvature.capture import WAY_OUT
@@ -39,7 +41,7 @@ NOT_MEASURED = "not measured yet"
 RESOLVED = "resolved"
 
 
-class GradientNoiseScale(Callback):
+class GradientNoiseScale(MeasuringCallback):
     r"""Measures the noise in the gradients, and logs the batch size up to which it is worth averaging it away.
 
     B_simple = tr Σ / ‖G‖²
@@ -76,6 +78,8 @@ class GradientNoiseScale(Callback):
             in eval mode, on a batch cut into four. "auto" is "per_example" where the loss can be read, else
             "micro_batches" where a step has two or more, else "split_batch", and says why.
         per_layer: whether to log `gradient_noise_scale/<layer>` for each module that holds parameters.
+        on_error: "warn" for one warning, NaN under the keys and a fit that goes on, where this Trainer, module, loss or
+            dataset does not allow the measurement; "raise" for an error.
 
     Attributes:
         estimate: the averages in force, `GradientNoise | None`.
@@ -83,9 +87,9 @@ class GradientNoiseScale(Callback):
         status: whether B_simple is resolved, or why it is not.
 
     Raises:
-        ValueError: at construction for an argument outside its domain; before the first step for manual
-            optimization, LBFGS, sharded weights, batches of one example, or a training_step that `method` cannot
-            read.
+        ValueError: at construction for an argument outside its domain; at the start of fit for a second
+            GradientNoiseScale under the same keys. Manual optimization, LBFGS, sharded weights, batches of one example,
+            and a training_step that `method` cannot read are what `on_error` is about.
 
     Example::
 
@@ -95,6 +99,12 @@ class GradientNoiseScale(Callback):
         McCandlish et al., An Empirical Model of Large-Batch Training, 2018, arXiv:1812.06162.
     """
 
+    LOGGED = KEYS
+    ALWAYS_LOGGED = KEYS
+    LESS_MEMORY = (
+        'Give method="micro_batches" with accumulate_grad_batches of 2 or more: it takes the gradients of training.'
+    )
+
     def __init__(
         self,
         *,
@@ -103,8 +113,9 @@ class GradientNoiseScale(Callback):
         log_key_prefix: str = "bayes/",
         method: GradientMethod = "auto",
         per_layer: bool = False,
+        on_error: OnError = "warn",
     ) -> None:
-        super().__init__()
+        super().__init__(on_error)
         self.every_n_steps = count("every_n_steps", every_n_steps)
         self.ema = fraction("ema", ema)
         self.log_key_prefix = string("log_key_prefix", log_key_prefix)
@@ -156,6 +167,9 @@ class GradientNoiseScale(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._prepare(trainer, lambda: self._begin(trainer, pl_module))
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_gradients_can_be_read(trainer, pl_module)
         self._forget()
         self._due, self._proved, self._last_logged_step = False, False, -1
@@ -169,12 +183,15 @@ class GradientNoiseScale(Callback):
             check_several_micro_batches(trainer)
 
     @override
+    @guarded
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         first = batch_idx % trainer.accumulate_grad_batches == 0
         if first:
-            self._due = self.should_measure(trainer)
+            # StochasticWeightAveraging appends a pass without gradients, for the statistics of batch norm.
+            idle = getattr(trainer.fit_loop, "_skip_backward", False)
+            self._due = not idle and self.should_measure(trainer)
         if not self._due:
             return
         if first:
@@ -189,12 +206,14 @@ class GradientNoiseScale(Callback):
             self._source.begin(batch, step_batch_size(trainer))
 
     @override
+    @guarded
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._due and isinstance(self._source, TrainingGradients):
             batch_idx, k = trainer.fit_loop.batch_idx, trainer.accumulate_grad_batches
             self._source.after_backward(last=(batch_idx + 1) % k == 0 or trainer.is_last_batch)
 
     @override
+    @guarded
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
@@ -204,11 +223,12 @@ class GradientNoiseScale(Callback):
         self._last_logged_step = log_step(trainer, self._values, self._last_logged_step)
 
     @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        values = self._values()
-        for key, value in values.items():
-            # Every process has the same value. `sync_dist` keeps Lightning from warning that they might not.
-            pl_module.log(key, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+    @guarded
+    def _end_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        missing = dict.fromkeys(self._monitored(trainer), math.nan)
+        values = logged_values("", self.estimate, self.layer_estimates)
+        for name, value in (missing | values).items():
+            self._log(pl_module, name, value)
         if self.status not in (RESOLVED, NOT_MEASURED):
             self._warn_once(
                 "unresolved",
@@ -224,12 +244,23 @@ class GradientNoiseScale(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"parts": self._parts, "averages": self._metric.state_dict()}
 
+    @property
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._parts = tuple(state_dict["parts"])
-        self._metric = GradientNoiseMetric(self.ema, len(self._parts))
+    def way_out(self) -> str:
+        if self._method == "micro_batches":
+            return "Leave GradientNoiseScale out of this run."
+        return (
+            'Give method="micro_batches" with accumulate_grad_batches of 2 or more: it takes the gradients of training '
+            "as they come and runs nothing on a copy."
+        )
+
+    @override
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        parts = tuple(state_dict["parts"])
+        metric = GradientNoiseMetric(self.ema, len(parts))
         # Not the checkpoint's own tensors: the averages are updated in place.
-        self._metric.load_state_dict(deepcopy(state_dict["averages"]))
+        metric.load_state_dict(deepcopy(state_dict["averages"]))
+        self._parts, self._metric = parts, metric
 
     def _measure_copy(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure on a copy; under "auto" find out at the first batch how."""

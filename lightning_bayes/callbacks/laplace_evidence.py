@@ -7,25 +7,28 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_bayes.callbacks.evidence_log import UNAVAILABLE, logged_values
+from lightning_bayes.callbacks.evidence_log import KEYS, UNAVAILABLE, evidence_from, logged_values
+from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
 from lightning_bayes.callbacks.reading import ModuleReader, NetworkOption, original_network
 from lightning_bayes.callbacks.trainer_inputs import (
     announce_prior,
     check_arguments,
+    check_named_parts,
     check_trainer,
     examples_of,
     prior_of,
     step_batch_size,
     subset_of,
+    warn_of_averages,
 )
 from lightning_bayes.callbacks.untouched import untouched
-from lightning_bayes.curvature.capture import CapturedLoss
+from lightning_bayes.curvature.capture import WAY_OUT, CapturedLoss
 from lightning_bayes.curvature.data import Examples
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
@@ -41,7 +44,7 @@ from lightning_bayes.totals import read_all, rehearse
 __all__ = ["LaplaceEvidence"]
 
 
-class LaplaceEvidence(Callback):
+class LaplaceEvidence(MeasuringCallback):
     """Logs how much the training data believe the model, at the end of each training epoch.
 
     The Laplace log-evidence of Smith & Le (ICLR 2018, arXiv:1710.06451), eqs. 9-10, and its parts, in nats
@@ -86,14 +89,19 @@ class LaplaceEvidence(Callback):
             are skipped until an evaluation as long as the last fits. The first is always made. A key of a
             skipped epoch keeps its last value for monitors.
         log_key_prefix: Goes before each key.
+        on_error: "warn" for one warning, NaN under the keys and a fit that goes on, where this Trainer, module, loss or
+            dataset does not allow the measurement; "raise" for an error.
 
     Attributes:
         history: List of (epoch, Evidence); it survives a checkpoint.
 
     Raises:
-        ValueError: At construction for wrong arguments; before the first training step for a module, loader
-            or optimizer that cannot be used. Later trouble (NaN weights) is a warning, and NaN is logged.
+        ValueError: At construction for wrong arguments; at the start of fit for one that names something that is not
+            there, and for a second LaplaceEvidence under the same keys.
     """
+
+    LOGGED = KEYS
+    ALWAYS_LOGGED = UNAVAILABLE
 
     def __init__(
         self,
@@ -113,8 +121,9 @@ class LaplaceEvidence(Callback):
         num_blocks: int | None = None,
         max_overhead: float | None = None,
         log_key_prefix: str = "bayes/",
+        on_error: OnError = "warn",
     ) -> None:
-        super().__init__()
+        super().__init__(on_error)
         self.method = Method(
             structure, curvature, backend, tolerance, num_samples, subset_of_weights, num_blocks
         )
@@ -148,31 +157,25 @@ class LaplaceEvidence(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check everything that can be checked before a batch is seen."""
-        check_trainer(trainer, pl_module, self.network)
-        self._check_prefix(trainer)
-        with untouched(trainer):  # somebody's own sampler may draw to be counted
-            self._examples(trainer)
         self._resolved, self._last_layer, self._planned, self._logged_if_known = None, None, None, ()
-        if self.method.subset_of_weights != "last_layer":  # which layer that is, the first batch tells
-            self._announce(trainer, pl_module)
         if trainer.global_step == 0:  # a new run, not one that goes on from a checkpoint
             self.history = []
         self._started, self._spent, self._last_took = time.monotonic(), 0.0, None
+        self._prepare(trainer, lambda: self._check(trainer, pl_module))
 
     @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Read the first batch before the first step, so that what cannot be read fails now."""
-        if self._resolved is not None:
-            return
-        start = time.monotonic()
-        with untouched(trainer):
-            self._resolved = self._rehearse(trainer, pl_module, batch, batch_idx)
-        self._spent += time.monotonic() - start
+        if self._resolved is None:
+            start = time.monotonic()
+            self._prepare(trainer, lambda: self._rehearse_first(trainer, pl_module, batch, batch_idx))
+            self._spent += time.monotonic() - start
 
     @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    @guarded
+    def _end_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute, remember and log."""
         # One rank decides by its clock and its value counts, so that all ranks log the same.
         if not trainer.strategy.broadcast(self.should_evaluate(trainer)):
@@ -187,8 +190,9 @@ class LaplaceEvidence(Callback):
             self.history.append((trainer.current_epoch, evidence))
             values = logged_values(evidence)
             self._logged_if_known = tuple(name for name in values if name not in UNAVAILABLE)
-        for name, value in values.items():
-            pl_module.log(f"{self.log_key_prefix}{name}", value, on_step=False, on_epoch=True, sync_dist=True)
+        # A monitor of what this likelihood or structure has not (a ratio, of a regression) finds NaN there.
+        for name, value in (dict.fromkeys(self._monitored(trainer), math.nan) | values).items():
+            self._log(pl_module, name, value)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -213,8 +217,43 @@ class LaplaceEvidence(Callback):
         return {"history": [(epoch, asdict(evidence)) for epoch, evidence in self.history]}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = [(epoch, Evidence(**fields)) for epoch, fields in state_dict["history"]]
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        self.history = [(epoch, evidence_from(fields)) for epoch, fields in state_dict["history"]]
+
+    @property
+    @override
+    def way_out(self) -> str:
+        if self.network is not None:
+            return f"Mend what network={self.network!r} runs, or leave LaplaceEvidence out of this run."
+        return WAY_OUT
+
+    @property
+    @override
+    def LESS_MEMORY(self) -> str:  # type: ignore[override] # noqa: N802 - depends on what was tried
+        steps = [] if self.batch_size == 1 else [f"batch_size={max(1, (self.batch_size or 32) // 4)}"]
+        steps += [] if self.max_examples is not None and self.max_examples <= 100 else ["max_examples=100"]
+        steps += [] if self.method.structure == "diag" or self.method.is_hessian else ['structure="diag"']
+        if not steps:
+            return "Leave LaplaceEvidence out of this run."
+        return f"Give LaplaceEvidence({', '.join(steps)}): fewer rows at a time, fewer in all, a smaller matrix."
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_trainer(trainer, pl_module, self.network)
+        warn_of_averages(trainer)
+        with untouched(trainer):  # somebody's own sampler may draw to be counted
+            self._examples(trainer)
+        if self.method.subset_of_weights != "last_layer":  # which layer that is, the first batch tells
+            self._announce(trainer, pl_module)
+
+    def _rehearse_first(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        with untouched(trainer):
+            self._resolved = self._rehearse(trainer, pl_module, batch, batch_idx)
+
+    @override
+    def _check_names(self, pl_module: LightningModule) -> None:
+        check_named_parts(pl_module, self.network, self.method.subset_of_weights, self.prior_precision)
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> Evidence | None:
         try:
@@ -223,6 +262,8 @@ class LaplaceEvidence(Callback):
         except Exception as error:
             # The first batch has been read before the first step: what fails now is of this epoch or of the
             # user's code on another batch, and not worth the run.
+            if self.on_error == "raise" and not isinstance(error, EvidenceUnavailableError):
+                raise
             rank_zero_warn(
                 f"LaplaceEvidence: no evidence for epoch {trainer.current_epoch}; training goes on. "
                 f"{type(error).__name__}: {error} (NaN is logged; an EarlyStopping that monitors it stops unless "
@@ -329,14 +370,6 @@ class LaplaceEvidence(Callback):
 
     def _examples(self, trainer: Trainer) -> Examples:
         return examples_of(trainer, self.batch_size, self.max_examples)
-
-    def _check_prefix(self, trainer: Trainer) -> None:
-        others = [c for c in trainer.callbacks if isinstance(c, LaplaceEvidence) and c is not self]  # type: ignore[attr-defined]
-        if any(other.log_key_prefix == self.log_key_prefix for other in others):
-            raise ValueError(
-                f"Several LaplaceEvidence callbacks log under log_key_prefix={self.log_key_prefix!r}: Lightning "
-                "would log the mean of their values. Give each its own, such as log_key_prefix='bayes/diag/'."
-            )
 
 
 def _cloned(batch: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -24,6 +24,7 @@ from lightning_bayes.callbacks.configuration import (
 )
 from lightning_bayes.callbacks.loss_reduction import forget_reduction, note_reduction
 from lightning_bayes.callbacks.measured import measured
+from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
 from lightning_bayes.callbacks.peaks import PeakRecord, note_step
 from lightning_bayes.functional import (
     AdamAdvice,
@@ -46,7 +47,7 @@ SCHEDULE_NOTE = (
 )
 
 
-class ScalingAdvisor(Callback):
+class ScalingAdvisor(MeasuringCallback):
     """Advises at the end of fit how to change batch size, learning rate, momentum or data and keep the noise.
 
     g = ε (N/B - 1) (1 - τ) / (1 - m) stays, by its exact inverse and by the linear rule B ∝ ε N / (1 - m);
@@ -79,6 +80,8 @@ class ScalingAdvisor(Callback):
             of a checkpoint and the "batch_size" and "dataset_size" that it does not hold.
         ema_decay: decay of an average of the weights, if there is one, to be told what becomes of it.
         log_key_prefix: put before `advice`.
+        on_error: "warn" for one warning, no advice and a fit that goes on, where this Trainer allows none; "raise" for
+            an error.
 
     Raises:
         ValueError: at construction without target and reference, for one outside its domain, or for a reference
@@ -107,8 +110,9 @@ class ScalingAdvisor(Callback):
         reference: ReferenceLike | None = None,
         ema_decay: float | None = None,
         log_key_prefix: str = "bayes/",
+        on_error: OnError = "warn",
     ) -> None:
-        super().__init__()
+        super().__init__(on_error)
         self.reference = None if reference is None else read_reference(reference)
         targets = (target_batch_size, target_learning_rate, target_momentum, target_dataset_size)
         self.targets = None if reference is not None and targets == (None,) * 4 else Targets(*targets)
@@ -131,7 +135,10 @@ class ScalingAdvisor(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check_alone(trainer)
+        self._due = False
+        self._prepare(trainer, lambda: self._begin(trainer))
+
+    def _begin(self, trainer: Trainer) -> None:
         forget_reduction(trainer)
         self.advice, self.comparisons, self._settings = [], [], None
         self._latest = configuration = read_configuration(trainer)
@@ -153,6 +160,7 @@ class ScalingAdvisor(Callback):
         self._settings = None  # the training set may have grown
 
     @override
+    @guarded
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -163,6 +171,7 @@ class ScalingAdvisor(Callback):
             self._say(self.reference)
 
     @override
+    @guarded
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
@@ -190,9 +199,10 @@ class ScalingAdvisor(Callback):
         return {name: record.state_dict() for name, record in self._records.items()}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def _restore(self, state_dict: dict[str, Any]) -> None:
         self._records = {name: PeakRecord.from_state_dict(state) for name, state in state_dict.items()}
 
+    @guarded
     def _emit(self, trainer: Trainer) -> None:
         """Keeps the advice as data, prints, logs and saves it."""
         self._due = False
@@ -211,6 +221,7 @@ class ScalingAdvisor(Callback):
         others = [other for other in trainer.callbacks if isinstance(other, ScalingAdvisor)]  # type: ignore[attr-defined]
         emit(trainer, saved, self.log_key_prefix, self._directory, others.index(self))
 
+    @override
     def _check_alone(self, trainer: Trainer) -> None:
         """Two callbacks with one `state_key` would overwrite each other's state in checkpoints."""
         for other in trainer.callbacks:  # type: ignore[attr-defined] # set without being declared

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -16,12 +17,13 @@ from lightning_bayes.callbacks.configuration import (
     read_configuration,
 )
 from lightning_bayes.callbacks.loss_reduction import forget_reduction, note_reduction
+from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
 from lightning_bayes.callbacks.step_logging import log_step
 from lightning_bayes.functional import AdamConfiguration
 from lightning_bayes.functional._validation import count, string
 
 
-class SGDNoiseScale(Callback):
+class SGDNoiseScale(MeasuringCallback):
     r"""Logs the noise scale of SGD, read from the running Trainer.
 
     g = ε (N/B - 1) (1 - τ) / (1 - m)
@@ -49,11 +51,14 @@ class SGDNoiseScale(Callback):
         dataset_size: N in place of the counted one; needed for an IterableDataset without
             length.
         log_key_prefix: put before every key.
+        on_error: "warn" for one warning, NaN under the keys and a fit that goes on, where this Trainer, module, loss or
+            dataset does not allow the measurement; "raise" for an error.
 
     Raises:
-        ValueError: at construction for an argument outside its domain; at the start of training for a second
-            SGDNoiseScale with the same prefix, manual optimization, several training loaders, a batch size or a
-            dataset size that cannot be read, or an optimizer that has neither noise scale.
+        ValueError: at construction for an argument outside its domain; at the start of fit for a second
+            SGDNoiseScale with the same prefix. Manual optimization, several training loaders, a batch size or a
+            dataset size that cannot be read, and an optimizer that has neither noise scale are what `on_error` is
+            about.
 
     Example::
 
@@ -64,14 +69,18 @@ class SGDNoiseScale(Callback):
         arXiv:2205.10287.
     """
 
+    LOGGED = ("noise_scale", "adam_noise_scale")
+    ALWAYS_LOGGED = ("noise_scale",)
+
     def __init__(
         self,
         *,
         logging_interval: Literal["epoch", "step"] = "epoch",
         dataset_size: int | None = None,
         log_key_prefix: str = "bayes/",
+        on_error: OnError = "warn",
     ) -> None:
-        super().__init__()
+        super().__init__(on_error)
         if logging_interval not in ("epoch", "step"):
             raise ValueError(
                 f'Expected argument `logging_interval` to be "epoch" or "step", but got {logging_interval!r}.'
@@ -86,7 +95,9 @@ class SGDNoiseScale(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check_alone(trainer)
+        self._prepare(trainer, lambda: self._begin(trainer))
+
+    def _begin(self, trainer: Trainer) -> None:
         forget_reduction(trainer)
         self._in_force, self._last_logged_step, self._groups_differ = None, -1, False
         configuration = read_configuration(trainer, self.dataset_size)
@@ -107,12 +118,14 @@ class SGDNoiseScale(Callback):
         self._settings = None  # the training set may have grown
 
     @override
+    @guarded
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         note_reduction(trainer, pl_module, batch, batch_idx)
 
     @override
+    @guarded
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
@@ -127,13 +140,14 @@ class SGDNoiseScale(Callback):
             self._last_logged_step = log_step(trainer, lambda: values, self._last_logged_step)
 
     @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    @guarded
+    def _end_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._in_force is None:
             # No optimizer step yet (a skipped epoch): what the next step would use.
             self._in_force = self.noise_scales(read_configuration(trainer, self.dataset_size))
-        for key, value in self._in_force.items():
-            # Every process has the same value. `sync_dist` keeps Lightning from warning that they might not.
-            pl_module.log(key, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        values = {key.removeprefix(self.log_key_prefix): value for key, value in self._in_force.items()}
+        for name, value in (dict.fromkeys(self._monitored(trainer), math.nan) | values).items():
+            self._log(pl_module, name, value)
 
     def noise_scales(self, configuration: TrainerConfiguration) -> dict[str, float]:
         """Log keys and values of a configuration.
@@ -158,17 +172,3 @@ class SGDNoiseScale(Callback):
             else:
                 keyed[f"{self.log_key_prefix}{kind}"] = next(iter(values.values()))
         return keyed
-
-    def _check_alone(self, trainer: Trainer) -> None:
-        """Two values under one key would be logged as their mean."""
-        for other in trainer.callbacks:  # type: ignore[attr-defined] # set without being declared
-            if (
-                isinstance(other, SGDNoiseScale)
-                and other is not self
-                and other.log_key_prefix == self.log_key_prefix
-            ):
-                raise ValueError(
-                    "Expected argument `log_key_prefix` to differ between the SGDNoiseScale callbacks of a"
-                    f" Trainer, but two have {self.log_key_prefix!r}, and would log under one key. Remove one, or"
-                    " give it another prefix."
-                )

@@ -2,21 +2,22 @@
 
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cached_property
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
 from lightning_bayes.callbacks.reading import NetworkOption, original_network
 from lightning_bayes.callbacks.sgd_steps import names_of_groups, sgd_steps, why_not_sgd
-from lightning_bayes.callbacks.trainer_inputs import check_arguments, check_trainer
+from lightning_bayes.callbacks.trainer_inputs import check_arguments, check_named_parts, check_trainer
 from lightning_bayes.callbacks.training_loss import TrainingLoss
 from lightning_bayes.callbacks.untouched import untouched
-from lightning_bayes.curvature.capture import Reduction
+from lightning_bayes.curvature.capture import WAY_OUT, Reduction
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
 from lightning_bayes.functional._validation import count
@@ -34,7 +35,7 @@ __all__ = ["Stability"]
 KEYS = ("largest_eigenvalue", "stability", "largest_stable_learning_rate", "sharpness")
 
 
-class Stability(Callback):
+class Stability(MeasuringCallback):
     """Logs how close SGD is to the edge of stability, and where a larger learning rate would put it.
 
     largest_eigenvalue = h
@@ -71,18 +72,23 @@ class Stability(Callback):
         batch_size: Examples at a time; None for those of a training_step. Another number changes what batch norm
             normalises by.
         log_key_prefix: Goes before each key.
+        on_error: "warn" for one warning, NaN under the keys and a fit that goes on, where this Trainer, module, loss or
+            dataset does not allow the measurement; "raise" for an error.
 
     Attributes:
         history: List of (epoch, StabilityReading); it survives a checkpoint.
 
     Raises:
-        ValueError: At construction for wrong arguments; before the first training step for a module, loader or
-            optimizer that cannot be used. Later trouble (NaN weights) is a warning, and NaN is logged.
+        ValueError: At construction for wrong arguments; at the start of fit for one that names something that is not
+            there, and for a second Stability under the same keys.
 
     Example::
 
         trainer = Trainer(callbacks=[Stability(every_n_epochs=5)])
     """
+
+    LOGGED = KEYS
+    ALWAYS_LOGGED = KEYS[:1]
 
     def __init__(
         self,
@@ -95,8 +101,9 @@ class Stability(Callback):
         likelihood: str | Likelihood = "auto",
         batch_size: int | None = None,
         log_key_prefix: str = "bayes/",
+        on_error: OnError = "warn",
     ) -> None:
-        super().__init__()
+        super().__init__(on_error)
         require_curvature(curvature)
         check_options(batch_size, count("max_examples", max_examples))
         check_arguments(likelihood, network, every_n_epochs, None, log_key_prefix)
@@ -134,8 +141,13 @@ class Stability(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check everything that can be checked before a batch is seen."""
+        self._steps, self._reduction, self._is_sgd = None, None, False
+        if trainer.global_step == 0:  # a new run, not one that goes on from a checkpoint
+            self.history = []
+        self._prepare(trainer, lambda: self._check(trainer, pl_module))
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_trainer(trainer, pl_module, self.network, "Stability")
-        self._check_prefix(trainer)
         with untouched(trainer):  # somebody's own sampler may draw to be counted
             self._loss(trainer, pl_module).num_training_examples()
         names_of_groups(trainer, original_network(pl_module, self.network))
@@ -143,9 +155,6 @@ class Stability(Callback):
         self._is_sgd = reason is None
         if reason is not None:
             rank_zero_info(f"Stability: {reason}. The largest eigenvalue alone is logged.")
-        self._steps, self._reduction = None, None
-        if trainer.global_step == 0:  # a new run, not one that goes on from a checkpoint
-            self.history = []
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -157,10 +166,14 @@ class Stability(Callback):
     ) -> None:
         """Differentiate a batch twice before the first step, so that what cannot be read fails now."""
         if self._reduction is None:
-            with untouched(trainer):
-                self._reduction = self._rehearse(trainer, pl_module)
+            self._prepare(trainer, lambda: self._rehearse_first(trainer, pl_module))
+
+    def _rehearse_first(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with untouched(trainer):
+            self._reduction = self._rehearse(trainer, pl_module)
 
     @override
+    @guarded
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
@@ -169,7 +182,8 @@ class Stability(Callback):
             self._steps = sgd_steps(trainer)
 
     @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    @guarded
+    def _end_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, remember and log."""
         if (trainer.current_epoch + 1) % self.every_n_epochs != 0:
             return
@@ -179,8 +193,9 @@ class Stability(Callback):
             if not self.history:
                 self._announce_time(reading, trained)
             self.history.append((trainer.current_epoch, reading))
-        for name, value in self._logged_values(reading).items():
-            pl_module.log(f"{self.log_key_prefix}{name}", value, on_step=False, on_epoch=True, sync_dist=True)
+        missing = dict.fromkeys(self._monitored(trainer), math.nan)
+        for name, value in (missing | self._logged_values(reading)).items():
+            self._log(pl_module, name, value)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -204,8 +219,30 @@ class Stability(Callback):
         return {"history": [(epoch, asdict(reading)) for epoch, reading in self.history]}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = [(epoch, StabilityReading(**fields)) for epoch, fields in state_dict["history"]]
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        known = {field.name for field in fields(StabilityReading)}
+        self.history = [
+            (epoch, StabilityReading(**{name: value for name, value in stored.items() if name in known}))
+            for epoch, stored in state_dict["history"]
+        ]
+
+    @property
+    @override
+    def way_out(self) -> str:
+        if self.network is not None:
+            return f"Mend what network={self.network!r} runs, or leave Stability out of this run."
+        return WAY_OUT.replace("LaplaceEvidence", "Stability")
+
+    @property
+    @override
+    def LESS_MEMORY(self) -> str:  # type: ignore[override] # noqa: N802 - depends on what was tried
+        if self.max_examples <= 1:
+            return "Leave Stability out of this run."
+        return f"Give Stability(max_examples={max(1, self.max_examples // 8)}, batch_size=1): fewer at a time."
+
+    @override
+    def _check_names(self, pl_module: LightningModule) -> None:
+        check_named_parts(pl_module, self.network)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> StabilityReading | None:
         try:
@@ -214,6 +251,8 @@ class Stability(Callback):
         except Exception as error:
             # The first batches have been read before the first step: what fails now is of this epoch or of the
             # user's code on another batch, and not worth the run.
+            if self.on_error == "raise" and not isinstance(error, EvidenceUnavailableError):
+                raise
             rank_zero_warn(
                 f"Stability: no reading for epoch {trainer.current_epoch}; training goes on. "
                 f"{type(error).__name__}: {error} (NaN is logged.)"
@@ -274,20 +313,12 @@ class Stability(Callback):
         wanted = [KEYS[0], *(KEYS[1:3] if self._is_sgd else ()), *(KEYS[3:] if self.sharpness else ())]
         if reading is None:
             return dict.fromkeys(wanted, math.nan)
-        fields = asdict(reading) | {"stability": reading.stability_ratio}
-        return {name: fields[name] for name in wanted}
+        values = asdict(reading) | {"stability": reading.stability_ratio}
+        return {name: values[name] for name in wanted}
 
     def _announce_time(self, reading: StabilityReading, trained: float) -> None:
         if reading.seconds > trained:
             rank_zero_info(
                 f"Stability: the first reading took {reading.seconds:.3g} s, training from one to the next about "
                 f"{trained:.3g} s. A larger every_n_epochs= or a smaller max_examples= make it cheaper."
-            )
-
-    def _check_prefix(self, trainer: Trainer) -> None:
-        others = [c for c in trainer.callbacks if isinstance(c, Stability) and c is not self]  # type: ignore[attr-defined]
-        if any(other.log_key_prefix == self.log_key_prefix for other in others):
-            raise ValueError(
-                f"Several Stability callbacks log under log_key_prefix={self.log_key_prefix!r}: Lightning would log "
-                "the mean of their values. Give each its own, such as log_key_prefix='bayes/ggn/'."
             )

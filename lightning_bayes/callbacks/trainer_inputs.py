@@ -1,6 +1,8 @@
 """What the evidence takes from a Trainer: the training set, the prior, and what it cannot take."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -8,7 +10,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_bayes.callbacks.reading import NetworkOption
+from lightning_bayes.callbacks.reading import NetworkOption, original_network
+from lightning_bayes.curvature.capture import WAY_OUT
 from lightning_bayes.curvature.data import Examples, examples_from_loader
 from lightning_bayes.curvature.likelihoods import resolve_likelihood
 from lightning_bayes.curvature.priors import (
@@ -25,6 +28,7 @@ from lightning_bayes.functional._validation import count, positive, string
 __all__ = [
     "announce_prior",
     "check_arguments",
+    "check_named_parts",
     "check_stream",
     "check_trainer",
     "examples_of",
@@ -33,10 +37,14 @@ __all__ = [
     "prior_of",
     "step_batch_size",
     "subset_of",
+    "training_loader",
+    "warn_of_averages",
 ]
 
 DECOUPLED = ("AdamW", "Adafactor", "Lion", "Muon", "SGDW")
 """How the names of optimizers begin that decay weights beside the gradient."""
+AVERAGING = ("StochasticWeightAveraging", "WeightAveraging")
+"""Callbacks, by the names of their classes, that save other weights than those that are trained."""
 SHARDING_STRATEGIES = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
@@ -54,18 +62,84 @@ def examples_of(
     Raises:
         ValueError: If there is not one DataLoader whose examples can be counted.
     """
-    loader = trainer.train_dataloader
-    if not isinstance(loader, DataLoader):
-        raise ValueError(
-            f"LaplaceEvidence and Stability need one torch DataLoader for training, got {type(loader).__name__}. "
-            "They speak of one training set: give fit() a single DataLoader, or call laplace_evidence() on a loader "
-            "of your choice."
-        )
+    loader, wrapped = training_loader(trainer)
     check_stream(trainer, loader)
     at_most = max_examples
     if trainer.fast_dev_run:  # type: ignore[attr-defined] # a rehearsal of the code, not of the sums
         at_most = min(at_most or 32, 32)
-    return examples_from_loader(loader, batch_size, at_most, num_batches(trainer, loader), mixed)
+    examples = examples_from_loader(loader, batch_size, at_most, num_batches(trainer, loader), mixed)
+    if loader is trainer.train_dataloader:
+        return examples
+    return replace(examples, read=lambda: map(wrapped, examples.read()))
+
+
+def training_loader(trainer: Trainer) -> "tuple[DataLoader[Any], Callable[[Any], Any]]":
+    """The one loader of a Trainer, and what makes of its batch the batch that training_step gets.
+
+    A loader in a list or a mapping, which may be nested, comes as a batch in a list or a mapping.
+
+    Raises:
+        ValueError: If there is not one torch DataLoader.
+    """
+    loaders: Any = trainer.train_dataloader
+    keys: list[Any] = []
+    while isinstance(loaders, Mapping | list | tuple) and len(loaders) == 1:
+        keys.append(next(iter(loaders)) if isinstance(loaders, Mapping) else None)
+        loaders = loaders[keys[-1]] if isinstance(loaders, Mapping) else loaders[0]
+    if not isinstance(loaders, DataLoader):
+        got = type(loaders).__name__
+        if isinstance(loaders, Mapping | list | tuple):
+            got = f"a collection of {len(loaders)}"
+        raise ValueError(
+            f"LaplaceEvidence and Stability need one torch DataLoader for training, got {got}. They speak of one "
+            "training set: give fit() a single DataLoader, or leave the callback out and call laplace_evidence() on a "
+            "loader of your choice after training."
+        )
+
+    def wrapped(batch: Any) -> Any:
+        for key in reversed(keys):
+            batch = [batch] if key is None else {key: batch}
+        return batch
+
+    return loaders, wrapped
+
+
+def check_named_parts(
+    module: LightningModule,
+    network: NetworkOption,
+    subset_of_weights: Subset = "all",
+    prior_precision: PriorPrecision = "auto",
+) -> None:
+    """Raise a ValueError for an argument that names a submodule or parameters that the module does not have."""
+    target = original_network(module, network)
+    names = [name for name, _ in target.named_parameters()]
+    if not names:  # they are built later, or there are none: the first batch tells
+        return
+    patterns = [] if isinstance(subset_of_weights, str) else list(subset_of_weights)
+    given = {"subset_of_weights": patterns}
+    given["prior_precision"] = list(prior_precision) if isinstance(prior_precision, Mapping) else []
+    for argument, those in given.items():
+        idle = [pattern for pattern in those if not any(fnmatchcase(name, pattern) for name in names)]
+        if idle:
+            raise ValueError(
+                f"Expected argument `{argument}` to name parameters of {type(target).__name__}, got {idle}, which "
+                f"match none. Its parameters are {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
+            )
+
+
+def warn_of_averages(trainer: Trainer) -> None:
+    """Say so where other weights are saved, or left at the end, than those that are scored."""
+    averaging = [
+        type(callback).__name__
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if any(base.__name__ in AVERAGING for base in type(callback).__mro__)
+    ]
+    if averaging:
+        rank_zero_warn(
+            f"LaplaceEvidence: {averaging[0]} averages weights, and the evidence of each epoch is that of the weights "
+            "that are trained, not of the average that is saved or left at the end: a ModelCheckpoint on it ranks "
+            "other weights than it saves. For the evidence of the average call laplace_evidence() on it after fit."
+        )
 
 
 def check_stream(trainer: Trainer, loader: "DataLoader[Any]") -> None:
@@ -93,7 +167,7 @@ def num_batches(trainer: Trainer, loader: "DataLoader[Any]") -> int | None:
 
 def step_batch_size(trainer: Trainer) -> int | None:
     """Examples of one training_step, None where a batch sampler of the user's own does not say."""
-    loader: DataLoader[Any] = trainer.train_dataloader  # type: ignore[assignment]
+    loader, _ = training_loader(trainer)
     return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
 
 
@@ -184,8 +258,8 @@ def check_trainer(
         )
     if network is None and not pl_module.automatic_optimization:
         raise ValueError(
-            f"{type(pl_module).__name__} optimizes manually, so running its training_step would step. Give "
-            "likelihood= and network= to read the network directly."
+            f"{type(pl_module).__name__} optimizes manually, so running its training_step would step. "
+            f"{WAY_OUT.replace('LaplaceEvidence', who)}"
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from lightning_bayes.callbacks.reading import ModuleReader, NetworkOption, original_network
-from lightning_bayes.callbacks.trainer_inputs import examples_of, step_batch_size
+from lightning_bayes.callbacks.trainer_inputs import examples_of, step_batch_size, training_loader
 from lightning_bayes.curvature.capture import CapturedLoss, Reduction
 from lightning_bayes.curvature.likelihoods import Likelihood
 from lightning_bayes.curvature.mean_loss import BatchLoss, MeanLoss, normalises_by_batch, norms_as_in
@@ -60,7 +60,7 @@ class TrainingLoss:
         Raises:
             ValueError: If they cannot be told from the Trainer's loader.
         """
-        loader: Any = self.trainer.train_dataloader
+        loader: Any = training_loader(self.trainer)[0]
         size = self.batch_size or loader.batch_size  # None for a batch sampler of the user's own
         at_most = self.max_examples
         network = original_network(self.module, self.network)

@@ -56,8 +56,19 @@ KNOWN = (
 )
 
 SIGMOIDS = (torch.sigmoid, Tensor.sigmoid, torch.special.expit)
-RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", *(f"SqueezeBackward{i}" for i in range(3)))
-"""Steps of a graph that keep numbers and their order."""
+OF_NO_LIKELIHOOD = (
+    F.cosine_embedding_loss,
+    F.hinge_embedding_loss,
+    F.margin_ranking_loss,
+    F.multi_margin_loss,
+    F.multilabel_margin_loss,
+    F.triplet_margin_loss,
+)
+"""Losses of `KNOWN` that no density stands behind."""
+NO_LIKELIHOOD = (
+    "A loss that is no likelihood of targets, one factor an example (Dice, contrastive, ranking), has no evidence: then "
+    "leave LaplaceEvidence out of this run. Otherwise:"
+)
 
 
 @dataclass(frozen=True)
@@ -122,13 +133,16 @@ class _LossCalls(TorchFunctionMode):
 
     def _logits_of(self, probabilities: Tensor) -> Tensor | None:
         """Logits in the shape of their sigmoid, None if something else was made of it."""
+        # Whatever lies between (a view, a clone, a cast) shows in the values, which are compared below.
         node = probabilities.grad_fn
-        while node is not None and node.name() in RESHAPES:
-            node = node.next_functions[0][0]
+        while node is not None and node not in self._sigmoids:
+            parents = [parent for parent, _ in node.next_functions if parent is not None]
+            node = parents[0] if len(parents) == 1 else None
         logits, result = self._sigmoids.get(node, (None, None))
         if logits is None or result is None or result.numel() != probabilities.numel():
             return None
-        same = torch.equal(logits.detach().sigmoid().reshape(probabilities.shape), probabilities.detach())
+        again = logits.detach().sigmoid().reshape(probabilities.shape).to(probabilities.dtype)
+        same = torch.equal(again, probabilities.detach())
         return logits.reshape(probabilities.shape) if same else None
 
 
@@ -203,7 +217,7 @@ def _the_call(calls: list[_Call], loss: Tensor) -> _Call:
     listed = ", ".join(f"F.{function.__name__}" for function in READERS)
     raise ValueError(
         f"No loss that can be read was found in training_step.{remark} Losses that can be read, as functions or "
-        f"modules: {listed}. Losses written out by hand leave nothing to read. {WAY_OUT}"
+        f"modules: {listed}. Losses written out by hand leave nothing to read. {NO_LIKELIHOOD} {WAY_OUT}"
     )
 
 
@@ -224,6 +238,11 @@ def _calls_in_graph(loss: Tensor, calls: list[_Call]) -> list[_Call]:
 
 
 def _reading_of(call: _Call, rows_of: Callable[[Tensor], Rows] | None) -> Reading:
+    if call.function in OF_NO_LIKELIHOOD:
+        raise ValueError(
+            f"training_step uses {call.name}, which is not the negative log-likelihood of anything: there is no "
+            "evidence of it. Leave LaplaceEvidence out of this run."
+        )
     if call.function not in READERS:
         raise ValueError(f"training_step uses {call.name}, which is not supported yet. {WAY_OUT}")
     legacy = [name for name in ("size_average", "reduce") if call.arguments.get(name) is not None]

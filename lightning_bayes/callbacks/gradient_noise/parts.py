@@ -9,6 +9,8 @@ from torch import nn
 
 from lightning_bayes.functional import GradientNoise
 
+KEYS = ("gradient_noise_trace", "gradient_squared_norm", "gradient_noise_scale")
+
 
 def layers_of(module: nn.Module) -> tuple[str, ...]:
     """Names of the modules that hold parameters."""
@@ -25,10 +27,6 @@ def logged_values(
 ) -> dict[str, float]:
     """Keys and values; NaN before the first measurement."""
     noise = estimate or GradientNoise(math.nan, math.nan, math.nan)
-    values = {
-        "gradient_noise_trace": noise.trace,
-        "gradient_squared_norm": noise.squared_norm,
-        "gradient_noise_scale": noise.noise_scale,
-    }
+    values = dict(zip(KEYS, (noise.trace, noise.squared_norm, noise.noise_scale), strict=True))
     values |= {f"gradient_noise_scale/{name}": its.noise_scale for name, its in layers.items()}
     return {f"{prefix}{key}": value for key, value in values.items()}
