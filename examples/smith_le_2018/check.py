@@ -1,8 +1,8 @@
 """Rows of the CSVs once more: the settings and the seed in a row are all that its numbers come from.
 
-Training amplifies a rounding, and each processor rounds in its own way. So only numbers are compared that do not hang on
-the last bit: of settings that have settled in every seed, and whose numbers are nearly those of the other seeds. What a
-rounding moves is then less than what a seed does, and the file itself says how much that is.
+Training amplifies a rounding, and each processor rounds in its own way. So only numbers are compared that do not
+hang on the last bit: of settings that have settled in every seed, and whose numbers are nearly those of the other
+seeds. What a rounding moves is then less than what a seed does, and the file itself says how much that is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from examples.smith_le_2018.results import Row
 from examples.smith_le_2018.settled import NETS, SETTLED
 from examples.smith_le_2018.sharpness import SHARPNESS
 from examples.smith_le_2018.sweep import SETTINGS, cost
-from examples.smith_le_2018.trials import Kind, Trials
+from examples.smith_le_2018.trials import Trials
 
 __all__ = ["FILES", "Comparison", "Differs", "Number", "Settled", "check", "compare_again", "settled_rows"]
 
@@ -181,7 +181,7 @@ def compare_again(name: str, context: Context, draw: random.Random) -> list[tupl
     candidates, allowed = settled_rows(name, mine)
     if not candidates:
         raise Unavailable(
-            f"Expected {table.path} to have a setting on {context.runs.digits} that has settled in two seeds at least,"
+            f"Expected {table.path} to have a setting on {context.runs.digits} that has settled in several seeds,"
             " but there is none. Make a figure first."
         )
     price: Callable[[Row], float] = lambda row: (  # noqa: E731 - two ways of one sort
