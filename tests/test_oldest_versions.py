@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PIN = re.compile(r"([a-z0-9-]+)==([0-9.]+)")
+PIN = re.compile(r"^([a-z0-9-]+)==([0-9.]+?)(?:\.post\d+)?(?:\s|$)", re.MULTILINE)
 BOUND = re.compile(r"([a-z0-9-]+)>=([0-9.]+)")
 
 
