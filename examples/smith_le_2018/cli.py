@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from examples.smith_le_2018.check import check
+from examples.smith_le_2018.check import Differs, check
 from examples.smith_le_2018.choose_l2 import choose_l2
 from examples.smith_le_2018.claims import Claim, insert_table, write_claims
 from examples.smith_le_2018.collapse import collapse
@@ -76,13 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         context = Context(preset, preset.seeds, folder, root, runs, report, not chosen.draw_only)
         try:
             if chosen.figure == "check":
-                check(context)
+                check(context, chosen.check_seed)
                 return
             table = _make_all(list(FIGURES) if chosen.figure == "all" else [chosen.figure], context)
         except KeyboardInterrupt:
             report(f"Stopped. {folder} has what was finished; the same command goes on from there.")
             raise SystemExit(130) from None
-        except Unavailable as error:
+        except (Unavailable, Differs) as error:
             raise SystemExit(f"{parser.prog}: {error}") from None
     if chosen.results is None:
         insert_table(README, preset.name, table)
@@ -143,6 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, help="folder of the results; default: beside this example")
     parser.add_argument(
         "--workers", type=_count, default=os.cpu_count(), help="processes; default: one a core"
+    )
+    parser.add_argument(
+        "--check-seed", type=int, help="of the rows that check draws; default: a new one, which it prints"
     )
     parser.add_argument(
         "--draw-only", action="store_true", help="train nothing, draw the seeds that are complete"

@@ -172,7 +172,7 @@ def _joined(values: np.ndarray) -> str:
     return " ".join(f"{value:.6g}" for value in values)
 
 
-LANGEVIN = Kind("langevin", LangevinSettings, LangevinMeasured, measure, "stiff_variance_ratio")
+LANGEVIN = Kind("langevin", LangevinSettings, LangevinMeasured, measure)
 """Its rows are in `langevin.csv`."""
 
 

@@ -289,5 +289,5 @@ def design_of(inputs: Tensor) -> np.ndarray:
     return np.hstack([inputs.numpy(), np.ones((len(inputs), 1))])
 
 
-LOGISTIC = Kind("logistic", LogisticSettings, LogisticMeasured, measure, "log_evidence_ratio")
+LOGISTIC = Kind("logistic", LogisticSettings, LogisticMeasured, measure)
 """Its rows are in `logistic.csv`."""

@@ -17,7 +17,7 @@ from examples.smith_le_2018.model import network
 from examples.smith_le_2018.trials import Kind
 from lightning_bayes import laplace_evidence
 
-__all__ = ["COIN_SEEDS", "NETS", "STRUCTURES", "NetSettings", "decrement_bound", "settle"]
+__all__ = ["COIN_SEEDS", "NETS", "SETTLED", "STRUCTURES", "NetSettings", "decrement_bound", "settle"]
 
 STRUCTURES = ("full", "kron", "diag")
 COIN_SEEDS = 3_000_000
@@ -169,5 +169,5 @@ def scores(net: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[float, float
     return (logits.argmax(1) == labels).double().mean().item(), F.cross_entropy(logits, labels).item()
 
 
-NETS = Kind("nets", NetSettings, NetMeasured, measure, "log_evidence_ratio")
+NETS = Kind("nets", NetSettings, NetMeasured, measure)
 """Its rows are in `nets.csv`."""

@@ -192,7 +192,7 @@ def measure(digits: Digits, settings: SharpnessSettings) -> SharpnessMeasured:
     )
 
 
-SHARPNESS = Kind("sharpness", SharpnessSettings, SharpnessMeasured, measure, "largest_eigenvalue")
+SHARPNESS = Kind("sharpness", SharpnessSettings, SharpnessMeasured, measure)
 """Its rows are in `sharpness.csv`."""
 
 

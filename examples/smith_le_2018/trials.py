@@ -35,14 +35,12 @@ class Kind:
         settings: dataclass of its settings, `seed` among them; with the digits they determine what comes out.
         measured: dataclass of what comes out.
         run: (digits, settings) -> measured, a function at the top of a module.
-        headline: the measured number that `check` compares.
     """
 
     name: str
     settings: type
     measured: type
     run: Callable[[Digits, Any], Any]
-    headline: str
 
 
 class Trials:

@@ -85,7 +85,7 @@ def _binary_cross_entropy_of_probabilities(name: str, arguments: Mapping[str, An
 def _mse(name: str, arguments: Mapping[str, Any], rows: Rows) -> Reading:
     outputs, targets = arguments["input"], arguments["target"]
     _one_shape(name, outputs, targets)
-    if arguments["weight"] is not None:
+    if arguments.get("weight") is not None:  # an argument of newer PyTorch
         raise ValueError(
             f"training_step calls {name} with weight=a tensor, which the likelihood does not express. Noise that "
             f"differs between examples is that of F.gaussian_nll_loss; or score the plain likelihood: {WAY_OUT}"

@@ -191,12 +191,20 @@ def test_broadcast_targets_are_named(tmp_path):
         fit(tmp_path, module, data, LaplaceEvidence())
 
 
-def test_decoupled_decay_of_other_optimizers_is_said(tmp_path):
-    def adafactor(module):
-        return torch.optim.Adafactor(module.parameters(), lr=0.01, weight_decay=0.1)
+class Lion(torch.optim.SGD):
+    """By its name one of those that other packages bring."""
+
+
+OF_OTHERS = [Lion, *(getattr(torch.optim, name) for name in ("Adafactor",) if hasattr(torch.optim, name))]
+
+
+@pytest.mark.parametrize("kind", OF_OTHERS)
+def test_decoupled_decay_of_other_optimizers_is_said(tmp_path, kind):
+    def configure(module):
+        return kind(module.parameters(), lr=0.01, weight_decay=0.1)
 
     with pytest.warns(UserWarning, match="decoupled weight decay"):
-        fit(tmp_path, Module(mlp(), cross_entropy, adafactor), loader(), LaplaceEvidence())
+        fit(tmp_path, Module(mlp(), cross_entropy, configure), loader(), LaplaceEvidence())
 
 
 def test_datasets_that_a_module_keeps_are_not_copied(tmp_path):

@@ -1,5 +1,6 @@
 """The loss that counts is found, whatever surrounds it, and held against the value returned."""
 
+import inspect
 import math
 
 import pytest
@@ -264,10 +265,6 @@ MISUSED = {
         lambda f, y: F.binary_cross_entropy(f.sigmoid().mul_(0.9), F.one_hot(y, 3).float()),
         r"no longer just that",
     ),
-    "mse with weights": (
-        lambda f, y: F.mse_loss(f, F.one_hot(y, 3).float(), weight=torch.ones(N, 3)),
-        r"F.mse_loss with weight=a tensor.*F.gaussian_nll_loss",
-    ),
     "legacy reduction": (
         lambda f, y: F.mse_loss(f, F.one_hot(y, 3).float(), size_average=False),
         r"F.mse_loss with size_average=, which PyTorch has deprecated. Give reduction=",
@@ -282,6 +279,12 @@ MISUSED = {
         r"outputs \[6, 3\] and targets \[6, 1\].*broadcasts them",
     ),
 }
+
+if "weight" in inspect.signature(F.mse_loss).parameters:  # newer PyTorch's
+    MISUSED["mse with weights"] = (
+        lambda f, y: F.mse_loss(f, F.one_hot(y, 3).float(), weight=torch.ones(N, 3)),
+        r"F.mse_loss with weight=a tensor.*F.gaussian_nll_loss",
+    )
 
 
 @pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")

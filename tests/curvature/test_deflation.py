@@ -78,7 +78,9 @@ def test_rows_that_share_directions_leave_little_of_each_other(dtype):
     assert marked >= 6  # two blocks at least
     residual, expected = left_outside(found, dense(rows))
     tight = {torch.float32: 1e-4, torch.float64: 1e-10}[dtype]
-    lowered = residual < found.rows.eigenvalues[found.residual > 0] - tight
+    outside = torch.ones(len(found.residual), dtype=torch.bool)
+    outside[found.chosen] = False
+    lowered = residual < found.rows.eigenvalues[outside] - tight
     assert lowered.sum() > 20
     torch.testing.assert_close(residual[lowered], expected[lowered], rtol=tight, atol=tight)
     # Fewer rows than without.
