@@ -45,8 +45,10 @@ class EvidenceCurve:
         weight_penalty: ½ λ‖ω‖².
         log_occam_factor: −½ ln det(I + G/λ).
         effective_parameters: γ = tr G(G + λ)⁻¹.
-        best: The λ that maximises the log-evidence, not bound to the grid.
-        best_log_evidence: The log-evidence there.
+        best: The λ that maximises the log-evidence, not bound to the grid; NaN where none does, for a true Hessian
+            with negative eigenvalues. At a λ that does not outweigh these the cost has no minimum, and all but the
+            log-likelihood and the weight penalty is NaN.
+        best_log_evidence: The log-evidence there, or NaN.
         lower: Certified lower bound at each λ, or an estimate of one where blocks are sampled; None for "kron" and
             "diag", of which none is known.
         upper: Certified upper bound at each λ, or None. Both are the log-evidence where it is exact.
@@ -83,8 +85,11 @@ class EvidenceCurve:
         fit = self.log_likelihood - self.weight_penalty
         ax.semilogx(x, fit.numpy(), "--", label="log-likelihood − weight penalty")
         ax.semilogx(x, self.log_occam_factor.numpy(), ":", label="log Occam factor")
-        ax.axvline(self.best, color="gray", linewidth=0.8)
-        ax.plot([self.best], [self.best_log_evidence], "o", color="C0", label=f"best, λ = {self.best:.3g}")
+        if math.isfinite(self.best):
+            ax.axvline(self.best, color="gray", linewidth=0.8)
+            ax.plot(
+                [self.best], [self.best_log_evidence], "o", color="C0", label=f"best, λ = {self.best:.3g}"
+            )
         ax.set_xlabel("prior precision λ")
         ax.set_ylabel("nats")
         ax.legend()
@@ -149,6 +154,8 @@ class _OneSpectrum:
 
     def at(self, precision: Mapping[str, float]) -> CurvatureSummary:
         values = self.spectrum(precision)
+        if bool((values <= -1.0).any()):  # no minimum
+            return CurvatureSummary(math.nan, (math.nan, math.nan), math.nan, 0.0)
         log_det = terms.log_det_from_eigenvalues(values, 1.0).item()
         bounds = (log_det - self.below, log_det + self.above)
         return CurvatureSummary(log_det, bounds, terms.effective_parameters(values, 1.0).item(), 0.0)
@@ -162,6 +169,14 @@ def _curve(totals: Totals, weights: FixedWeights, prior: Prior, grid: list[float
     curved, unit = totals.curved, dict.fromkeys(weights.sizes, 1.0)
     known, nothing = weights, {name: torch.zeros_like(weight) for name, weight in totals.weights.items()}
     answers: _Answers = lambda precision: curved.at(precision, nothing)  # noqa: E731
+    if (
+        isinstance(curved, HessianCurvature)
+        and grid is not None
+        and not weights.likelihood.optimizes_dispersion
+    ):
+        values = curved.eigenvalues(unit)
+        if bool((values < 0.0).any()):
+            return _evaluated(replace(weights, total=None), _OneSpectrum(values, 0.0, 0.0).at, grid, math.nan)
     if isinstance(curved, SpectralCurvature | HessianCurvature) and not isinstance(curved, BracketCurvature):
         unknown = 0.0 if totals.method.structure == "full" else math.inf
         spectrum = _OneSpectrum(curved.spectrum(unit), unknown, unknown)
@@ -183,13 +198,14 @@ def _curve(totals: Totals, weights: FixedWeights, prior: Prior, grid: list[float
 
 
 def _evaluated(known: FixedWeights, answers: _Answers, grid: list[float], best: float) -> EvidenceCurve:
-    columns = zip(*(_terms(known, answers, value) for value in (*grid, best)), strict=True)
+    of_best = (math.nan,) * 6 if math.isnan(best) else _terms(known, answers, best)
+    columns = zip(*(_terms(known, answers, value) for value in grid), of_best, strict=True)
     log_likelihood, penalty, log_dets, gamma, least, most = (
         torch.tensor(column, dtype=torch.float64) for column in columns
     )
     fit = log_likelihood - penalty
     total, lower, upper = (fit - 0.5 * values for values in (log_dets, most, least))
-    bounded = bool(lower.isfinite().all() and upper.isfinite().all())
+    bounded = not bool(lower.isinf().any() or upper.isinf().any())
     return EvidenceCurve(
         prior_precisions=torch.tensor(grid, dtype=torch.float64),
         log_evidence=total[:-1],

@@ -12,7 +12,7 @@ from lightning_bayes.curvature.likelihoods import Likelihood
 from lightning_bayes.curvature.priors import Prior
 from lightning_bayes.evidence import Evidence
 from lightning_bayes.functional import evidence as terms
-from lightning_bayes.prior_choice import LossScale, best_prior, fixed_weights, mean_loss
+from lightning_bayes.prior_choice import LossScale, best_common_prior, best_prior, fixed_weights, mean_loss
 from lightning_bayes.totals import Totals
 
 __all__ = ["evidence_of"]
@@ -53,9 +53,11 @@ def evidence_of(
     below = negative = None
     if isinstance(totals.curved, HessianCurvature):
         below, negative = totals.curved.counts(scaled)
+    parts = _terms(summary, log_likelihood, penalty, totals.null_loss)
+    best = best_common_prior(weights, totals, prior, optimum, log_likelihood, parts["log_evidence"])
     subset, distinct = totals.method.subset_of_weights, set(optimum.precision.values())
     return Evidence(
-        **_terms(summary, log_likelihood, penalty, totals.null_loss),
+        **parts,
         newton_decrement=0.5 * summary.quadratic / optimum.dispersion,
         prior_precision=distinct.pop() if len(distinct) == 1 else optimum.precision,
         num_examples=totals.num_examples,
@@ -74,6 +76,8 @@ def evidence_of(
         num_blocks=totals.method.num_blocks,
         lower_stderr=0.5 * summary.upper_stderr,
         subset_of_weights=subset if isinstance(subset, str) else tuple(subset),
+        log_evidence_best_prior=None if best is None else best[0],
+        best_prior_precision=None if best is None else best[1],
     )
 
 

@@ -41,7 +41,9 @@ class Evidence:
         noise_variance: σ² of a Gaussian likelihood, given or estimated; None otherwise.
         fixed_parameters: Parameters held at their values: without a proper prior, frozen, or outside the
             subset of weights.
-        log_evidence_stderr: Standard error of `log_evidence` where columns or blocks are sampled, else 0.
+        log_evidence_stderr: Standard error from sampling of the number that the structure gives, where columns or
+            blocks are sampled, else 0; infinite where the sample does not tell. How far that number is from the
+            evidence of the whole matrix it does not say: `lower` and `upper` do, where they are finite.
         prior_optimized: Whether `prior_precision` holds a λ that maximises the log-evidence at these weights.
         num_eigenvalues_below_prior: Eigenvalues λᵢ of the cost's true Hessian below λ, that is, negative ones
             of the likelihood's; None for the GGN, which has none. (Where parameters differ in λ, of the
@@ -52,6 +54,10 @@ class Evidence:
             and the gradient are those of all examples all the same.
         lower_stderr: Standard error of `lower`; above 0 it is an estimate from sampled blocks and no certificate.
         subset_of_weights: As it was asked for.
+        log_evidence_best_prior: The log-evidence, by the same structure, at the one λ for all parameters that
+            maximises it at these weights and this noise: the number to compare runs of different weight decay by.
+            None where it would cost too much, or there is no such λ.
+        best_prior_precision: That λ.
     """
 
     log_evidence: float
@@ -80,6 +86,8 @@ class Evidence:
     subset_of_weights: str | tuple[str, ...] = "all"
     num_blocks: int | None = None
     lower_stderr: float = 0.0
+    log_evidence_best_prior: float | None = None
+    best_prior_precision: float | None = None
 
     @property
     def at_minimum(self) -> bool:
@@ -103,19 +111,21 @@ class Evidence:
         rows = [
             ("log-evidence", self.log_evidence, self._spread()),
             ("  log-likelihood", self.log_likelihood, ""),
-            ("  - weight penalty", -self.weight_penalty, ""),
+            ("  - weight penalty", self.weight_penalty, ""),
             ("  + log Occam factor", self.log_occam_factor, self._matrix()),
         ]
         if self.log_evidence_ratio is not None:
-            verdict = (
-                "the data believe the model" if self.log_evidence_ratio > 0 else "the data prefer guessing"
-            )
-            rows.append(("log-evidence ratio", self.log_evidence_ratio, verdict))
+            rows.append(("log-evidence ratio", self.log_evidence_ratio, self._verdict()))
         stderr = self.effective_parameters_stderr
         spread = f"± {stderr:.2g} of {self.num_parameters:,}" if stderr else f"of {self.num_parameters:,}"
         rows.append(("effective parameters", self.effective_parameters, spread))
         doubt = self.status if self.at_minimum else f"{self.status.upper()}: the expansion is in doubt"
         rows.append(("Newton decrement", self.newton_decrement, doubt))
+        if self.log_evidence_best_prior is not None and not self.prior_optimized:
+            remark = (
+                f"log-evidence at λ = {self.best_prior_precision:.4g} for all, the largest at these weights"
+            )
+            rows.append(("best prior", self.log_evidence_best_prior, remark))
         if self.noise_variance is not None:
             rows.append(("noise variance", self.noise_variance, ""))
         lines = [
@@ -133,11 +143,24 @@ class Evidence:
         lines.append(f"{'seconds':<22}{self.seconds:>16.2f}")
         return "\n".join(lines)
 
+    def _verdict(self) -> str:
+        """What the ratio says, as far as the expansion holds."""
+        above = (self.log_evidence_ratio or 0.0) > 0
+        if not self.at_minimum:
+            return f"{'above' if above else 'below'} guessing, if the expansion holds"
+        return "the data believe the model" if above else "the data prefer guessing"
+
     def _spread(self) -> str:
         per_example = f"{self.log_evidence / self.num_examples:+.4f} per example"
         if not self.log_evidence_stderr:
             return per_example
-        return f"± {self.log_evidence_stderr:.2g} by sampling, {per_example}"
+        if math.isfinite(self.log_evidence_stderr):
+            sampling = f"± {self.log_evidence_stderr:.2g} from sampling"
+        else:
+            sampling = "error of sampling not known"
+        # Where nothing bounds the exact value, the sampling error is no error of the evidence.
+        own = f"; {self.structure}'s own error is not known" if math.isinf(self.lower) else ""
+        return f"{sampling}{own}, {per_example}"
 
     def _matrix(self) -> str:
         """How near the matrix is to the whole one."""

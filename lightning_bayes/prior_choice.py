@@ -3,8 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from torch import Tensor
+
 from lightning_bayes.curvature.base import Curvature, SpectralCurvature
 from lightning_bayes.curvature.bracket import BracketCurvature
+from lightning_bayes.curvature.common_prior import best_common_precision
 from lightning_bayes.curvature.dual import DualCurvature
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
 from lightning_bayes.curvature.fixed_weights import FixedWeights, squared_norms
@@ -18,13 +21,17 @@ from lightning_bayes.curvature.prior_search import (
     uppermost,
 )
 from lightning_bayes.curvature.priors import Prior
+from lightning_bayes.functional.evidence import log_det_from_eigenvalues
 from lightning_bayes.totals import Totals
 
-__all__ = ["LossScale", "best_prior", "fixed_weights", "mean_loss"]
+__all__ = ["LossScale", "best_common_prior", "best_prior", "fixed_weights", "mean_loss"]
 
 LARGEST_SPECTRUM = 1024
 """Rows or parameters of an exact matrix up to which a search for one λ takes all its eigenvalues. (On two cores the
 eigenvalues cost ten factorisations and more, of which a search needs four.)"""
+LARGEST_COMMON = 2048
+"""Parameters of an exact matrix up to which all its eigenvalues are taken for the best prior alone: of G they cost
+about a tenth of the evaluation. Those of K may be three times the evaluation, so rows have `LARGEST_SPECTRUM`."""
 MOST_SELECTIONS = 6
 """Times that the rows of a bracket are chosen anew because the λ that was found lies below that of the choice."""
 
@@ -83,6 +90,46 @@ def best_prior(weights: FixedWeights, totals: Totals, prior: Prior) -> Optimum:
             return found
         chosen = found
     return found
+
+
+def best_common_prior(
+    weights: FixedWeights,
+    totals: Totals,
+    prior: Prior,
+    optimum: Optimum,
+    log_likelihood: float,
+    log_evidence: float,
+) -> tuple[float, float] | None:
+    """The largest log-evidence over one λ for all parameters, and that λ, with the noise as it is.
+
+    Returns:
+        None where all eigenvalues of the structure cost more than they are worth, or there is no such λ.
+    """
+    precisions = set(optimum.precision.values())
+    if prior.optimized and prior.rises_together:
+        return log_evidence, precisions.pop()
+    values = _cheap_spectrum(totals.curved, dict.fromkeys(weights.sizes, 1.0))
+    norm = sum(weights.squared_norms.values())
+    best = None if values is None else best_common_precision(values / optimum.dispersion, norm)
+    if values is None or best is None:
+        return None
+    log_det = log_det_from_eigenvalues(values, best * optimum.dispersion).item()
+    return log_likelihood - 0.5 * best * norm - 0.5 * log_det, best
+
+
+def _cheap_spectrum(curved: Curvature | HessianCurvature, unit: dict[str, float]) -> Tensor | None:
+    """All eigenvalues of a matrix at λ = 1, None where they cost much, stand for a sample, or are negative."""
+    if isinstance(curved, HessianCurvature):
+        small = sum(curved.sizes.values()) <= LARGEST_COMMON
+        values = curved.eigenvalues(unit) if small else None
+        return None if values is None or bool((values < 0.0).any()) else values
+    if not isinstance(curved, SpectralCurvature) or curved.problem.sampled:
+        return None
+    if isinstance(curved, PrimalCurvature) and curved.problem.num_parameters > LARGEST_COMMON:
+        return None
+    if isinstance(curved, DualCurvature) and curved.problem.num_rows > LARGEST_SPECTRUM:
+        return None
+    return curved.spectrum(unit)
 
 
 def _of(weights: FixedWeights, curved: Curvature | HessianCurvature) -> FixedWeights:

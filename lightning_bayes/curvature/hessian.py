@@ -189,8 +189,8 @@ class HessianCurvature:
     """
 
     def __init__(self, shapes: Mapping[str, torch.Size], device: torch.device, only_positive: bool) -> None:
-        self._sizes = {name: shape.numel() for name, shape in shapes.items()}
-        size = sum(self._sizes.values())
+        self.sizes = {name: shape.numel() for name, shape in shapes.items()}
+        size = sum(self.sizes.values())
         self._matrix = torch.zeros(size, size, dtype=accumulation_dtype(device), device=device)
         self._rounding = torch.finfo(self._matrix.dtype).eps
         self._only_positive = only_positive
@@ -222,7 +222,7 @@ class HessianCurvature:
             )
         values = values.clamp(min=0.0) if self._only_positive else values
         log_det = torch.log1p(values).sum().item()
-        slope = torch.cat([gradient[name].flatten() for name in self._sizes]).to(vectors)
+        slope = torch.cat([gradient[name].flatten() for name in self.sizes]).to(vectors)
         whitened = vectors.mT @ (slope * self._scale(precision))
         return CurvatureSummary(
             log_det=log_det,
@@ -238,8 +238,13 @@ class HessianCurvature:
             EvidenceUnavailableError: If an eigenvalue is negative and not left out: as the prior precision
                 falls towards its size, the log-evidence rises to infinity, and has no maximum.
         """
+        values = self.eigenvalues(precision)
+        return values if self._only_positive else self._without_negative(values)
+
+    def eigenvalues(self, precision: Mapping[str, float]) -> Tensor:
+        """All eigenvalues of the whitened matrix, negative ones too unless they are left out."""
         values = self._rounded(torch.linalg.eigvalsh(self._whitened(precision)))
-        return values.clamp(min=0.0) if self._only_positive else self._without_negative(values)
+        return values.clamp(min=0.0) if self._only_positive else values
 
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
         """See `Curvature.log_det_and_traces`, and `spectrum` for what it raises.
@@ -251,8 +256,8 @@ class HessianCurvature:
         values = self._rounded(values)
         values = values.clamp(min=0.0) if self._only_positive else self._without_negative(values)
         shares = vectors.square() @ (values / (1.0 + values))
-        traces = [part.sum().item() for part in shares.split(list(self._sizes.values()))]
-        return torch.log1p(values).sum().item(), dict(zip(self._sizes, traces, strict=True))
+        traces = [part.sum().item() for part in shares.split(list(self.sizes.values()))]
+        return torch.log1p(values).sum().item(), dict(zip(self.sizes, traces, strict=True))
 
     def _without_negative(self, values: Tensor) -> Tensor:
         below = int((values < 0.0).sum())
@@ -266,7 +271,7 @@ class HessianCurvature:
 
     def _scale(self, precision: Mapping[str, float]) -> Tensor:
         return torch.cat(
-            [self._matrix.new_full((size,), precision[name] ** -0.5) for name, size in self._sizes.items()]
+            [self._matrix.new_full((size,), precision[name] ** -0.5) for name, size in self.sizes.items()]
         )
 
     def _whitened(self, precision: Mapping[str, float]) -> Tensor:

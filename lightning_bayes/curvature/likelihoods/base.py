@@ -22,6 +22,7 @@ __all__ = [
     "check",
     "check_root_fits",
     "flatten_alike",
+    "kind_of",
     "shape_of",
     "total",
     "weights_of",
@@ -182,9 +183,30 @@ def flatten_alike(outputs: Tensor, targets: Tensor, name: str) -> tuple[Tensor, 
     if outputs.dim() == 0 or _without_ones(outputs) != _without_ones(targets):
         raise ValueError(
             f"A {name} likelihood needs targets of the outputs' shape, got outputs {shape_of(outputs)} and "
-            f"targets {shape_of(targets)}."
+            f"targets {shape_of(targets)} of {targets.dtype}.{_mismatch(outputs, targets, name)}"
         )
     return outputs.reshape(len(outputs), -1), targets.reshape(len(outputs), -1).to(outputs.dtype)
+
+
+def _mismatch(outputs: Tensor, targets: Tensor, name: str) -> str:
+    """The likelihood that fits better, as a sentence after a space, or nothing."""
+    if not targets.is_floating_point() and outputs.dim() > 1 and targets.dim() < outputs.dim():
+        return f" {kind_of(targets)}"
+    if name == "regression" and outputs.dim() == 2 and targets.numel() * 2 == outputs.numel():
+        return ' Means and variances side by side, [N, 2K], belong to likelihood="gaussian_nll".'
+    return ""
+
+
+def kind_of(targets: Tensor) -> str:
+    """What targets of a wrong kind look like, and the likelihood for them, as a sentence."""
+    if not targets.is_floating_point():
+        return 'Integers that name classes belong to likelihood="classification", with logits [N, C].'
+    if targets.numel() and bool(((targets == 0) | (targets == 1)).all()):
+        return (
+            'Targets of 0 and 1 belong to likelihood="binary", with one logit per output and the outputs\' shape, or '
+            'as integers, targets.long(), to likelihood="classification" with logits [N, C].'
+        )
+    return 'For real-valued targets use likelihood="regression", with one mean per target.'
 
 
 def _without_ones(tensor: Tensor) -> list[int]:

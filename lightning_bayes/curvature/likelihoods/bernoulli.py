@@ -52,7 +52,11 @@ class Bernoulli(DiagonalLikelihood):
             return outputs, targets
         flat, y = flatten_alike(outputs, targets, self.name)
         low, high = y.min().item(), y.max().item()
-        check(low >= 0.0 and high <= 1.0, f"Binary targets must lie in [0, 1], got {low:g} .. {high:g}.")
+        check(
+            low >= 0.0 and high <= 1.0,
+            f"Binary targets must lie in [0, 1], got {low:g} .. {high:g}. Class indices belong to "
+            'likelihood="classification", real values to likelihood="regression".',
+        )
         positive, negative = y, 1 - y
         if self.pos_weight is not None:
             positive = positive * _broadcast("pos_weight", self.pos_weight, outputs)

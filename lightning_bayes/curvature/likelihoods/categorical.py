@@ -12,6 +12,7 @@ from lightning_bayes.curvature.likelihoods.base import (
     Likelihood,
     check,
     check_root_fits,
+    kind_of,
     shape_of,
     total,
     weights_of,
@@ -109,7 +110,7 @@ class Categorical(Likelihood):
             raise ValueError(
                 f"Targets of a categorical likelihood are class indices [N] or [N, T] (integers), or class "
                 f"probabilities of the logits' shape, beside logits {shape_of(outputs)}; got {shape_of(targets)} "
-                f'of {targets.dtype}. For real-valued targets use likelihood="regression".'
+                f"of {targets.dtype}. {_way_out(outputs, targets)}"
             )
         if len(fitting) > 1 and targets.is_floating_point():
             normalised = [dim for dim in fitting if _sum_to_one(targets.sum(dim))]
@@ -145,12 +146,16 @@ class Categorical(Likelihood):
         return ClassTargets(q.sum(-1), q, num_terms)
 
     def _soft(self, logits: Tensor, targets: Tensor) -> ClassTargets:
-        check(bool((targets >= 0).all()), "Class probabilities must not be negative.")
+        check(
+            bool((targets >= 0).all()),
+            'Class probabilities must not be negative. For real-valued targets use likelihood="regression".',
+        )
         sums = targets.sum(-1)
         check(
             _sum_to_one(sums),
             f"Class probabilities must sum to 1 in each row, got sums between "
-            f"{sums.min().item():.6g} and {sums.max().item():.6g}.",
+            f"{sums.min().item():.6g} and {sums.max().item():.6g}. Several labels an example belong to "
+            'likelihood="binary", real values to likelihood="regression".',
         )
         q = targets.detach().to(logits.dtype)
         if self.label_smoothing > 0.0:
@@ -219,6 +224,21 @@ class Categorical(Likelihood):
         )
         given = zip(names, values, plain, strict=True)
         return f"Categorical({', '.join(f'{n}={v!r}' for n, v, default in given if v != default)})"
+
+
+def _way_out(outputs: Tensor, targets: Tensor) -> str:
+    """What to do with targets that do not fit the logits, as a sentence."""
+    whole = not targets.is_floating_point() or bool((targets == targets.round()).all())
+    if whole and targets.dim() == 2 and targets.shape[1] == 1 and outputs.shape[1] > 1:
+        return "Take their last dimension off and give integers: targets.squeeze(1).long()."
+    if not targets.is_floating_point() and targets.shape == outputs.shape:
+        return (
+            "One-hot targets are class probabilities: targets.float(); several labels an example belong to "
+            'likelihood="binary", as targets.float() too.'
+        )
+    if whole and targets.is_floating_point() and targets.dim() == 1 and outputs.shape[1] > 1:
+        return "Whole numbers that name classes are to be integers: targets.long()."
+    return kind_of(targets)
 
 
 def _fits(outputs: Tensor, targets: Tensor, class_dim: int) -> bool:
