@@ -165,7 +165,7 @@ def test_every_number_outside_its_domain_is_named(capsys, option, value):
     else:
         got = float(line.rsplit("but got ", 1)[1].rstrip("."))
         assert f"expected {option} to be" in line
-        assert got == float(value) or math.isnan(got) and value == "nan"
+        assert got == float(value) or (math.isnan(got) and value == "nan")
     if option in ("--lr", "--target-lr") and value != "text":
         assert "above 0" in line
 
