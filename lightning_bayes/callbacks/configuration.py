@@ -217,7 +217,8 @@ def _way_to_more_examples(trainer: Trainer, examples: int, wanted: int) -> str:
         flag = "limit_train_batches"
     whole = known_length(getattr(_loader(trainer), "dataset", None))
     if flag is not None and whole is not None and examples < wanted <= whole:
-        return f"Trainer({flag}={limits[flag]!r}) leaves {examples} of {whole} examples: remove `{flag}`, or {smaller}."
+        leaves = f"Trainer({flag}={limits[flag]!r}) leaves {examples} of {whole} examples"
+        return f"{leaves}: remove `{flag}`, or {smaller}."
     return f"Give target_dataset_size={wanted} or more beside it, if there will be so many examples, or {smaller}."
 
 

@@ -132,6 +132,75 @@ def test_wrong_input_is_one_line_and_exit_code_2(capsys, good, arguments, messag
     assert len(printed.err.splitlines()) == 1 and "`" not in printed.err.replace("`python", "")
 
 
+NUMBERS = {
+    "--lr": ["-1", "0", "nan", "inf", "-1e-3", "text"],
+    "--batch-size": ["-1", "0", "nan", "inf", "2.5", "text"],
+    "--dataset-size": ["-1", "0", "nan", "inf", "text"],
+    "--momentum": ["-1", "1", "nan", "-inf", "text"],
+    "--dampening": ["-1", "1", "nan", "inf", "text"],
+    "--target-batch-size": ["-1", "0", "nan", "inf", "text"],
+    "--target-lr": ["-1", "0", "nan", "inf", "-.5", "text"],
+    "--target-momentum": ["-1", "1", "nan", "inf", "text"],
+    "--target-dataset-size": ["-1", "0", "nan", "inf", "text"],
+    "--devices": ["-1", "0", "nan", "inf", "0.5", "text"],
+    "--gradient-noise-scale": ["-1", "0", "inf", "text"],
+    "--largest-eigenvalue": ["nan", "inf", "-inf", "text"],
+    "--ema-decay": ["-1", "1", "nan", "inf", "text"],
+    "--averaged-batches": ["-1", "0", "nan", "inf", "1.5", "text"],
+}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [(name, value) for name, some in NUMBERS.items() for value in some]
+)
+def test_every_number_outside_its_domain_is_named(capsys, option, value):
+    given = dict(zip(RUN[::2], RUN[1::2], strict=True)) | {"--target-batch-size": "512", "--reduction": "sum"}
+    given[option] = value
+    with pytest.raises(SystemExit) as error:
+        advise(*(part for pair in given.items() for part in pair))
+    assert error.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    if value == "text":
+        assert f"argument {option}: invalid" in line
+    else:
+        got = float(line.rsplit("but got ", 1)[1].rstrip("."))
+        assert f"expected {option} to be" in line
+        assert got == float(value) or (math.isnan(got) and value == "nan")
+    if option in ("--lr", "--target-lr") and value != "text":
+        assert "above 0" in line
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        ([*RUN, "--target-batch-size", "50000"], "is the whole training set"),
+        (
+            ["--optimizer", "adam", "--lr", "1e-3", "--batch-size", "64", "--target-batch-size", "640"],
+            "beta = 0.9",
+        ),
+    ],
+)
+@pytest.mark.parametrize("json", [[], ["--json"]])
+def test_an_impossible_move_exits_with_1_and_the_reason(capsys, run, reason, json):
+    assert advise(*run, *json) == 1
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert reason in line
+    assert SavedAdvice.from_json(printed.out).advice if json else reason.split()[0] in printed.out
+
+
+def test_summed_loss(capsys):
+    run = ["--lr", "0.003125", "--batch-size", "64", "--dataset-size", "50000", "--target-batch-size", "128"]
+    averaged = ["--reduction", "sum", "--averaged-batches", "2"]
+    (advice,) = saved(capsys, *run, *averaged).advice
+    mean = rescale(learning_rate=0.1, batch_size=64, dataset_size=50_000, target_batch_size=128)
+    assert advice.exact.learning_rate == pytest.approx(mean.learning_rate / 64)
+    assert "The loss is a sum" in printed(capsys, *run, *averaged)
+    with pytest.raises(SystemExit):
+        advise(*run, "--averaged-batches", "2")
+    assert "--averaged-batches goes with --reduction sum" in capsys.readouterr().err
+
+
 def test_reference_without_configuration_cannot_be_started_from(capsys, tmp_path):
     (tmp_path / "metrics.csv").write_text("bayes/noise_scale\n9.0\n")
     with pytest.raises(SystemExit):
