@@ -197,11 +197,15 @@ class OuterRows:
         """
         sums: dict[str, Tensor] = {}
         for use in self.uses:
-            grads = use.weighted_grads(weights)
             for name in self.names:
                 left, right = directions[name]
-                along = _along(use, grads, left)
-                part = along.sum() if name == self.bias else along.dot(_inputs_along(use, right))
+                along = _along(use, left).view(len(weights), -1)
+                along = (
+                    along.sum(1)
+                    if name == self.bias
+                    else (along * _inputs_along(use, right).view_as(along)).sum(1)
+                )
+                part = weights.to(along).dot(along)
                 sums[name] = sums[name] + part if name in sums else part
         return sums
 
@@ -329,22 +333,21 @@ class RowBlock:
 _CONVOLUTION = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
-def _along(use: LayerUse, grads: Tensor, left: Tensor) -> Tensor:
-    """g·u at each position, flat, of gradients in what a linear layer makes."""
-    if isinstance(use.module, CONVOLUTIONS):
-        return torch.einsum("no...,o->n...", grads, left).flatten()
-    return (grads @ left).flatten()
+def _along(use: LayerUse, left: Tensor) -> Tensor:
+    """g·u at each position of the first column's gradients in what a linear layer makes."""
+    grads = use.grads[0]
+    return left @ grads.flatten(2) if isinstance(use.module, CONVOLUTIONS) else grads @ left
 
 
 def _inputs_along(use: LayerUse, right: Tensor) -> Tensor:
-    """a·v at each position, flat, of what a linear layer sees: what it would make with the one channel v."""
+    """a·v at each position of what a linear layer sees: what it would make with the one channel v."""
     module: Any = use.module
     for layer, convolution in _CONVOLUTION.items():
         if isinstance(module, layer):
             kernel = right.view(1, *module.weight.shape[1:])
             made = convolution(use.inputs, kernel, None, module.stride, module.padding, module.dilation)
-            return made.flatten()
-    return (use.inputs @ right).flatten()
+            return made
+    return use.inputs @ right
 
 
 def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
