@@ -104,9 +104,15 @@ def _projections(
         if isinstance(rows, OuterRows):
             projections |= rows.projected(proof.weights, directions)
         else:
-            projections[rows.name] = _along(
-                rows.weighted_total(proof.weights)[rows.name], *directions[rows.name]
-            )
+            try:
+                total = rows.weighted_total(proof.weights)[rows.name]
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except (
+                RuntimeError
+            ):  # a backward pass that vmap does not know: these rows cannot be formed, and are wrong
+                continue
+            projections[rows.name] = _along(total, *directions[rows.name])
     return projections
 
 
