@@ -146,7 +146,10 @@ class ModuleUse(Use):
         def of_one(grads: list[Tensor], *tensors: Tensor) -> dict[str, Tensor]:
             pull = vjp(lambda parameters: self._outputs(parameters)(*tensors), dict(self.parameters))[1]
             if together:
-                return vmap(lambda *column: pull(list(column))[0], randomness="same")(*grads)
+                every: dict[str, Tensor] = vmap(lambda *column: pull(list(column))[0], randomness="same")(
+                    *grads
+                )
+                return every
             rows = [pull([grad[column] for grad in grads])[0] for column in range(len(grads[0]))]
             return {name: torch.stack([row[name] for row in rows]) for name in self.parameters}
 

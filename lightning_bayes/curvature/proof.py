@@ -2,10 +2,11 @@
 
 With random weights wₙ and ρ_c, Σₙ wₙ Σ_c ρ_c v₍ₙ,c₎ is the gradient of Σₙ wₙ Σ_c ρ_c ⟨f(xₙ), R[c, n]⟩ in the
 parameters. The left side weighs *rows*, the right side *outputs*: an example whose rows are wrong, or are another's,
-shows. Rows are linear in the gradients of outputs, so that one column Σ_c ρ_c R[c, n] stands for all.
+shows. Rows are linear in the gradients of outputs, so that one column Σ_c ρ_c R[c, n] stands for all; and what is
+wrong in a matrix shows along a random direction u vᵀ of it, for which a linear map's rows need not be multiplied out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor
 
 from lightning_bayes.curvature.batch import Batch, gradients
 from lightning_bayes.curvature.plan import GRAPH, Plan
-from lightning_bayes.curvature.rows import Rows
+from lightning_bayes.curvature.rows import OuterRows, Rows
 
 __all__ = ["Proof", "proof_of", "wrong_parameters"]
 
-ROUNDING = 1e3
-"""Allowed difference, in units of the type's rounding, relative to a parameter's largest entry."""
+ROUNDING = 3e2
+"""Allowed difference along a random direction, in units of the type's rounding, relative to a gradient's norm."""
 SMALLEST_SCALE = 0.1
-"""That largest entry counts as at least this much of the largest of all: what cancels is rounded as its terms are."""
+"""That norm counts as at least this much of the largest of all: what cancels is rounded as its terms are."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def proof_of(batch: Batch, roots: Tensor) -> Proof | None:
     )
 
 
-def wrong_parameters(plan: Plan, proof: Proof, layers: Sequence[Rows] | None = None) -> list[str]:
+def wrong_parameters(plan: Plan, proof: Proof) -> list[str]:
     """Parameters whose rows are not autograd's, in one backward pass and a weighted sum of rows.
 
     Those that go by the graph are autograd's by definition.
@@ -70,41 +71,75 @@ def wrong_parameters(plan: Plan, proof: Proof, layers: Sequence[Rows] | None = N
     Args:
         plan: To be tried.
         proof: From `proof_of`.
-        layers: The plan's rows of the proof's batch, where they are known.
     """
     parameters = {name: p for name, p in plan.parameters.items() if plan.ways[name] != GRAPH and p.numel()}
     if not parameters:
         return []
-    sums: dict[str, Tensor] = {}
-    for rows in plan.layers(proof.batch) if layers is None else layers:
-        if not parameters.keys().isdisjoint(rows.names):
-            sums |= rows.weighted_total(proof.weights)
     column = proof.batch.roots[0]
     seed = proof.weights.reshape(-1, *[1] * (column.dim() - 1)) * column
     truths = dict(
         zip(parameters, gradients(proof.batch.outputs, list(parameters.values()), seed), strict=True)
     )
-    return _different(sums, truths)
+    like, generator = proof.weights, torch.Generator().manual_seed(proof.batch.num_examples)
+    directions = {name: _direction(p.shape, like, generator) for name, p in parameters.items()}
+    return _different(_projections(plan.layers(proof.batch), proof, directions), truths, directions)
 
 
-def _different(sums: dict[str, Tensor], truths: dict[str, Tensor | None]) -> list[str]:
-    """Names whose sums are not the truth; what is in neither is zero in both."""
+def _direction(shape: torch.Size, like: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """U for the first dimension of a parameter and v for the others: what is wrong shows along u vᵀ."""
+    first = shape[0] if shape else 1
+    others = shape.numel() // first
+    right = _random(others, like, generator) if others > 1 else like.new_ones(1)
+    return _random(first, like, generator), right
+
+
+def _projections(
+    layers: Sequence[Rows], proof: Proof, directions: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """⟨u vᵀ, Σₙ wₙ v₍ₙ,₀₎⟩ of each parameter."""
+    projections: dict[str, Tensor] = {}
+    for rows in layers:
+        if directions.keys().isdisjoint(rows.names):
+            continue
+        if isinstance(rows, OuterRows):
+            projections |= rows.projected(proof.weights, directions)
+        else:
+            try:
+                total = rows.weighted_total(proof.weights)[rows.name]
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except (
+                RuntimeError
+            ):  # a backward pass that vmap does not know: these rows cannot be formed, and are wrong
+                continue
+            projections[rows.name] = _along(total, *directions[rows.name])
+    return projections
+
+
+def _along(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return left @ total.reshape(len(left), -1) @ right
+
+
+def _different(
+    projections: Mapping[str, Tensor],
+    truths: Mapping[str, Tensor | None],
+    directions: Mapping[str, tuple[Tensor, Tensor]],
+) -> list[str]:
+    """Names whose rows are not the truth; what is in neither is zero in both."""
     differences, scales = {}, {}
     for name, truth in truths.items():
-        own, right = sums.get(name), None if truth is None else truth.flatten()
-        if own is None and right is None:
+        if truth is None and name not in projections:
             continue
-        if own is None or right is None:
-            one = right if own is None else own
-            differences[name] = scales[name] = one.abs().max()  # type: ignore[union-attr]
-        else:
-            differences[name], scales[name] = (own - right).abs().max(), right.abs().max()
+        zero = directions[name][0].new_zeros(())
+        right = zero if truth is None else _along(truth, *directions[name])
+        differences[name] = (projections.get(name, zero) - right).abs()
+        scales[name] = zero if truth is None else truth.norm()
     if not differences:
         return []
     difference, scale = torch.stack(list(differences.values())), torch.stack(list(scales.values()))
     allowed = ROUNDING * torch.finfo(scale.dtype).eps * scale.clamp(min=SMALLEST_SCALE * scale.max())
-    right = (difference <= allowed).tolist()  # one wait for the device for all parameters
-    return [name for name, fine in zip(differences, right, strict=True) if not fine]
+    fine = (difference <= allowed).tolist()  # one wait for the device for all parameters
+    return [name for name, is_fine in zip(differences, fine, strict=True) if not is_fine]
 
 
 def _combined(columns: Tensor, grad: Tensor | None) -> Tensor | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+from torch.nn import functional as F
 
 from lightning_bayes.curvature.derivatives import CONVOLUTIONS, Derivatives, unfold_input
 
@@ -186,15 +186,27 @@ class OuterRows:
             sums[self.bias] = grads.sum(0)
         return sums
 
-    def weighted_total(self, weights: Tensor) -> dict[str, Tensor]:
-        """Σₙ wₙ v₍ₙ,₀₎ over the rows of the first column, flat, for weights [N]."""
+    def projected(
+        self, weights: Tensor, directions: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> dict[str, Tensor]:
+        """⟨u vᵀ, Σₙ wₙ v₍ₙ,₀₎⟩ over the rows of the first column: Σₙₜ wₙ (g₍ₙₜ₎·u)(a₍ₙₜ₎·v), no matrix formed.
+
+        Args:
+            weights: wₙ, [N].
+            directions: u [out] and v [in] for each parameter; a bias has v = 1.
+        """
         sums: dict[str, Tensor] = {}
         for use in self.uses:
-            grads = use.weighted_grads(weights)
-            parts = {self.bias: _summed_bias(use, grads), self.weight: _summed_outer(use, grads)}
-            for name, part in parts.items():
-                if name is not None:
-                    sums[name] = sums[name] + part if name in sums else part
+            for name in self.names:
+                left, right = directions[name]
+                along = _along(use, left).view(len(weights), -1)
+                along = (
+                    along.sum(1)
+                    if name == self.bias
+                    else (along * _inputs_along(use, right).view_as(along)).sum(1)
+                )
+                part = weights.to(along).dot(along)
+                sums[name] = sums[name] + part if name in sums else part
         return sums
 
     def dense(self) -> dict[str, Tensor]:
@@ -318,27 +330,24 @@ class RowBlock:
     layers: list[Rows]
 
 
-_CONVOLVED = {nn.Conv1d: conv1d_weight, nn.Conv2d: conv2d_weight, nn.Conv3d: conv3d_weight}
+_CONVOLUTION = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
-def _summed_outer(use: LayerUse, grads: Tensor) -> Tensor:
-    """Gradient of a linear layer's weight, flat, from those in its output: as autograd has it."""
+def _along(use: LayerUse, left: Tensor) -> Tensor:
+    """g·u at each position of the first column's gradients in what a linear layer makes."""
+    grads = use.grads[0]
+    return left @ grads.flatten(2) if isinstance(use.module, CONVOLUTIONS) else grads @ left
+
+
+def _inputs_along(use: LayerUse, right: Tensor) -> Tensor:
+    """a·v at each position of what a linear layer sees: what it would make with the one channel v."""
     module: Any = use.module
-    for layer, of_weight in _CONVOLVED.items():
+    for layer, convolution in _CONVOLUTION.items():
         if isinstance(module, layer):
-            size, arguments = (
-                module.weight.shape,
-                (module.stride, module.padding, module.dilation, module.groups),
-            )
-            return of_weight(use.inputs, size, grads, *arguments).flatten()
-    return (grads.flatten(0, -2).mT @ use.inputs.flatten(0, -2)).flatten()
-
-
-def _summed_bias(use: LayerUse, grads: Tensor) -> Tensor:
-    """Gradient of a linear layer's bias."""
-    if isinstance(use.module, CONVOLUTIONS):
-        return grads.flatten(2).sum((0, 2))
-    return grads.flatten(0, -2).sum(0)
+            kernel = right.view(1, *module.weight.shape[1:])
+            made = convolution(use.inputs, kernel, None, module.stride, module.padding, module.dilation)
+            return made
+    return use.inputs @ right
 
 
 def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
