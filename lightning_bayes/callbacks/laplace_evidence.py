@@ -305,15 +305,16 @@ class LaplaceEvidence(Callback):
         # The evidence has a loader of its own: what cannot be read from that one must fail now as well.
         own = _forward(reader, 0, next(iter(examples.read())))
         try:
-            method, reason, split = rehearse(
+            rehearsal = rehearse(
                 reader.network, own, captured.likelihood, prior, method, examples.num_examples
             )
         except EvidenceUnavailableError as error:
             rank_zero_warn(f"LaplaceEvidence: the first batch has no evidence. {error}")
             return method
         self._planned = (list(prior.strengths), examples.num_examples)
-        rank_zero_info(f"LaplaceEvidence: structure={method.structure!r}. {reason}.")
-        rank_zero_info(f"LaplaceEvidence: {split}.")
+        method = rehearsal.method
+        rank_zero_info(f"LaplaceEvidence: structure={method.structure!r}. {rehearsal.reason}.")
+        rank_zero_info(f"LaplaceEvidence: {rehearsal.split}.")
         return method
 
     def _announce(self, trainer: Trainer, pl_module: LightningModule) -> None:
