@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_bayes.curvature.base import Curvature, Problem
 from lightning_bayes.curvature.block_sample import draw_blocks
+from lightning_bayes.curvature.duration import hessian_seconds, rows_seconds
 from lightning_bayes.curvature.hessian import BatchHessian, HessianCurvature, HessianReader
 from lightning_bayes.curvature.keeping import kept_widths
 from lightning_bayes.curvature.likelihoods import Likelihood
@@ -16,7 +17,6 @@ from lightning_bayes.curvature.priors import Prior
 from lightning_bayes.curvature.reader import BatchRows, RowReader
 from lightning_bayes.curvature.rows import RowBlock
 from lightning_bayes.curvature.structures import STRUCTURES, choose_structure
-from lightning_bayes.duration import hessian_seconds, rows_seconds
 from lightning_bayes.options import Method
 
 __all__ = ["Forward", "Intake", "intake_of"]
