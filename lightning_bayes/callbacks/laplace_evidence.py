@@ -344,7 +344,8 @@ def _cloned(batch: Any) -> Any:
 
 
 def _forward(reader: ModuleReader, index: int, batch: Any) -> Forward:
-    return lambda: _outputs_and_targets(reader.read(batch, index))
+    # A training_step may work on its batch in place, and the batch may be read again.
+    return lambda: _outputs_and_targets(reader.read(_cloned(batch), index))
 
 
 def _outputs_and_targets(captured: CapturedLoss) -> tuple[Tensor, Tensor]:
