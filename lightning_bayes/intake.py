@@ -1,5 +1,6 @@
 """Reads batches into a curvature: rows into a structure, or Hessians into their sum."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_bayes.curvature.base import Curvature, Problem
 from lightning_bayes.curvature.block_sample import draw_blocks
+from lightning_bayes.curvature.duration import hessian_seconds, rows_seconds
 from lightning_bayes.curvature.hessian import BatchHessian, HessianCurvature, HessianReader
 from lightning_bayes.curvature.keeping import kept_widths
 from lightning_bayes.curvature.likelihoods import Likelihood
@@ -38,8 +40,8 @@ class Intake(Protocol):
         """Read one batch."""
         ...
 
-    def plan(self, forward: Forward) -> str:
-        """Settle `method` by one batch and say why it is what it is."""
+    def plan(self, forward: Forward) -> tuple[str, float]:
+        """Settle `method` by one batch, say why it is what it is, and how many seconds all will take, about."""
         ...
 
     def split(self) -> str:
@@ -57,7 +59,7 @@ def intake_of(
 ) -> Intake:
     """What reads the batches of a method."""
     if method.is_hessian:
-        return _HessianIntake(network, likelihood, prior, method)
+        return _HessianIntake(network, likelihood, prior, method, num_examples)
     return _RowIntake(network, likelihood, prior, method, num_examples, num_batches)
 
 
@@ -94,8 +96,12 @@ class _RowIntake:
             self.curved.update(block)
         return batch
 
-    def plan(self, forward: Forward) -> str:
-        return self._settle(next(self._reader.read(forward, self._likelihood).blocks))[1]
+    def plan(self, forward: Forward) -> tuple[str, float]:
+        problem, reason = self._settle(next(self._reader.read(forward, self._likelihood).blocks))
+        start = time.perf_counter()  # again: the first batch is also where the plan is made
+        for block in self._reader.read(forward, self._likelihood).blocks:
+            kept_widths(block)  # looks at all of it
+        return reason, rows_seconds(problem, self.method.structure, time.perf_counter() - start)
 
     def split(self) -> str:
         return self._reader.split()
@@ -129,7 +135,10 @@ class _RowIntake:
 
 
 class _HessianIntake:
-    def __init__(self, network: nn.Module, likelihood: Likelihood, prior: Prior, method: Method) -> None:
+    def __init__(
+        self, network: nn.Module, likelihood: Likelihood, prior: Prior, method: Method, num_examples: int
+    ) -> None:
+        self._num_examples = num_examples
         self._reader = HessianReader(network, prior.strengths)
         self._likelihood = likelihood
         self.parameters = self._reader.parameters
@@ -148,10 +157,13 @@ class _HessianIntake:
         self.curved.add(batch)
         return batch
 
-    def plan(self, forward: Forward) -> str:
+    def plan(self, forward: Forward) -> tuple[str, float]:
         num_parameters = sum(parameter.numel() for parameter in self.parameters.values())
-        self._reader.read(forward, self._likelihood)
-        return f"The Hessian of {num_parameters:,} parameters is dense"
+        start = time.perf_counter()
+        batch = self._reader.read(forward, self._likelihood)
+        took, device = time.perf_counter() - start, batch.matrix.device
+        seconds = hessian_seconds(num_parameters, self._num_examples / batch.num_examples, took, device)
+        return f"The Hessian of {num_parameters:,} parameters is dense", seconds
 
     def split(self) -> str:
         return "The Hessian is formed by autograd, twice"

@@ -15,7 +15,7 @@ from lightning_bayes.curvature.priors import Prior
 from lightning_bayes.intake import Forward, intake_of
 from lightning_bayes.options import Method
 
-__all__ = ["Totals", "read_all", "rehearse"]
+__all__ = ["Rehearsal", "Totals", "read_all", "rehearse"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,20 @@ class Totals:
     num_terms: float
     started: float
     """By `time.perf_counter`."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one batch says about an evaluation before it is made."""
+
+    method: Method
+    """With the structure that is taken."""
+    reason: str
+    """A sentence that says why."""
+    split: str
+    """A sentence that says by which derivatives the rows are read."""
+    seconds: float
+    """That the whole will take, within a factor of about three; without the loading of the data."""
 
 
 def read_all(
@@ -104,17 +118,13 @@ def rehearse(
     prior: Prior,
     method: Method,
     num_examples: int,
-) -> tuple[Method, str, str]:
-    """Read one batch and choose the structure.
-
-    Returns:
-        The method with that structure, a sentence that says why, and one that says by which derivatives the
-        rows are read.
+) -> Rehearsal:
+    """Read one batch, twice, and choose the structure.
 
     Raises:
         ValueError: If the batch cannot be read.
         EvidenceUnavailableError: If outputs or gradients are not finite.
     """
     intake = intake_of(network, likelihood, prior, replace(method, num_blocks=None), num_examples, 1)
-    reason = intake.plan(forward)
-    return replace(intake.method, num_blocks=method.num_blocks), reason, intake.split()
+    reason, seconds = intake.plan(forward)
+    return Rehearsal(replace(intake.method, num_blocks=method.num_blocks), reason, intake.split(), seconds)

@@ -105,7 +105,7 @@ def test_status(changes, expected):
         ({"fixed_parameters": tuple("abcdef")}, "a, b, c, d and 2 more"),
         ({"structure": "kron", "lower": -math.inf, "upper": math.inf}, "kron; no bounds known"),
         ({"lower": -601.0, "upper": -599.0}, "full; log-evidence in [-601.00, -599.00]"),
-        ({"log_evidence_stderr": 0.31}, "± 0.31 by sampling, -0.6000 per example"),
+        ({"log_evidence_stderr": 0.31}, "± 0.31 from sampling, -0.6000 per example"),
         ({"structure": "diag", "upper": 0.0, "num_samples": 64}, "diag of 64 sampled columns"),
         ({"prior_optimized": True}, "optimized prior                      1"),
         (

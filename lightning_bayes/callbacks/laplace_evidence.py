@@ -347,15 +347,16 @@ class LaplaceEvidence(MeasuringCallback):
         # The evidence has a loader of its own: what cannot be read from that one must fail now as well.
         own = _forward(reader, 0, next(iter(examples.read())))
         try:
-            method, reason, split = rehearse(
+            rehearsal = rehearse(
                 reader.network, own, captured.likelihood, prior, method, examples.num_examples
             )
         except EvidenceUnavailableError as error:
             rank_zero_warn(f"LaplaceEvidence: the first batch has no evidence. {error}")
             return method
         self._planned = (list(prior.strengths), examples.num_examples)
-        rank_zero_info(f"LaplaceEvidence: structure={method.structure!r}. {reason}.")
-        rank_zero_info(f"LaplaceEvidence: {split}.")
+        method = rehearsal.method
+        rank_zero_info(f"LaplaceEvidence: structure={method.structure!r}. {rehearsal.reason}.")
+        rank_zero_info(f"LaplaceEvidence: {rehearsal.split}.")
         return method
 
     def _announce(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -377,7 +378,8 @@ def _cloned(batch: Any) -> Any:
 
 
 def _forward(reader: ModuleReader, index: int, batch: Any) -> Forward:
-    return BatchForward(lambda some: _outputs_and_targets(reader.read(some, index)), batch)
+    # A training_step may work on its batch in place, and the batch is read again, whole and regrouped.
+    return BatchForward(lambda some: _outputs_and_targets(reader.read(_cloned(some), index)), batch)
 
 
 def _outputs_and_targets(captured: CapturedLoss) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import (
 )
 
 from lightning_bayes import LaplaceEvidence
+from lightning_bayes.callbacks.trainer_inputs import check_stream
 
 from .evidence_models import (
     DECAY,
@@ -204,3 +206,18 @@ def test_frozen_parameters_are_left_out_and_named_once(tmp_path, caplog):
     assert evidence.num_parameters == 5 * 3 + 3
     assert evidence.fixed_parameters == ("network.0.weight", "network.0.bias")
     assert disagreements(evidence, reference(module.network, tensors())) == {}
+
+
+@pytest.mark.parametrize("replicas", [2, 8])
+def test_a_stream_under_several_processes_names_the_way_out(replicas):
+    """Its shard cannot be told from the whole."""
+    stream = type(
+        "Stream", (IterableDataset,), {"__iter__": lambda self: iter(()), "__len__": lambda self: 8}
+    )()
+    trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": replicas})
+    with pytest.raises(
+        ValueError, match=rf"Stream is an IterableDataset that {replicas} processes.*map-style"
+    ):
+        check_stream(trainer, DataLoader(stream))
+    check_stream(trainer, DataLoader(TensorDataset(torch.zeros(3))))
+    check_stream(SimpleNamespace(distributed_sampler_kwargs=None), DataLoader(stream))

@@ -484,7 +484,7 @@ def test_predicted_variance_has_the_fisher_information(seed):
         ("classification", (4, 3, 2), torch.zeros(4, 4).long(), r"logits \[4, 3, 2\]; got \[4, 4\]"),
         ("classification", (4, 3), torch.tensor([0, 1, 2, 3]), r"0 \.\. 2.*got 0 \.\. 3"),
         ("classification", (4, 3), torch.tensor([0, 1, 2, -1]), r"got -1 \.\. 2.*ignore_index=-100"),
-        ("classification", (4, 3), torch.zeros(4), r"float32.*regression"),
+        ("classification", (4, 3), torch.full((4,), 0.5), r"float32.*regression"),
         ("classification", (4, 3), torch.zeros(3).long(), r"\[3\] of torch.int64"),
         ("classification", (4, 3), torch.full((4, 3), 0.5), "sum to 1 in each row"),
         ("classification", (4, 3), torch.tensor([[2.0, -1.0, 0.0]] * 4), "must not be negative"),

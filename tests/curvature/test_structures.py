@@ -123,7 +123,7 @@ def test_slow_is_announced_with_what_is_faster():
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):
-    monkeypatch.setattr(structures, "_total_memory", lambda device: 1e9)
+    monkeypatch.setattr(structures, "total_memory", lambda device: 1e9)
     with pytest.raises(ValueError, match=r'does not fit on cpu.*structure="diag"'):
         choose_structure("full", problem(10**9, 10**4))
 
