@@ -19,17 +19,13 @@ from lightning_bayes.advising.parameter_groups import (
     optimizer_notes,
 )
 from lightning_bayes.callbacks.loss_reduction import reduction_of
-from lightning_bayes.callbacks.training_set import dataset_size_of, known_length, replicas_of
-from lightning_bayes.functional import AdamConfiguration
-from lightning_bayes.functional.adam_advice import check_adam_targets
-from lightning_bayes.functional.configuration import Targets
+from lightning_bayes.callbacks.training_set import dataset_size_of, replicas_of
 
 __all__ = [
     "ParameterGroup",
     "Sizes",
     "TrainerConfiguration",
     "changing_settings",
-    "check_targets",
     "group_names",
     "is_adaptive",
     "learning_rate_in_step",
@@ -37,6 +33,7 @@ __all__ = [
     "makes_a_step",
     "read_configuration",
     "read_sizes",
+    "training_loader",
 ]
 
 # Settings of a parameter group that schedules move, beside its learning rate.
@@ -95,7 +92,7 @@ def read_sizes(trainer: Trainer, dataset_size: int | None = None) -> Sizes:
     Raises:
         ValueError: without a training loader or with several, and where N or B cannot be read.
     """
-    loader = _loader(trainer)
+    loader = training_loader(trainer)
     examples, notes = dataset_size_of(loader, trainer, dataset_size)
     return Sizes(
         loader_batch_size(loader),
@@ -185,43 +182,6 @@ def makes_a_step(trainer: Trainer, optimizer: Any) -> bool:
     return any(parameter.grad is not None for group in groups for parameter in group["params"])
 
 
-def check_targets(trainer: Trainer, configuration: TrainerConfiguration, targets: Targets) -> None:
-    """Raises a ValueError for targets that this run cannot have, with what can be done about it.
-
-    Args:
-        trainer: that is fitting.
-        configuration: as `read_configuration` gives it.
-        targets: what is asked for.
-    """
-    if any(isinstance(group.configuration, AdamConfiguration) for group in configuration.groups):
-        check_adam_targets(targets)
-    examples = configuration.sizes.dataset_size
-    try:
-        targets.check_against(examples)
-    except ValueError as error:
-        wanted = int(targets.batch_size or 0)
-        raise ValueError(f"{error} {_way_to_more_examples(trainer, examples, wanted)}") from error
-
-
-def _way_to_more_examples(trainer: Trainer, examples: int, wanted: int) -> str:
-    """What to do where a target batch does not fit: names the flag that leaves so few examples, where one does."""
-    smaller = f"take a target_batch_size below {examples}"
-    limits = {
-        "fast_dev_run": getattr(trainer, "fast_dev_run", 0),
-        "overfit_batches": getattr(trainer, "overfit_batches", 0),
-        "limit_train_batches": getattr(trainer, "limit_train_batches", None),
-    }
-    # Under `fast_dev_run` Lightning sets the other two itself, and by default the last is 1.0.
-    flag = next((name for name, value in limits.items() if value and value != 1.0), None)
-    if flag is None and limits["limit_train_batches"] == 1 and isinstance(limits["limit_train_batches"], int):
-        flag = "limit_train_batches"
-    whole = known_length(getattr(_loader(trainer), "dataset", None))
-    if flag is not None and whole is not None and examples < wanted <= whole:
-        leaves = f"Trainer({flag}={limits[flag]!r}) leaves {examples} of {whole} examples"
-        return f"{leaves}: remove `{flag}`, or {smaller}."
-    return f"Give target_dataset_size={wanted} or more beside it, if there will be so many examples, or {smaller}."
-
-
 def changing_settings(trainer: Trainer) -> tuple[object, ...]:
     """What `read_configuration` depends on that may change within an epoch; while it does not, nor does that.
 
@@ -268,7 +228,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) or (isinstance(value, torch.Tensor) and value.numel() == 1)
 
 
-def _loader(trainer: Trainer) -> Any:
+def training_loader(trainer: Trainer) -> Any:
+    """The one training loader of a Trainer; a ValueError where there is none, or several."""
     loaders = trainer.train_dataloader
     if loaders is None:
         raise ValueError(

@@ -18,7 +18,6 @@ from lightning_bayes.callbacks.advice_log import emit
 from lightning_bayes.callbacks.configuration import (
     TrainerConfiguration,
     changing_settings,
-    check_targets,
     makes_a_step,
     read_configuration,
 )
@@ -26,6 +25,7 @@ from lightning_bayes.callbacks.loss_reduction import forget_reduction, note_redu
 from lightning_bayes.callbacks.measured import measured
 from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
 from lightning_bayes.callbacks.peaks import PeakRecord, note_step
+from lightning_bayes.callbacks.targets import check_targets
 from lightning_bayes.functional import (
     AdamAdvice,
     AdamConfiguration,

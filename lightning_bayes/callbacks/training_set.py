@@ -65,6 +65,12 @@ def dataset_size_of(loader: Any, trainer: Trainer, given: int | None) -> tuple[i
     # Under a distributed strategy Lightning wraps a custom sampler: its length is then that of the sampler's
     # whole draw, and elsewhere the whole training set's.
     source = sampler.dataset if isinstance(sampler, DistributedSampler) else getattr(loader, "dataset", None)
+    if source is None:
+        raise ValueError(
+            "Expected the training loader to have a `dataset` whose length is that of the training set, but got"
+            f" {type(loader).__name__} without one. Give a torch DataLoader; or pass the number of training examples"
+            " as `dataset_size=` where the callback takes it (SGDNoiseScale, BatchSizeScheduler)."
+        )
     whole = _length(source)
     examples = whole if counted is None else counted.reached
     notes += _partial_draw(sampler, whole, examples)

@@ -47,7 +47,7 @@ def summed_batch_size(present: Configuration, goal: Goal, rule: str) -> float:
             "The linear rule chooses no batch size for a summed loss, whose step grows with the batch by itself: it"
             f" asks for a learning rate of {goal.learning_rate / kept:.6g} at every batch."
         )
-    return present.batch_size
+    return _at_least_one(present.batch_size, goal)
 
 
 def _at_least_one(batch_size: float, goal: Goal) -> float:

@@ -190,3 +190,9 @@ def test_words_name_the_unit():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         Configuration(0.1, 8, 100, **arguments)
+
+
+def test_a_present_batch_that_no_longer_fits_is_no_solution():
+    present = Configuration(0.1, 20, 20, reduction="sum", averaged_batches=2)
+    advice = advise(present, target_momentum=0.5, target_dataset_size=10)
+    assert {move.verdict for move in advice.moves} <= {"impossible", "doubtful"}
