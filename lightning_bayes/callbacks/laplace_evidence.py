@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_bayes.callbacks.evidence_log import KEYS, UNAVAILABLE, evidence_from, logged_values
 from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
+from lightning_bayes.callbacks.progress import shown_in_bar
 from lightning_bayes.callbacks.reading import ModuleReader, NetworkOption, original_network
 from lightning_bayes.callbacks.trainer_inputs import (
     announce_prior,
@@ -42,6 +43,9 @@ from lightning_bayes.options import Method, check_options, sampling_if_many_colu
 from lightning_bayes.totals import read_all, rehearse
 
 __all__ = ["LaplaceEvidence"]
+
+WORTH_SAYING = 1.0
+"""Seconds that an evaluation must be expected to take to be announced."""
 
 
 class LaplaceEvidence(MeasuringCallback):
@@ -239,11 +243,10 @@ class LaplaceEvidence(MeasuringCallback):
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_trainer(trainer, pl_module, self.network)
-        warn_of_averages(trainer)
         with untouched(trainer):  # somebody's own sampler may draw to be counted
             self._examples(trainer)
         if self.method.subset_of_weights != "last_layer":  # which layer that is, the first batch tells
-            self._announce(trainer, pl_module)
+            self._prior(trainer, pl_module)
 
     def _rehearse_first(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -275,7 +278,7 @@ class LaplaceEvidence(MeasuringCallback):
         examples, prior = self._examples(trainer), self._prior(trainer, pl_module)
         plan = (list(prior.strengths), examples.num_examples)
         reader = ModuleReader(trainer, pl_module, self.likelihood, self.network)
-        batches = iter(enumerate(examples.read()))
+        batches = iter(enumerate(shown_in_bar(trainer, examples.read(), examples.num_batches)))
         first = next(batches)
         # The kind of the likelihood is that of the first batch; the rest must be of the same kind.
         captured = reader.read(_cloned(first[1]), first[0])
@@ -317,19 +320,21 @@ class LaplaceEvidence(MeasuringCallback):
         captured, again = read(), read()
         reader.check_computed_by_copy(captured.outputs)
         self._first_batch_size = len(captured.outputs)
+        if self.method.subset_of_weights == "last_layer":
+            self._last_layer = last_layer(reader.network, lambda: read().outputs)
+            rank_zero_info(
+                f"LaplaceEvidence: the last layer is {self._last_layer}; the rest is conditioned on."
+            )
+        method = self._plan(trainer, pl_module, reader, captured)
+        # Now that it can be read: where it cannot, one warning says so, and no other.
+        self._announce(trainer, pl_module)
         if captured.value != again.value and math.isfinite(captured.value):
             rank_zero_warn(
                 f"LaplaceEvidence: training_step gave {captured.value:.6g} and {again.value:.6g} for one batch in "
                 "eval mode: it draws random numbers (a functional dropout without training=self.training?) or "
                 "keeps state. The evidence is that of one draw."
             )
-        if self.method.subset_of_weights == "last_layer":
-            self._last_layer = last_layer(reader.network, lambda: read().outputs)
-            rank_zero_info(
-                f"LaplaceEvidence: the last layer is {self._last_layer}; the rest is conditioned on."
-            )
-            self._announce(trainer, pl_module)
-        return self._plan(trainer, pl_module, reader, captured)
+        return method
 
     def _plan(
         self, trainer: Trainer, pl_module: LightningModule, reader: ModuleReader, captured: CapturedLoss
@@ -357,9 +362,16 @@ class LaplaceEvidence(MeasuringCallback):
         method = rehearsal.method
         rank_zero_info(f"LaplaceEvidence: structure={method.structure!r}. {rehearsal.reason}.")
         rank_zero_info(f"LaplaceEvidence: {rehearsal.split}.")
+        for note in (*examples.notes, captured.likelihood.note):
+            if note is not None:
+                rank_zero_info(f"LaplaceEvidence: {note}.")
+        if rehearsal.seconds >= WORTH_SAYING:
+            less = "" if self.max_overhead is not None else ": max_overhead=0.1 keeps it to a tenth of the training"
+            rank_zero_info(f"LaplaceEvidence: an evaluation takes about {rehearsal.seconds:.2g} s{less}.")
         return method
 
     def _announce(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        warn_of_averages(trainer)
         target, prior = original_network(pl_module, self.network), self._prior(trainer, pl_module)
         announce_prior(trainer, target, prior, self.prior_precision, self.method.subset_of_weights)
 
