@@ -1,6 +1,6 @@
 """What the evidence takes from a Trainer: the training set, the prior, and what it cannot take."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -70,7 +70,21 @@ def examples_of(
     examples = examples_from_loader(loader, batch_size, at_most, num_batches(trainer, loader), mixed)
     if loader is trainer.train_dataloader:
         return examples
-    return replace(examples, read=lambda: map(wrapped, examples.read()))
+    return replace(examples, read=lambda: _Wrapped(examples.read(), wrapped))
+
+
+class _Wrapped:
+    """The batches of a loader, each in the collection that the loader came in."""
+
+    def __init__(self, loader: Any, wrapped: Callable[[Any], Any]) -> None:
+        self._loader, self._wrapped = loader, wrapped
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._wrapped, self._loader)
+
+    @property
+    def batch_sampler(self) -> Any:
+        return self._loader.batch_sampler
 
 
 def training_loader(trainer: Trainer) -> "tuple[DataLoader[Any], Callable[[Any], Any]]":

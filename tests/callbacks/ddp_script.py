@@ -37,7 +37,7 @@ CASES = {
     "refused": (
         logging_step,
         lambda: DataLoader(TensorDataset(*tensors()), 4, sampler=SubsetRandomSampler(range(10))),
-        {},
+        {"on_error": "raise"},
     ),
 }
 

@@ -118,7 +118,7 @@ def test_a_file_that_cannot_be_written_is_one_warning(tmp_path, capsys, monkeypa
 )
 def test_a_target_batch_beyond_the_data_says_what_to_do(tmp_path, flags, size):
     data = DataLoader(dataset(), batch_size=10)
-    run = trainer(tmp_path, [ScalingAdvisor(target_batch_size=size)], **flags)
+    run = trainer(tmp_path, [ScalingAdvisor(target_batch_size=size, on_error="raise")], **flags)
     with pytest.raises(ValueError, match="at most `dataset_size`") as error:
         run.fit(Net(), data)
     text = str(error.value)

@@ -500,7 +500,7 @@ class Closures(Quadratic):
     ],
 )
 def test_refused_before_the_first_step(tmp_path, module, arguments, batch_size, message):
-    run = trainer(tmp_path, [GradientNoiseScale(**arguments)])
+    run = trainer(tmp_path, [GradientNoiseScale(**arguments, on_error="raise")])
     with pytest.raises(ValueError, match=message):
         run.fit(module(), loader(targets(16), batch_size))
     assert run.global_step == 0
@@ -508,7 +508,7 @@ def test_refused_before_the_first_step(tmp_path, module, arguments, batch_size, 
 
 def test_a_batch_that_cannot_be_cut(tmp_path):
     data = [(torch.ones(8, 1).double(), targets(8), torch.zeros(3))]
-    run = trainer(tmp_path, [GradientNoiseScale(method="split_batch")])
+    run = trainer(tmp_path, [GradientNoiseScale(method="split_batch", on_error="raise")])
     with pytest.raises(ValueError, match="cannot be cut into parts"):
         run.fit(Quadratic(lambda m, b: by_hand(m, b[:2])), DataLoader(data, batch_size=None))
 

@@ -94,16 +94,18 @@ def test_every_key_is_logged_with_its_value(tmp_path):
     assert sorted(logged) == [
         "effective_parameters",
         "log_evidence",
+        "log_evidence_best_prior",
         "log_evidence_ratio",
         "log_likelihood",
         "log_occam_factor",
         "lower",
         "newton_decrement",
+        "prior_optimized",
         "prior_precision",
         "upper",
         "weight_penalty",
     ]
-    assert logged == pytest.approx({name: getattr(evidence, name) for name in logged}, rel=1e-6)
+    assert logged == pytest.approx({name: float(getattr(evidence, name)) for name in logged}, rel=1e-6)
 
 
 def test_keys_of_a_regression(tmp_path):

@@ -266,19 +266,19 @@ def test_bad_arguments(arguments, message):
 
 def test_target_batch_beyond_the_data_fails_before_training(tmp_path):
     with pytest.raises(ValueError, match="`target_batch_size` to be at most `dataset_size`"):
-        advise(tmp_path, target_batch_size=101)
+        advise(tmp_path, target_batch_size=101, on_error="raise")
 
 
 def test_momentum_target_for_adam_fails_before_training(tmp_path):
     with pytest.raises(ValueError, match="`target_momentum` to be None"):
-        advise(tmp_path, lambda module: torch.optim.Adam(module.parameters()), target_momentum=0.5)
+        advise(tmp_path, lambda module: torch.optim.Adam(module.parameters()), target_momentum=0.5, on_error="raise")
 
 
 def test_manual_optimization(tmp_path):
     model = Net()
     model.automatic_optimization = False
     with pytest.raises(ValueError, match="automatic_optimization = False"):
-        trainer(tmp_path, [ScalingAdvisor(target_batch_size=50)]).fit(model, loader())
+        trainer(tmp_path, [ScalingAdvisor(target_batch_size=50, on_error="raise")]).fit(model, loader())
 
 
 def test_training_is_not_perturbed(tmp_path):

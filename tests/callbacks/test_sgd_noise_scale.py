@@ -239,19 +239,19 @@ def test_unknown_optimizers_are_announced(tmp_path):
 )
 def test_optimizers_without_a_noise_scale(tmp_path, optimizers, message):
     with pytest.raises(ValueError, match=message):
-        fit(tmp_path, optimizers)
+        fit(tmp_path, optimizers, callback=SGDNoiseScale(on_error="raise"))
 
 
 def test_manual_optimization(tmp_path):
     model = Net()
     model.automatic_optimization = False
     with pytest.raises(ValueError, match="automatic_optimization = False"):
-        trainer(tmp_path, [SGDNoiseScale()]).fit(model, loader())
+        trainer(tmp_path, [SGDNoiseScale(on_error="raise")]).fit(model, loader())
 
 
 def test_several_loaders(tmp_path):
     with pytest.raises(ValueError, match=r"one training dataloader.*2"):
-        fit(tmp_path, data={"a": loader(), "b": loader()})
+        fit(tmp_path, data={"a": loader(), "b": loader()}, callback=SGDNoiseScale(on_error="raise"))
 
 
 def test_outside_of_fit():
@@ -262,7 +262,7 @@ def test_outside_of_fit():
 def test_iterable_dataset_needs_its_size(tmp_path):
     stream = DataLoader(Stream(dataset()), batch_size=10)
     with pytest.raises(ValueError, match="`dataset_size=`"):
-        fit(tmp_path, data=stream)
+        fit(tmp_path, data=stream, callback=SGDNoiseScale(on_error="raise"))
     run, _ = fit(tmp_path, data=stream, callback=SGDNoiseScale(dataset_size=200))
     assert float(run.callback_metrics["bayes/noise_scale"]) == pytest.approx(0.1 * 19, rel=FLOAT32)
 
@@ -270,7 +270,9 @@ def test_iterable_dataset_needs_its_size(tmp_path):
 def test_batch_size_none_names_the_remedy(tmp_path):
     batches = [dataset()[:10] for _ in range(10)]
     with pytest.raises(ValueError, match="Pass `batch_size=` to the DataLoader"):
-        fit(tmp_path, data=DataLoader(batches, batch_size=None))
+        fit(
+            tmp_path, data=DataLoader(batches, batch_size=None), callback=SGDNoiseScale(on_error="raise")
+        )
 
 
 def test_batch_sampler(tmp_path):
@@ -282,7 +284,11 @@ def test_batch_sampler(tmp_path):
 def test_batch_sampler_without_batch_size(tmp_path):
     batches = [list(range(start, start + 10)) for start in range(0, 100, 10)]
     with pytest.raises(ValueError, match="list without `batch_size`"):
-        fit(tmp_path, data=DataLoader(dataset(), batch_sampler=batches))
+        fit(
+            tmp_path,
+            data=DataLoader(dataset(), batch_sampler=batches),
+            callback=SGDNoiseScale(on_error="raise"),
+        )
 
 
 def test_subset_sampler_is_the_training_set(tmp_path):
