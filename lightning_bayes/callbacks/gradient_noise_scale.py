@@ -78,8 +78,8 @@ class GradientNoiseScale(MeasuringCallback):
             in eval mode, on a batch cut into four. "auto" is "per_example" where the loss can be read, else
             "micro_batches" where a step has two or more, else "split_batch", and says why.
         per_layer: whether to log `gradient_noise_scale/<layer>` for each module that holds parameters.
-        on_error: "warn" for one warning, NaN under the keys and a fit that goes on, where this Trainer, module, loss or
-            dataset does not allow the measurement; "raise" for an error.
+        on_error: "warn" for one warning, NaN under the keys and a fit that goes on, where this Trainer, module, loss
+            or dataset does not allow the measurement; "raise" for an error.
 
     Attributes:
         estimate: the averages in force, `GradientNoise | None`.
@@ -88,8 +88,8 @@ class GradientNoiseScale(MeasuringCallback):
 
     Raises:
         ValueError: at construction for an argument outside its domain; at the start of fit for a second
-            GradientNoiseScale under the same keys. Manual optimization, LBFGS, sharded weights, batches of one example,
-            and a training_step that `method` cannot read are what `on_error` is about.
+            GradientNoiseScale under the same keys. Manual optimization, LBFGS, sharded weights, batches of one
+            example, and a training_step that `method` cannot read are what `on_error` is about.
 
     Example::
 
@@ -102,7 +102,8 @@ class GradientNoiseScale(MeasuringCallback):
     LOGGED = KEYS
     ALWAYS_LOGGED = KEYS
     LESS_MEMORY = (
-        'Give method="micro_batches" with accumulate_grad_batches of 2 or more: it takes the gradients of training.'
+        'Give method="micro_batches" with accumulate_grad_batches of 2 or more: it takes the gradients of '
+        "training."
     )
 
     def __init__(
@@ -250,8 +251,8 @@ class GradientNoiseScale(MeasuringCallback):
         if self._method == "micro_batches":
             return "Leave GradientNoiseScale out of this run."
         return (
-            'Give method="micro_batches" with accumulate_grad_batches of 2 or more: it takes the gradients of training '
-            "as they come and runs nothing on a copy."
+            'Give method="micro_batches" with accumulate_grad_batches of 2 or more: it takes the gradients of '
+            "training as they come and runs nothing on a copy."
         )
 
     @override

@@ -93,8 +93,8 @@ class LaplaceEvidence(MeasuringCallback):
             are skipped until an evaluation as long as the last fits. The first is always made. A key of a
             skipped epoch keeps its last value for monitors.
         log_key_prefix: Goes before each key.
-        on_error: "warn" for one warning, NaN under the keys and a fit that goes on, where this Trainer, module, loss or
-            dataset does not allow the measurement; "raise" for an error.
+        on_error: "warn" for one warning, NaN under the keys and a fit that goes on, where this Trainer, module, loss
+            or dataset does not allow the measurement; "raise" for an error.
 
     Attributes:
         history: List of (epoch, Evidence); it survives a checkpoint.
@@ -233,13 +233,15 @@ class LaplaceEvidence(MeasuringCallback):
 
     @property
     @override
-    def LESS_MEMORY(self) -> str:  # type: ignore[override] # noqa: N802 - depends on what was tried
+    def LESS_MEMORY(self) -> str:  # type: ignore[override] # depends on what was tried
         steps = [] if self.batch_size == 1 else [f"batch_size={max(1, (self.batch_size or 32) // 4)}"]
         steps += [] if self.max_examples is not None and self.max_examples <= 100 else ["max_examples=100"]
         steps += [] if self.method.structure == "diag" or self.method.is_hessian else ['structure="diag"']
         if not steps:
             return "Leave LaplaceEvidence out of this run."
-        return f"Give LaplaceEvidence({', '.join(steps)}): fewer rows at a time, fewer in all, a smaller matrix."
+        return (
+            f"Give LaplaceEvidence({', '.join(steps)}): fewer rows at a time, fewer in all, a smaller matrix."
+        )
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_trainer(trainer, pl_module, self.network)
@@ -366,7 +368,11 @@ class LaplaceEvidence(MeasuringCallback):
             if note is not None:
                 rank_zero_info(f"LaplaceEvidence: {note}.")
         if rehearsal.seconds >= WORTH_SAYING:
-            less = "" if self.max_overhead is not None else ": max_overhead=0.1 keeps it to a tenth of the training"
+            less = (
+                ""
+                if self.max_overhead is not None
+                else ": max_overhead=0.1 keeps it to a tenth of the training"
+            )
             rank_zero_info(f"LaplaceEvidence: an evaluation takes about {rehearsal.seconds:.2g} s{less}.")
         return method
 

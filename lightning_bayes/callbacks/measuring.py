@@ -43,7 +43,7 @@ def guarded(
         except Exception as error:  # law: whatever it is, the run matters more
             self._turn_off(trainer, error)
 
-    return run
+    return run  # type: ignore[return-value] # `trainer` may be given by its name as well
 
 
 class MeasuringCallback(Callback):
@@ -213,7 +213,8 @@ class MeasuringCallback(Callback):
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
             words in text.lower() for words in OUT_OF_MEMORY
         ):
-            return f"Memory does not suffice ({type(error).__name__}: {text[:200]}). {self.LESS_MEMORY or self.way_out}"
+            way_out = self.LESS_MEMORY or self.way_out
+            return f"Memory does not suffice ({type(error).__name__}: {text[:200]}). {way_out}"
         whose = "Code of lightning-bayes itself" if ours else "The module's code, run on a copy in eval mode,"
         way_out = f"Leave {type(self).__name__} out of this run, and report it." if ours else self.way_out
         return f"{whose} raised {type(error).__name__}: {text}. {way_out}"

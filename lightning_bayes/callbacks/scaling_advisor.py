@@ -80,8 +80,8 @@ class ScalingAdvisor(MeasuringCallback):
             of a checkpoint and the "batch_size" and "dataset_size" that it does not hold.
         ema_decay: decay of an average of the weights, if there is one, to be told what becomes of it.
         log_key_prefix: put before `advice`.
-        on_error: "warn" for one warning, no advice and a fit that goes on, where this Trainer allows none; "raise" for
-            an error.
+        on_error: "warn" for one warning, no advice and a fit that goes on, where this Trainer allows none; "raise"
+            for an error.
 
     Raises:
         ValueError: at construction without target and reference, for one outside its domain, or for a reference

@@ -51,8 +51,8 @@ class SGDNoiseScale(MeasuringCallback):
         dataset_size: N in place of the counted one; needed for an IterableDataset without
             length.
         log_key_prefix: put before every key.
-        on_error: "warn" for one warning, NaN under the keys and a fit that goes on, where this Trainer, module, loss or
-            dataset does not allow the measurement; "raise" for an error.
+        on_error: "warn" for one warning, NaN under the keys and a fit that goes on, where this Trainer, module, loss
+            or dataset does not allow the measurement; "raise" for an error.
 
     Raises:
         ValueError: at construction for an argument outside its domain; at the start of fit for a second

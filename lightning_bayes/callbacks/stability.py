@@ -72,8 +72,8 @@ class Stability(MeasuringCallback):
         batch_size: Examples at a time; None for those of a training_step. Another number changes what batch norm
             normalises by.
         log_key_prefix: Goes before each key.
-        on_error: "warn" for one warning, NaN under the keys and a fit that goes on, where this Trainer, module, loss or
-            dataset does not allow the measurement; "raise" for an error.
+        on_error: "warn" for one warning, NaN under the keys and a fit that goes on, where this Trainer, module, loss
+            or dataset does not allow the measurement; "raise" for an error.
 
     Attributes:
         history: List of (epoch, StabilityReading); it survives a checkpoint.
@@ -235,10 +235,12 @@ class Stability(MeasuringCallback):
 
     @property
     @override
-    def LESS_MEMORY(self) -> str:  # type: ignore[override] # noqa: N802 - depends on what was tried
+    def LESS_MEMORY(self) -> str:  # type: ignore[override] # depends on what was tried
         if self.max_examples <= 1:
             return "Leave Stability out of this run."
-        return f"Give Stability(max_examples={max(1, self.max_examples // 8)}, batch_size=1): fewer at a time."
+        return (
+            f"Give Stability(max_examples={max(1, self.max_examples // 8)}, batch_size=1): fewer at a time."
+        )
 
     @override
     def _check_names(self, pl_module: LightningModule) -> None:

@@ -106,8 +106,8 @@ def training_loader(trainer: Trainer) -> "tuple[DataLoader[Any], Callable[[Any],
             got = f"a collection of {len(loaders)}"
         raise ValueError(
             f"LaplaceEvidence and Stability need one torch DataLoader for training, got {got}. They speak of one "
-            "training set: give fit() a single DataLoader, or leave the callback out and call laplace_evidence() on a "
-            "loader of your choice after training."
+            "training set: give fit() a single DataLoader, or leave the callback out and call laplace_evidence() on "
+            "a loader of your choice after training."
         )
 
     def wrapped(batch: Any) -> Any:
@@ -150,9 +150,10 @@ def warn_of_averages(trainer: Trainer) -> None:
     ]
     if averaging:
         rank_zero_warn(
-            f"LaplaceEvidence: {averaging[0]} averages weights, and the evidence of each epoch is that of the weights "
-            "that are trained, not of the average that is saved or left at the end: a ModelCheckpoint on it ranks "
-            "other weights than it saves. For the evidence of the average call laplace_evidence() on it after fit."
+            f"LaplaceEvidence: {averaging[0]} averages weights, and the evidence of each epoch is that of the "
+            "weights that are trained, not of the average that is saved or left at the end: a ModelCheckpoint on it "
+            "ranks other weights than it saves. For the evidence of the average call laplace_evidence() on it "
+            "after fit."
         )
 
 

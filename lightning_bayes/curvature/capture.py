@@ -66,8 +66,8 @@ OF_NO_LIKELIHOOD = (
 )
 """Losses of `KNOWN` that no density stands behind."""
 NO_LIKELIHOOD = (
-    "A loss that is no likelihood of targets, one factor an example (Dice, contrastive, ranking), has no evidence: then "
-    "leave LaplaceEvidence out of this run. Otherwise:"
+    "A loss that is no likelihood of targets, one factor an example (Dice, contrastive, ranking), has no evidence: "
+    "then leave LaplaceEvidence out of this run. Otherwise:"
 )
 
 

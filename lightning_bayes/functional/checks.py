@@ -141,7 +141,9 @@ def _largest_curvature(configuration: Configuration) -> float:
         root = b * b - 4 * a * c
         if root < 0:  # it never gets so small
             return math.inf
-        roots = (-b - math.sqrt(root)) / (2 * a), (-b + math.sqrt(root)) / (2 * a)
+        # Without differences of nearly equal numbers: a vanishes with m.
+        q = -(b + math.copysign(math.sqrt(root), b)) / 2
+        roots = c / q, q / a if a > 0 else math.inf
         return min((x for x in roots if x > 0), default=math.inf)
 
     return min(smallest(LARGEST_VARIANCE), smallest(1 / LARGEST_VARIANCE)) / rate

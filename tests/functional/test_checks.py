@@ -128,6 +128,14 @@ def test_nesterov_momentum_damps_the_noise(momentum):
     assert ("Nesterov's momentum damps" in above.sentence) == (side < 1)
 
 
+@pytest.mark.parametrize("momentum", [5e-324, 1e-300, 1e-17, 1e-9])
+def test_a_nesterov_momentum_of_next_to_nothing_is_none(momentum):
+    """Whose noise is 1.1 times as large at r = 1 - 1/1.1."""
+    advice = advise(Configuration(1.0, 1, 1000, momentum, nesterov=True), target_batch_size=2)
+    most = float(re.search(r"stays below (\S+)\.$", check(advice, "variance").sentence)[1])
+    assert most == pytest.approx(2 * (1 - 1 / 1.1) / advice.exact.learning_rate, rel=1e-3)
+
+
 def test_variance_beyond_that_of_the_noise_scale():
     rate = advise(PRESENT, target_batch_size=512).exact.learning_rate
     for ratio, passed in [(0.09, True), (0.1, False)]:
