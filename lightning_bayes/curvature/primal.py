@@ -24,7 +24,7 @@ from lightning_bayes.curvature.rows import RowBlock
 
 __all__ = ["KEPT_ROWS", "PrimalCurvature"]
 
-KEPT_ROWS = 4
+KEPT_ROWS = 6
 """Rows that are kept as they are, in units of p; more become a sum in float64."""
 QUICK_TOLERANCE = 1e-5
 """About what may be missing of the Newton decrement, relatively, where the factor is of the model's own type."""
