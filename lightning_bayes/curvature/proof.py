@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_bayes.curvature.batch import Batch, gradients
 from lightning_bayes.curvature.plan import GRAPH, Plan
-from lightning_bayes.curvature.rows import OuterRows, Rows
+from lightning_bayes.curvature.rows import DenseRows, OuterRows, Rows
 
 __all__ = ["Proof", "proof_of", "wrong_parameters"]
 
@@ -31,10 +31,12 @@ class Proof:
     Attributes:
         batch: With the one column Σ_c ρ_c R[c, n].
         weights: wₙ, [N].
+        columns: ρ_c, [C].
     """
 
     batch: Batch
     weights: Tensor
+    columns: Tensor
 
 
 def proof_of(batch: Batch, roots: Tensor) -> Proof | None:
@@ -45,11 +47,13 @@ def proof_of(batch: Batch, roots: Tensor) -> Proof | None:
         roots: All columns, [C, N, ...].
     """
     roots = roots.detach()
-    if not bool(roots.any()):
+    if not len(roots):
         return None
     generator = torch.Generator().manual_seed(len(roots) + batch.num_examples)
     columns = _random(len(roots), roots, generator)
     column = torch.tensordot(columns, roots, 1)
+    if not bool(column.any()):  # as are all roots then
+        return None
     if len(batch.roots) == len(roots):
         grads = [[_combined(columns, grad) for grad in of_call] for of_call in batch.grads]
     else:  # of the columns that follow nothing is known yet
@@ -60,10 +64,11 @@ def proof_of(batch: Batch, roots: Tensor) -> Proof | None:
     return Proof(
         Batch(batch.calls, batch.outputs, column.unsqueeze(0), grads),
         _random(batch.num_examples, roots, generator),
+        columns,
     )
 
 
-def wrong_parameters(plan: Plan, proof: Proof) -> list[str]:
+def wrong_parameters(plan: Plan, proof: Proof, layers: Sequence[Rows] = ()) -> list[str]:
     """Parameters whose rows are not autograd's, in one backward pass and a weighted sum of rows.
 
     Those that go by the graph are autograd's by definition.
@@ -71,6 +76,8 @@ def wrong_parameters(plan: Plan, proof: Proof) -> list[str]:
     Args:
         plan: To be tried.
         proof: From `proof_of`.
+        layers: The plan's rows of all columns of the batch, if they are at hand: those that are formed together
+            for whoever asks next are tried themselves.
     """
     parameters = {name: p for name, p in plan.parameters.items() if plan.ways[name] != GRAPH and p.numel()}
     if not parameters:
@@ -80,9 +87,40 @@ def wrong_parameters(plan: Plan, proof: Proof) -> list[str]:
     truths = dict(
         zip(parameters, gradients(proof.batch.outputs, list(parameters.values()), seed), strict=True)
     )
-    like, generator = proof.weights, torch.Generator().manual_seed(proof.batch.num_examples)
-    directions = {name: _direction(p.shape, like, generator) for name, p in parameters.items()}
-    return _different(_projections(plan.layers(proof.batch), proof, directions), truths, directions)
+    directions = _directions(plan, parameters, proof.weights)
+    projections = _of_formed(layers, proof, directions)
+    rest = {name: pair for name, pair in directions.items() if name not in projections}
+    projections |= _projections(plan.layers(proof.batch), proof, rest)
+    return _different(projections, truths, directions)
+
+
+def _directions(
+    plan: Plan, parameters: Mapping[str, Tensor], like: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """One pair for each parameter, drawn once for a plan."""
+    drawn = plan.directions
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in parameters if name not in drawn]:
+        drawn[name] = _direction(parameters[name].shape, like, generator)
+    return {name: drawn[name] for name in parameters}
+
+
+def _of_formed(
+    layers: Sequence[Rows], proof: Proof, directions: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """The same of `_projections` for rows of all columns that are kept for the structure once they are formed."""
+    projections: dict[str, Tensor] = {}
+    for rows in layers:
+        if isinstance(rows, DenseRows) and rows.name in directions and rows.kept_when_formed:
+            try:
+                formed = rows.dense()[rows.name]
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError:  # as in `_projections`
+                continue
+            of_examples = proof.columns.to(formed) @ formed.transpose(0, 1)  # as they lie in memory
+            projections[rows.name] = _along(proof.weights.to(formed) @ of_examples, *directions[rows.name])
+    return projections
 
 
 def _direction(shape: torch.Size, like: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -198,7 +198,8 @@ class RowReader:
             layers = plan.layers(batch)
             if roots is not None and self._is_proof_due(self._read):
                 proof = proof_of(batch, roots)
-                if proof is not None and wrong_parameters(plan, proof):
+                formed = layers if len(batch.roots) == len(roots) else ()
+                if proof is not None and wrong_parameters(plan, proof, formed):
                     return None
         except PlanMismatch:
             return None

@@ -42,6 +42,11 @@ class Use(ABC):
     def num_columns(self) -> int:
         """C, columns of the root whose gradients are here."""
 
+    @property
+    def kept_when_formed(self) -> bool:
+        """Whether the rows of all columns are formed in one go and kept."""
+        return False
+
     @abstractmethod
     def rows(self, local_name: str, columns: slice) -> Tensor:
         """Per-example gradients [columns, N, *parameter.shape]."""
@@ -280,6 +285,11 @@ class DenseRows:
     def total(self, names: Collection[str]) -> dict[str, Tensor]:
         """Σ over rows of v [p], if the parameter is among some."""
         return {self.name: self.dense()[self.name].sum((0, 1))} if self.name in names else {}
+
+    @property
+    def kept_when_formed(self) -> bool:
+        """Whether `dense` is kept, so that asking twice costs what asking once does."""
+        return all(use.kept_when_formed for _, use in self.uses)
 
     def weighted_total(self, weights: Tensor) -> dict[str, Tensor]:
         """Σₙ wₙ v₍ₙ,₀₎ over the rows of the first column, flat, for weights [N]."""
