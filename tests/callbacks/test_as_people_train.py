@@ -91,12 +91,16 @@ def test_one_loader_in_a_collection(tmp_path, name):
     evidence = LaplaceEvidence(), LaplaceEvidence()
     plain, packed = (Module(copy.deepcopy(network), each) for each in (cross_entropy, step))
     fit(tmp_path, plain, loader(), evidence[0], stability[0])
-    run = fit(tmp_path, packed, pack(loader()), evidence[1], stability[1], GradientNoiseScale(), SGDNoiseScale())
+    run = fit(
+        tmp_path, packed, pack(loader()), evidence[1], stability[1], GradientNoiseScale(), SGDNoiseScale()
+    )
     left, right = (callback.history[-1][1] for callback in evidence)
     assert right.log_evidence == pytest.approx(left.log_evidence, rel=1e-12) and right.num_examples == 21
     readings = [callback.history[-1][1].largest_eigenvalue for callback in stability]
     assert readings[1] == pytest.approx(readings[0], rel=1e-9)
-    assert all(math.isfinite(run.callback_metrics[f"bayes/{key}"]) for key in ("noise_scale", "gradient_noise_trace"))
+    assert all(
+        math.isfinite(run.callback_metrics[f"bayes/{key}"]) for key in ("noise_scale", "gradient_noise_trace")
+    )
 
 
 @pytest.mark.filterwarnings("ignore:GradientNoiseScale. B_simple is not resolved")  # of a few steps

@@ -83,7 +83,9 @@ def test_frozen_last_layer(tmp_path):
 
 def test_pattern_that_matches_nothing(tmp_path):
     callback = LaplaceEvidence(subset_of_weights=["network.0.*", "head.*"])
-    message = r"`subset_of_weights` to name parameters of Module, got \['head.\*'\], which match none.*network.0"
+    message = (
+        r"`subset_of_weights` to name parameters of Module, got \['head.\*'\], which match none.*network.0"
+    )
     refused(tmp_path, message, Module(mlp(), cross_entropy), callback=callback)
 
 
@@ -124,8 +126,16 @@ class Stream(IterableDataset):
 
 DATA = {
     "no length": (lambda: DataLoader(Stream(), 8), {}, r"Stream has no length.*N is unknown.*__len__"),
-    "dict": (lambda: {"a": loader(), "b": loader()}, {}, r"one torch DataLoader for training, got a collection of 2"),
-    "list": (lambda: [loader(), loader()], {}, r"got a collection of 2.*single DataLoader, or leave.*call laplace_evidence"),
+    "dict": (
+        lambda: {"a": loader(), "b": loader()},
+        {},
+        r"one torch DataLoader for training, got a collection of 2",
+    ),
+    "list": (
+        lambda: [loader(), loader()],
+        {},
+        r"got a collection of 2.*single DataLoader, or leave.*call laplace_evidence",
+    ),
     "not a DataLoader": (lambda: list(loader()), {}, r"one torch DataLoader"),
     "whole batches": (
         lambda: DataLoader([tuple(tensors())] * 2, batch_size=None),

@@ -60,7 +60,10 @@ class Stream(IterableDataset):
 
 DATA = {
     "no length": (lambda: DataLoader(Stream(), 8), r"Stream has no length.*__len__"),
-    "list": (lambda: [loader(), loader()], r"Stability need one torch DataLoader for training, got a collection of 2"),
+    "list": (
+        lambda: [loader(), loader()],
+        r"Stability need one torch DataLoader for training, got a collection of 2",
+    ),
     "whole batches": (lambda: DataLoader([tuple(tensors())] * 2, batch_size=None), r"Give it a batch_size"),
 }
 
@@ -74,7 +77,13 @@ def test_loaders(tmp_path, name):
 def test_manual_optimization(tmp_path):
     module = Module(mlp(), cross_entropy)
     module.automatic_optimization = False
-    refused(tmp_path, r"Module optimizes manually.*Stability\(likelihood=..., network=...\)", module, None, Stability())
+    refused(
+        tmp_path,
+        r"Module optimizes manually.*Stability\(likelihood=..., network=...\)",
+        module,
+        None,
+        Stability(),
+    )
 
 
 def test_an_optimizer_that_climbs(tmp_path):

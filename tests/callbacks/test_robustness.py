@@ -175,7 +175,12 @@ class Scaled(DataLoader):
 def test_a_loader_that_changes_its_batches_is_refused(tmp_path):
     module = Module(mlp(), cross_entropy)
     with pytest.raises(ValueError, match=r"Scaled iterates in its own way.*collate_fn"):
-        fit(tmp_path, module, Scaled(TensorDataset(*tensors()), batch_size=8), LaplaceEvidence(on_error="raise"))
+        fit(
+            tmp_path,
+            module,
+            Scaled(TensorDataset(*tensors()), batch_size=8),
+            LaplaceEvidence(on_error="raise"),
+        )
 
 
 def test_broadcast_targets_are_named(tmp_path):

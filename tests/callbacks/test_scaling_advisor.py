@@ -271,7 +271,12 @@ def test_target_batch_beyond_the_data_fails_before_training(tmp_path):
 
 def test_momentum_target_for_adam_fails_before_training(tmp_path):
     with pytest.raises(ValueError, match="`target_momentum` to be None"):
-        advise(tmp_path, lambda module: torch.optim.Adam(module.parameters()), target_momentum=0.5, on_error="raise")
+        advise(
+            tmp_path,
+            lambda module: torch.optim.Adam(module.parameters()),
+            target_momentum=0.5,
+            on_error="raise",
+        )
 
 
 def test_manual_optimization(tmp_path):

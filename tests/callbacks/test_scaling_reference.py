@@ -83,7 +83,9 @@ def test_another_kind_of_optimizer_fails_before_training(tmp_path):
     model = Net()
     before = [parameter.clone() for parameter in model.parameters()]
     with pytest.raises(ValueError, match="`reference` to be of SGD"):
-        trainer(tmp_path, [ScalingAdvisor(reference=AdamConfiguration(1e-3, 10), on_error="raise")]).fit(model, loader())
+        trainer(tmp_path, [ScalingAdvisor(reference=AdamConfiguration(1e-3, 10), on_error="raise")]).fit(
+            model, loader()
+        )
     assert all(map(torch.equal, before, model.parameters()))
 
 

@@ -270,9 +270,7 @@ def test_iterable_dataset_needs_its_size(tmp_path):
 def test_batch_size_none_names_the_remedy(tmp_path):
     batches = [dataset()[:10] for _ in range(10)]
     with pytest.raises(ValueError, match="Pass `batch_size=` to the DataLoader"):
-        fit(
-            tmp_path, data=DataLoader(batches, batch_size=None), callback=SGDNoiseScale(on_error="raise")
-        )
+        fit(tmp_path, data=DataLoader(batches, batch_size=None), callback=SGDNoiseScale(on_error="raise"))
 
 
 def test_batch_sampler(tmp_path):
