@@ -70,7 +70,6 @@ class HessianReader:
         self._network = network
         named = dict(network.named_parameters())
         self.parameters: dict[str, nn.Parameter] = {name: named[name] for name in parameters}
-        self._network = network
         self._one_by_one = False
         dtypes = {parameter.dtype for parameter in network.parameters() if parameter.is_floating_point()}
         on = next(network.parameters()).device
@@ -122,7 +121,8 @@ class HessianReader:
             flat = torch.cat([part.flatten() for part in gradient])
             matrix = torch.cat(list(self._rows(flat, parameters)))
             _check_symmetric(matrix, flat.dtype)
-            check_apart(forward, outputs, likelihood, self._network, self.parameters)
+            with InFloat64() if self._widened else nullcontext():
+                check_apart(forward, outputs, likelihood, self._network, self.parameters)
         return BatchHessian(
             num_examples=len(outputs),
             num_terms=likelihood.num_terms(outputs, targets),

@@ -87,7 +87,7 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_wrong_setting_is_seen(monkeypatch, name):
-    """Whichever row is drawn."""
+    """By each of two draws, of all that there could be."""
     file, module, attribute, place, fault = FAULTS[name]
     monkeypatch.setattr(module, attribute, fault(getattr(module, attribute), place))
     if file == "runs" and name.startswith("N of"):
