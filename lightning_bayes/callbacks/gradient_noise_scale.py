@@ -101,7 +101,9 @@ class GradientNoiseScale(MeasuringCallback):
 
     LOGGED = KEYS
     ALWAYS_LOGGED = KEYS
-    LESS_MEMORY = 'Give method="micro_batches" with accumulate_grad_batches of 2 or more: it takes the gradients of training.'
+    LESS_MEMORY = (
+        'Give method="micro_batches" with accumulate_grad_batches of 2 or more: it takes the gradients of training.'
+    )
 
     def __init__(
         self,

@@ -238,9 +238,7 @@ class Stability(MeasuringCallback):
     def LESS_MEMORY(self) -> str:  # type: ignore[override] # noqa: N802 - depends on what was tried
         if self.max_examples <= 1:
             return "Leave Stability out of this run."
-        return (
-            f"Give Stability(max_examples={max(1, self.max_examples // 8)}, batch_size=1): fewer at a time."
-        )
+        return f"Give Stability(max_examples={max(1, self.max_examples // 8)}, batch_size=1): fewer at a time."
 
     @override
     def _check_names(self, pl_module: LightningModule) -> None:
