@@ -1,6 +1,6 @@
 """What the evidence of a small transformer costs beside the epoch that it follows: columns in one batched pass.
 
-Run: python -m benchmarks.columns [--seed 0]. A causal language model of 1,604 parameters on 96 sequences of 5 tokens
+Run: python -m benchmarks.columns [--seed 0]; for an older version: PYTHONPATH=OLD python benchmarks/columns.py. A causal language model of 1,604 parameters on 96 sequences of 5 tokens
 over 20 words: each sequence has 95 columns, which sequence models pay for one by one in a Python loop.
 """
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_bayes import LaplaceEvidence, laplace_evidence
 
 WORDS, LENGTH, SEQUENCES = 20, 5, 96
+REPEATS = 5
 
 
 class Transformer(nn.Module):
@@ -81,10 +82,16 @@ def main() -> None:
     module = Module()
     print(f"{sum(p.numel() for p in module.parameters()):,} parameters")
     laplace_evidence(module.net, (x[:4], y[:4]))  # what is imported at the first call
-    start = time.perf_counter()
-    evidence = laplace_evidence(module.net, (x, y))
-    seconds = time.perf_counter() - start
-    print(f"laplace_evidence {seconds:.2f} s: {evidence.log_evidence:.4f} by {evidence.structure!r}")
+    for batch_size in (SEQUENCES, 32):
+        data, seconds = DataLoader(TensorDataset(x, y), batch_size), []
+        for _ in range(REPEATS):
+            start = time.process_time()
+            evidence = laplace_evidence(module.net, data)
+            seconds.append(time.process_time() - start)
+        print(
+            f"laplace_evidence in batches of {batch_size}: {min(seconds):.2f} CPU seconds, "
+            f"{evidence.log_evidence:.4f} by {evidence.structure!r}"
+        )
     clock, callback = Clock(), LaplaceEvidence()
     with contextlib.redirect_stdout(None):
         trainer = L.Trainer(

@@ -2,8 +2,8 @@
 
 Run: python -m benchmarks.proof [--seed 0] [--repeats 7]. Writes docs/benchmarks/proof.csv. A gradient pass is the
 forward pass of the batch and one backward pass to the parameters; medians over repeats. Calls are recorded as for
-every batch after the first; rows that the structure takes from torch.func all at once are formed for it in any case,
-so that the proof's own share is what it makes of them.
+every batch after the first. Rows that torch.func forms all at once are there for the structure in any case: what the
+proof makes of them is timed, and not their forming.
 """
 
 import argparse

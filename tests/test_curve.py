@@ -74,7 +74,9 @@ def test_one_pass_over_the_data():
     case, calls = make_case("mlp", num_examples=9), []
     case.model[0].register_forward_hook(lambda *_: calls.append(1))
     curve_of(case, torch.logspace(-3, 3, 50))
-    assert len(calls) <= 10  # three batches, each whole and in two halves, and two examples looked at beforehand
+    assert (
+        len(calls) <= 10
+    )  # three batches, each whole and in two halves, and two examples looked at beforehand
 
 
 @pytest.mark.parametrize("given", [True, False])

@@ -19,6 +19,7 @@ __all__ = [
     "example_gradients",
     "find_layouts",
     "gradients",
+    "one_column",
     "quiet_loops",
 ]
 
@@ -148,3 +149,8 @@ def gradients(outputs: Tensor, tensors: list[Tensor], seed: Tensor) -> tuple[Ten
     if not tensors:
         return ()
     return torch.autograd.grad(outputs, tensors, seed, retain_graph=True, allow_unused=True)
+
+
+def one_column(columns: Tensor, grads: Tensor) -> Tensor:
+    """Σ_c ρ_c g_c of gradients [C, *shape], as [1, *shape]."""
+    return columns.to(grads).unsqueeze(0).mm(grads.flatten(1)).view(1, *grads.shape[1:])

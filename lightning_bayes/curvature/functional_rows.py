@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_bayes.curvature.batch import BATCHED_BYTES, quiet_loops
+from lightning_bayes.curvature.batch import BATCHED_BYTES, one_column, quiet_loops
 from lightning_bayes.curvature.layout import Layout, mapped, tensors_of
 from lightning_bayes.curvature.rows import CHUNK, Use
 
@@ -105,6 +105,11 @@ class ModuleUse(Use):
                     sums[name] += rows.square().sum((0, 1))
             self._cache["squares"] = sums
         return self._cache["squares"][local_name]
+
+    def one_column(self, columns: Tensor) -> "ModuleUse":
+        """See `Use`."""
+        grads = tuple(one_column(columns, grad) for grad in self.grads)
+        return replace(self, grads=grads, _cache={}, _combined={})
 
     def weighted_total(self, local_name: str, weights: Tensor) -> Tensor:
         """See `Use`. All parameters are done in one go, some examples at a time."""
@@ -248,6 +253,10 @@ class GraphUse(Use):
         return torch.stack(
             [torch.stack([self._row(root, n) for n in self.chosen]) for root in self.roots[columns]]
         )
+
+    def one_column(self, columns: Tensor) -> "GraphUse":
+        """See `Use`."""
+        return replace(self, roots=one_column(columns, self.roots))
 
     def weighted_total(self, local_name: str, weights: Tensor) -> Tensor:
         """See `Use`."""

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -38,8 +39,8 @@ class Plan:
     proved: bool = False
     """Whether that batch had an example with rows, on which the plan could be tried."""
     replays: Replays = field(default_factory=Replays)
-    directions: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    """Of each parameter, along which its rows are tried."""
+    cache: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What whoever tries the plan keeps from batch to batch."""
     _found: tuple[object, dict[nn.Module, dict[str, str]], list[nn.Module]] = field(
         default=(None, {}, []), repr=False
     )

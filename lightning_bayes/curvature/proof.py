@@ -7,14 +7,16 @@ wrong in a matrix shows along a random direction u vᵀ of it, for which a linea
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_bayes.curvature.batch import Batch, gradients
+from lightning_bayes.curvature.batch import Batch, gradients, one_column
 from lightning_bayes.curvature.plan import GRAPH, Plan
-from lightning_bayes.curvature.rows import DenseRows, OuterRows, Rows
+from lightning_bayes.curvature.rows import DenseRows, OuterRows, Rows, Use
 
 __all__ = ["Proof", "proof_of", "wrong_parameters"]
 
@@ -23,20 +25,40 @@ ROUNDING = 3e2
 SMALLEST_SCALE = 0.1
 """That norm counts as at least this much of the largest of all: what cancels is rounded as its terms are."""
 
+FLAT = 2**16
+"""Parameters up to which truths are compared in one go, where calls take longer than what they do."""
+
 
 @dataclass(frozen=True)
 class Proof:
     """One column that stands for all of a batch, and a weight for each example.
 
     Attributes:
-        batch: With the one column Σ_c ρ_c R[c, n].
+        source: The batch after the backward passes of some or all columns.
+        column: Σ_c ρ_c R[c, n], [1, N, ...].
         weights: wₙ, [N].
         columns: ρ_c, [C].
     """
 
-    batch: Batch
+    source: Batch
+    column: Tensor
     weights: Tensor
     columns: Tensor
+
+    @cached_property
+    def batch(self) -> Batch:
+        """The batch with the one column."""
+        source, calls = self.source, self.source.calls
+        if len(source.roots) == len(self.columns):
+            grads = [
+                [None if grad is None else one_column(self.columns, grad) for grad in of_call]
+                for of_call in source.grads
+            ]
+        else:  # of the columns that follow nothing is known yet
+            tensors = [tensor for call in calls for tensor in call.outputs]
+            parts = iter(gradients(source.outputs, tensors, self.column[0]))
+            grads = [[_as_column(next(parts)) for _ in call.outputs] for call in calls]
+        return Batch(calls, source.outputs, self.column, grads)
 
 
 def proof_of(batch: Batch, roots: Tensor) -> Proof | None:
@@ -51,24 +73,13 @@ def proof_of(batch: Batch, roots: Tensor) -> Proof | None:
         return None
     generator = torch.Generator().manual_seed(len(roots) + batch.num_examples)
     columns = _random(len(roots), roots, generator)
-    column = torch.tensordot(columns, roots, 1)
+    column = one_column(columns, roots)
     if not bool(column.any()):  # as are all roots then
         return None
-    if len(batch.roots) == len(roots):
-        grads = [[_combined(columns, grad) for grad in of_call] for of_call in batch.grads]
-    else:  # of the columns that follow nothing is known yet
-        parts = iter(
-            gradients(batch.outputs, [tensor for call in batch.calls for tensor in call.outputs], column)
-        )
-        grads = [[_one_column(next(parts)) for _ in call.outputs] for call in batch.calls]
-    return Proof(
-        Batch(batch.calls, batch.outputs, column.unsqueeze(0), grads),
-        _random(batch.num_examples, roots, generator),
-        columns,
-    )
+    return Proof(batch, column, _random(batch.num_examples, roots, generator), columns)
 
 
-def wrong_parameters(plan: Plan, proof: Proof, layers: Sequence[Rows] = ()) -> list[str]:
+def wrong_parameters(plan: Plan, proof: Proof, layers: Sequence[Rows] | None = None) -> list[str]:
     """Parameters whose rows are not autograd's, in one backward pass and a weighted sum of rows.
 
     Those that go by the graph are autograd's by definition.
@@ -82,45 +93,104 @@ def wrong_parameters(plan: Plan, proof: Proof, layers: Sequence[Rows] = ()) -> l
     parameters = {name: p for name, p in plan.parameters.items() if plan.ways[name] != GRAPH and p.numel()}
     if not parameters:
         return []
-    column = proof.batch.roots[0]
+    column = proof.column[0]
     seed = proof.weights.reshape(-1, *[1] * (column.dim() - 1)) * column
-    truths = dict(
-        zip(parameters, gradients(proof.batch.outputs, list(parameters.values()), seed), strict=True)
-    )
-    directions = _directions(plan, parameters, proof.weights)
-    projections = _of_formed(layers, proof, directions)
-    rest = {name: pair for name, pair in directions.items() if name not in projections}
-    projections |= _projections(plan.layers(proof.batch), proof, rest)
-    return _different(projections, truths, directions)
-
-
-def _directions(
-    plan: Plan, parameters: Mapping[str, Tensor], like: Tensor
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """One pair for each parameter, drawn once for a plan."""
-    drawn = plan.directions
-    generator = torch.Generator().manual_seed(0)
-    for name in [name for name in parameters if name not in drawn]:
-        drawn[name] = _direction(parameters[name].shape, like, generator)
-    return {name: drawn[name] for name in parameters}
+    truths = gradients(proof.source.outputs, list(parameters.values()), seed)
+    key = "directions:" + " ".join(parameters)
+    if key not in plan.cache:
+        plan.cache[key] = Directions.draw({name: p.shape for name, p in parameters.items()}, proof.weights)
+    directions: Directions = plan.cache[key]
+    projections: dict[str, Tensor] = {}
+    if layers is not None:
+        projections, layers = _of_formed(layers, proof, directions.pairs)
+        layers = _of_one_column(layers, proof.columns)
+    else:
+        layers = plan.layers(proof.batch)
+    projections |= _projections(layers, proof, directions.pairs)
+    return _different(projections, dict(zip(parameters, truths, strict=True)), directions)
 
 
 def _of_formed(
     layers: Sequence[Rows], proof: Proof, directions: Mapping[str, tuple[Tensor, Tensor]]
-) -> dict[str, Tensor]:
-    """The same of `_projections` for rows of all columns that are kept for the structure once they are formed."""
+) -> tuple[dict[str, Tensor], list[Rows]]:
+    """The same as `_projections` of rows that are kept for the structure once they are formed; and the others."""
     projections: dict[str, Tensor] = {}
+    others: list[Rows] = []
+    weights = torch.outer(proof.weights, proof.columns).flatten()  # wₙ ρ_c
     for rows in layers:
-        if isinstance(rows, DenseRows) and rows.name in directions and rows.kept_when_formed:
-            try:
-                formed = rows.dense()[rows.name]
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except RuntimeError:  # as in `_projections`
-                continue
-            of_examples = proof.columns.to(formed) @ formed.transpose(0, 1)  # as they lie in memory
-            projections[rows.name] = _along(proof.weights.to(formed) @ of_examples, *directions[rows.name])
-    return projections
+        if not isinstance(rows, DenseRows) or rows.name not in directions or not rows.kept_when_formed:
+            others.append(rows)
+            continue
+        try:
+            formed = rows.dense()[rows.name]
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError:  # as in `_projections`
+            continue
+        formed = formed.transpose(0, 1).flatten(0, 1)  # as they lie in memory
+        projections[rows.name] = _along(weights.to(formed) @ formed, *directions[rows.name])
+    return projections, others
+
+
+def _of_one_column(layers: Sequence[Rows], columns: Tensor) -> list[Rows]:
+    """The rows with one column that stands for all; parameters of one use share it as before."""
+    made: dict[int, Any] = {}
+
+    def of(use: Use) -> Any:  # of the same kind
+        if id(use) not in made:
+            made[id(use)] = use.one_column(columns)
+        return made[id(use)]
+
+    return [
+        replace(rows, uses=tuple(of(use) for use in rows.uses))
+        if isinstance(rows, OuterRows)
+        else replace(rows, uses=tuple((name, of(use)) for name, use in rows.uses))
+        for rows in layers
+    ]
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Random directions u vᵀ: u for the first dimension of a parameter and v for the others.
+
+    Attributes:
+        pairs: u and v of each parameter.
+        flat: u vᵀ of all of them one after the other, None where that would be long.
+        places: Of which parameter each entry of it is.
+    """
+
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    flat: Tensor | None
+    places: Tensor | None
+
+    @classmethod
+    def draw(cls, shapes: Mapping[str, torch.Size], like: Tensor) -> "Directions":
+        """Draw one pair for each shape."""
+        generator = torch.Generator().manual_seed(0)
+        pairs = {name: _direction(shape, like, generator) for name, shape in shapes.items()}
+        sizes = torch.tensor([shape.numel() for shape in shapes.values()])
+        if int(sizes.sum()) > FLAT:
+            return cls(pairs, None, None)
+        flat = torch.cat([torch.outer(left, right).flatten() for left, right in pairs.values()])
+        return cls(pairs, flat, torch.arange(len(sizes)).repeat_interleave(sizes).to(like.device))
+
+    def of_truths(self, truths: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor]:
+        """⟨u vᵀ, t⟩ and ‖t‖ of each, 0 for None."""
+        if self.flat is None or self.places is None:
+            zero = next(iter(self.pairs.values()))[0].new_zeros(())
+            along = [zero if t is None else _along(t, *self.pairs[name]) for name, t in truths.items()]
+            norms = [zero if t is None else torch.linalg.vector_norm(t) for t in truths.values()]
+            return torch.stack(along), torch.stack(norms)
+        parts = [
+            self.flat.new_zeros(len(self.pairs[name][0]) * len(self.pairs[name][1]))
+            if truth is None
+            else truth.reshape(-1)
+            for name, truth in truths.items()
+        ]
+        whole: Tensor = torch.cat(parts).to(self.flat)
+        sums: Tensor = self.flat.new_zeros(len(parts))
+        along = sums.index_add(0, self.places, whole * self.flat)
+        return along, sums.index_add(0, self.places, whole.square()).sqrt_()
 
 
 def _direction(shape: torch.Size, like: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -146,10 +216,8 @@ def _projections(
                 total = rows.weighted_total(proof.weights)[rows.name]
             except torch.cuda.OutOfMemoryError:
                 raise
-            except (
-                RuntimeError
-            ):  # a backward pass that vmap does not know: these rows cannot be formed, and are wrong
-                continue
+            except RuntimeError:
+                continue  # a backward pass that vmap does not know: these rows cannot be formed, and are wrong
             projections[rows.name] = _along(total, *directions[rows.name])
     return projections
 
@@ -159,34 +227,18 @@ def _along(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _different(
-    projections: Mapping[str, Tensor],
-    truths: Mapping[str, Tensor | None],
-    directions: Mapping[str, tuple[Tensor, Tensor]],
+    projections: Mapping[str, Tensor], truths: Mapping[str, Tensor | None], directions: Directions
 ) -> list[str]:
     """Names whose rows are not the truth; what is in neither is zero in both."""
-    differences, scales = {}, {}
-    for name, truth in truths.items():
-        if truth is None and name not in projections:
-            continue
-        zero = directions[name][0].new_zeros(())
-        right = zero if truth is None else _along(truth, *directions[name])
-        differences[name] = (projections.get(name, zero) - right).abs()
-        scales[name] = zero if truth is None else truth.norm()
-    if not differences:
-        return []
-    difference, scale = torch.stack(list(differences.values())), torch.stack(list(scales.values()))
-    allowed = ROUNDING * torch.finfo(scale.dtype).eps * scale.clamp(min=SMALLEST_SCALE * scale.max())
+    expected, norms = directions.of_truths(truths)
+    zero = expected.new_zeros(())
+    difference = (torch.stack([projections.get(name, zero) for name in truths]) - expected).abs()
+    allowed = ROUNDING * torch.finfo(norms.dtype).eps * norms.clamp(min=SMALLEST_SCALE * norms.max())
     fine = (difference <= allowed).tolist()  # one wait for the device for all parameters
-    return [name for name, is_fine in zip(differences, fine, strict=True) if not is_fine]
+    return [name for name, is_fine in zip(truths, fine, strict=True) if not is_fine]
 
 
-def _combined(columns: Tensor, grad: Tensor | None) -> Tensor | None:
-    if grad is None:
-        return None
-    return columns.to(grad).unsqueeze(0).mm(grad.flatten(1)).view(1, *grad.shape[1:])
-
-
-def _one_column(grad: Tensor | None) -> Tensor | None:
+def _as_column(grad: Tensor | None) -> Tensor | None:
     return None if grad is None else grad.unsqueeze(0)
 
 

@@ -198,7 +198,7 @@ class RowReader:
             layers = plan.layers(batch)
             if roots is not None and self._is_proof_due(self._read):
                 proof = proof_of(batch, roots)
-                formed = layers if len(batch.roots) == len(roots) else ()
+                formed = layers if len(batch.roots) == len(roots) else None
                 if proof is not None and wrong_parameters(plan, proof, formed):
                     return None
         except PlanMismatch:

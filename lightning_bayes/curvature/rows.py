@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_bayes.curvature.batch import one_column
 from lightning_bayes.curvature.derivatives import CONVOLUTIONS, Derivatives, unfold_input
 
 __all__ = [
@@ -54,6 +55,10 @@ class Use(ABC):
     @abstractmethod
     def combined(self, weights: Mapping[int, float]) -> "Use":
         """One row wₙ Σ_c v₍ₙ,c₎ for each of some examples: rows are linear in the gradients of the output."""
+
+    @abstractmethod
+    def one_column(self, columns: Tensor) -> "Use":
+        """The rows Σ_c ρ_c v₍ₙ,c₎ of every example, as one column, for weights ρ [C] of the columns."""
 
     @abstractmethod
     def weighted_total(self, local_name: str, weights: Tensor) -> Tensor:
@@ -102,6 +107,10 @@ class LayerUse(Use):
         grads = grads * scale.reshape(-1, *[1] * (grads.dim() - 2))
         return replace(self, inputs=self.inputs[its], output=self.output[its], grads=grads)
 
+    def one_column(self, columns: Tensor) -> "LayerUse":
+        """See `Use`."""
+        return replace(self, grads=one_column(columns, self.grads))
+
     def weighted_total(self, local_name: str, weights: Tensor) -> Tensor:
         """See `Use`; without forming rows where the derivatives can do without."""
         grads = self.weighted_grads(weights).unsqueeze(0)
@@ -114,7 +123,9 @@ class LayerUse(Use):
     def weighted_grads(self, weights: Tensor) -> Tensor:
         """Gradients of the first column times the weight of the example that they belong to: [N·k, ...]."""
         grads = self.grads[0]
-        along = weights.to(grads).repeat_interleave(self.entries)
+        along = weights.to(grads)
+        if self.entries > 1:
+            along = along.repeat_interleave(self.entries)
         return grads * along.reshape(-1, *[1] * (grads.dim() - 1))
 
     @property
