@@ -65,9 +65,15 @@ def test_what_mixes_is_refused_whatever_derivatives_show(mix):
         evidence(MIXING[mix])
 
 
-def test_the_hessian_refuses_it_as_well():
+@pytest.mark.parametrize("mix", MIXING)
+def test_the_hessian_refuses_it_as_well(mix):
     with pytest.raises(ValueError, match="mixes the examples of a batch"):
-        evidence(MIXING["normalised by hand"], "hessian_positive")
+        evidence(MIXING[mix], "hessian_positive")
+
+
+@pytest.mark.parametrize("mix", [name for name in APART if name != "sensitive to rounding"])
+def test_the_hessian_takes_what_does_not_mix(mix):
+    evidence(APART[mix], "hessian_positive", structure="full")
 
 
 @pytest.mark.parametrize("mix", APART)
