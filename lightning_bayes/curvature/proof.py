@@ -189,8 +189,7 @@ class Directions:
         ]
         whole: Tensor = torch.cat(parts).to(self.flat)
         sums: Tensor = self.flat.new_zeros(len(parts))
-        along = sums.index_add(0, self.places, whole * self.flat)
-        return along, sums.index_add(0, self.places, whole.square()).sqrt_()
+        return sums.index_add(0, self.places, whole * self.flat), sums.index_add(0, self.places, whole.square()).sqrt_()
 
 
 def _direction(shape: torch.Size, like: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
