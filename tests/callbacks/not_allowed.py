@@ -93,6 +93,11 @@ class OnceOnlyTanh(nn.Module):
         return OnceOnly.apply(x)
 
 
+class Relu6Gate(nn.Module):
+    def forward(self, x):
+        return F.relu6(x + 3) / 6
+
+
 class HoldsLock(Small):
     def __init__(self):
         super().__init__()
@@ -203,6 +208,31 @@ def smooth_absolute(module, batch):
     return F.smooth_l1_loss(module(batch[0]), batch[0][:, :3])
 
 
+def regression(module, batch):
+    return F.mse_loss(module(batch[0]), batch[0][:, :3])
+
+
+def noise(module, batch):
+    return (module(batch[0]) * torch.tensor([1.0, -1.0]).repeat(len(batch[0]) // 2)[:, None]).mean()
+
+
+class Scheduled(Small):
+    """A scheduler that reads a key."""
+
+    def __init__(self, step, key):
+        super().__init__(step)
+        self.key = key
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), 0.01)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": self.key}}
+
+
+def scheduled(step, key):
+    return lambda: Scheduled(step, key)
+
+
 def detached(module, batch):
     with torch.no_grad():
         outputs = module(batch[0])
@@ -218,6 +248,17 @@ def asserts_training(module, batch):
 def fails_in_eval(error):
     def step(module, batch):
         if not module.training:
+            raise error
+        return classify(module, batch)
+
+    return step
+
+
+def allocates(at_most, error):
+    """A step that fails in eval mode, so on the copy, for more examples than these."""
+
+    def step(module, batch):
+        if not module.training and len(batch[0]) > at_most:
             raise error
         return classify(module, batch)
 
@@ -252,6 +293,10 @@ def both():
 
 def graphs():
     return DataLoader(OneGraph(), 1, collate_fn=lambda items: GraphBatch(*items[0]))
+
+
+def batches_without_size():
+    return DataLoader(TensorDataset(*tensors(12)), batch_sampler=BatchesWithoutSize())
 
 
 def with_net(*layers):
