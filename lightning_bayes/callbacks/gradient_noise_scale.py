@@ -101,6 +101,7 @@ class GradientNoiseScale(MeasuringCallback):
 
     LOGGED = KEYS
     ALWAYS_LOGGED = KEYS
+
     def __init__(
         self,
         *,

@@ -241,7 +241,9 @@ class LaplaceEvidence(MeasuringCallback):
         steps += [] if self.method.structure == "diag" or self.method.is_hessian else ['structure="diag"']
         if not steps:
             return "Leave LaplaceEvidence out of this run."
-        return f"Give LaplaceEvidence({', '.join(steps)}): fewer rows at a time, fewer in all, a smaller matrix."
+        return (
+            f"Give LaplaceEvidence({', '.join(steps)}): fewer rows at a time, fewer in all, a smaller matrix."
+        )
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_trainer(trainer, pl_module, self.network)
@@ -368,7 +370,11 @@ class LaplaceEvidence(MeasuringCallback):
             if note is not None:
                 rank_zero_info(f"LaplaceEvidence: {note}.")
         if rehearsal.seconds >= WORTH_SAYING:
-            less = "" if self.max_overhead is not None else ": max_overhead=0.1 keeps it to a tenth of the training"
+            less = (
+                ""
+                if self.max_overhead is not None
+                else ": max_overhead=0.1 keeps it to a tenth of the training"
+            )
             rank_zero_info(f"LaplaceEvidence: an evaluation takes about {rehearsal.seconds:.2g} s{less}.")
         return method
 

@@ -240,7 +240,11 @@ class Stability(MeasuringCallback):
         fewer = min(self.max_examples, self._num_examples) // 8
         steps = [f"max_examples={fewer}"] if fewer else []
         steps += [] if self.batch_size == 1 else ["batch_size=1"]
-        return f"Give Stability({', '.join(steps)}): fewer at a time." if steps else "Leave Stability out of this run."
+        return (
+            f"Give Stability({', '.join(steps)}): fewer at a time."
+            if steps
+            else "Leave Stability out of this run."
+        )
 
     @override
     def _check_names(self, pl_module: LightningModule) -> None:
