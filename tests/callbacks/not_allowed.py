@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from lightning_bayes import GradientNoiseScale, LaplaceEvidence, ScalingAdvisor, SGDNoiseScale, Stability
+from lightning_bayes import LaplaceEvidence, ScalingAdvisor
 
 LEAVE_OUT = "leave out"
 """The way out of a row that has no other."""

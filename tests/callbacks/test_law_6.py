@@ -17,6 +17,7 @@ from lightning_bayes import GradientNoiseScale, LaplaceEvidence, ScalingAdvisor,
 
 from . import not_allowed as no
 from .not_allowed import LEAVE_OUT, NETWORK, SMALL_ADVISOR, Row
+from .processes import run_script
 
 NAMES = ("LaplaceEvidence", "SGDNoiseScale", "GradientNoiseScale", "Stability", "ScalingAdvisor")
 KEYS = {
@@ -416,7 +417,7 @@ def after_the_reason(row, text):
 
 @pytest.mark.parametrize("kind", ALL, ids=NAMES)
 def test_on_error_is_checked_at_construction(kind):
-    with pytest.raises(ValueError, match="`on_error`.*'maybe'"):
+    with pytest.raises(ValueError, match=r"`on_error`.*'maybe'"):
         kind(on_error="maybe")
 
 
@@ -431,7 +432,7 @@ def test_on_error_is_checked_at_construction(kind):
 )
 def test_two_of_one_kind_under_one_prefix(tmp_path, pair):
     """Of two that share their state as well, Lightning's own Trainer says so when it is made."""
-    with pytest.raises(ValueError, match="`log_key_prefix`.*Remove"):
+    with pytest.raises(ValueError, match=r"`log_key_prefix`.*Remove"):
         run(tmp_path, Row("two", type(pair[0]), "", ""), *pair)
 
 
@@ -580,3 +581,16 @@ def test_memory_where_everything_was_tried(tmp_path, callback, taken):
     _, _, ours = run(tmp_path, Row("memory", type(callback), "", "", module=module), callback)
     assert f"Leave {type(callback).__name__} out of this run." in ours[0][1]
     assert not any(f"{name}=" in ours[0][1] for name in taken)
+
+
+def test_one_rank_fails(tmp_path):
+    """Both finish training, and both say so: rank 1 why, rank 0 that another could not go on."""
+    run_script("law_6_ddp_script", tmp_path)
+    first, second = (torch.load(tmp_path / f"law-6-{rank}.pt") for rank in (0, 1))
+    assert first["steps"] == second["steps"] == 4
+    for kind, key in ((LaplaceEvidence, "bayes/log_evidence"), (Stability, "bayes/largest_eigenvalue")):
+        for rank in (first, second):
+            assert math.isnan(rank["logged"][key])
+            assert sum(text.startswith(f"{kind.__name__}: ") for text in rank["ours"]) <= 1
+        assert any(text.startswith(f"{kind.__name__}: ") for text in first["ours"])
+    assert any("KeyError" in text for text in second["ours"])
