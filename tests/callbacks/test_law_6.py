@@ -17,6 +17,7 @@ from lightning_bayes import GradientNoiseScale, LaplaceEvidence, ScalingAdvisor,
 
 from . import not_allowed as no
 from .not_allowed import LEAVE_OUT, NETWORK, SMALL_ADVISOR, Row
+from .processes import run_script
 
 NAMES = ("LaplaceEvidence", "SGDNoiseScale", "GradientNoiseScale", "Stability", "ScalingAdvisor")
 KEYS = {
@@ -580,3 +581,16 @@ def test_memory_where_everything_was_tried(tmp_path, callback, taken):
     _, _, ours = run(tmp_path, Row("memory", type(callback), "", "", module=module), callback)
     assert f"Leave {type(callback).__name__} out of this run." in ours[0][1]
     assert not any(f"{name}=" in ours[0][1] for name in taken)
+
+
+def test_one_rank_fails(tmp_path):
+    """Both finish training, and both say so: rank 1 why, rank 0 that another could not go on."""
+    run_script("law_6_ddp_script", tmp_path)
+    first, second = (torch.load(tmp_path / f"law-6-{rank}.pt") for rank in (0, 1))
+    assert first["steps"] == second["steps"] == 4
+    for kind, key in ((LaplaceEvidence, "bayes/log_evidence"), (Stability, "bayes/largest_eigenvalue")):
+        for rank in (first, second):
+            assert math.isnan(rank["logged"][key])
+            assert sum(text.startswith(f"{kind.__name__}: ") for text in rank["ours"]) <= 1
+        assert any(text.startswith(f"{kind.__name__}: ") for text in first["ours"])
+    assert any("KeyError" in text for text in second["ours"])
