@@ -1,6 +1,7 @@
 """What the evidence of a small transformer costs beside the epoch that it follows: columns in one batched pass.
 
-Run: python -m benchmarks.columns [--seed 0]; for an older version: PYTHONPATH=OLD python benchmarks/columns.py. A causal language model of 1,604 parameters on 96 sequences of 5 tokens
+Run: python -m benchmarks.columns [--seed 0]; for an older version: PYTHONPATH=OLD python benchmarks/columns.py. A
+causal language model of 1,604 parameters on 96 sequences of 5 tokens
 over 20 words: each sequence has 95 columns, which sequence models pay for one by one in a Python loop.
 """
 

@@ -101,10 +101,6 @@ class GradientNoiseScale(MeasuringCallback):
 
     LOGGED = KEYS
     ALWAYS_LOGGED = KEYS
-    LESS_MEMORY = (
-        'Give method="micro_batches" with accumulate_grad_batches of 2 or more: it takes the gradients of '
-        "training."
-    )
 
     def __init__(
         self,
@@ -231,10 +227,12 @@ class GradientNoiseScale(MeasuringCallback):
         for name, value in (missing | values).items():
             self._log(pl_module, name, value)
         if self.status not in (RESOLVED, NOT_MEASURED):
+            fewer = f"a smaller `every_n_steps` ({self.every_n_steps}), "
+            often = fewer if self.every_n_steps > 1 else ""
             self._warn_once(
                 "unresolved",
                 f"B_simple is {self.status}. NaN is logged until it is. Average over more: a larger `ema`"
-                f" ({self.ema:g}), a smaller `every_n_steps` ({self.every_n_steps}), or larger batches.",
+                f" ({self.ema:g}), {often}or larger batches.",
             )
 
     @override

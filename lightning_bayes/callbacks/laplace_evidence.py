@@ -147,6 +147,7 @@ class LaplaceEvidence(MeasuringCallback):
         self._resolved: Method | None = None
         self._last_layer: list[str] | None = None
         self._first_batch_size = 1
+        self._num_examples = 200
         self._planned: tuple[list[str], int] | None = None
         self._logged_if_known: tuple[str, ...] = ()
         self._started = math.nan
@@ -235,7 +236,8 @@ class LaplaceEvidence(MeasuringCallback):
     @override
     def LESS_MEMORY(self) -> str:  # type: ignore[override] # depends on what was tried
         steps = [] if self.batch_size == 1 else [f"batch_size={max(1, (self.batch_size or 32) // 4)}"]
-        steps += [] if self.max_examples is not None and self.max_examples <= 100 else ["max_examples=100"]
+        fewer = min(100, (self.max_examples or self._num_examples) // 2)
+        steps += [f"max_examples={fewer}"] if fewer else []
         steps += [] if self.method.structure == "diag" or self.method.is_hessian else ['structure="diag"']
         if not steps:
             return "Leave LaplaceEvidence out of this run."
@@ -246,7 +248,7 @@ class LaplaceEvidence(MeasuringCallback):
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_trainer(trainer, pl_module, self.network)
         with untouched(trainer):  # somebody's own sampler may draw to be counted
-            self._examples(trainer)
+            self._num_examples = self._examples(trainer).num_examples
         if self.method.subset_of_weights != "last_layer":  # which layer that is, the first batch tells
             self._prior(trainer, pl_module)
 

@@ -180,7 +180,11 @@ class MeasuringCallback(Callback):
         name = type(self).__name__
         if self.on_error == "raise":
             raise error or RuntimeError(f"{name} failed in another process, which says why.")
-        reason = "another process could not go on, and says why." if error is None else self.explain(error)
+        reason = (
+            "Another process could not go on: its own warning says why, and names a way out."
+            if error is None
+            else self.explain(error)
+        )
         warning = f"{name}: nothing is measured, and training goes on. {self._consequence(trainer)}{reason}"
         if error is None or rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             rank_zero_warn(warning)

@@ -124,6 +124,7 @@ class Stability(MeasuringCallback):
         self.log_key_prefix = log_key_prefix
         self.history: list[tuple[int, StabilityReading]] = []
         self._is_sgd = False
+        self._num_examples = self.max_examples
         self._steps: list[SGDStep] | None = None
         self._reduction: Reduction | None = None
         self._epoch_started = math.nan
@@ -149,7 +150,7 @@ class Stability(MeasuringCallback):
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_trainer(trainer, pl_module, self.network, "Stability")
         with untouched(trainer):  # somebody's own sampler may draw to be counted
-            self._loss(trainer, pl_module).num_training_examples()
+            self._num_examples = self._loss(trainer, pl_module).num_training_examples()
         names_of_groups(trainer, original_network(pl_module, self.network))
         reason = why_not_sgd(trainer)
         self._is_sgd = reason is None
@@ -236,10 +237,13 @@ class Stability(MeasuringCallback):
     @property
     @override
     def LESS_MEMORY(self) -> str:  # type: ignore[override] # depends on what was tried
-        if self.max_examples <= 1:
-            return "Leave Stability out of this run."
+        fewer = min(self.max_examples, self._num_examples) // 8
+        steps = [f"max_examples={fewer}"] if fewer else []
+        steps += [] if self.batch_size == 1 else ["batch_size=1"]
         return (
-            f"Give Stability(max_examples={max(1, self.max_examples // 8)}, batch_size=1): fewer at a time."
+            f"Give Stability({', '.join(steps)}): fewer at a time."
+            if steps
+            else "Leave Stability out of this run."
         )
 
     @override

@@ -264,7 +264,7 @@ def _overridden(call: _Call, reading: Reading, given: Likelihood) -> Likelihood:
     if given.name != found.name:
         raise ValueError(
             f"likelihood={given!r} was given, but training_step uses {call.name}, which is "
-            f"{type(found).__name__}. Leave likelihood='auto', or name the network: {WAY_OUT}"
+            f"{type(found).__name__}. Give likelihood='auto', or name the network. {WAY_OUT}"
         )
     if isinstance(given, Categorical) and isinstance(found, Categorical):
         given = copy.copy(given)

@@ -118,5 +118,5 @@ def _mixing(names: list[str]) -> str:
         f"The rows of {names} cannot be formed: the network mixes the examples of a batch (batch norm without "
         "running statistics, a mean over the batch), or its first output dimension is not the batch. The "
         "evidence needs the likelihood to factorise over examples. Hold the parameters before the mixing fixed "
-        "(requires_grad=False), or use group or layer norm."
+        "(requires_grad=False), or use group or layer norm, or batch norm with running statistics."
     )

@@ -215,7 +215,8 @@ def trainable_names(network: nn.Module, trained: Collection[nn.Parameter] | None
     if not names:
         raise ValueError(
             f"{type(network).__name__} has no trainable parameter: all have requires_grad=False, no optimizer "
-            "holds them, or there are none. The evidence integrates over trainable parameters."
+            "holds them, or there are none. The evidence integrates over trainable "
+            "parameters. Unfreeze some, or leave the evidence out."
         )
     return names
 

@@ -189,7 +189,9 @@ class Directions:
         ]
         whole: Tensor = torch.cat(parts).to(self.flat)
         sums: Tensor = self.flat.new_zeros(len(parts))
-        return sums.index_add(0, self.places, whole * self.flat), sums.index_add(0, self.places, whole.square()).sqrt_()
+        return sums.index_add(0, self.places, whole * self.flat), sums.index_add(
+            0, self.places, whole.square()
+        ).sqrt_()
 
 
 def _direction(shape: torch.Size, like: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

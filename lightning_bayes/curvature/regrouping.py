@@ -89,6 +89,7 @@ def check_apart(
             # Somebody's module need not take batches of another size: anything may come, and nothing is told.
             return False
         outputs = outputs.detach()
+        _refuse_pairs(again, outputs)
         if any(part.shape != outputs[half].shape for part, half in zip(again, halves, strict=True)):
             return False
         difference = max(_largest(part - outputs[half]) for part, half in zip(again, halves, strict=True))
@@ -104,6 +105,20 @@ def check_apart(
     return False
 
 
+def _refuse_pairs(parts: Sequence[Tensor], outputs: Tensor) -> None:
+    """Raise where an example has as many outputs as its batch has examples, or a multiple: a loss over pairs."""
+    width = outputs.shape[-1] if outputs.dim() > 1 else 0
+    if width and all(
+        part.dim() > 1 and part.shape[-1] != width and part.shape[-1] * len(outputs) == width * len(part)
+        for part in parts
+    ):
+        raise ValueError(
+            f"The loss compares the examples of a batch with each other: each has {width} outputs in a batch of "
+            f"{len(outputs)}, and fewer in a smaller one, as in contrastive learning. There is no likelihood that "
+            "factorises over examples, and so no evidence. Leave LaplaceEvidence out of this run."
+        )
+
+
 def _refuse(before: list[str], difference: float, scale: float) -> None:
     """Raise where parameters stand before the mixing, and say so where none does."""
     if before:
@@ -112,7 +127,7 @@ def _refuse(before: list[str], difference: float, scale: float) -> None:
             "running statistics, a mean or an order over the batch, also under no_grad): the outputs of an example "
             f"change by up to {difference:.3g} of {scale:.3g} with the others in its batch. The evidence needs the "
             "likelihood to factorise over examples. Hold the parameters before the mixing fixed "
-            "(requires_grad=False), or use group or layer norm."
+            "(requires_grad=False), or use group or layer norm, or batch norm with running statistics."
         )
     warnings.warn(
         "The network mixes the examples of a batch before the parameters that carry a prior: the evidence is that of "

@@ -43,7 +43,8 @@ def matching(names: Collection[str], patterns: Sequence[str]) -> list[str]:
     idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
     if idle:
         raise ValueError(
-            f"The patterns {idle} of subset_of_weights match no trainable parameter; there are {list(names)}."
+            f"The patterns {idle} of subset_of_weights match no trainable parameter; there are {list(names)}. "
+            "Name some of these, or leave subset_of_weights out."
         )
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 

@@ -1,5 +1,6 @@
 """Gradients that are to be differentiated once more, and the refusal of those that cannot be."""
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,13 @@ __all__ = ["check_differentiable", "gradient_to_differentiate"]
 
 NO_DERIVATIVE = ("Error", "NotImplemented")
 """Nodes that stand in a graph for a derivative that there is none of."""
+SAME_FUNCTION = {
+    "hardsigmoid": "F.relu6(x + 3) / 6 is the same function and has one: use it in place of Hardsigmoid.",
+}
+"""By a part of its name, what to write in place of an operation."""
+IN_ORDINARY_OPERATIONS = (
+    "Write it in ordinary operations, for attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+)
 
 
 def gradient_to_differentiate(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -33,18 +41,33 @@ def check_differentiable(gradient: Sequence[Tensor], otherwise: str = "") -> Non
     Raises:
         ValueError: If there is such a part.
     """
-    ends = sorted({name for name in _nodes_of(gradient) if name in NO_DERIVATIVE})
+    ends = {node: type(node).__name__ for node in _nodes_of(gradient) if type(node).__name__ in NO_DERIVATIVE}
     if ends:
+        operations = sorted({_operation(node) for node in ends})
+        same = [remedy for name, remedy in SAME_FUNCTION.items() if name in " ".join(operations)]
         raise ValueError(
-            f"The gradient of this loss has no derivative ({', '.join(ends)} in its graph): some operation "
-            "is a fused kernel, or a torch.autograd.Function that is once_differentiable. Write it in ordinary "
-            "operations, for attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
-            f"{otherwise and ' '}{otherwise}"
+            f"The gradient of this loss has no derivative ({', '.join(sorted(set(ends.values())))} in its graph): "
+            f"that of {' and '.join(operations)}. "
+            + (" ".join(same) if same else IN_ORDINARY_OPERATIONS)
+            + f"{otherwise and ' '}{otherwise}"
         )
 
 
-def _nodes_of(tensors: Sequence[Tensor]) -> Iterator[str]:
-    """The kinds of all nodes that a backward pass goes through."""
+def _operation(node: Any) -> str:
+    """What a node that stands for a missing derivative says when it is asked for it."""
+    try:
+        node(torch.ones(()))
+    except RuntimeError as error:
+        named = re.search(r"derivative for '?(?:aten::)?(\w+)'? is not implemented", str(error))
+        if named is not None:
+            return named.group(1)
+        if "once_differentiable" in str(error):
+            return "a torch.autograd.Function that is once_differentiable"
+    return "some operation that is a fused kernel"
+
+
+def _nodes_of(tensors: Sequence[Tensor]) -> Iterator[Any]:
+    """All nodes that a backward pass goes through."""
     visited: set[object] = set()
     pending: list[Any] = [tensor.grad_fn for tensor in tensors]
     while pending:
@@ -52,5 +75,5 @@ def _nodes_of(tensors: Sequence[Tensor]) -> Iterator[str]:
         if node is None or node in visited:
             continue
         visited.add(node)
-        yield type(node).__name__
+        yield node
         pending.extend(parent for parent, _ in node.next_functions)

@@ -58,6 +58,11 @@ def check_several_micro_batches(trainer: Trainer) -> None:
 def check_batch_size(trainer: Trainer, batch: Any) -> None:
     """Raise a ValueError if batches hold one example each, and there is nothing to compare it with."""
     if num_examples_of(batch) == 1 and step_batch_size(trainer) == 1 and trainer.world_size == 1:
+        if trainer.num_training_batches == 1:
+            raise ValueError(
+                "GradientNoiseScale needs several examples, since one gradient has no spread, but an epoch has one, "
+                "in a batch of its own. Leave GradientNoiseScale out of this run."
+            )
         raise ValueError(
             "GradientNoiseScale needs batches of 2 examples or more, since one gradient has no spread, but got"
             " batch_size=1. Use larger batches, or accumulate_grad_batches of 2 or more with"
