@@ -101,6 +101,7 @@ class GradientNoiseScale(MeasuringCallback):
 
     LOGGED = KEYS
     ALWAYS_LOGGED = KEYS
+    HELD = "estimate"
 
     def __init__(
         self,

@@ -106,6 +106,7 @@ class LaplaceEvidence(MeasuringCallback):
 
     LOGGED = KEYS
     ALWAYS_LOGGED = UNAVAILABLE
+    HELD = "history"
 
     def __init__(
         self,

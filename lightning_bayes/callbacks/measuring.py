@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeVar, get_
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
 from lightning_bayes.curvature.capture import WAY_OUT
@@ -65,6 +65,9 @@ class MeasuringCallback(Callback):
     LESS_MEMORY: ClassVar[str] = ""
     """What to change where memory does not suffice."""
 
+    HELD: ClassVar[str] = ""
+    """The attribute that holds what was measured."""
+
     log_key_prefix: str
 
     def __init__(self, on_error: OnError) -> None:
@@ -95,6 +98,14 @@ class MeasuringCallback(Callback):
         """Refuse arguments that name what is not there, and a second callback under the same keys."""
         self._check_names(pl_module)
         self._check_alone(trainer)
+        launcher = getattr(trainer.strategy, "launcher", None)
+        # By name: that of `pytorch_lightning` is another class. It is what "ddp_spawn", "ddp_fork" and notebooks use.
+        if self.HELD and any(base.__name__ == "_MultiProcessingLauncher" for base in type(launcher).__mro__):
+            rank_zero_info(
+                f"{type(self).__name__}: this strategy trains in processes that end with fit, and `{self.HELD}` with "
+                "them. What was logged comes back in `trainer.callback_metrics`; the rest is in the log and in "
+                'checkpoints. strategy="ddp" keeps it.'
+            )
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -100,6 +100,8 @@ class ScalingAdvisor(MeasuringCallback):
         arXiv:2205.10287.
     """
 
+    HELD = "advice"
+
     def __init__(
         self,
         *,

@@ -89,6 +89,7 @@ class Stability(MeasuringCallback):
 
     LOGGED = KEYS
     ALWAYS_LOGGED = KEYS[:1]
+    HELD = "history"
 
     def __init__(
         self,

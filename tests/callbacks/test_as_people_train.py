@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bayes import GradientNoiseScale, LaplaceEvidence, SGDNoiseScale, Stability
+from lightning_bayes import GradientNoiseScale, LaplaceEvidence, ScalingAdvisor, SGDNoiseScale, Stability
 from lightning_bayes.callbacks.measuring import MeasuringCallback
 
 from .evidence_models import Module, cross_entropy, fit, loader, mlp, optimizer, tensors
+from .sgd_models import trainer
 
 SLOW = optimizer(lr=1e-3, weight_decay=0.05)
 
@@ -152,6 +153,26 @@ def test_keys_to_compare_runs_by(tmp_path, decay):
     )
     assert optimized == (decay == 0.0)
     assert best == pytest.approx(own, rel=1e-5) if optimized else best > own
+
+
+class _MultiProcessingLauncher:
+    """By its name that of Lightning, which spawn, fork and notebooks use."""
+
+
+HOLDERS = [LaplaceEvidence(), Stability(), GradientNoiseScale(), ScalingAdvisor(target_batch_size=16)]
+
+
+@pytest.mark.parametrize("callback", HOLDERS, ids=lambda callback: type(callback).__name__)
+@pytest.mark.parametrize("spawns", [True, False])
+def test_where_results_are_when_the_processes_have_ended(tmp_path, caplog, callback, spawns):
+    run = trainer(tmp_path, [callback])
+    if spawns:
+        run.strategy._launcher = _MultiProcessingLauncher()
+    with caplog.at_level("INFO"):
+        callback.on_fit_start(run, Module(mlp(), cross_entropy))
+    lines = [line for line in caplog.messages if "in processes that end with fit" in line]
+    assert len(lines) == spawns
+    assert all(f"`{callback.HELD}`" in line and hasattr(callback, callback.HELD) for line in lines)
 
 
 def test_measuring_callbacks_share_one_guard():
