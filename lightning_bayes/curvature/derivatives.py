@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from backpack.core.derivatives.basederivatives import BaseParameterDerivatives
-from backpack.core.derivatives.batchnorm_nd import BatchNormNdDerivatives
 from backpack.core.derivatives.conv1d import Conv1DDerivatives
 from backpack.core.derivatives.conv2d import Conv2DDerivatives
 from backpack.core.derivatives.conv3d import Conv3DDerivatives
@@ -86,9 +85,6 @@ DERIVATIVES: dict[type[nn.Module], Derivatives] = {
     nn.ConvTranspose1d: _Backpack(ConvTranspose1DDerivatives()),
     nn.ConvTranspose2d: _Backpack(ConvTranspose2DDerivatives()),
     nn.ConvTranspose3d: _Backpack(ConvTranspose3DDerivatives()),
-    nn.BatchNorm1d: _Backpack(BatchNormNdDerivatives()),
-    nn.BatchNorm2d: _Backpack(BatchNormNdDerivatives()),
-    nn.BatchNorm3d: _Backpack(BatchNormNdDerivatives()),
     **OWN_DERIVATIVES,
 }
 

@@ -8,6 +8,7 @@ example in turn.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 from weakref import WeakSet
 
@@ -80,7 +81,7 @@ class ModuleUse(Use):
             self._combined[key] = replace(self, grads=grads, weights=weights, _cache={}, _combined={})
         return self._combined[key]
 
-    @property
+    @cached_property
     def kept_when_formed(self) -> bool:
         """See `Use`: where they are few, and cost little more than those of one column."""
         numbers = self.num_columns * self.num_examples * sum(p.numel() for p in self.parameters.values())

@@ -49,6 +49,8 @@ def make_plan(
         for name in wrong:
             before = None if plan.ways[name] == LAYER else plan.ways[name]
             plan.ways[name] = _next_way(plan, name, batch, before, backend, apart)
+    if proof is not None:
+        _gather(plan, batch, proof)
     # Without rows (saturated, or all targets ignored) every plan is right, and this one is not kept.
     plan.proved = proof is not None
     slow = [name for name, way in plan.ways.items() if way == GRAPH]
@@ -105,6 +107,18 @@ def _next_way(plan: Plan, name: str, batch: Batch, before: str | None, backend: 
     ):
         raise ValueError(_mixing([name]))
     return GRAPH
+
+
+def _gather(plan: Plan, batch: Batch, proof: Proof) -> None:
+    """Let a module that is replayed within another that is replayed anyway go with it: one replay in place of two."""
+    hosts = set(plan.ways.values()) - {LAYER, GRAPH}
+    before = dict(plan.ways)
+    for name, way in before.items():
+        outer = [host for host in _ancestors(name) if host in hosts]
+        if way in hosts and outer[-1] != way:
+            plan.ways[name] = outer[-1]
+    if plan.ways != before and wrong_parameters(plan, proof):
+        plan.ways = before
 
 
 def _ancestors(name: str) -> list[str]:

@@ -38,7 +38,7 @@ class PrimalCurvature(SpectralCurvature):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self._rows: list[Tensor] = []
+        self._rows = _RowBuffer(problem)
         self._quick: Tensor | None = None  # on and above the diagonal, from `_rows`
         self._matrix: Tensor | None = None  # the same in float64, from all rows that are not kept
 
@@ -49,14 +49,9 @@ class PrimalCurvature(SpectralCurvature):
             found |= layer.dense()
         if not found:
             return
-        like = next(iter(found.values()))
-        rows = [
-            found[name] if name in found else like.new_zeros(*like.shape[:2], shape.numel())
-            for name, shape in self.problem.shapes.items()
-        ]
-        self._rows.append(torch.cat(rows, dim=2).flatten(0, 1))
+        self._rows.add(found)
         self._quick = None
-        if self._matrix is not None or sum(map(len, self._rows)) > KEPT_ROWS * self.problem.num_parameters:
+        if self._matrix is not None or len(self._rows) > KEPT_ROWS * self.problem.num_parameters:
             self._accurate()
 
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
@@ -79,7 +74,7 @@ class PrimalCurvature(SpectralCurvature):
 
     def quick_spectrum(self, precision: Mapping[str, float]) -> Tensor | None:
         """The same from G in the type of the rows, where these are kept; to the rounding of the largest one."""
-        if not self._rows:
+        if not len(self._rows):
             return None
         return eigenvalues_of(self._whitened(self._quick_matrix(), precision))
 
@@ -93,17 +88,14 @@ class PrimalCurvature(SpectralCurvature):
         if self._matrix is None:
             p, device = self.problem.num_parameters, self.problem.device
             self._matrix = torch.zeros(p, p, dtype=accumulation_dtype(device), device=device)
-        for rows in self._rows:
-            for some in rows.split(
-                max(1, self.problem.num_parameters)
-            ):  # a copy of all would be as large as they are
+        if len(self._rows):  # in parts: a copy of all in float64 would be twice as large as they are
+            for some in self._rows.taken().split(max(1, self.problem.num_parameters)):
                 add_products(self._matrix, some.to(self._matrix))
-        self._rows = []
         return self._matrix
 
     def _quick_matrix(self) -> Tensor:
         """G from the rows that are kept, in their type, on and above the diagonal."""
-        rows = self._merged_rows()
+        rows = self._rows.whole()
         if self._quick is None:
             self._quick = rows.new_zeros(rows.shape[1], rows.shape[1])
             add_products(self._quick, rows)
@@ -111,7 +103,7 @@ class PrimalCurvature(SpectralCurvature):
 
     def _factor(self, precision: Mapping[str, float]) -> Tensor:
         """Of I + Λ⁻¹ᐟ² G Λ⁻¹ᐟ²."""
-        if self._rows:
+        if len(self._rows):
             factor = cholesky_in_place(self._whitened(self._quick_matrix(), precision), SMALL_ROUNDING)
             if factor is not None:
                 return factor
@@ -135,17 +127,12 @@ class PrimalCurvature(SpectralCurvature):
             step = precondition(gradient)
             return sum((gradient[name].to(scale) * part).sum().item() for name, part in step.items())
         # In the type of the rows: a factor that is believed in it leaves little to refine.
-        rows = self._merged_rows().split(sizes, dim=1)
+        rows = self._rows.whole().split(sizes, dim=1)
         layers = [
             KeptDense(part.unsqueeze(0), name, shape)
             for (name, shape), part in zip(self.problem.shapes.items(), rows, strict=True)
         ]
         return quadratic_form(layers, precondition, precision, gradient, QUICK_TOLERANCE)
-
-    def _merged_rows(self) -> Tensor:
-        if len(self._rows) > 1:
-            self._rows = [torch.cat(self._rows)]
-        return self._rows[0]
 
     def _scale(self, precision: Mapping[str, float], dtype: torch.dtype) -> Tensor:
         """Λ⁻¹ᐟ² [p]."""
@@ -163,3 +150,54 @@ class PrimalCurvature(SpectralCurvature):
         shapes = self.problem.shapes
         inverse = diagonal_of_inverse(factor).split([shape.numel() for shape in shapes.values()])
         return {name: (1.0 - part).sum().item() for name, part in zip(shapes, inverse, strict=True)}
+
+
+class _RowBuffer:
+    """Rows [m, p] one below the other, in memory for as many as are expected.
+
+    Put together from batches they would be copied twice, which takes as long as forming them.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._shapes = problem.shapes
+        self._expected = min(problem.num_rows, KEPT_ROWS * problem.num_parameters)
+        self._memory: Tensor | None = None
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, rows: Mapping[str, Tensor]) -> None:
+        """Add the rows [C, N, p] of one block; parameters that are left out have rows of zeros."""
+        like = next(iter(rows.values()))
+        columns, examples = like.shape[:2]
+        memory = self._of(self._count + columns * examples, like)[self._count :]
+        place = memory[: columns * examples].view(columns, examples, -1)
+        parts = place.split([shape.numel() for shape in self._shapes.values()], dim=2)
+        for name, part in zip(self._shapes, parts, strict=True):
+            if name in rows:
+                part.copy_(rows[name])
+            else:
+                part.zero_()
+        self._count += columns * examples
+
+    def whole(self) -> Tensor:
+        """All rows."""
+        if self._memory is None:
+            raise ValueError("No rows have been added.")
+        return self._memory[: self._count]
+
+    def taken(self) -> Tensor:
+        """All rows, which are then no longer here."""
+        rows = self.whole()
+        self._memory, self._count, self._expected = None, 0, 0
+        return rows
+
+    def _of(self, size: int, like: Tensor) -> Tensor:
+        if self._memory is None or len(self._memory) < size:
+            size = max(size, 2 * self._count, self._expected)
+            memory = like.new_empty(size, sum(shape.numel() for shape in self._shapes.values()))
+            if self._memory is not None:
+                memory[: self._count] = self.whole()
+            self._memory = memory
+        return self._memory

@@ -263,3 +263,18 @@ def test_rows_that_rounding_hides_are_left_out_of_a_large_exact_matrix(monkeypat
         whole.effective_parameters, abs=4 * found.effective_parameters_stderr
     )
     assert accurate.log_evidence == pytest.approx(found.log_evidence, rel=1e-4)
+
+
+@pytest.mark.parametrize("expected", [1, 7, 500])
+def test_rows_have_room_whatever_was_expected(expected, monkeypatch):
+    """The number of examples is an estimate: too small, too large, or right."""
+    case = make_case("mlp", "classification", 30)
+    curved = []
+
+    def make(problem):
+        curved.append(PrimalCurvature(replace(problem, num_examples=expected)))
+        return curved[-1]
+
+    monkeypatch.setitem(STRUCTURES, "full", make)
+    assert_agrees(case.evidence(structure="full", prior_precision=2.0), case.reference(2.0))
+    assert curved

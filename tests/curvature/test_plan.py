@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_bayes.curvature import planning
 from lightning_bayes.curvature import reader as reader_module
+from lightning_bayes.curvature.functional_rows import plain_kernels
 from lightning_bayes.curvature.isolation import throw_away_copy
 from lightning_bayes.curvature.layout import Layout, example_weights, find_layout, mixes_examples
 from lightning_bayes.curvature.likelihoods import Gaussian
@@ -75,6 +77,59 @@ def test_only_what_needs_torch_func_pays():
     assert "MultiheadAttention" in reader.split()
     assert "layers by their derivatives" in reader.split()
     assert not any("in_proj" in name for name in by_layer)
+
+
+class Positioned(nn.Module):
+    """Attention, in a layer of its own if wanted, and a bare parameter of the network's own, for which all of it is replayed."""
+
+    def __init__(self, nested: bool) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(3, 4))
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True) if nested else None
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x + self.places
+        hidden = self.attention(hidden, hidden, hidden, need_weights=False)[0]
+        if self.layer is not None:
+            hidden = self.layer(hidden)
+        return self.head(hidden.mean(1))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_module_within_one_that_is_replayed_anyway_goes_with_it(nested):
+    torch.manual_seed(0)
+    model, x = Positioned(nested).double(), torch.randn(4, 3, 4, dtype=torch.float64)
+    rows, reader = dense(model, lambda network: (network(x), torch.zeros(4, 2)))
+    hosts = set(reader._plan.ways.values()) - {LAYER}
+    assert hosts == {""}
+    by_itself = torch.func.vmap(
+        torch.func.jacrev(
+            lambda parameters, one: torch.func.functional_call(model, parameters, (one[None],))[0]
+        ),
+        (None, 0),
+    )
+    with plain_kernels():
+        jacobians = by_itself({name: p.detach() for name, p in model.named_parameters()}, x)
+    for name, right in jacobians.items():
+        torch.testing.assert_close(
+            rows[name].flatten(2), right.transpose(0, 1).flatten(2), rtol=1e-9, atol=1e-12
+        )
+
+
+def test_what_is_not_right_together_stays_apart(monkeypatch):
+    torch.manual_seed(0)
+    model, x = Positioned(False).double(), torch.randn(4, 3, 4, dtype=torch.float64)
+    proved = planning.wrong_parameters
+
+    def wrong_together(plan, *arguments):
+        return ["places"] if plan.ways["attention.in_proj_weight"] == "" else proved(plan, *arguments)
+
+    monkeypatch.setattr(planning, "wrong_parameters", wrong_together)
+    _, reader = dense(model, lambda network: (network(x), torch.zeros(4, 2)))
+    assert reader._plan.ways["places"] == ""
+    assert reader._plan.ways["attention.in_proj_weight"] == "attention"
 
 
 def test_a_parameter_that_no_call_holds_takes_the_graph_and_says_so():
