@@ -80,7 +80,7 @@ def test_only_what_needs_torch_func_pays():
 
 
 class Positioned(nn.Module):
-    """Attention, in a layer of its own if wanted, and a bare parameter of the network's own, for which all of it is replayed."""
+    """Attention, in a layer of its own if wanted, and a bare parameter, for which the whole network is replayed."""
 
     def __init__(self, nested: bool) -> None:
         super().__init__()
