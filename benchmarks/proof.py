@@ -1,5 +1,7 @@
 """What the proof of rows costs in each batch, in gradient passes of that batch; and the regrouping of its examples.
 
+The truth is autograd's part of the proof: one backward pass, that any comparison with autograd needs.
+
 Run: python -m benchmarks.proof [--seed 0] [--repeats 7]. Writes docs/benchmarks/proof.csv. A gradient pass is the
 forward pass of the batch and one backward pass to the parameters; medians over repeats. Calls are recorded as for
 every batch after the first. Rows that torch.func forms all at once are there for the structure in any case: what the
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.columns import LENGTH, WORDS, Transformer
-from lightning_bayes.curvature.batch import Batch
+from lightning_bayes.curvature.batch import Batch, gradients
 from lightning_bayes.curvature.calls import recorded_calls
 from lightning_bayes.curvature.functional_rows import plain_kernels
 from lightning_bayes.curvature.isolation import isolated, throw_away_copy
@@ -72,7 +74,7 @@ def seconds_of(run: Callable[[], object], repeats: int) -> float:
 
 
 def measure(make: Callable[[], tuple[nn.Module, Tensor, Tensor]], repeats: int) -> dict[str, float]:
-    """Seconds of a gradient pass, of the proof and of the regrouping."""
+    """Seconds of a gradient pass, of the proof, of autograd's part of it and of the regrouping."""
     model, x, y = make()
     network, likelihood = throw_away_copy(model), Categorical()
     parameters, modules = dict(network.named_parameters()), list(network.modules())
@@ -99,6 +101,9 @@ def measure(make: Callable[[], tuple[nn.Module, Tensor, Tensor]], repeats: int) 
         if made is None or wrong_parameters(plan, made, layers):
             raise RuntimeError("the rows are wrong")
 
+    def truth() -> None:
+        gradients(outputs, list(parameters.values()), torch.ones_like(outputs))
+
     forward = BatchForward(lambda pair: (network(pair[0]), pair[1]), (x, y))
 
     def regrouping() -> None:
@@ -108,6 +113,7 @@ def measure(make: Callable[[], tuple[nn.Module, Tensor, Tensor]], repeats: int) 
     return {
         "gradient_pass": seconds_of(gradient_pass, repeats),
         "proof": seconds_of(proof, repeats),
+        "truth": seconds_of(truth, repeats),
         "regrouping": seconds_of(regrouping, repeats),
     }
 
@@ -129,6 +135,7 @@ def main() -> None:
                 "network": name,
                 "gradient_pass_ms": f"{1e3 * whole:.2f}",
                 "proof_in_passes": f"{seconds['proof'] / whole:.2f}",
+                "truth_in_passes": f"{seconds['truth'] / whole:.2f}",
                 "regrouping_in_passes": f"{seconds['regrouping'] / whole:.2f}",
             }
         )

@@ -3,6 +3,7 @@
 Derivatives do not show what is mixed under `no_grad`, behind `detach`, by sorting or by the place in the batch.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,8 +86,14 @@ def check_apart(
     with _random_states(outputs.device), torch.enable_grad():
         try:
             again = [_prepared(forward.of(half), likelihood) for half in halves]
-        except Exception:
+        except Exception as error:
             # Somebody's module need not take batches of another size: anything may come, and nothing is told.
+            logging.getLogger("lightning_bayes").info(
+                "Whether examples of a batch influence each other's outputs is not tried: the network does not take "
+                "some of them by themselves (%s: %s).",
+                type(error).__name__,
+                error,
+            )
             return False
         outputs = outputs.detach()
         _refuse_pairs(again, outputs)

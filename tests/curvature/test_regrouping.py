@@ -123,3 +123,21 @@ def test_a_network_that_works_on_its_batch_in_place_changes_nobody_elses():
     before = x.clone()
     laplace_evidence(network, (x, torch.randint(0, 3, (12,))))
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_a_network_that_takes_one_batch_size_alone_is_read_and_the_log_says_what_was_not_tried(size, caplog):
+    def fixed(hidden: Tensor) -> Tensor:
+        return hidden.view(size, 6)
+
+    torch.manual_seed(0)
+    x, y, network = torch.randn(size, 4), torch.randint(0, 3, (size,)), Between(fixed)
+    arguments = {"batch_size": size, "structure": "full", "prior_precision": 1.0}
+    with caplog.at_level("INFO", logger="lightning_bayes"):
+        evidence = laplace_evidence(network, (x, y), **arguments)
+    assert (
+        "is not tried: the network does not take some of them by themselves (ValueError: Between"
+        in caplog.text
+    )
+    network.mix = nn.Identity()
+    assert evidence.log_evidence == pytest.approx(laplace_evidence(network, (x, y), **arguments).log_evidence)
