@@ -19,7 +19,7 @@ import numpy as np
 from models import MODELS, trained
 
 from lightning_bayes import laplace_evidence
-from lightning_bayes.curvature import blocks_budget
+from lightning_bayes.structures import blocks_budget
 
 
 def measure(size: int, landmarks: int, num_blocks: int | None, mnist_root: str) -> dict[str, float]:

@@ -28,8 +28,8 @@ from peers import CANDIDATES
 from torch import Tensor
 from worker import copy_of
 
-from lightning_bayes.curvature import bracket
-from lightning_bayes.curvature.likelihoods import Categorical
+from lightning_bayes.likelihoods import Categorical
+from lightning_bayes.structures.bracket import bracket
 
 STRIP = 200
 """Rows of a symmetric product that are computed at one time, from the diagonal on."""

@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.columns import LENGTH, WORDS, Transformer
-from lightning_bayes.curvature.batch import Batch, gradients
-from lightning_bayes.curvature.calls import recorded_calls
-from lightning_bayes.curvature.functional_rows import plain_kernels
-from lightning_bayes.curvature.isolation import isolated, throw_away_copy
-from lightning_bayes.curvature.likelihoods import Categorical
-from lightning_bayes.curvature.planning import make_plan
-from lightning_bayes.curvature.proof import proof_of, wrong_parameters
-from lightning_bayes.curvature.regrouping import BatchForward, check_apart
-from lightning_bayes.curvature.rows import DenseRows
+from lightning_bayes.capture.forward import BatchForward
+from lightning_bayes.capture.isolation import isolated, throw_away_copy
+from lightning_bayes.capture.module_calls import recorded_calls
+from lightning_bayes.likelihoods import Categorical
+from lightning_bayes.rows.backward import Batch, gradients
+from lightning_bayes.rows.find_routes import make_plan
+from lightning_bayes.rows.per_example import plain_kernels
+from lightning_bayes.rows.proof import proof_of, wrong_parameters
+from lightning_bayes.rows.regrouping import check_apart
+from lightning_bayes.rows.rows import DenseRows
 
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "proof.csv"
 

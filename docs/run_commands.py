@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from lightning_bayes.advising.command import main
+from lightning_bayes.advice.cli import main
 
 BLOCK = re.compile(
     r"```console\n\$ python -m lightning_bayes (?P<arguments>(?:.*\\\n)*.*)\n(?P<output>(?:.*\n)*?)```\n"

@@ -8,20 +8,20 @@ from lightning_bayes.callbacks import (
     SGDNoiseScale,
     Stability,
 )
-from lightning_bayes.curvature.errors import EvidenceUnavailableError
-from lightning_bayes.curvature.likelihoods import (
+from lightning_bayes.errors import EvidenceUnavailableError
+from lightning_bayes.evidence.curve import EvidenceCurve, evidence_curve
+from lightning_bayes.evidence.laplace import laplace_evidence
+from lightning_bayes.evidence.refit import refit_prior_precision
+from lightning_bayes.evidence.result import Evidence
+from lightning_bayes.likelihoods import (
     Bernoulli,
     Categorical,
     Gaussian,
     HeteroscedasticGaussian,
     Likelihood,
 )
-from lightning_bayes.curve import EvidenceCurve, evidence_curve
-from lightning_bayes.eigenvalue import Eigenvalue, largest_eigenvalue
-from lightning_bayes.evidence import Evidence
-from lightning_bayes.laplace import laplace_evidence
-from lightning_bayes.refitting import refit_prior_precision
-from lightning_bayes.stability import StabilityReading
+from lightning_bayes.loss_curvature.eigenvalue import Eigenvalue, largest_eigenvalue
+from lightning_bayes.loss_curvature.stability_reading import StabilityReading
 
 __version__ = "0.1.0"
 

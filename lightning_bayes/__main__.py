@@ -2,7 +2,7 @@
 
 import sys
 
-from lightning_bayes.advising.command import main
+from lightning_bayes.advice.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_bayes.evidence import Evidence
-from lightning_bayes.laplace import laplace_evidence
+from lightning_bayes.evidence.laplace import laplace_evidence
+from lightning_bayes.evidence.result import Evidence
 from tests.losses import LOSSES, Loss
 from tests.networks import NETWORKS, VOCABULARY
 from tests.reference import Reference, SlowTwin

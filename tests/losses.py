@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_bayes.curvature import likelihoods
-from lightning_bayes.curvature.likelihoods import Likelihood
+from lightning_bayes import likelihoods
+from lightning_bayes.likelihoods import Likelihood
 from tests.reference import Density
 
 CLASS_WEIGHTS = torch.tensor([0.3, 2.0, 1.1, 0.7], dtype=torch.float64)

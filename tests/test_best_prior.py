@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_bayes import laplace_evidence, prior_choice
-from lightning_bayes.curvature.likelihoods import Gaussian
+from lightning_bayes import laplace_evidence
+from lightning_bayes.evidence import choose_prior
+from lightning_bayes.likelihoods import Gaussian
 
 GRID = torch.logspace(-3, 4, 29).tolist()
 
@@ -66,7 +67,7 @@ def test_where_it_costs_much_or_does_not_exist_there_is_none(monkeypatch):
     bent = laplace_evidence(net, data, curvature="hessian", prior_precision=100.0)
     assert bent.num_eigenvalues_below_prior > 0
     assert bent.log_evidence_best_prior is None
-    monkeypatch.setattr(prior_choice, "LARGEST_COMMON", 4)
+    monkeypatch.setattr(choose_prior, "LARGEST_COMMON", 4)
     assert laplace_evidence(nn.Linear(5, 3), data).log_evidence_best_prior is None
 
 

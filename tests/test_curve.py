@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lightning_bayes import EvidenceCurve, Gaussian, evidence_curve
-from lightning_bayes.curvature import bracket
-from lightning_bayes.curvature.bracket import BracketCurvature
-from lightning_bayes.curvature.structures import STRUCTURES
+from lightning_bayes.structures.bracket import bracket
+from lightning_bayes.structures.bracket.bracket import BracketCurvature
+from lightning_bayes.structures.registry import STRUCTURES
 from tests.cases import make_case
 
 mpl.use("Agg")
@@ -125,7 +125,7 @@ def test_a_bracket_holds_the_whole_curve(tolerance, monkeypatch):
 
 def test_blocks_have_a_curve_of_bounds(monkeypatch):
     case = make_case("mlp", "classification", 30)
-    monkeypatch.setattr("lightning_bayes.curvature.blocks.capacity_of", lambda problem: 25)
+    monkeypatch.setattr("lightning_bayes.structures.blocks.capacity_of", lambda problem: 25)
     exact, curve = curve_of(case, GRID, structure="full"), curve_of(case, GRID, structure="blocks")
     assert (curve.lower <= exact.log_evidence + 1e-9).all()
     assert (exact.log_evidence <= curve.upper + 1e-9).all()

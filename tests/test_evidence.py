@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from lightning_bayes.evidence import Evidence
+from lightning_bayes.evidence.result import Evidence
 
 EVIDENCE = Evidence(
     log_evidence=-600.0,

@@ -9,9 +9,9 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bayes.curvature.errors import EvidenceUnavailableError
-from lightning_bayes.curvature.likelihoods import Gaussian
-from lightning_bayes.laplace import laplace_evidence
+from lightning_bayes.errors import EvidenceUnavailableError
+from lightning_bayes.evidence.laplace import laplace_evidence
+from lightning_bayes.likelihoods import Gaussian
 from tests.cases import make_case
 
 STRUCTURES = ["full", "kron", "diag"]

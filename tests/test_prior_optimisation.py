@@ -11,14 +11,15 @@ from sklearn.linear_model import BayesianRidge
 from torch import nn
 
 from lightning_bayes import EvidenceUnavailableError, Gaussian, laplace_evidence, refit_prior_precision
-from lightning_bayes.curvature import blocks, bracket, dual, primal
-from lightning_bayes.curvature.bracket import BracketCurvature
-from lightning_bayes.curvature.dual import DualCurvature
-from lightning_bayes.curvature.fixed_point import ACCEPTED_LOSS
-from lightning_bayes.curvature.primal import PrimalCurvature
-from lightning_bayes.curvature.structures import STRUCTURES as BY_NAME
-from lightning_bayes.evaluation import evidence_of
-from lightning_bayes.laplace import Computation
+from lightning_bayes.evidence.evaluate import evidence_of
+from lightning_bayes.evidence.laplace import Computation
+from lightning_bayes.numerics.mackay_fixed_point import ACCEPTED_LOSS
+from lightning_bayes.structures import blocks, dual, primal
+from lightning_bayes.structures.bracket import bracket
+from lightning_bayes.structures.bracket.bracket import BracketCurvature
+from lightning_bayes.structures.dual import DualCurvature
+from lightning_bayes.structures.primal import PrimalCurvature
+from lightning_bayes.structures.registry import STRUCTURES as BY_NAME
 from tests.cases import make_case
 
 STRUCTURES = ["full", "kron", "kron_expand", "diag"]
@@ -105,8 +106,8 @@ def test_large_matrices_are_searched_by_factors_and_not_by_their_spectrum(
     case = make_case(network, "regression", 20)
     arguments = {"prior_precision": argument} | ({} if likelihood is None else {"likelihood": likelihood})
     by_spectrum = case.evidence(**arguments)
-    monkeypatch.setattr("lightning_bayes.prior_choice.LARGEST_SPECTRUM", 1)
-    monkeypatch.setattr("lightning_bayes.prior_choice.LARGEST_COMMON", 1)
+    monkeypatch.setattr("lightning_bayes.evidence.choose_prior.LARGEST_SPECTRUM", 1)
+    monkeypatch.setattr("lightning_bayes.evidence.choose_prior.LARGEST_COMMON", 1)
     for structure in (PrimalCurvature, DualCurvature):
         monkeypatch.setattr(structure, "spectrum", None)
     tried = []
@@ -316,7 +317,7 @@ def test_rows_are_chosen_anew_until_they_hold_at_what_is_found(monkeypatch):
 
 def test_a_search_may_begin_where_another_has_ended(monkeypatch):
     case = make_case("mlp", "classification", 30)
-    monkeypatch.setattr("lightning_bayes.prior_choice.LARGEST_SPECTRUM", 1)
+    monkeypatch.setattr("lightning_bayes.evidence.choose_prior.LARGEST_SPECTRUM", 1)
     counts, original = [], dual.factorise
     monkeypatch.setattr(dual, "factorise", lambda *args: counts.append(1) or original(*args))
     monkeypatch.setitem(BY_NAME, "full", DualCurvature)

@@ -70,7 +70,7 @@ def test_evidence_without_a_maximum_says_which_end_it_rises_to(sign, way, monkey
         slope = 0.0 if prior_precision == "optimize" else sign * math.log(prior_precision)
         return replace(found, log_evidence=slope)
 
-    monkeypatch.setattr("lightning_bayes.refitting.laplace_evidence", made_up)
+    monkeypatch.setattr("lightning_bayes.evidence.refit.laplace_evidence", made_up)
     with pytest.raises(ValueError, match=f"rises as the prior precision {way} the most"):
         refit_prior_precision(model, (X, targets), refit, likelihood=Gaussian(1.0))
     best = min(refit.weights) if sign > 0 else max(refit.weights)

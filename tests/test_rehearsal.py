@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from lightning_bayes import laplace_evidence
-from lightning_bayes.curvature.isolation import throw_away_copy
-from lightning_bayes.curvature.likelihoods import resolve_likelihood
-from lightning_bayes.curvature.priors import prior_from
-from lightning_bayes.options import Method
-from lightning_bayes.totals import rehearse
+from lightning_bayes.capture.isolation import throw_away_copy
+from lightning_bayes.evidence.options import Method
+from lightning_bayes.evidence.totals import rehearse
+from lightning_bayes.likelihoods import resolve_likelihood
+from lightning_bayes.priors.prior import prior_from
 
 NETWORKS = {
     "mlp": (nn.Sequential(nn.Linear(50, 300), nn.ReLU(), nn.Linear(300, 10)), (50,)),

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_bayes.curvature.mean_loss import BatchLoss, MeanLoss
-from lightning_bayes.curvature.sharpness import largest_loss_in_box
 from lightning_bayes.functional import stability_ratio, variance_inflation
-from lightning_bayes.stability import SGDStep, StabilityReading, measure_stability
+from lightning_bayes.loss_curvature.largest_loss_in_box import largest_loss_in_box
+from lightning_bayes.loss_curvature.mean_loss import BatchLoss, MeanLoss
+from lightning_bayes.loss_curvature.stability_reading import SGDStep, StabilityReading, measure_stability
 
 
 class Quadratic(nn.Module):

@@ -22,7 +22,7 @@ from examples.smith_le_2018.plotting import band, batch_axis, figure, log_axis
 from examples.smith_le_2018.settled import scores
 from examples.smith_le_2018.trials import Kind, Trials
 from lightning_bayes import laplace_evidence
-from lightning_bayes.eigenvalue import largest_eigenvalue
+from lightning_bayes.loss_curvature.eigenvalue import largest_eigenvalue
 
 __all__ = ["SHARPNESS", "SharpnessSettings", "hessian_trace", "sharpness", "train_to_loss"]
 

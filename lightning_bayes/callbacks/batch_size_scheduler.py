@@ -12,7 +12,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_bayes.callbacks.configuration import Sizes, group_names, read_sizes
 from lightning_bayes.callbacks.growth.batch_planner import BatchPlanner
 from lightning_bayes.callbacks.growth.checks import (
     check_alone,
@@ -34,6 +33,7 @@ from lightning_bayes.callbacks.growth.schedule import (
 )
 from lightning_bayes.callbacks.growth.schedule_steps import Pace, ScheduleSteps
 from lightning_bayes.callbacks.growth.step_learning_rate import StepLearningRate
+from lightning_bayes.callbacks.trainer.settings import Sizes, group_names, read_sizes
 from lightning_bayes.functional import BatchGrowth
 from lightning_bayes.functional._validation import count, string
 from lightning_bayes.functional.batch_growth import METHODS, RULES, GrowthMethod

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from lightning_bayes.evidence import Evidence
+from lightning_bayes.evidence.result import Evidence
 
 __all__ = ["KEYS", "UNAVAILABLE", "evidence_from", "logged_values"]
 

@@ -26,13 +26,13 @@ from lightning_bayes.callbacks.gradient_noise.parts import KEYS, layer_of, layer
 from lightning_bayes.callbacks.gradient_noise.training_gradients import TrainingGradients
 from lightning_bayes.callbacks.gradient_noise.two_batch_sizes import TwoBatchSizes
 from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
-from lightning_bayes.callbacks.step_logging import log_step
-from lightning_bayes.callbacks.trainer_inputs import step_batch_size
-from lightning_bayes.curvature.capture import WAY_OUT
-from lightning_bayes.curvature.errors import EvidenceUnavailableError
-from lightning_bayes.curvature.priors import trainable_names
+from lightning_bayes.callbacks.trainer.inputs import step_batch_size
+from lightning_bayes.callbacks.trainer.step_logging import log_step
+from lightning_bayes.capture.loss import WAY_OUT
+from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.functional import GradientNoise
 from lightning_bayes.functional._validation import count, fraction, string
+from lightning_bayes.priors.prior import trainable_names
 
 __all__ = ["GradientMethod", "GradientNoiseScale"]
 

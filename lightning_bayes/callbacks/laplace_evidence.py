@@ -15,9 +15,7 @@ from typing_extensions import override
 
 from lightning_bayes.callbacks.evidence_log import KEYS, UNAVAILABLE, evidence_from, logged_values
 from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
-from lightning_bayes.callbacks.progress import shown_in_bar
-from lightning_bayes.callbacks.reading import ModuleReader, NetworkOption, original_network
-from lightning_bayes.callbacks.trainer_inputs import (
+from lightning_bayes.callbacks.trainer.inputs import (
     announce_prior,
     check_arguments,
     check_named_parts,
@@ -28,19 +26,21 @@ from lightning_bayes.callbacks.trainer_inputs import (
     subset_of,
     warn_of_averages,
 )
-from lightning_bayes.callbacks.untouched import untouched
-from lightning_bayes.curvature.capture import WAY_OUT, CapturedLoss
-from lightning_bayes.curvature.data import Examples
-from lightning_bayes.curvature.errors import EvidenceUnavailableError
-from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
-from lightning_bayes.curvature.priors import Prior, PriorPrecision, require_prior_precision
-from lightning_bayes.curvature.regrouping import BatchForward
-from lightning_bayes.curvature.subset import Subset, last_layer
-from lightning_bayes.evaluation import evidence_of
-from lightning_bayes.evidence import Evidence
-from lightning_bayes.intake import Forward
-from lightning_bayes.options import Method, check_options, sampling_if_many_columns
-from lightning_bayes.totals import read_all, rehearse
+from lightning_bayes.callbacks.trainer.module_reader import ModuleReader, NetworkOption, original_network
+from lightning_bayes.callbacks.trainer.progress import shown_in_bar
+from lightning_bayes.callbacks.trainer.restore import untouched
+from lightning_bayes.capture.examples import Examples
+from lightning_bayes.capture.forward import BatchForward, Forward
+from lightning_bayes.capture.loss import WAY_OUT, CapturedLoss
+from lightning_bayes.errors import EvidenceUnavailableError
+from lightning_bayes.evidence.evaluate import evidence_of
+from lightning_bayes.evidence.options import Method, sampling_if_many_columns
+from lightning_bayes.evidence.result import Evidence
+from lightning_bayes.evidence.totals import read_all, rehearse
+from lightning_bayes.functional._validation import check_options
+from lightning_bayes.likelihoods import Likelihood, resolve_likelihood
+from lightning_bayes.priors.prior import Prior, PriorPrecision, require_prior_precision
+from lightning_bayes.priors.subset import Subset, last_layer
 
 __all__ = ["LaplaceEvidence"]
 
@@ -65,7 +65,7 @@ class LaplaceEvidence(MeasuringCallback):
     Args:
         structure: "full" (exact), "blocks" (a bracket, linear in N), "kron", "kron_joint", "kron_expand", "diag";
             "auto" takes the first of "full", "blocks" and "kron" within the memory and time stated in
-            `lightning_bayes.curvature.structures`, and says which.
+            `lightning_bayes.structures.registry`, and says which.
         likelihood: "auto" reads it from the loss in training_step, with its class weights, label smoothing and
             ignored targets; "classification", "binary", "regression", "gaussian_nll" or a `Likelihood` such as
             `Gaussian(sigma=0.1)` must be of the loss's kind unless `network` is given, and its own parameters

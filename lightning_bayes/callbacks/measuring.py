@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
-from lightning_bayes.curvature.capture import WAY_OUT
+from lightning_bayes.capture.loss import WAY_OUT
 
 __all__ = ["MeasuringCallback", "OnError", "guarded"]
 

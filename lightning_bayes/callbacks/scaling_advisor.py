@@ -12,20 +12,20 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_bayes.advising.parameter_groups import ParameterGroup
-from lightning_bayes.advising.references import Reference, ReferenceLike, comparisons_with, read_reference
-from lightning_bayes.callbacks.advice_log import emit
-from lightning_bayes.callbacks.configuration import (
+from lightning_bayes.advice.optimizer_groups import ParameterGroup
+from lightning_bayes.advice.references import Reference, ReferenceLike, comparisons_with, read_reference
+from lightning_bayes.callbacks.advice.report import emit
+from lightning_bayes.callbacks.advice.targets import check_targets
+from lightning_bayes.callbacks.growth.peaks import PeakRecord, note_step
+from lightning_bayes.callbacks.measurements import measured
+from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
+from lightning_bayes.callbacks.trainer.loss_reduction import forget_reduction, note_reduction
+from lightning_bayes.callbacks.trainer.settings import (
     TrainerConfiguration,
     changing_settings,
     makes_a_step,
     read_configuration,
 )
-from lightning_bayes.callbacks.loss_reduction import forget_reduction, note_reduction
-from lightning_bayes.callbacks.measured import measured
-from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
-from lightning_bayes.callbacks.peaks import PeakRecord, note_step
-from lightning_bayes.callbacks.targets import check_targets
 from lightning_bayes.functional import (
     AdamAdvice,
     AdamConfiguration,
@@ -37,9 +37,9 @@ from lightning_bayes.functional import (
     advise_adam,
 )
 from lightning_bayes.functional._validation import string
+from lightning_bayes.functional.advice.trainer_check import AnyAdvice, with_trainer_check
 from lightning_bayes.functional.check import Measurements
 from lightning_bayes.functional.configuration import Targets
-from lightning_bayes.functional.layout import AnyAdvice, with_trainer_check
 
 SCHEDULE_NOTE = (
     "The learning rate followed a schedule; the one shown is its peak. Multiply the whole schedule by"

@@ -10,15 +10,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_bayes.callbacks.configuration import (
+from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
+from lightning_bayes.callbacks.trainer.loss_reduction import forget_reduction, note_reduction
+from lightning_bayes.callbacks.trainer.settings import (
     TrainerConfiguration,
     changing_settings,
     makes_a_step,
     read_configuration,
 )
-from lightning_bayes.callbacks.loss_reduction import forget_reduction, note_reduction
-from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
-from lightning_bayes.callbacks.step_logging import log_step
+from lightning_bayes.callbacks.trainer.step_logging import log_step
 from lightning_bayes.functional import AdamConfiguration
 from lightning_bayes.functional._validation import count, string
 

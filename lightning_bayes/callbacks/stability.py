@@ -12,17 +12,16 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
-from lightning_bayes.callbacks.reading import NetworkOption, original_network
-from lightning_bayes.callbacks.sgd_steps import names_of_groups, sgd_steps, why_not_sgd
-from lightning_bayes.callbacks.trainer_inputs import check_arguments, check_named_parts, check_trainer
-from lightning_bayes.callbacks.training_loss import TrainingLoss
-from lightning_bayes.callbacks.untouched import untouched
-from lightning_bayes.curvature.capture import WAY_OUT, Reduction
-from lightning_bayes.curvature.errors import EvidenceUnavailableError
-from lightning_bayes.curvature.likelihoods import Likelihood, resolve_likelihood
-from lightning_bayes.functional._validation import count
-from lightning_bayes.options import check_options
-from lightning_bayes.stability import (
+from lightning_bayes.callbacks.trainer.inputs import check_arguments, check_named_parts, check_trainer
+from lightning_bayes.callbacks.trainer.module_reader import NetworkOption, original_network
+from lightning_bayes.callbacks.trainer.restore import untouched
+from lightning_bayes.callbacks.trainer.sgd_steps import names_of_groups, sgd_steps, why_not_sgd
+from lightning_bayes.callbacks.trainer.training_loss import TrainingLoss
+from lightning_bayes.capture.loss import WAY_OUT, Reduction
+from lightning_bayes.errors import EvidenceUnavailableError
+from lightning_bayes.functional._validation import check_options, count
+from lightning_bayes.likelihoods import Likelihood, resolve_likelihood
+from lightning_bayes.loss_curvature.stability_reading import (
     SGDStep,
     StabilityReading,
     measure_stability,

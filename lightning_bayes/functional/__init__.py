@@ -1,12 +1,14 @@
 """Formulas: floats and tensors in, floats and tensors out."""
 
-from lightning_bayes.functional.adam_advice import AdamAdvice, AdamMove, advise_adam
 from lightning_bayes.functional.adam_scaling import AdamConfiguration, rescale_adam
-from lightning_bayes.functional.advice import Advice, advise
-from lightning_bayes.functional.advice_json import SavedAdvice
+from lightning_bayes.functional.advice.adam_advice import AdamAdvice, AdamMove, advise_adam
+from lightning_bayes.functional.advice.advise import Advice, advise
+from lightning_bayes.functional.advice.compare import Comparison, Restoration, compare
+from lightning_bayes.functional.advice.group_advice import GroupAdvice
+from lightning_bayes.functional.advice.json import SavedAdvice
+from lightning_bayes.functional.advice.trainer_check import trainer_check
 from lightning_bayes.functional.batch_growth import BatchGrowth, grow_batch, learning_rate_gain
 from lightning_bayes.functional.check import Check
-from lightning_bayes.functional.comparison import Comparison, Restoration, compare
 from lightning_bayes.functional.configuration import Configuration, NoSolutionError
 from lightning_bayes.functional.evidence import (
     effective_parameters,
@@ -22,8 +24,6 @@ from lightning_bayes.functional.gradient_noise import (
     gradient_noise_scale_from_batches,
     gradient_noise_scale_from_sums,
 )
-from lightning_bayes.functional.group_advice import GroupAdvice
-from lightning_bayes.functional.layout import trainer_check
 from lightning_bayes.functional.noise_scale import (
     adam_noise_scale,
     batch_size_for_noise_scale,

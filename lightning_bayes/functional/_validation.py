@@ -104,3 +104,14 @@ def batch_within_dataset(batch_name: str, batch_size: float, dataset_name: str, 
             f"Expected argument `{batch_name}` to be at most `{dataset_name}` ({dataset_size} examples),"
             f" since a batch is drawn without replacement, but got {batch_size}."
         )
+
+
+def check_options(batch_size: object, max_examples: object) -> None:
+    """Check the options that both APIs share beside the `Method`.
+
+    Raises:
+        ValueError: Naming the argument, what was got, and the remedy.
+    """
+    for name, value in (("batch_size", batch_size), ("max_examples", max_examples)):
+        if value is not None:
+            count(name, value)

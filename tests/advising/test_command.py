@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_bayes.advising.command import main
+from lightning_bayes.advice.cli import main
 from lightning_bayes.functional import AdamConfiguration, Configuration, SavedAdvice, rescale, rescale_adam
 
 RUN = ["--lr", "0.1", "--batch-size", "256", "--dataset-size", "50000", "--momentum", "0.9"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_bayes.advising.parameter_groups import groups_of, optimizer_notes, scheduled_learning_rate
+from lightning_bayes.advice.optimizer_groups import groups_of, optimizer_notes, scheduled_learning_rate
 
 PARAMETERS = [nn.Parameter(torch.zeros(2))]
 

@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_bayes import ScalingAdvisor, SGDNoiseScale
-from lightning_bayes.advising.parameter_groups import ParameterGroup
-from lightning_bayes.advising.references import comparisons_with, read_reference
+from lightning_bayes.advice.optimizer_groups import ParameterGroup
+from lightning_bayes.advice.references import comparisons_with, read_reference
 from lightning_bayes.functional import AdamConfiguration, Configuration, SavedAdvice
 
 from ..callbacks.sgd_models import Net, loader, scheduled, sgd, trainer, two_groups

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers.logger import Logger
 from torch.utils.data import DataLoader
 
 from lightning_bayes import ScalingAdvisor
-from lightning_bayes.advising.references import read_reference
+from lightning_bayes.advice.references import read_reference
 from lightning_bayes.functional import SavedAdvice
 
 from .sgd_models import Net, dataset, loader, sgd, trainer
@@ -94,7 +94,7 @@ def full(*args, **kwargs):
 @pytest.mark.parametrize("trouble", ["a file in its place", "a full disk"])
 def test_a_file_that_cannot_be_written_is_one_warning(tmp_path, capsys, monkeypatch, trouble):
     if trouble == "a full disk":
-        monkeypatch.setattr("lightning_bayes.callbacks.advice_log._save", full)
+        monkeypatch.setattr("lightning_bayes.callbacks.advice.report._save", full)
     else:
         (tmp_path / "taken").write_text("")
     with warnings.catch_warnings(record=True) as caught:

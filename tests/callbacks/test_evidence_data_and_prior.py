@@ -19,7 +19,7 @@ from torch.utils.data import (
 )
 
 from lightning_bayes import LaplaceEvidence
-from lightning_bayes.callbacks.trainer_inputs import check_stream
+from lightning_bayes.callbacks.trainer.inputs import check_stream
 
 from .evidence_models import (
     DECAY,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bayes import ScalingAdvisor, SGDNoiseScale, Stability
-from lightning_bayes.callbacks.loss_reduction import reduction_of
+from lightning_bayes.callbacks.trainer.loss_reduction import reduction_of
 
 from .sgd_models import trainer
 

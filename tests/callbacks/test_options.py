@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_bayes import Evidence, Gaussian, LaplaceEvidence, laplace_evidence
-from lightning_bayes.evaluation import evidence_of
+from lightning_bayes.evidence.evaluate import evidence_of
 
 from .evidence_models import (
     DECAY,
@@ -209,8 +209,8 @@ def test_the_search_for_a_prior_begins_at_the_last_epochs(tmp_path, prior, monke
 
 
 def test_many_outputs_are_sampled_and_said_to_be(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_bayes.options.MAX_COLUMNS", 2)
-    monkeypatch.setattr("lightning_bayes.options.AUTO_FLOP", 1.0)
+    monkeypatch.setattr("lightning_bayes.evidence.options.MAX_COLUMNS", 2)
+    monkeypatch.setattr("lightning_bayes.evidence.options.AUTO_FLOP", 1.0)
     callback, module = LaplaceEvidence(), Module(mlp(), cross_entropy)
     with pytest.warns(UserWarning, match=r"3 outputs per example, so structure='auto' takes.*num_samples=64"):
         fit(tmp_path, module, loader(), callback)

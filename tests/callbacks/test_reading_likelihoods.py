@@ -20,7 +20,7 @@ from lightning_bayes import (
     LaplaceEvidence,
     laplace_evidence,
 )
-from lightning_bayes.curvature.likelihoods import Likelihood
+from lightning_bayes.likelihoods import Likelihood
 
 from .evidence_models import DECAY, Module, N, disagreements, fit, loader, mlp, refused
 

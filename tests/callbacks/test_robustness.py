@@ -117,7 +117,7 @@ def test_unfreezing_makes_the_choice_of_a_structure_again(tmp_path, monkeypatch)
     def unfreezing(module, batch):
         if module.current_epoch == 1:
             module.network[0].requires_grad_(True)
-            monkeypatch.setattr("lightning_bayes.curvature.structures.AUTO_FLOP", 1.0)
+            monkeypatch.setattr("lightning_bayes.structures.registry.AUTO_FLOP", 1.0)
         return cross_entropy(module, batch)
 
     module = Module(mlp(), unfreezing, lambda m: torch.optim.SGD(m.parameters(), lr=0.1, weight_decay=0.02))
@@ -225,7 +225,7 @@ def test_datasets_that_a_module_keeps_are_not_copied(tmp_path):
 
 
 def test_small_priors_in_float32_give_the_decrement_of_float64(monkeypatch):
-    monkeypatch.setattr("lightning_bayes.curvature.dual.SMALL", 10)
+    monkeypatch.setattr("lightning_bayes.structures.dual.SMALL", 10)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(60, 50), nn.ReLU(), nn.Linear(50, 10))
     data = torch.randn(100, 60), torch.arange(100) % 10

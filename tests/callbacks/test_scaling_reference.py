@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_bayes import GradientNoiseScale, ScalingAdvisor, Stability
-from lightning_bayes.callbacks.configuration import read_configuration
-from lightning_bayes.callbacks.measured import measured
+from lightning_bayes.callbacks.measurements import measured
+from lightning_bayes.callbacks.trainer.settings import read_configuration
 from lightning_bayes.functional import (
     AdamConfiguration,
     Configuration,

@@ -17,7 +17,7 @@ from torch.utils.data import (
 )
 
 from lightning_bayes.callbacks import LaplaceEvidence, SGDNoiseScale
-from lightning_bayes.callbacks.configuration import read_configuration
+from lightning_bayes.callbacks.trainer.settings import read_configuration
 from lightning_bayes.functional import AdamConfiguration, sgd_noise_scale
 
 from .sgd_models import Net, Stream, dataset, loader, scheduled, sgd, trainer, two_groups

@@ -385,7 +385,7 @@ def test_an_end_beyond_the_edge_is_said(tmp_path, caplog):
 
 
 def test_too_few_products_are_said(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("lightning_bayes.stability.MAX_PRODUCTS", 3)
+    monkeypatch.setattr("lightning_bayes.loss_curvature.stability_reading.MAX_PRODUCTS", 3)
     with caplog.at_level("INFO"):
         reading = reading_of(tmp_path, Module(mlp(), cross_entropy), loader())
     assert not reading.converged

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
-from lightning_bayes.curvature import blocks_budget
-from lightning_bayes.curvature.bracket import BracketCurvature
-from lightning_bayes.curvature.diagonal import DiagonalCurvature
-from lightning_bayes.curvature.dual import DualCurvature
-from lightning_bayes.curvature.likelihoods import Categorical
-from lightning_bayes.curvature.primal import PrimalCurvature
-from lightning_bayes.curvature.structures import STRUCTURES
-from lightning_bayes.evidence import Evidence
-from lightning_bayes.laplace import laplace_evidence
+from lightning_bayes.evidence.laplace import laplace_evidence
+from lightning_bayes.evidence.result import Evidence
+from lightning_bayes.likelihoods import Categorical
+from lightning_bayes.structures import blocks_budget
+from lightning_bayes.structures.bracket.bracket import BracketCurvature
+from lightning_bayes.structures.diagonal import DiagonalCurvature
+from lightning_bayes.structures.dual import DualCurvature
+from lightning_bayes.structures.primal import PrimalCurvature
+from lightning_bayes.structures.registry import STRUCTURES
 from tests.reference import Density, SlowTwin, assert_agrees, categorical
 
 CLASSES = 3

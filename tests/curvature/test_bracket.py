@@ -9,12 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_bayes.curvature import blocks, blocks_budget, bracket, deflation
-from lightning_bayes.curvature.base import Problem
-from lightning_bayes.curvature.blocks import BlockCurvature
-from lightning_bayes.curvature.bracket import BracketCurvature
-from lightning_bayes.curvature.gram import KeptDense
-from lightning_bayes.curvature.structures import STRUCTURES
+from lightning_bayes.row_storage.stored import KeptDense
+from lightning_bayes.structures import blocks, blocks_budget
+from lightning_bayes.structures.base import Problem
+from lightning_bayes.structures.blocks import BlockCurvature
+from lightning_bayes.structures.bracket import bracket, selection
+from lightning_bayes.structures.bracket.bracket import BracketCurvature
+from lightning_bayes.structures.registry import STRUCTURES
 from tests.cases import make_case
 
 NETWORKS = ["linear", "mlp", "conv", "batch_norm", "sequence", "called_twice", "shared_weight"]
@@ -29,8 +30,8 @@ precisions = st.sampled_from([0.03, 1.0, 30.0])
 def small(monkeypatch):
     """Everything that large problems do, at the size of the tests."""
     monkeypatch.setitem(STRUCTURES, "full", BracketCurvature)
-    monkeypatch.setattr(deflation, "BLOCK", 3)
-    monkeypatch.setattr(deflation, "SHARE", 2)
+    monkeypatch.setattr(selection, "BLOCK", 3)
+    monkeypatch.setattr(selection, "SHARE", 2)
     monkeypatch.setattr(bracket, "WORTHWHILE", math.inf)
     monkeypatch.setattr(bracket, "EXACT_TRACE_LIMIT", 8)
 

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_bayes.curvature.capture import KNOWN, OF_NO_LIKELIHOOD, capture_loss
-from lightning_bayes.curvature.likelihoods import (
+from lightning_bayes.capture.loss import KNOWN, OF_NO_LIKELIHOOD, capture_loss
+from lightning_bayes.capture.pytorch_losses import READERS
+from lightning_bayes.likelihoods import (
     Bernoulli,
     Categorical,
     Gaussian,
     HeteroscedasticGaussian,
 )
-from lightning_bayes.curvature.loss_arguments import READERS
 
 N = 6
 WEIGHT = torch.tensor([1.0, 2.0, 0.5])

@@ -19,7 +19,7 @@ from torch.utils.data import (
 )
 
 from lightning_bayes import laplace_evidence
-from lightning_bayes.curvature.data import examples_from_loader, examples_from_tensors
+from lightning_bayes.capture.examples import examples_from_loader, examples_from_tensors
 
 N = 11
 DATASET = TensorDataset(torch.arange(float(N)), torch.arange(N))

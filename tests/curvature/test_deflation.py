@@ -5,12 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_bayes.curvature import deflation, split_factor
-from lightning_bayes.curvature.deflation import operations, select
-from lightning_bayes.curvature.errors import EvidenceUnavailableError
-from lightning_bayes.curvature.gram import KeptDense
-from lightning_bayes.curvature.principal import principal_rows, smallest_set
-from lightning_bayes.curvature.split_factor import factor_of
+from lightning_bayes.errors import EvidenceUnavailableError
+from lightning_bayes.row_storage.per_example_basis import principal_rows, smallest_set
+from lightning_bayes.row_storage.stored import KeptDense
+from lightning_bayes.structures.bracket import factor as bracket_factor
+from lightning_bayes.structures.bracket import selection
+from lightning_bayes.structures.bracket.factor import factor_of
+from lightning_bayes.structures.bracket.selection import operations, select
 
 PRECISION = {"w": 0.7}
 
@@ -18,8 +19,8 @@ PRECISION = {"w": 0.7}
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Columns three at a time."""
-    monkeypatch.setattr(deflation, "BLOCK", 3)
-    monkeypatch.setattr(deflation, "SHARE", 2)
+    monkeypatch.setattr(selection, "BLOCK", 3)
+    monkeypatch.setattr(selection, "SHARE", 2)
 
 
 def rows_of(seed, examples=12, columns=3, width=25, dtype=torch.float64):
@@ -115,7 +116,7 @@ def test_the_split_factor_answers_as_the_dense_one(seed, width, headless):
 def test_a_head_that_spoils_the_rest_is_done_without(monkeypatch):
     found = select(rows_of(1, examples=40, width=4, dtype=torch.float32), 3.0, PRECISION, 1)
     assert found.head.shape[1] > 0
-    original, calls = split_factor.factorise, []
+    original, calls = bracket_factor.factorise, []
 
     def refusing(layers, precision, dtypes, allowed):
         calls.append((len(precision), dtypes))
@@ -123,7 +124,7 @@ def test_a_head_that_spoils_the_rest_is_done_without(monkeypatch):
             raise EvidenceUnavailableError("the head")
         return original(layers, precision, dtypes, allowed)
 
-    monkeypatch.setattr(split_factor, "factorise", refusing)
+    monkeypatch.setattr(bracket_factor, "factorise", refusing)
     again, factor = factor_of(found, PRECISION, torch.float64)
     assert calls == [(2, (torch.float32,)), (1, (torch.float32, torch.float64))]
     assert again.head.shape[1] == 0
@@ -132,7 +133,7 @@ def test_a_head_that_spoils_the_rest_is_done_without(monkeypatch):
 
 
 def test_nothing_is_marked_where_float32_loses_the_identity(monkeypatch):
-    monkeypatch.setattr(deflation._Deflation, "mark", lambda self, size: pytest.fail("marked"))
+    monkeypatch.setattr(selection._Deflation, "mark", lambda self, size: pytest.fail("marked"))
     rows = rows_of(2, examples=40, width=4, dtype=torch.float32)
     strong = {"w": 1e-7}
     grams = rows.layers[0].example_grams(strong).double()

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_bayes.curvature import example_gradients
-from lightning_bayes.curvature.errors import EvidenceUnavailableError
-from lightning_bayes.curvature.example_gradients import ExampleGradientReader
-from lightning_bayes.curvature.isolation import throw_away_copy
-from lightning_bayes.curvature.likelihoods import resolve_likelihood
+from lightning_bayes.capture.isolation import throw_away_copy
+from lightning_bayes.errors import EvidenceUnavailableError
+from lightning_bayes.likelihoods import resolve_likelihood
+from lightning_bayes.rows import example_gradients
+from lightning_bayes.rows.example_gradients import ExampleGradientReader
 from tests.cases import NETWORKS, make_case
 
 EXACT = {"rtol": 1e-10, "atol": 1e-13}

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 
-from lightning_bayes.curvature.fixed_point import mackay_fixed_point
+from lightning_bayes.numerics.mackay_fixed_point import mackay_fixed_point
 
 spectra = st.lists(st.floats(-6.0, 6.0), min_size=1, max_size=12)
 END = math.log(1e12)

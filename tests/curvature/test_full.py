@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_bayes.curvature import bracket, dual, primal
-from lightning_bayes.curvature.bracket import BracketCurvature
-from lightning_bayes.curvature.cholesky import diagonal_of_inverse
-from lightning_bayes.curvature.dual import DualCurvature
-from lightning_bayes.curvature.errors import EvidenceUnavailableError
-from lightning_bayes.curvature.primal import PrimalCurvature
-from lightning_bayes.curvature.structures import STRUCTURES
+from lightning_bayes.errors import EvidenceUnavailableError
+from lightning_bayes.numerics.cholesky import diagonal_of_inverse
+from lightning_bayes.structures import dual, primal
+from lightning_bayes.structures.bracket import bracket
+from lightning_bayes.structures.bracket.bracket import BracketCurvature
+from lightning_bayes.structures.dual import DualCurvature
+from lightning_bayes.structures.primal import PrimalCurvature
+from lightning_bayes.structures.registry import STRUCTURES
 from tests.cases import make_case
 from tests.reference import assert_agrees
 

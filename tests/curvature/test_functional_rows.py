@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_bayes.laplace import laplace_evidence
+from lightning_bayes.evidence.laplace import laplace_evidence
 
 
 class Encoder(nn.Module):

@@ -7,15 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_bayes.curvature import outer_gram
-from lightning_bayes.curvature.cholesky import log_det_of
-from lightning_bayes.curvature.dual import trace_of_shrinkage
-from lightning_bayes.curvature.gram import KeptDense
-from lightning_bayes.curvature.keeping import keep, kept_widths
-from lightning_bayes.curvature.kept import RowKeeper, cross_all
-from lightning_bayes.curvature.likelihoods import resolve_likelihood
-from lightning_bayes.curvature.outer_gram import KeptOuter
-from lightning_bayes.curvature.reader import RowReader
+from lightning_bayes.likelihoods import resolve_likelihood
+from lightning_bayes.numerics.cholesky import log_det_of
+from lightning_bayes.row_storage import factored
+from lightning_bayes.row_storage.collector import RowKeeper, cross_all
+from lightning_bayes.row_storage.factored import KeptOuter
+from lightning_bayes.row_storage.format import keep, kept_widths
+from lightning_bayes.row_storage.stored import KeptDense
+from lightning_bayes.rows.reader import RowReader
+from lightning_bayes.structures.dual import trace_of_shrinkage
 from tests.cases import make_case
 
 sizes = st.integers(1, 4)
@@ -64,7 +64,7 @@ def test_shares_of_k_are_those_of_the_rows(
     some = kept.select(chosen // examples, chosen % examples)
     part = slice(*sorted(data.draw(st.tuples(st.integers(0, examples - 1), st.just(examples)))))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outer_gram, "PART_NUMBERS", numbers)
+        patch.setattr(factored, "PART_NUMBERS", numbers)
         torch.testing.assert_close(kept.cross(kept, precision), rows @ rows.mT)
         torch.testing.assert_close(kept.cross(some, precision), rows @ rows[chosen].mT)
         torch.testing.assert_close(some.cross(kept, precision), rows[chosen] @ rows.mT)
@@ -121,7 +121,7 @@ def test_columns_of_zeros_leave_the_determinant_and_the_trace(paired):
 
 def blocks_of(network, chunk, monkeypatch, num_examples=5):
     case = make_case(network, "classification", num_examples)
-    monkeypatch.setattr("lightning_bayes.curvature.reader.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("lightning_bayes.rows.reader.CHUNK_BYTES", chunk)
     reader = RowReader(case.model.eval(), case.names)
     for start in (0, 3):
         some = slice(start, start + 3)

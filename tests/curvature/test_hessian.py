@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_bayes import EvidenceUnavailableError, laplace_evidence
-from lightning_bayes.curvature.hessian import HessianReader
-from lightning_bayes.curvature.likelihoods import Bernoulli, Categorical, Gaussian, resolve_likelihood
+from lightning_bayes.likelihoods import Bernoulli, Categorical, Gaussian, resolve_likelihood
+from lightning_bayes.structures.hessian import HessianReader
 from tests.cases import NETWORKS, make_case
 
 LOSSES = {

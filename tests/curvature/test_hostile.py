@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bayes import EvidenceUnavailableError, laplace_evidence
-from lightning_bayes.curvature import blocks_budget
-from lightning_bayes.curvature.likelihoods import Categorical
+from lightning_bayes.likelihoods import Categorical
+from lightning_bayes.structures import blocks_budget
 from tests.reference import Density, SlowTwin, assert_agrees
 
 F64 = torch.float64
@@ -103,7 +103,7 @@ def test_rows_that_are_gone_answer_for_one_prior_alone():
 
 
 def test_a_bracket_beyond_the_budget_is_refused_rather_than_widened(monkeypatch):
-    monkeypatch.setattr("lightning_bayes.curvature.structures.AUTO_FLOP", 1.0)
+    monkeypatch.setattr("lightning_bayes.structures.registry.AUTO_FLOP", 1.0)
     data = torch.randn(20, 4), torch.randint(3, (20,))
     with pytest.raises(ValueError, match=r"tolerance=1 is not to be had within the budget.*structure='full'"):
         laplace_evidence(nn.Linear(4, 3), data, tolerance=1.0)

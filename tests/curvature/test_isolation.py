@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bayes.curvature.isolation import isolated, throw_away_copy
-from lightning_bayes.laplace import laplace_evidence
+from lightning_bayes.capture.isolation import isolated, throw_away_copy
+from lightning_bayes.evidence.laplace import laplace_evidence
 from tests.cases import NETWORKS, make_case
 
 
@@ -122,8 +122,8 @@ import warnings
 import torch
 from torch import nn
 
-from lightning_bayes.curvature.isolation import isolated
-from lightning_bayes.laplace import laplace_evidence
+from lightning_bayes.capture.isolation import isolated
+from lightning_bayes.evidence.laplace import laplace_evidence
 
 warnings.simplefilter("error")
 torch.manual_seed(0)

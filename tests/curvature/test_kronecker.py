@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_bayes import laplace_evidence
-from lightning_bayes.curvature import kronecker
+from lightning_bayes.structures import kronecker
 from tests import reference_kronecker
 from tests.cases import make_case
 from tests.reference import assert_agrees

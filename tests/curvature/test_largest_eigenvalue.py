@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-from lightning_bayes.curvature import largest_eigenvalue
-from lightning_bayes.curvature.largest_eigenvalue import largest_eigenpair
+from lightning_bayes.numerics import lanczos
+from lightning_bayes.numerics.lanczos import largest_eigenpair
 
 
 def symmetric(eigenvalues, seed=0):
@@ -75,7 +75,7 @@ def test_agrees_with_arpack_in_fewer_products(dtype):
 def test_restarts(monkeypatch):
     matrix = symmetric(1.0 - torch.arange(200, dtype=torch.float64) / 400)  # crowded at the top
     whole = found(matrix, 1e-4)
-    monkeypatch.setattr(largest_eigenvalue, "MAX_BYTES", 10 * 200 * 8)
+    monkeypatch.setattr(lanczos, "MAX_BYTES", 10 * 200 * 8)
     restarted = found(matrix, 1e-4)
     assert whole.num_products > 10 and restarted.num_products > whole.num_products
     assert restarted.converged

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, distributions
 from torch.nn import functional as F
 
-from lightning_bayes.curvature.errors import EvidenceUnavailableError
-from lightning_bayes.curvature.likelihoods import (
+from lightning_bayes.errors import EvidenceUnavailableError
+from lightning_bayes.likelihoods import (
     LIKELIHOODS,
     Bernoulli,
     Categorical,

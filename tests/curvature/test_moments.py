@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_bayes.curvature.moments import SecondMoment
+from lightning_bayes.numerics.second_moment import SecondMoment
 
 WIDTH = 6
 
@@ -64,7 +64,7 @@ def test_merged_is_the_moment_of_all(sizes):
 
 def test_strips_fill_the_matrix(monkeypatch):
     """Wider than one strip, and no multiple of it."""
-    monkeypatch.setattr("lightning_bayes.curvature.moments.STRIP", 4)
+    monkeypatch.setattr("lightning_bayes.numerics.second_moment.STRIP", 4)
     vectors = batches_of([20], 0, 0)[0]
     found = moment_of([vectors]).eigenvalues(torch.float64)
     torch.testing.assert_close(found, torch.linalg.eigvalsh(vectors.mT @ vectors))

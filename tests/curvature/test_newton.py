@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_bayes.curvature.gram import KeptDense
-from lightning_bayes.curvature.newton import quadratic_form
+from lightning_bayes.row_storage.newton_decrement import quadratic_form
+from lightning_bayes.row_storage.stored import KeptDense
 
 LAMBDA = {"w": 1.0}
 
@@ -64,7 +64,7 @@ def test_gradients_that_leave_nothing_to_climb(size):
 
 
 def test_too_few_steps_are_said(monkeypatch):
-    monkeypatch.setattr("lightning_bayes.curvature.newton.MAX_REFINEMENTS", 2)
+    monkeypatch.setattr("lightning_bayes.row_storage.newton_decrement.MAX_REFINEMENTS", 2)
     with pytest.warns(UserWarning, match="has not converged in 2 steps"):
         found, truth = found_and_true([1.0, 10.0, 100.0, 1000.0], [1.0, 5.0, 20.0, 100.0], 1e-9)
     assert found < truth

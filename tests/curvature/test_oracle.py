@@ -10,9 +10,9 @@ from fnmatch import fnmatch
 import pytest
 import torch
 
-from lightning_bayes.curvature import likelihoods
-from lightning_bayes.curvature.full import DualCurvature, PrimalCurvature
-from lightning_bayes.curvature.structures import STRUCTURES
+from lightning_bayes import likelihoods
+from lightning_bayes.structures.full import DualCurvature, PrimalCurvature
+from lightning_bayes.structures.registry import STRUCTURES
 from tests.cases import CASES, LOSSES, NETWORKS, make_case
 from tests.reference import assert_agrees
 

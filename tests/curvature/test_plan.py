@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_bayes.curvature import planning
-from lightning_bayes.curvature import reader as reader_module
-from lightning_bayes.curvature.functional_rows import plain_kernels
-from lightning_bayes.curvature.isolation import throw_away_copy
-from lightning_bayes.curvature.layout import Layout, example_weights, find_layout, mixes_examples
-from lightning_bayes.curvature.likelihoods import Gaussian
-from lightning_bayes.curvature.plan import GRAPH, LAYER
-from lightning_bayes.curvature.reader import RowReader
-from lightning_bayes.curvature.rows import OuterRows
+from lightning_bayes.capture.example_layout import Layout, example_weights, find_layout, mixes_examples
+from lightning_bayes.capture.isolation import throw_away_copy
+from lightning_bayes.likelihoods import Gaussian
+from lightning_bayes.rows import find_routes
+from lightning_bayes.rows import reader as reader_module
+from lightning_bayes.rows.per_example import plain_kernels
+from lightning_bayes.rows.reader import RowReader
+from lightning_bayes.rows.routes import GRAPH, LAYER
+from lightning_bayes.rows.rows import OuterRows
 from tests.cases import NETWORKS, make_case
 
 
@@ -121,12 +121,12 @@ def test_a_module_within_one_that_is_replayed_anyway_goes_with_it(nested):
 def test_what_is_not_right_together_stays_apart(monkeypatch):
     torch.manual_seed(0)
     model, x = Positioned(False).double(), torch.randn(4, 3, 4, dtype=torch.float64)
-    proved = planning.wrong_parameters
+    proved = find_routes.wrong_parameters
 
     def wrong_together(plan, *arguments):
         return ["places"] if plan.ways["attention.in_proj_weight"] == "" else proved(plan, *arguments)
 
-    monkeypatch.setattr(planning, "wrong_parameters", wrong_together)
+    monkeypatch.setattr(find_routes, "wrong_parameters", wrong_together)
     _, reader = dense(model, lambda network: (network(x), torch.zeros(4, 2)))
     assert reader._plan.ways["places"] == ""
     assert reader._plan.ways["attention.in_proj_weight"] == "attention"

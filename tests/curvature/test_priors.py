@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_bayes.curvature.priors import (
+from lightning_bayes.priors.prior import (
     Prior,
     fixed_prior,
     prior_from,

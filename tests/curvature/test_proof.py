@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_bayes import laplace_evidence
-from lightning_bayes.curvature import reader as reader_module
-from lightning_bayes.curvature.isolation import throw_away_copy
-from lightning_bayes.curvature.likelihoods import Gaussian
-from lightning_bayes.curvature.reader import RowReader
+from lightning_bayes.capture.isolation import throw_away_copy
+from lightning_bayes.likelihoods import Gaussian
+from lightning_bayes.rows import reader as reader_module
+from lightning_bayes.rows.reader import RowReader
 from tests.reference import SlowTwin, assert_agrees, per_example_jacobians
 
 F64 = torch.float64

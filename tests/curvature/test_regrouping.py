@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bayes import laplace_evidence
-from lightning_bayes.curvature.regrouping import BatchForward
+from lightning_bayes.capture.forward import BatchForward
 
 
 class Between(nn.Module):

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_bayes.curvature.gram import KeptDense
-from lightning_bayes.curvature.outer_gram import KeptOuter
-from lightning_bayes.curvature.reservoir import PrioritySample, RowReservoir, RowSet
+from lightning_bayes.row_storage.factored import KeptOuter
+from lightning_bayes.row_storage.largest_rows import PrioritySample, RowReservoir, RowSet
+from lightning_bayes.row_storage.stored import KeptDense
 
 UNIT = {"w": 1.0, "b": 1.0, "u": 1.0}
 

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_bayes import evidence_curve, laplace_evidence
-from lightning_bayes.curvature import dual
-from lightning_bayes.curvature.hessian import HessianReader
-from lightning_bayes.curvature.likelihoods import Gaussian, resolve_likelihood
+from lightning_bayes.likelihoods import Gaussian, resolve_likelihood
+from lightning_bayes.structures import dual
+from lightning_bayes.structures.hessian import HessianReader
 from tests.curvature.dense import dense_matrix
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_bayes.curvature.errors import EvidenceUnavailableError
-from lightning_bayes.curvature.isolation import throw_away_copy
-from lightning_bayes.curvature.likelihoods import Gaussian
-from lightning_bayes.curvature.reader import RowReader
-from lightning_bayes.curvature.rows import DenseRows, OuterRows
-from lightning_bayes.laplace import laplace_evidence
+from lightning_bayes.capture.isolation import throw_away_copy
+from lightning_bayes.errors import EvidenceUnavailableError
+from lightning_bayes.evidence.laplace import laplace_evidence
+from lightning_bayes.likelihoods import Gaussian
+from lightning_bayes.rows.reader import RowReader
+from lightning_bayes.rows.rows import DenseRows, OuterRows
 from tests.cases import NETWORKS, make_case
 from tests.reference import per_example_jacobians
 

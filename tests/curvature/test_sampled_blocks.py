@@ -11,13 +11,15 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_bayes import laplace_evidence
-from lightning_bayes.curvature import block_sample, blocks, blocks_budget, keeping
-from lightning_bayes.curvature.base import Problem
-from lightning_bayes.curvature.block_sample import BlockSample, draw_blocks, estimated_total
-from lightning_bayes.curvature.blocks import BlockCurvature
-from lightning_bayes.curvature.likelihoods import resolve_likelihood
-from lightning_bayes.curvature.reader import RowReader
-from lightning_bayes.curvature.sampled_blocks import SampledBlockCurvature
+from lightning_bayes.likelihoods import resolve_likelihood
+from lightning_bayes.numerics import sampling_estimates
+from lightning_bayes.numerics.sampling_estimates import BlockSample, draw_blocks, estimated_total
+from lightning_bayes.row_storage import format
+from lightning_bayes.rows.reader import RowReader
+from lightning_bayes.structures import blocks, blocks_budget
+from lightning_bayes.structures.base import Problem
+from lightning_bayes.structures.blocks import BlockCurvature
+from lightning_bayes.structures.blocks_sampled import SampledBlockCurvature
 from tests.cases import make_case
 
 PRECISION, SIZE, BATCHES = 0.4, 2, 20
@@ -117,7 +119,7 @@ def test_a_base_that_is_not_kept_whole_has_wider_bounds(read, monkeypatch):
     chosen, bounds = sample.base | sample.held, []
     for capacity in (1000, 12):
         monkeypatch.setattr(
-            "lightning_bayes.curvature.sampled_blocks.capacity_of", lambda *_, capacity=capacity: capacity
+            "lightning_bayes.structures.blocks_sampled.capacity_of", lambda *_, capacity=capacity: capacity
         )
         curvature = SampledBlockCurvature(replace(problem, block_sample=sample))
         bounds.append(answer(curvature, found, chosen).bounds)
@@ -202,7 +204,7 @@ def test_all_examples_have_their_likelihood_and_some_their_rows():
 
 
 def test_one_block_has_an_infinite_error(monkeypatch):
-    monkeypatch.setattr("lightning_bayes.options.FEWEST_BLOCKS", 2)
+    monkeypatch.setattr("lightning_bayes.evidence.options.FEWEST_BLOCKS", 2)
     evidence = make_case().evidence(structure="blocks", num_blocks=2)
     assert evidence.lower_stderr == math.inf
     assert math.isfinite(evidence.lower)
@@ -240,11 +242,11 @@ def test_how_rows_are_kept_changes_nothing(monkeypatch):
     loader, model = OfTwoLengths(long=30).loader(), MeanOverPositions().double()
 
     def found(seed):
-        monkeypatch.setattr(block_sample, "SEED", seed)
+        monkeypatch.setattr(sampling_estimates, "SEED", seed)
         return laplace_evidence(model, loader, prior_precision=0.3, structure="blocks", num_blocks=8)
 
-    freely, plan = [found(seed) for seed in range(3)], keeping._plan
-    monkeypatch.setattr(keeping, "_plan", lambda *sizes: (True, True, *plan(*sizes)[2:]))
+    freely, plan = [found(seed) for seed in range(3)], format._plan
+    monkeypatch.setattr(format, "_plan", lambda *sizes: (True, True, *plan(*sizes)[2:]))
     for seed, evidence in enumerate(freely):
         paired = found(seed)
         assert evidence.lower == pytest.approx(paired.lower, rel=1e-9)
@@ -277,5 +279,5 @@ def test_seed_is_not_the_users(monkeypatch):
         case.model, (case.inputs, case.targets), structure="blocks", num_blocks=8, batch_size=3
     )
     assert again.log_evidence == once.log_evidence
-    monkeypatch.setattr(block_sample, "SEED", 1)
+    monkeypatch.setattr(sampling_estimates, "SEED", 1)
     assert case.evidence(structure="blocks", num_blocks=8).log_evidence != once.log_evidence

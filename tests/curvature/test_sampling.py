@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from lightning_bayes.curvature.sampling import jackknife
+from lightning_bayes.structures.column_groups import jackknife
 from tests.cases import make_case
 
 
@@ -61,7 +61,7 @@ def test_groups_of_unequal_size_are_scaled(num_samples, monkeypatch):
         root = self.sqrt_hessian(outputs, targets)
         return root.sum(0, keepdim=True).expand(num_columns, *root.shape[1:]) / math.sqrt(num_columns)
 
-    monkeypatch.setattr("lightning_bayes.curvature.likelihoods.categorical.Categorical.sample_columns", same)
+    monkeypatch.setattr("lightning_bayes.likelihoods.categorical.Categorical.sample_columns", same)
     for structure in ("kron", "diag"):
         evidence = case.evidence(structure=structure, num_samples=num_samples)
         assert evidence.log_evidence_stderr == pytest.approx(0, abs=1e-7)

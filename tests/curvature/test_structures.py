@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_bayes.curvature import structures
-from lightning_bayes.curvature.base import Problem
-from lightning_bayes.curvature.dual import DualCurvature
-from lightning_bayes.curvature.full import full_cost, full_curvature
-from lightning_bayes.curvature.primal import PrimalCurvature
-from lightning_bayes.curvature.structures import STRUCTURES, choose_structure
+from lightning_bayes.structures import registry
+from lightning_bayes.structures.base import Problem
+from lightning_bayes.structures.dual import DualCurvature
+from lightning_bayes.structures.full import full_cost, full_curvature
+from lightning_bayes.structures.primal import PrimalCurvature
+from lightning_bayes.structures.registry import STRUCTURES, choose_structure
 from tests.cases import LOSSES, make_case
 
 networks = st.sampled_from(["linear", "mlp", "batch_norm", "called_twice"])
@@ -123,15 +123,15 @@ def test_slow_is_announced_with_what_is_faster():
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):
-    monkeypatch.setattr(structures, "total_memory", lambda device: 1e9)
+    monkeypatch.setattr(registry, "total_memory", lambda device: 1e9)
     with pytest.raises(ValueError, match=r'does not fit on cpu.*structure="diag"'):
         choose_structure("full", problem(10**9, 10**4))
 
 
 def test_auto_falls_back_in_the_evidence_itself(monkeypatch):
-    monkeypatch.setattr(structures, "AUTO_MEMORY", 1.0)
+    monkeypatch.setattr(registry, "AUTO_MEMORY", 1.0)
     assert make_case().evidence().structure == "kron"
-    monkeypatch.setattr(structures, "AUTO_MEMORY", math.inf)
+    monkeypatch.setattr(registry, "AUTO_MEMORY", math.inf)
     assert make_case().evidence().structure == "full"
 
 

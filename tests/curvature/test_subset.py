@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_bayes import laplace_evidence
-from lightning_bayes.curvature.subset import last_layer, matching
+from lightning_bayes.priors.subset import last_layer, matching
 from tests.cases import make_case
 from tests.reference import assert_agrees
 

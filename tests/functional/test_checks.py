@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_bayes.advising.table import advice_text
+from lightning_bayes.advice.table import advice_text
 from lightning_bayes.functional import (
     AdamConfiguration,
     Check,

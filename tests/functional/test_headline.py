@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from lightning_bayes.advising.table import advice_text
+from lightning_bayes.advice.table import advice_text
 from lightning_bayes.functional import AdamConfiguration, Configuration, advise, advise_adam, compare
-from lightning_bayes.functional.layout import with_trainer_check
+from lightning_bayes.functional.advice.trainer_check import with_trainer_check
 
 PRESENT = Configuration(0.1, 256, 50_000, 0.9)
 ADAM = AdamConfiguration(1e-3, 256, (0.9, 0.999), dataset_size=50_000)

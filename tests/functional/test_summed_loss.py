@@ -14,8 +14,8 @@ from lightning_bayes.functional import (
     advise_adam,
     compare,
 )
+from lightning_bayes.functional.advice.trainer_check import with_trainer_check
 from lightning_bayes.functional.configuration import Targets
-from lightning_bayes.functional.layout import with_trainer_check
 from lightning_bayes.functional.scaling import solve
 
 MEAN = Configuration(0.05, 32, 1000, 0.5, nesterov=True)

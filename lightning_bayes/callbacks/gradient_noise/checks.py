@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import LBFGS
 
-from lightning_bayes.callbacks.reading import num_examples_of
-from lightning_bayes.callbacks.trainer_inputs import SHARDING_STRATEGIES, step_batch_size
+from lightning_bayes.callbacks.trainer.inputs import SHARDING_STRATEGIES, step_batch_size
+from lightning_bayes.callbacks.trainer.module_reader import num_examples_of
 
 GradientMethod = Literal["auto", "per_example", "micro_batches", "split_batch"]
 

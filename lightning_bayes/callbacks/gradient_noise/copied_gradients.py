@@ -11,13 +11,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_bayes.callbacks.gradient_noise.live_copy import LiveCopy
 from lightning_bayes.callbacks.gradient_noise.two_batch_sizes import TwoBatchSizes, pooled
-from lightning_bayes.callbacks.reading import num_examples_of
-from lightning_bayes.callbacks.untouched import untouched
-from lightning_bayes.curvature.as_written import as_real
-from lightning_bayes.curvature.capture import CapturedLoss
-from lightning_bayes.curvature.example_gradients import ExampleGradientReader, GradientSums
+from lightning_bayes.callbacks.trainer.live_copy import LiveCopy
+from lightning_bayes.callbacks.trainer.module_reader import num_examples_of
+from lightning_bayes.callbacks.trainer.restore import untouched
+from lightning_bayes.capture.as_written import as_real
+from lightning_bayes.capture.loss import CapturedLoss
+from lightning_bayes.rows.example_gradients import ExampleGradientReader, GradientSums
 
 NUM_PARTS = 4
 """Into which a batch is cut; of a batch of two or three examples each is a part."""

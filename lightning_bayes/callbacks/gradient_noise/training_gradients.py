@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bayes.callbacks.gradient_noise.two_batch_sizes import TwoBatchSizes, reduced
-from lightning_bayes.callbacks.reading import num_examples_of
-from lightning_bayes.curvature.base import accumulation_dtype
+from lightning_bayes.callbacks.trainer.module_reader import num_examples_of
+from lightning_bayes.numerics.devices import accumulation_dtype
 
 
 class TrainingGradients:

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_bayes.curvature.base import accumulation_dtype
-from lightning_bayes.curvature.example_gradients import GradientSums
 from lightning_bayes.functional import GradientNoise, gradient_noise_scale_from_batches
+from lightning_bayes.numerics.devices import accumulation_dtype
+from lightning_bayes.rows.example_gradients import GradientSums
 
 
 @dataclass(frozen=True)

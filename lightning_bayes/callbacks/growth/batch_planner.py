@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lightning_bayes.callbacks.configuration import Sizes
+from lightning_bayes.callbacks.trainer.settings import Sizes
 from lightning_bayes.functional import BatchGrowth, grow_batch
 from lightning_bayes.functional.batch_growth import GrowthMethod
 from lightning_bayes.functional.scaling import Rule

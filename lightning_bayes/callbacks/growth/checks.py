@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_bayes.callbacks.configuration import Sizes, is_adaptive
-from lightning_bayes.callbacks.training_loss import TrainingLoss
-from lightning_bayes.callbacks.untouched import untouched
-from lightning_bayes.curvature.capture import CapturedLoss
-from lightning_bayes.curvature.errors import EvidenceUnavailableError
+from lightning_bayes.callbacks.trainer.restore import untouched
+from lightning_bayes.callbacks.trainer.settings import Sizes, is_adaptive
+from lightning_bayes.callbacks.trainer.training_loss import TrainingLoss
+from lightning_bayes.capture.loss import CapturedLoss
+from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.functional import BatchGrowth
 from lightning_bayes.functional.scaling import Rule
 

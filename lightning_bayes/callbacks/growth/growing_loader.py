@@ -9,8 +9,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_bayes.callbacks.configuration import loader_batch_size
-from lightning_bayes.curvature.isolation import isolated
+from lightning_bayes.callbacks.trainer.settings import loader_batch_size
+from lightning_bayes.capture.isolation import isolated
 
 
 class GrowingLoader:

@@ -1,0 +1,150 @@
+"""Where advice goes: the terminal, loggers, a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
+
+from lightning_bayes.advice.log_directories import ADVICE_FILE
+from lightning_bayes.advice.table import advice_renderable, advice_text
+from lightning_bayes.functional import AdamAdvice, AdamConfiguration, Advice, Configuration, SavedAdvice
+
+
+def emit(trainer: Trainer, saved: SavedAdvice, prefix: str, directory: str | None, number: int) -> None:
+    """Prints advice, logs it as text and hyper-parameters, and saves it as JSON; on rank zero.
+
+    Args:
+        trainer: at the end of fit.
+        saved: the advice.
+        prefix: of the keys.
+        directory: of the file; None for none.
+        number: of the advisor among those of the Trainer, from 0; it keeps their files apart.
+    """
+    if not trainer.is_global_zero:
+        return
+    console = Console()
+    console.print(advice_renderable(saved.advice, saved.comparisons))
+    path = None if directory is None else _saved(trainer, saved, directory, number)
+    if path is not None:
+        console.print(f"Saved: {path}", soft_wrap=True, highlight=False, markup=False)
+    text = advice_text(saved.advice, saved.comparisons)
+    flat = flat_keys(saved, f"{prefix}advice")
+    for logger in trainer.loggers:
+        try:
+            # Not every logger takes text; TensorBoard's does, whichever Lightning package made it.
+            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
+            if callable(add_text):
+                # As a code block: TensorBoard renders text as Markdown.
+                add_text(f"{prefix}advice", f"```\n{text}\n```", trainer.global_step)
+            _log_hyperparams(logger, flat)
+        except (
+            Exception
+        ) as error:  # whatever a tracking server says: it must not end a fit that has succeeded
+            rank_zero_warn(
+                f"ScalingAdvisor: {type(logger).__name__} did not take the advice as text and hyper-parameters"
+                f" ({type(error).__name__}: {error}). It is in `advisor.advice`"
+                + ("." if path is None else f" and in {path}.")
+            )
+
+
+def flat_keys(saved: SavedAdvice, prefix: str) -> dict[str, float | str]:
+    """Advice as flat keys: present and advised values, verdict and summary, by parameter groups.
+
+    Args:
+        saved: the advice.
+        prefix: such as "bayes/advice".
+
+    Returns:
+        Such as {"bayes/advice/SGD/present/learning_rate": 0.1, ...}.
+    """
+    flat: dict[str, float | str] = {}
+    for advice in saved.advice:
+        start = f"{prefix}/{_key(advice.name)}"
+        flat[f"{start}/summary"], flat[f"{start}/verdict"] = advice.summary, advice.verdict
+        for case, configuration in _cases(advice):
+            flat[f"{start}/{case}/learning_rate"] = configuration.learning_rate
+            flat[f"{start}/{case}/batch_size"] = configuration.batch_size
+            scale = "adam_noise_scale" if isinstance(configuration, AdamConfiguration) else "noise_scale"
+            flat[f"{start}/{case}/{scale}"] = configuration.noise_scale
+    for comparison in saved.comparisons:
+        start = f"{prefix}/{_key(comparison.name)}"
+        flat[f"{start}/reference_noise_scale"] = comparison.reference_noise_scale
+        flat[f"{start}/reference_ratio"] = comparison.ratio
+    return flat
+
+
+def _key(name: str) -> str:
+    return name.replace(", ", " ")  # MLflow takes no commas
+
+
+def _cases(advice: Advice | AdamAdvice) -> list[tuple[str, Configuration | AdamConfiguration]]:
+    cases: list[tuple[str, Configuration | AdamConfiguration]] = [("present", advice.present)]
+    for move in advice.moves:
+        if move.solution is not None:
+            cases.append((f"advised_{move.solved_for}", move.solution))
+    return cases
+
+
+def _saved(trainer: Trainer, saved: SavedAdvice, directory: str, number: int) -> str | None:
+    """The file that the advice was written to; None, with a warning, where it could not be."""
+    try:
+        return _save(saved, _of_this_run(trainer, directory), number)
+    except Exception as error:  # a full disk, a directory without rights, a remote store that does not answer
+        rank_zero_warn(
+            f"ScalingAdvisor: {ADVICE_FILE} could not be written in {directory!r} ({type(error).__name__}: {error})."
+            " The advice was printed and is in `advisor.advice`; `Trainer(default_root_dir=...)` or the logger's"
+            " `save_dir` names another directory."
+        )
+        return None
+
+
+def _of_this_run(trainer: Trainer, directory: str) -> str:
+    """The directory itself where the logger keeps runs apart in it, else one below it, as for checkpoints."""
+    logger = trainer.loggers[0] if trainer.loggers else None
+    if logger is None or getattr(logger, "log_dir", None) is not None:  # TensorBoard and CSV: .../version_0
+        return directory
+    # MLflow and W&B share one `save_dir` among all runs; their version is the run's id.
+    version = logger.version
+    parts = [logger.name, f"version_{version}" if isinstance(version, int) else version]
+    names = [str(part).replace("/", "_") for part in parts if part not in (None, "")]
+    return "/".join([str(directory).rstrip("/"), *names])
+
+
+def _save(saved: SavedAdvice, directory: str, number: int) -> str:
+    """Writes a file that is not there yet: another run's advice is never overwritten."""
+    # Lightning's loggers write to remote directories too.
+    files = get_filesystem(directory)
+    files.makedirs(directory, exist_ok=True)
+    text = saved.to_json() + "\n"
+    while True:
+        name = ADVICE_FILE if number == 0 else ADVICE_FILE.replace(".json", f"-{number}.json")
+        path = f"{str(directory).rstrip('/')}/{name}"
+        number += 1
+        if "://" not in path:
+            try:
+                with Path(path).open("x", encoding="utf-8") as file:
+                    file.write(text)
+            except FileExistsError:
+                continue
+            return path
+        if not files.exists(path):
+            with files.open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+            return path
+
+
+def _log_hyperparams(logger: Any, flat: Mapping[str, float | str]) -> None:
+    present = getattr(logger, "hparams", None)
+    if not any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__):
+        logger.log_hyperparams(dict(flat))
+        return
+    # TensorBoard shows the hyper-parameters that it is given first and no later ones, and would log `hp_metric` = -1
+    # anew. Where the user has some, ours join them in `logger.hparams` alone: empty metrics write no event.
+    scales = {key: value for key, value in flat.items() if "/present/" in key and key.endswith("noise_scale")}
+    logger.log_hyperparams(dict(flat), {} if present else scales)

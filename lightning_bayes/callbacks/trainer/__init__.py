@@ -1,0 +1,1 @@
+"""What callbacks read from a Trainer and its module, and put back."""

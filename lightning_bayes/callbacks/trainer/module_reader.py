@@ -1,0 +1,278 @@
+"""Reads a LightningModule's outputs, targets and likelihood without touching it or its Trainer."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, TypeGuard
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.utilities.compile import to_uncompiled
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_bayes.callbacks.trainer.read_only_trainer import ReadOnlyTrainer
+from lightning_bayes.capture.example_layout import Layout
+from lightning_bayes.capture.isolation import throw_away_copy
+from lightning_bayes.capture.loss import WAY_OUT, CapturedLoss, capture_loss, loss_of
+from lightning_bayes.capture.pytorch_losses import Rows
+from lightning_bayes.capture.token_rows import layout_of_rows, rows_of_examples
+from lightning_bayes.likelihoods import Likelihood
+
+__all__ = ["ModuleReader", "NetworkOption", "num_examples_of"]
+
+NetworkOption = str | Callable[[LightningModule, Any], tuple[Tensor, Tensor]] | None
+
+
+class ModuleReader:
+    """A copy of a LightningModule whose training_step can be run and read.
+
+    Args:
+        trainer: Read only.
+        module: Copied; the copy is `network`, or its submodule where `network` names one.
+        likelihood: None to read it from the loss.
+        network: None to run training_step, the name of a submodule to call on `batch[0]` with targets
+            `batch[1]`, or a function (module, batch) -> (outputs, targets).
+
+    Raises:
+        ValueError: If the module cannot be copied.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, likelihood: Likelihood | None, network: NetworkOption
+    ) -> None:
+        self._trainer = trainer
+        self._hooks = module
+        self._likelihood = likelihood
+        self._option = network
+        self._kind: type[Likelihood] | None = None
+        self._layout: Layout | None = None
+        self._takes_index: bool | None = None
+        target = original_network(module, network)
+        # Datasets and loaders that a module keeps would be copied with it, each time.
+        data = (
+            v for part in target.modules() for v in vars(part).values() if isinstance(v, Dataset | DataLoader)
+        )
+        self.network: nn.Module = throw_away_copy(target, shared=(trainer, *data))
+        if is_lightning_module(self.network):
+            _silence(self.network)
+            if self.network._compiler_ctx is not None:  # its methods are the original's, compiled
+                to_uncompiled(self.network)
+            self.network.trainer = ReadOnlyTrainer(trainer)  # type: ignore[assignment]
+            self._hooks = self.network
+        self._device = module.device
+        self._original = target
+
+    def read(self, batch: Any, batch_idx: int, *, transferred: bool = False) -> CapturedLoss:
+        """Run one batch as Lightning would and return outputs, targets and what they mean.
+
+        Args:
+            batch: As the loader made it.
+            batch_idx: Handed on to training_step.
+            transferred: Whether the batch has been through the hooks of transfer already.
+
+        Raises:
+            ValueError: If the training_step cannot be read; the message names the way out.
+        """
+        batch = self._converted(batch if transferred else self._transferred(batch))
+        with self._default_dtype():
+            captured = self._read(batch, batch_idx)
+        self._kind = self._kind or type(captured.likelihood)
+        if type(captured.likelihood) is not self._kind:
+            raise ValueError(
+                f"The likelihood of this batch's loss is {type(captured.likelihood).__name__}, that of others is "
+                f"{self._kind.__name__}: the evidence needs one likelihood for all examples. {WAY_OUT}"
+            )
+        return captured
+
+    def loss(self, batch: Any, batch_idx: int, *, transferred: bool = False) -> Tensor:
+        """Run one batch as Lightning would and return the loss that training steps on, whatever it is made of.
+
+        Where `network` is given, it is PyTorch's mean-reduced loss of the likelihood.
+
+        Args:
+            batch: As for `read`.
+            batch_idx: As for `read`.
+            transferred: As for `read`.
+
+        Raises:
+            ValueError: If training_step returns no scalar loss.
+        """
+        if self._option is not None:
+            captured = self.read(batch, batch_idx, transferred=transferred)
+            return captured.scale * captured.unit_loss
+        batch = self._converted(batch if transferred else self._transferred(batch))
+        with self._default_dtype(), torch.enable_grad():
+            return loss_of(self._training_step(batch, batch_idx)).reshape(())
+
+    def check_computed_by_copy(self, outputs: Tensor) -> None:
+        """Raise unless the outputs were computed by the copy's parameters, and by no others.
+
+        A closure, a lambda or a wrapper that the module holds goes on calling the original after a deep copy.
+        """
+        leaves = {id(leaf) for leaf in _leaves(outputs)}
+        used = [name for name, parameter in self._original.named_parameters() if id(parameter) in leaves]
+        if used:
+            raise ValueError(
+                f"The copy of {type(self._original).__name__} that the evidence is computed on still runs the "
+                f"original's parameters {used[:4]}: a function stored in the module (a lambda, a closure, a "
+                "wrapped forward or training_step) holds on to it. Make that function a method. A function "
+                "network= must use the module that it is given."
+            )
+        if leaves.isdisjoint(map(id, self.network.parameters())):
+            raise ValueError(
+                f"The outputs carry no graph back to a parameter of {type(self._original).__name__}: they were "
+                f"detached, computed under no_grad, or by another module. {WAY_OUT}"
+            )
+
+    def _read(self, batch: Any, batch_idx: int) -> CapturedLoss:
+        if self._option is None:
+            return capture_loss(
+                lambda: self._training_step(batch, batch_idx),
+                self._likelihood,
+                partial(self._rows_of, num_examples_of(batch)),
+            )
+        if self._likelihood is None:
+            raise ValueError("Argument `network` needs an explicit `likelihood`.")
+        outputs, targets = self._call_network(batch)
+        if not isinstance(outputs, Tensor):
+            raise ValueError(
+                f"`network` returned {type(outputs).__name__}; the evidence needs one tensor of logits or means, "
+                "[N, C] or [N]. Give a function that takes it out: network=lambda module, batch: (outputs, targets)."
+            )
+        outputs, targets = self._likelihood.prepare(outputs, targets)
+        unit_loss = self._likelihood.unit_loss(outputs, targets)
+        return CapturedLoss(outputs, targets, self._likelihood, unit_loss, "mean", float("nan"))
+
+    def _training_step(self, batch: Any, batch_idx: int) -> object:
+        step = self._hooks.training_step
+        if self._takes_index is None:
+            if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+                raise ValueError(f"training_step(dataloader_iter) takes its own batches. {WAY_OUT}")
+            self._takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+        return step(batch, batch_idx) if self._takes_index else step(batch)
+
+    def _rows_of(self, num_examples: int | None, outputs: Tensor) -> Rows:
+        """How the rows that a loss sees make examples."""
+        num_rows = len(outputs) if outputs.dim() else 1
+        if num_examples in (None, num_rows):
+            return lambda tensor: tensor
+        if not num_examples or num_rows == 0 or num_rows % num_examples:
+            raise ValueError(
+                f"The loss sees {num_rows} rows of outputs, but the batch holds {num_examples} examples, so the "
+                "tokens of an example cannot be told. Keep every token and mark those that do not count by "
+                f"ignore_index instead of selecting by a mask. {WAY_OUT}"
+            )
+        layout = self._layout or layout_of_rows(outputs, num_examples)
+        if num_examples > 1:  # one example does not tell
+            self._layout = layout
+        return rows_of_examples(layout, num_examples)
+
+    def _call_network(self, batch: Any) -> tuple[Tensor, Tensor]:
+        if callable(self._option):
+            pair = self._option(self._hooks, batch)
+            if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], Tensor):
+                raise ValueError(
+                    "Expected argument `network` to be a function that returns a pair of tensors (outputs, targets), "
+                    f"got {type(pair).__name__} from it."
+                )
+            return pair[0], pair[1]
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ValueError(
+                f"network={self._option!r} is called on batch[0] with targets batch[1], but the batch is "
+                f"{type(batch).__name__}. Give a function: network=lambda module, batch: (outputs, targets)."
+            )
+        return self.network(batch[0]), batch[1]
+
+    def _transferred(self, batch: Any) -> Any:
+        """The batch on the module's device, through the hooks of whoever overrides them."""
+        batch = self._hook("on_before_batch_transfer")(batch, 0)
+        batch = self._hook("transfer_batch_to_device")(batch, self._device, 0)
+        return self._hook("on_after_batch_transfer")(batch, 0)
+
+    def _converted(self, batch: Any) -> Any:
+        """The batch in the precision that the plugin trains in, or in float32 where that is a half one."""
+        batch = self._trainer.precision_plugin.convert_input(batch)
+        first = next(self.network.parameters(), None)
+        if first is None or not first.is_floating_point():
+            return batch
+
+        def widen(tensor: Tensor) -> Tensor:
+            return tensor.to(first.dtype) if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+        return apply_to_collection(batch, Tensor, widen)
+
+    def _default_dtype(self) -> AbstractContextManager[None]:
+        """What a training_step that makes tensors of its own relies on with precision="64-true"."""
+        plugin = self._trainer.precision_plugin
+        return plugin.forward_context() if isinstance(plugin, DoublePrecision) else nullcontext()
+
+    def _hook(self, name: str) -> Callable[..., Any]:
+        datamodule = getattr(self._trainer, "datamodule", None)
+        owner = datamodule if datamodule is not None and is_overridden(name, datamodule) else self._hooks
+        hook: Callable[..., Any] = getattr(owner, name)
+        return hook
+
+
+def is_lightning_module(module: nn.Module) -> TypeGuard[LightningModule]:
+    """Whether a module is a LightningModule, of `lightning` or of the older `pytorch_lightning` package.
+
+    The two packages' classes are not related, and callbacks of the one run in the Trainer of the other.
+    """
+    return isinstance(module, LightningModule) or any(
+        base.__name__ == "LightningModule" for base in type(module).__mro__
+    )
+
+
+def original_network(module: LightningModule, network: NetworkOption) -> nn.Module:
+    """The module whose parameters the evidence is about.
+
+    Raises:
+        ValueError: If `network` names no submodule.
+    """
+    if not isinstance(network, str):
+        return module
+    try:
+        return module.get_submodule(network)
+    except AttributeError as error:
+        names = [name for name, _ in module.named_children()]
+        raise ValueError(
+            f"network={network!r} names no submodule of {type(module).__name__}; its children are {names}."
+        ) from error
+
+
+def _silence(module: LightningModule) -> None:
+    """Log and print nothing, here and in LightningModules inside."""
+    for part in module.modules():
+        if is_lightning_module(part):
+            for name in ("log", "log_dict", "print"):
+                object.__setattr__(part, name, _nothing)
+
+
+def _leaves(outputs: Tensor) -> list[Tensor]:
+    """The leaf tensors in the graph of `outputs`."""
+    leaves, visited, pending = [], set(), [outputs.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        pending.extend(parent for parent, _ in node.next_functions)
+    return leaves
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    return None
+
+
+def num_examples_of(batch: Any) -> int | None:
+    """The examples of a batch; None where its tensors do not agree (graphs, ragged lists, class weights)."""
+    sizes: set[int] = set()
+    apply_to_collection(batch, Tensor, lambda tensor: sizes.add(len(tensor)) if tensor.dim() else None)
+    return sizes.pop() if len(sizes) == 1 else None

@@ -1,0 +1,312 @@
+"""Finds the loss inside any function: its outputs, its targets, and the likelihood that it stands for.
+
+The calls of PyTorch's loss functions are noted while somebody's code runs (their module forms end in
+them). The one that counts is the one in the graph of the value returned: metrics and other helpers may
+call losses of their own. It must also *be* the value returned; a regulariser, a mask or a factor makes the
+training loss something else than a negative log-likelihood, and that is an error rather than a guess.
+"""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lightning_bayes.capture.pytorch_losses import READERS, WAY_OUT, Reading, Rows
+from lightning_bayes.likelihoods import Categorical, Likelihood
+
+__all__ = ["KNOWN", "WAY_OUT", "CapturedLoss", "Reduction", "capture_loss", "loss_of"]
+
+Reduction = Literal["mean", "sum"]
+
+RELATIVE_TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-5,
+    # A training_step that uses autocast itself.
+    torch.bfloat16: 1e-2,
+    torch.float16: 1e-2,
+}
+"""Between the loss returned and the likelihood's own value, by the type of the outputs.
+
+A small regulariser must not pass: once the loss has fallen it is no longer small."""
+
+KNOWN = (
+    *READERS,
+    F.cosine_embedding_loss,
+    F.ctc_loss,
+    F.hinge_embedding_loss,
+    F.huber_loss,
+    F.kl_div,
+    F.l1_loss,
+    F.margin_ranking_loss,
+    F.multi_margin_loss,
+    F.multilabel_margin_loss,
+    F.multilabel_soft_margin_loss,
+    F.poisson_nll_loss,
+    F.smooth_l1_loss,
+    F.soft_margin_loss,
+    F.triplet_margin_loss,
+)
+
+SIGMOIDS = (torch.sigmoid, Tensor.sigmoid, torch.special.expit)
+OF_NO_LIKELIHOOD = (
+    F.cosine_embedding_loss,
+    F.hinge_embedding_loss,
+    F.margin_ranking_loss,
+    F.multi_margin_loss,
+    F.multilabel_margin_loss,
+    F.triplet_margin_loss,
+)
+"""Losses of `KNOWN` that no density stands behind."""
+NO_LIKELIHOOD = (
+    "A loss that is no likelihood of targets, one factor an example (Dice, contrastive, ranking), has no evidence: "
+    "then leave LaplaceEvidence out of this run. Otherwise:"
+)
+
+
+@dataclass(frozen=True)
+class CapturedLoss:
+    """A loss that is the negative log-likelihood of `targets` given `outputs`, up to its reduction.
+
+    Both are as `likelihood.prepare` returns them: the weights of this call are in the targets. `unit_loss` is the
+    likelihood's, with its graph; `value` is what the training_step returned.
+    """
+
+    outputs: Tensor
+    targets: Any
+    likelihood: Likelihood
+    unit_loss: Tensor
+    reduction: Reduction
+    value: float
+
+    @property
+    def scale(self) -> float:
+        """How many times the likelihood's `unit_loss` of this batch the loss is."""
+        scale = self.likelihood.loss_scale("sum", 1.0, 1, 1.0)
+        if self.reduction == "sum":
+            return scale
+        num_terms = self.likelihood.num_terms(self.outputs, self.targets)
+        # As in PyTorch, the mean over no token at all is not a number.
+        return scale / num_terms if num_terms else math.nan
+
+
+@dataclass(frozen=True)
+class _Call:
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+    result: Tensor
+
+    @property
+    def name(self) -> str:
+        return f"F.{self.function.__name__}"
+
+
+class _LossCalls(TorchFunctionMode):
+    """Notes every call of a loss in `KNOWN`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+        self._sigmoids: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in SIGMOIDS and result.grad_fn is not None:
+            self._sigmoids[result.grad_fn] = (args[0] if args else kwargs["input"], result)
+        if func in KNOWN and isinstance(result, Tensor) and result.grad_fn is not None:
+            bound = _signature(func).bind(*args, **kwargs)
+            bound.apply_defaults()
+            if func is F.binary_cross_entropy:
+                bound.arguments["logits"] = self._logits_of(bound.arguments["input"])
+            self.calls.append(_Call(func, bound.arguments, result))
+        return result
+
+    def _logits_of(self, probabilities: Tensor) -> Tensor | None:
+        """Logits in the shape of their sigmoid, None if something else was made of it."""
+        # Whatever lies between (a view, a clone, a cast) shows in the values, which are compared below.
+        node = probabilities.grad_fn
+        while node is not None and node not in self._sigmoids:
+            parents = [parent for parent, _ in node.next_functions if parent is not None]
+            node = parents[0] if len(parents) == 1 else None
+        logits, result = self._sigmoids.get(node, (None, None))
+        if logits is None or result is None or result.numel() != probabilities.numel():
+            return None
+        again = logits.detach().sigmoid().reshape(probabilities.shape).to(probabilities.dtype)
+        same = torch.equal(again, probabilities.detach())
+        return logits.reshape(probabilities.shape) if same else None
+
+
+@cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def capture_loss(
+    step: Callable[[], object],
+    likelihood: Likelihood | None = None,
+    rows_of: Callable[[Tensor], Rows] | None = None,
+) -> CapturedLoss:
+    """Run a training step and read the likelihood from the loss that it returns.
+
+    Args:
+        step: Returns the loss, or a mapping that holds it under "loss".
+        likelihood: Overrides the likelihood of the loss found, e.g. a Gaussian with its own noise; it must
+            be of the same kind, and its own parameters count, not those of the call.
+        rows_of: Finds from the outputs that the loss saw how their rows make examples; None where each row is
+            one.
+
+    Raises:
+        ValueError: If there is no loss that can be read, more than one, or the value returned is not
+            the loss that was found.
+    """
+    with _LossCalls() as recorder:
+        loss = loss_of(step())
+    call = _the_call(recorder.calls, loss)
+    reading = _reading_of(call, rows_of)
+    found = reading.likelihood
+    outputs, targets = found.prepare(reading.outputs, reading.targets)
+    unit_loss, value = found.unit_loss(outputs, targets), loss.item()
+    num_terms = found.num_terms(outputs.detach(), targets)
+    reduction = _reduction(call, reading, outputs.detach(), num_terms, unit_loss.item(), value)
+    if likelihood is not None:
+        found = _overridden(call, reading, likelihood)
+        outputs, targets = found.prepare(reading.outputs, reading.targets)
+        unit_loss = found.unit_loss(outputs, targets)
+    return CapturedLoss(outputs, targets, found, unit_loss, reduction, value)
+
+
+def loss_of(returned: object) -> Tensor:
+    """The loss in what a training step returned.
+
+    Raises:
+        ValueError: If it is no scalar tensor.
+    """
+    loss = returned["loss"] if isinstance(returned, Mapping) and "loss" in returned else returned
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = f" of shape {list(loss.shape)}" if isinstance(loss, Tensor) else ""
+        raise ValueError(
+            f"training_step returned {type(loss).__name__}{shape}; a scalar loss, or a dict that holds one under "
+            f"'loss', can be read. {WAY_OUT}"
+        )
+    return loss
+
+
+def _the_call(calls: list[_Call], loss: Tensor) -> _Call:
+    """The one noted call that the loss depends on."""
+    reachable = _calls_in_graph(loss, calls)
+    if len(reachable) == 1:
+        return reachable[0]
+    names = [call.name for call in reachable]
+    if reachable:
+        raise ValueError(
+            f"The loss of training_step is made of {len(names)} losses ({', '.join(names)}), so it is not the "
+            f"negative log-likelihood of one output. {WAY_OUT}"
+        )
+    unused = sorted({call.name for call in calls})
+    remark = f" {', '.join(unused)} was called, but the loss does not depend on it." if unused else ""
+    listed = ", ".join(f"F.{function.__name__}" for function in READERS)
+    raise ValueError(
+        f"No loss that can be read was found in training_step.{remark} Losses that can be read, as functions or "
+        f"modules: {listed}. Losses written out by hand leave nothing to read. {NO_LIKELIHOOD} {WAY_OUT}"
+    )
+
+
+def _calls_in_graph(loss: Tensor, calls: list[_Call]) -> list[_Call]:
+    by_node = {call.result.grad_fn: call for call in calls}
+    found, visited, pending = [], set(), [loss.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        if node in by_node:
+            # What lies behind a loss is the network: no need to walk it.
+            found.append(by_node[node])
+        else:
+            pending.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+def _reading_of(call: _Call, rows_of: Callable[[Tensor], Rows] | None) -> Reading:
+    if call.function in OF_NO_LIKELIHOOD:
+        raise ValueError(
+            f"training_step uses {call.name}, which is not the negative log-likelihood of anything: there is no "
+            "evidence of it. Leave LaplaceEvidence out of this run."
+        )
+    if call.function not in READERS:
+        raise ValueError(f"training_step uses {call.name}, which is not supported yet. {WAY_OUT}")
+    legacy = [name for name in ("size_average", "reduce") if call.arguments.get(name) is not None]
+    if legacy:
+        raise ValueError(
+            f"training_step calls {call.name} with {legacy[0]}=, which PyTorch has deprecated. Give reduction=."
+        )
+    rows = _one_row_each if rows_of is None else rows_of(call.arguments["input"])
+    return READERS[call.function](call.name, call.arguments, rows)
+
+
+def _one_row_each(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _overridden(call: _Call, reading: Reading, given: Likelihood) -> Likelihood:
+    """The likelihood that was given, for outputs in the layout of the call."""
+    found = reading.likelihood
+    if given.name != found.name:
+        raise ValueError(
+            f"likelihood={given!r} was given, but training_step uses {call.name}, which is "
+            f"{type(found).__name__}. Give likelihood='auto', or name the network. {WAY_OUT}"
+        )
+    if isinstance(given, Categorical) and isinstance(found, Categorical):
+        given = copy.copy(given)
+        given.class_dim = found.class_dim
+    return given
+
+
+def _reduction(
+    call: _Call, reading: Reading, outputs: Tensor, num_terms: float, unit_loss: float, value: float
+) -> Reduction:
+    """Which reduction of the likelihood's terms the returned value is; refuse if it is none."""
+    total = unit_loss * reading.likelihood.loss_scale("sum", num_terms / len(outputs), 1, 1.0)
+    total = total if reading.total is None else reading.total
+    # As in PyTorch, the mean over no token at all is not a number.
+    values: dict[Reduction, float] = {"mean": total / num_terms if num_terms else math.nan, "sum": total}
+    declared = cast(Reduction, call.arguments.get("reduction", "mean"))
+    relative = RELATIVE_TOLERANCE[outputs.dtype]
+    if declared in values and _close(values[declared], value, relative, 0.0):
+        return declared
+    # Of one term; log-softmax outputs are rounded at the size of the logits, however small the loss.
+    eps = min(torch.finfo(outputs.dtype).eps, torch.finfo(torch.float32).eps)
+    rounding = 10 * eps * (1 + outputs.abs().max().item())
+    terms = {"mean": 1, "sum": num_terms}
+    # With one term both agree: the declared one is meant.
+    for reduction in sorted(values, key=lambda name: name != declared):
+        if _close(values[reduction], value, relative, terms[reduction] * rounding):
+            return reduction
+    remark = (
+        " F.nll_loss expects log-probabilities: are its inputs the outputs of log_softmax?"
+        if call.function is F.nll_loss
+        else ""
+    )
+    raise ValueError(
+        f"training_step returned {value:.6g}, but the {call.name} in it has mean {values['mean']:.6g} and sum "
+        f"{values['sum']:.6g}: a factor, a mask or a further term is in the loss, so it is not a negative "
+        f"log-likelihood.{remark} Regularise through the optimizer's weight_decay, or score the likelihood alone: "
+        f"{WAY_OUT}"
+    )
+
+
+def _close(expected: float, got: float, relative: float, absolute: float) -> bool:
+    # Values that are not finite are not this function's business: the pass over the data reports them.
+    if not math.isfinite(expected) or not math.isfinite(got):
+        return True
+    return math.isclose(expected, got, rel_tol=relative, abs_tol=absolute)

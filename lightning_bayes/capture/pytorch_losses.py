@@ -1,0 +1,131 @@
+"""From the arguments of one of PyTorch's losses to a likelihood with the outputs and targets that it takes.
+
+Weights are data of the call: those of classes are the same in every batch, those of examples are not.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_bayes.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    HeteroscedasticGaussian,
+    Likelihood,
+)
+
+__all__ = ["READERS", "WAY_OUT", "Reading", "Rows"]
+
+WAY_OUT = (
+    "LaplaceEvidence(likelihood=..., network=...) reads the network directly: network= the name of the "
+    "submodule that maps batch[0] to logits or means, with batch[1] as targets, or a function "
+    "(module, batch) -> (outputs, targets)."
+)
+
+Rows = Callable[[Tensor], Tensor]
+"""Brings a tensor with a row for each row of the outputs to one with a row for each example."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A call of a loss as a likelihood sees it."""
+
+    likelihood: Likelihood
+    outputs: Tensor
+    targets: Tensor
+    total: float | None = None
+    """PyTorch's sum of the loss where that is not the likelihood's: by a constant, or by its rounding."""
+
+
+def _cross_entropy(name: str, arguments: Mapping[str, Any], rows: Rows) -> Reading:
+    outputs, targets = arguments["input"], arguments["target"]
+    if outputs.dim() > 1:  # PyTorch's classes are in dimension 1; behind `rows` that may be a token's
+        outputs = outputs.movedim(1, -1)
+        targets = targets.movedim(1, -1) if targets.is_floating_point() else targets
+    likelihood = Categorical(
+        weight=arguments["weight"],
+        label_smoothing=arguments.get("label_smoothing", 0.0),
+        ignore_index=arguments["ignore_index"],
+        class_dim=-1,
+    )
+    return Reading(likelihood, rows(outputs), rows(targets))
+
+
+def _binary_cross_entropy(name: str, arguments: Mapping[str, Any], rows: Rows) -> Reading:
+    outputs, targets = arguments["input"], arguments["target"]
+    _one_shape(name, outputs, targets)
+    # Broadcast before the rows are put together: [K] goes with the last dimension of what the loss saw.
+    weights = {
+        key: rows(arguments[key].broadcast_to(outputs.shape))
+        for key in ("weight", "pos_weight")
+        if arguments.get(key) is not None
+    }
+    return Reading(Bernoulli(**weights), rows(outputs), rows(targets))
+
+
+def _binary_cross_entropy_of_probabilities(name: str, arguments: Mapping[str, Any], rows: Rows) -> Reading:
+    logits = arguments["logits"]
+    if logits is None:
+        raise ValueError(
+            f"training_step calls {name} on probabilities that are not the sigmoid of logits, or no longer just "
+            f"that. Use F.binary_cross_entropy_with_logits on the logits, which is more exact as well. {WAY_OUT}"
+        )
+    reading = _binary_cross_entropy(name, {**arguments, "input": logits}, rows)
+    # 1 - p has lost the digits that the logits still have, and PyTorch cuts logarithms off at -100.
+    probabilities, targets, weight = (arguments[key] for key in ("input", "target", "weight"))
+    total = F.binary_cross_entropy(probabilities.detach(), targets, weight, reduction="sum")
+    return replace(reading, total=total.item())
+
+
+def _mse(name: str, arguments: Mapping[str, Any], rows: Rows) -> Reading:
+    outputs, targets = arguments["input"], arguments["target"]
+    _one_shape(name, outputs, targets)
+    if arguments.get("weight") is not None:  # an argument of newer PyTorch
+        raise ValueError(
+            f"training_step calls {name} with weight=a tensor, which the likelihood does not express. Noise that "
+            f"differs between examples is that of F.gaussian_nll_loss; or score the plain likelihood: {WAY_OUT}"
+        )
+    return Reading(Gaussian(), rows(outputs), rows(targets))
+
+
+def _gaussian_nll(name: str, arguments: Mapping[str, Any], rows: Rows) -> Reading:
+    mean, targets, variance = (arguments[key] for key in ("input", "target", "var"))
+    _one_shape(name, mean, targets)
+    if not isinstance(variance, Tensor):
+        variance = torch.full_like(mean, variance, requires_grad=False)
+    elif variance.dim() < mean.dim():
+        variance = variance.unsqueeze(-1)
+    # A variance without a graph is noise that is known: its columns of the root then meet no parameter.
+    both = [rows(part).reshape(len(rows(mean)), -1) for part in (mean, variance.expand_as(mean))]
+    targets = rows(targets).reshape(both[0].shape)
+    total = F.gaussian_nll_loss(
+        mean.detach(), arguments["target"], variance.detach(), arguments["full"], arguments["eps"], "sum"
+    )
+    likelihood = HeteroscedasticGaussian(arguments["eps"])
+    return Reading(likelihood, torch.cat(both, dim=1), targets, total.item() if arguments["full"] else None)
+
+
+READERS: dict[Callable[..., Any], Callable[[str, Mapping[str, Any], Rows], Reading]] = {
+    F.cross_entropy: _cross_entropy,
+    # On log-softmax outputs. Log-probabilities serve as logits: the softmax of them is itself.
+    F.nll_loss: _cross_entropy,
+    F.binary_cross_entropy_with_logits: _binary_cross_entropy,
+    F.binary_cross_entropy: _binary_cross_entropy_of_probabilities,
+    F.mse_loss: _mse,
+    F.gaussian_nll_loss: _gaussian_nll,
+}
+"""Losses that can be read, as functions; their module forms end in them."""
+
+
+def _one_shape(name: str, outputs: Tensor, targets: Tensor) -> None:
+    if outputs.shape != targets.shape:
+        raise ValueError(
+            f"training_step calls {name} with outputs {list(outputs.shape)} and targets "
+            f"{list(targets.shape)}: PyTorch broadcasts them against each other, which is hardly meant. Give "
+            "both one shape, for instance by outputs.squeeze(-1)."
+        )

@@ -1,0 +1,65 @@
+"""How many seconds an evaluation will take, from one batch that is timed and one matrix product."""
+
+import time
+
+import torch
+
+from lightning_bayes.structures.base import Problem
+from lightning_bayes.structures.blocks_budget import blocks_cost
+from lightning_bayes.structures.full import full_cost
+
+__all__ = ["hessian_seconds", "rows_seconds"]
+
+CALIBRATION_SIZE = 768
+"""Rows of the square matrices whose product is timed."""
+EIGEN = 12.0
+"""Multiplications of a product that an eigendecomposition of equal size takes as long as, in units of n³."""
+SEARCH = 4.0
+"""Factorisations that a search for the prior takes."""
+
+
+def rows_seconds(problem: Problem, structure: str, read: float, share_read: float = 1.0) -> float:
+    """Seconds of a pass and of the structure's answers.
+
+    Args:
+        problem: Sizes.
+        structure: That is taken.
+        read: Seconds of reading one batch.
+        share_read: Of the batches, whose rows are read.
+    """
+    batches = problem.num_examples / problem.batch_size
+    flop = _structure_flop(problem, structure) * (SEARCH if problem.sought and structure == "full" else 1.0)
+    return batches * share_read * read + flop / _rate(problem.dtype, problem.device)
+
+
+def hessian_seconds(size: int, batches: float, read: float, device: torch.device) -> float:
+    """Seconds of a dense Hessian of so many parameters, summed over batches, and its eigenvalues thrice."""
+    return batches * read + 3.0 * EIGEN * size**3 / _rate(torch.float32, device)
+
+
+def _structure_flop(problem: Problem, structure: str) -> float:
+    if structure == "full":
+        return full_cost(problem)[1]
+    if structure == "blocks":
+        return blocks_cost(problem)[1]
+    if structure == "diag":
+        return float(problem.num_rows) * problem.num_parameters
+    flop = 0.0
+    for shape in problem.shapes.values():
+        out, width = (shape[0], shape[1:].numel()) if len(shape) > 1 else (shape.numel(), 1)
+        flop += problem.num_rows * float(out) ** 2 + problem.num_examples * float(width) ** 2
+        flop += EIGEN * (
+            float(min(out, problem.num_rows)) ** 3 + float(min(width, problem.num_examples)) ** 3
+        )
+    return flop
+
+
+def _rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Multiplications a second of a matrix product; random state is left alone."""
+    matrix = torch.full((CALIBRATION_SIZE, CALIBRATION_SIZE), 0.5, dtype=dtype, device=device)
+    times = []
+    for _ in range(2):  # the first wakes threads up
+        start = time.perf_counter()
+        (matrix @ matrix).sum().item()
+        times.append(time.perf_counter() - start)
+    return CALIBRATION_SIZE**3 / max(min(times), 1e-9)

@@ -1,0 +1,1 @@
+"""Advice on batch size and learning rate: moves, checks and their wording."""

@@ -1,0 +1,107 @@
+"""Independent binary outputs, one or many labels an example."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_bayes.likelihoods.base import (
+    WEIGHTED,
+    DiagonalLikelihood,
+    check,
+    flatten_alike,
+    shape_of,
+    total,
+    weights_of,
+)
+
+__all__ = ["Bernoulli", "BinaryTargets"]
+
+
+@dataclass(frozen=True)
+class BinaryTargets:
+    """Weights of −ln σ(f) and of −ln σ(−f) in the loss, [N, K] each."""
+
+    positive: Tensor
+    negative: Tensor
+
+
+class Bernoulli(DiagonalLikelihood):
+    """Independent binary outputs, from logits [N, ...]; targets in [0, 1] of the same shape.
+
+    The loss of one output is −w (p y ln σ(f) + (1 − y) ln σ(−f)), `F.binary_cross_entropy_with_logits`.
+
+    Args:
+        weight: w ≥ 0 of each output, of a shape that broadcasts against the outputs.
+        pos_weight: p ≥ 0 of the positive targets of each output, likewise.
+
+    Raises:
+        ValueError: If a weight is negative or not finite.
+    """
+
+    name = "binary"
+
+    def __init__(self, weight: Tensor | None = None, pos_weight: Tensor | None = None) -> None:
+        self.weight = weights_of("weight", weight)
+        self.pos_weight = weights_of("pos_weight", pos_weight)
+
+    def prepare(self, outputs: Tensor, targets: Tensor | BinaryTargets) -> tuple[Tensor, BinaryTargets]:
+        """See `Likelihood.prepare`: outputs become [N, K]."""
+        if isinstance(targets, BinaryTargets):
+            return outputs, targets
+        flat, y = flatten_alike(outputs, targets, self.name)
+        low, high = y.min().item(), y.max().item()
+        check(
+            low >= 0.0 and high <= 1.0,
+            f"Binary targets must lie in [0, 1], got {low:g} .. {high:g}. Class indices belong to "
+            'likelihood="classification", real values to likelihood="regression".',
+        )
+        positive, negative = y, 1 - y
+        if self.pos_weight is not None:
+            positive = positive * _broadcast("pos_weight", self.pos_weight, outputs)
+        if self.weight is not None:
+            weight = _broadcast("weight", self.weight, outputs)
+            positive, negative = positive * weight, negative * weight
+        return flat, BinaryTargets(positive, negative)
+
+    def unit_loss(self, outputs: Tensor, targets: BinaryTargets) -> Tensor:
+        """−Σ w (p y ln σ(f) + (1 − y) ln σ(−f)) over examples and outputs."""
+        losses = targets.positive * F.logsigmoid(outputs) + targets.negative * F.logsigmoid(-outputs)
+        return -total(losses)
+
+    def sqrt_diagonal(self, outputs: Tensor, targets: BinaryTargets) -> Tensor:
+        """√(w (p y + 1 − y) σ(f) σ(−f))."""
+        outputs = outputs.detach()
+        root = (0.5 * (F.logsigmoid(outputs) + F.logsigmoid(-outputs))).exp()
+        return root * (targets.positive + targets.negative).sqrt()
+
+    def num_terms(self, outputs: Tensor, targets: BinaryTargets) -> float:
+        """N K, whatever the weights: PyTorch's mean does not divide by them."""
+        return outputs.numel()
+
+    def null_loss(self, outputs: Tensor, targets: BinaryTargets) -> float:
+        """Summed weights times ln 2; N K ln 2 without any."""
+        return math.log(2) * (targets.positive + targets.negative).double().sum().item()
+
+    @property
+    def note(self) -> str | None:
+        """See `Likelihood.note`."""
+        return None if self.weight is None and self.pos_weight is None else WEIGHTED
+
+    def __repr__(self) -> str:
+        given = {"weight": self.weight, "pos_weight": self.pos_weight}
+        shown = (f"{name}={value.tolist()}" for name, value in given.items() if value is not None)
+        return f"Bernoulli({', '.join(shown)})"
+
+
+def _broadcast(name: str, weights: Tensor, outputs: Tensor) -> Tensor:
+    """Weights as PyTorch broadcasts them against the outputs, then flattened as those are."""
+    try:
+        spread = weights.to(outputs).broadcast_to(outputs.shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"Expected argument `{name}` to broadcast against the outputs {shape_of(outputs)}, got "
+            f"{shape_of(weights)}. Weights of single examples are data: read them from a training_step."
+        ) from error
+    return spread.reshape(len(outputs), -1)

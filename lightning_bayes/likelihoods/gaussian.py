@@ -1,0 +1,134 @@
+"""Real targets with Gaussian noise: of one variance, or of a variance that the network predicts."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_bayes.errors import EvidenceUnavailableError
+from lightning_bayes.functional._validation import positive
+from lightning_bayes.likelihoods.base import (
+    DiagonalLikelihood,
+    check,
+    flatten_alike,
+    shape_of,
+    total,
+)
+
+__all__ = ["Gaussian", "HeteroscedasticGaussian"]
+
+
+class Gaussian(DiagonalLikelihood):
+    """Real targets with Gaussian noise, from means [N, ...]; targets of the same shape.
+
+    Args:
+        sigma: Standard deviation of the noise, in the targets' units. None: the variance is the mean
+            squared residual at the weights in question, and the result reports it. "optimize": the variance
+            that maximises the log-evidence, which pays for the parameters that the data determine.
+    """
+
+    name = "regression"
+    _torch_terms = 2.0
+
+    def __init__(self, sigma: float | Literal["optimize"] | None = None) -> None:
+        self.optimizes_dispersion = sigma == "optimize"
+        estimated = sigma is None or sigma == "optimize"
+        self.dispersion = None if estimated else positive("sigma", sigma) ** 2
+
+    def prepare(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Likelihood.prepare`: both become [N, K]."""
+        return flatten_alike(outputs, targets, self.name)
+
+    def unit_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """½ Σ (f − y)² over examples and outputs."""
+        return 0.5 * total((outputs - targets).square())
+
+    def sqrt_diagonal(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """One for each output."""
+        return torch.ones_like(outputs, requires_grad=False)
+
+    def num_terms(self, outputs: Tensor, targets: Tensor) -> float:
+        """N K."""
+        return outputs.numel()
+
+    def estimate_dispersion(self, unit_loss: float, num_terms: float) -> float:
+        """σ², the mean squared residual unless it was given."""
+        if self.dispersion is not None:
+            return self.dispersion
+        variance = 2.0 * unit_loss / num_terms
+        if variance <= 0.0:
+            raise EvidenceUnavailableError(
+                "The residuals are all zero, so the noise variance cannot be estimated from them; give it: "
+                "likelihood=Gaussian(sigma=...)."
+            )
+        return variance
+
+    def log_likelihood(self, unit_loss: float, dispersion: float, num_terms: float) -> float:
+        """−Σ (f − y)²/(2σ²) − ½ N K ln(2πσ²)."""
+        return -unit_loss / dispersion - 0.5 * num_terms * math.log(2 * math.pi * dispersion)
+
+    def __repr__(self) -> str:
+        if self.optimizes_dispersion:
+            return "Gaussian(sigma='optimize')"
+        return f"Gaussian(sigma={None if self.dispersion is None else math.sqrt(self.dispersion)!r})"
+
+
+class HeteroscedasticGaussian(DiagonalLikelihood):
+    """Real targets with Gaussian noise of a predicted variance: outputs [N, 2K], K means, then K variances.
+
+    The curvature is the Fisher information diag(1/v, 1/(2v²)) in (mean, variance): the Hessian's expectation
+    over targets that the model itself would draw. The Hessian at the targets at hand, [[1/v, −r/v²],
+    [−r/v², r²/v³ − 1/(2v²)]] with r = μ − y, has determinant −1/(2v³): one of its eigenvalues is
+    negative whatever the residual, so it has no square root. Reference for the likelihood: Nix & Weigend,
+    *Estimating the mean and variance of the target probability distribution*, ICNN 1994.
+
+    Args:
+        eps: Variances below it count as it, as in `torch.nn.functional.gaussian_nll_loss`; the gradient passes
+            through.
+    """
+
+    name = "gaussian_nll"
+
+    def __init__(self, eps: float = 1e-6) -> None:
+        self.eps = positive("eps", eps)
+
+    def prepare(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Likelihood.prepare`: targets become [N, K]; variances are at least `eps`."""
+        if outputs.dim() != 2 or outputs.shape[1] % 2 or targets.numel() * 2 != outputs.numel():
+            raise ValueError(
+                "A gaussian_nll likelihood needs outputs [N, 2K], K means and then K variances, beside targets "
+                f"[N, K], got outputs {shape_of(outputs)} and targets {shape_of(targets)}."
+            )
+        mean, variance = outputs.chunk(2, dim=1)
+        mean, targets = flatten_alike(mean, targets.reshape(len(targets), -1), self.name)
+        lowest = variance.detach().min().item()
+        check(
+            not lowest < 0.0,
+            f"Expected predicted variances to be at least 0, got {lowest:g}. If the network gives their logarithm, "
+            "let it end in exp().",
+        )
+        # The value is clamped and the gradient is not, as PyTorch has it.
+        raised = (self.eps - variance.detach()).clamp(min=0.0)
+        return torch.cat([mean, variance + raised], dim=1), targets
+
+    def unit_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """½ Σ ln v + (μ − y)²/v over examples and outputs."""
+        mean, variance = outputs.chunk(2, dim=1)
+        return 0.5 * total(variance.log() + (mean - targets).square() / variance)
+
+    def sqrt_diagonal(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """1/√v for the means, 1/(√2 v) for the variances."""
+        variance = outputs.detach().chunk(2, dim=1)[1]
+        return torch.cat([variance.rsqrt(), math.sqrt(0.5) / variance], dim=1)
+
+    def num_terms(self, outputs: Tensor, targets: Tensor) -> float:
+        """N K."""
+        return targets.numel()
+
+    def log_likelihood(self, unit_loss: float, dispersion: float, num_terms: float) -> float:
+        """−½ Σ ln(2πv) + (μ − y)²/v."""
+        return -unit_loss - 0.5 * num_terms * math.log(2 * math.pi)
+
+    def __repr__(self) -> str:
+        return f"HeteroscedasticGaussian(eps={self.eps!r})"

@@ -1,0 +1,1 @@
+"""The Hessian of the training loss: its products with vectors, largest eigenvalue and sharpness."""

@@ -1,0 +1,1 @@
+"""Numerics without a network: Cholesky factors, Lanczos, second moments, estimates from samples."""

@@ -1,0 +1,1 @@
+"""Gaussian priors of the parameters: their precisions, given or found."""

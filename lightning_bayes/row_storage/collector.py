@@ -1,0 +1,145 @@
+"""All layers of the kept rows together: V, its products with vectors, and tiles of K = V Λ⁻¹ Vᵀ."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_bayes.row_storage.format import Form, keep_block
+from lightning_bayes.row_storage.stored import KeptRows
+from lightning_bayes.rows.rows import RowBlock
+
+__all__ = ["RowKeeper", "combine_all", "cross_all", "dot_all", "example_grams", "fill_gram", "tiles_of"]
+
+
+class RowKeeper:
+    """Collects the blocks of a pass: columns of one batch side by side, then batch after batch.
+
+    Args:
+        before: A keeper of earlier batches, whose forms this one keeps to.
+    """
+
+    def __init__(self, before: "RowKeeper | None" = None) -> None:
+        self._sizes: list[int] = []  # examples of each batch
+        self._idle: list[KeptRows] = []  # of a batch whose rows are all zero
+        self._columns = 0  # of the batch that has most: those of tokens are as many as its sequences are long
+        self._chunks: dict[tuple[str, ...], dict[int, list[KeptRows]]] = {}
+        self._forms: dict[tuple[str, ...], Form] = {} if before is None else before._forms
+
+    def add(self, block: RowBlock) -> None:
+        """Take in one block.
+
+        Raises:
+            ValueError: If a parameter comes in another form than before: products with its earlier rows would
+                be missed.
+        """
+        if block.columns.start == 0:
+            self._sizes.append(block.num_examples)
+            self._columns = max(self._columns, block.num_columns)
+        layers = keep_block(block, self._forms)
+        if not any(_is_seen(layer.rows) for layer in layers):  # saturated or ignored: as if it were not there
+            self._idle = layers
+            return
+        for layer in layers:
+            if any(set(names) & set(layer.names) and names != layer.names for names in self._chunks):
+                raise ValueError(
+                    f"The network uses {sorted(layer.names)} in different layers for different batches; the exact "
+                    'evidence needs the same for all. Use structure="kron" or structure="diag".'
+                )
+            batches = self._chunks.setdefault(layer.names, {})
+            batches.setdefault(len(self._sizes) - 1, []).append(layer)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows so far."""
+        counts = (
+            sum(chunk.num_rows for chunks in batches.values() for chunk in chunks)
+            for batches in self._chunks.values()
+        )
+        return max(counts, default=0)
+
+    def layers(self) -> list[KeptRows]:
+        """One entry a layer, over all examples, with the columns of the batch that has most.
+
+        A batch that did not use the layer, or has fewer columns, has rows of zeros there.
+
+        Raises:
+            ValueError: If nothing was kept.
+        """
+        if not self._chunks and self._idle:
+            return [layer.blank(sum(self._sizes)) for layer in self._idle]
+        if not self._chunks:
+            raise ValueError("No parameter that carries a prior has an influence on the network's outputs.")
+        whole = []
+        for batches in self._chunks.values():
+            found = {index: _merged(chunks, 0).widen(self._columns) for index, chunks in batches.items()}
+            batches.clear()  # each layer's pieces go before the next layer is put together
+            like = next(iter(found.values()))
+            every = [
+                found[index] if index in found else like.blank(size) for index, size in enumerate(self._sizes)
+            ]
+            whole.append(_merged(every, 1))
+            batches[0] = [whole[-1]]
+        self._sizes = [sum(self._sizes)]
+        return whole
+
+
+def _is_seen(rows: Tensor) -> bool:
+    """Whether some entry is not zero; one example's tell, as a rule, without a look at all of them."""
+    return bool(rows[:, :1].any()) or bool(rows.any())
+
+
+def _merged(pieces: Sequence[KeptRows], dim: int) -> KeptRows:
+    return pieces[0] if len(pieces) == 1 else pieces[0].merge(pieces[1:], dim)
+
+
+def tiles_of(num_examples: int, columns: int, tile_rows: int) -> list[slice]:
+    """Ranges of examples whose rows make tiles of about `tile_rows`."""
+    step = max(1, tile_rows // columns)
+    return [slice(start, min(start + step, num_examples)) for start in range(0, num_examples, step)]
+
+
+def fill_gram(
+    buffer: Tensor, layers: Sequence[KeptRows], tiles: Sequence[slice], precision: Mapping[str, float]
+) -> None:
+    """Write the upper triangle of K = V Λ⁻¹ Vᵀ into `buffer` [rows, rows], tile by tile.
+
+    The rows of a tile stand column by column, each over the tile's examples, so that the factor of a
+    linear layer broadcasts over contiguous memory. The order of rows is immaterial to every answer.
+    """
+    columns = len(layers[0].rows)
+    ranges = [slice(tile.start * columns, tile.stop * columns) for tile in tiles]
+    first = True
+    for layer in layers:
+        for part in layer.parts(layer.num_rows):
+            pieces = [part.examples(tile) for tile in tiles]
+            for i, left in enumerate(pieces):
+                for j in range(i, len(pieces)):
+                    target = buffer[ranges[i], ranges[j]]
+                    share = left.cross(pieces[j], precision)
+                    target.copy_(share) if first else target.add_(share)
+            first = False
+
+
+def cross_all(left: Sequence[KeptRows], right: Sequence[KeptRows], precision: Mapping[str, float]) -> Tensor:
+    """K between two sets of rows, [C·N, C'·N']."""
+    total = left[0].cross(right[0], precision)
+    for one, other in zip(left[1:], right[1:], strict=True):
+        total += one.cross(other, precision)
+    return total
+
+
+def example_grams(layers: Sequence[KeptRows], precision: Mapping[str, float]) -> Tensor:
+    """K between the rows of each single example, [N, C, C]."""
+    return torch.stack([layer.example_grams(precision) for layer in layers]).sum(0)
+
+
+def dot_all(layers: Sequence[KeptRows], vectors: Mapping[str, Tensor]) -> Tensor:
+    """V times a vector, as [C, N]."""
+    return torch.stack([layer.dot(vectors) for layer in layers]).sum(0)
+
+
+def combine_all(layers: Sequence[KeptRows], coefficients: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Vᵀ times coefficients [C, N], parameter by parameter."""
+    for layer in layers:
+        yield from layer.combine(coefficients).items()

@@ -1,0 +1,1 @@
+"""Certified bounds from the rows that matter most."""

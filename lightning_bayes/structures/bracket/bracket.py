@@ -1,0 +1,173 @@
+"""A certified bracket about the exact evidence, from the rows that matter.
+
+Each example's rows are turned so that they are orthogonal to one another: row i then stands for the eigenvalue
+K_ii of its example's block of K, and most examples that the network is sure of have one or two rows that count.
+With S the largest rows, for K positive semi-definite,
+
+    ln det(I + K_SS) ≤ ln det(I + K) ≤ ln det(I + K_SS) + Σ_{i∉S} ln(1 + R_ii)
+
+where R + I is the Schur complement of I + K_LL for some L within S (left: it is at least I; right: Fischer and
+Hadamard). The right-hand sum is known before all of K_SS is computed, so S is as small as keeps the bracket within
+the tolerance with L in it, and what it costs is known as well. On trained networks this beats low-rank factors of K
+at equal cost, because their spectra decay slowly: on the 784-800-10 net of the paper (N = 1000) 30 · 10⁹ operations
+leave 20 nats in the log-determinant, a greedily pivoted partial Cholesky factor 135 after 48 · 10⁹.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_bayes.numerics.cholesky import SMALL_ROUNDING, rounding_of_log_det
+from lightning_bayes.row_storage.collector import cross_all, example_grams
+from lightning_bayes.row_storage.newton_decrement import quadratic_form, woodbury
+from lightning_bayes.row_storage.per_example_basis import principal_rows, smallest_set
+from lightning_bayes.row_storage.stored import KeptRows
+from lightning_bayes.rows.rows import RowBlock
+from lightning_bayes.structures.base import CurvatureSummary, Problem
+from lightning_bayes.structures.bracket.factor import SplitFactor, factor_of
+from lightning_bayes.structures.bracket.selection import Selection, operations, select
+from lightning_bayes.structures.dual import SMALL, DualCurvature, inverse_on
+
+__all__ = ["BracketCurvature"]
+
+NUM_PROBES = 64
+"""Random vectors of the trace over S."""
+EXACT_TRACE_LIMIT = 1024
+"""Size of S up to which that trace is exact."""
+NUM_SAMPLES = 32
+"""Rows outside S that the point estimate looks at."""
+ROUNDING_SHARE = 0.05
+"""Of the bracket that the allowance may take before everything is done in float64."""
+WORTHWHILE = 0.8
+"""Share of the exact operations from which on the exact answer is given instead..."""
+IN_FLOAT64 = 2.0
+"""... where those of a bracket for which float32 is not good enough take so many times as long."""
+DECREMENT_TOLERANCE = 5e-3
+"""Relative rise of the Newton decrement at which its refinement ends: about so much is missing at most."""
+
+
+class BracketCurvature(DualCurvature):
+    """ln det(I + K) to within twice `Problem.tolerance`, since the evidence has half of it."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self._exact_at: set[tuple[float, ...]] = set()
+
+    def update(self, block: RowBlock) -> None:
+        """See `Curvature.update`."""
+        super().update(block)
+        self._exact_at.clear()
+
+    def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
+        """See `Curvature.at`.
+
+        `log_det` adds to the lower bound an estimate of what the other rows add, Σ ln(1 + R_ii) with R the Schur
+        complement of all of S, from a random sample of them; its standard error is reported, and the bounds do
+        not depend on it. γ likewise. gᵀ(G + Λ)⁻¹g is that of all rows, with K_SS as the preconditioner.
+        """
+        found = self._select(precision)
+        if found is None:
+            return super().at(precision, gradient)
+        found, factor = factor_of(found, precision, self._accurate)
+        rows = found.rows
+        # Of the type of the rows, which the residuals are of as well, also where the factor is of a better one.
+        log_det, slack = factor.log_det, _allowance(rows.eigenvalues, rows.layers[0].rows.dtype)
+        above = found.residual.log1p().sum().item()
+        lower, upper = max(log_det - slack, 0.0), log_det + above + slack
+        gamma, gamma_error = factor.trace_of_shrinkage(NUM_PROBES, EXACT_TRACE_LIMIT)
+        added, added_gamma = _sampled_rest(found, factor, precision)
+        precondition = woodbury(rows.layers, inverse_on(found.chosen, factor.solve), precision)
+        return CurvatureSummary(
+            log_det=min(max(log_det + added.mean().item(), lower), upper),
+            bounds=(lower, upper),
+            effective_parameters=gamma + added_gamma.mean().item(),
+            quadratic=quadratic_form(rows.layers, precondition, precision, gradient, DECREMENT_TOLERANCE),
+            log_det_stderr=_standard_error(added),
+            effective_parameters_stderr=(gamma_error**2 + _standard_error(added_gamma) ** 2) ** 0.5,
+        )
+
+    def of_kept_rows(self, precision: Mapping[str, float]) -> DualCurvature:
+        """The exact structure of S at a prior, or of all rows where that costs hardly more.
+
+        Its log-determinant lies below by no more than twice the tolerance, at this prior and at any that is not
+        smaller for some tensor: the difference falls with each λ, since γ of a tensor falls when rows are left out.
+        """
+        found = self._select(precision)
+        if found is None:
+            return _OfRows(self.problem, self._layers(precision))
+        kept = replace(self.problem, num_examples=len(found.chosen), rank=1)
+        return _OfRows(kept, found.rows.pick(found.chosen))
+
+    def _select(self, precision: Mapping[str, float]) -> Selection | None:
+        """S for a prior, None where the exact answer costs hardly more."""
+        key = tuple(precision.values())
+        found = None if key in self._exact_at else self._worthwhile(precision)
+        if found is None:
+            self._exact_at.add(key)
+        return found
+
+    def _worthwhile(self, precision: Mapping[str, float]) -> Selection | None:
+        """S, None where what it takes is not well below what the exact answer takes."""
+        layers, product = self._layers(precision), self.problem.gram_width
+        grams = example_grams(layers, precision)
+        width, slowness = 2.0 * (self.problem.tolerance or 0.0), 1.0
+        diagonal = grams.diagonal(dim1=1, dim2=2)
+        most = WORTHWHILE * operations(diagonal.numel(), product)
+        allowance = _allowance(diagonal, layers[0].rows.dtype)
+        if allowance > ROUNDING_SHARE * width:
+            # A small exact problem that rounds too much is done in float64 as well.
+            if diagonal.numel() > SMALL or allowance <= SMALL_ROUNDING:
+                slowness = IN_FLOAT64
+            roughly = torch.linalg.eigvalsh(grams.to(self._accurate)).clamp_(min=0.0).flatten()
+            if slowness * operations(len(smallest_set(roughly, width)), product) > most:
+                return None
+            layers = [layer.to(self._accurate) for layer in layers]
+            # Again: those of float32 hold small eigenvalues to the rounding of the largest.
+            grams = example_grams(layers, precision)
+            allowance = _allowance(diagonal, self._accurate)
+        width -= 2.0 * allowance
+        found = select(principal_rows(layers, grams.to(self._accurate)), width, precision, product)
+        return None if slowness * operations(len(found.chosen), product) > most else found
+
+
+class _OfRows(DualCurvature):
+    """K of rows that are there already."""
+
+    def __init__(self, problem: Problem, layers: list[KeptRows]) -> None:
+        super().__init__(problem)
+        self._rows = layers
+
+    def _layers(self, precision: Mapping[str, float]) -> list[KeptRows]:
+        return self._rows
+
+
+def _allowance(diagonal: Tensor, dtype: torch.dtype) -> float:
+    return rounding_of_log_det(diagonal.numel() + diagonal.sum().item(), dtype)
+
+
+def _sampled_rest(
+    found: Selection, factor: SplitFactor, precision: Mapping[str, float]
+) -> tuple[Tensor, Tensor]:
+    """Samples whose means estimate Σ_{i∉S} ln(1 + R_ii), and what those rows add to γ.
+
+    With k = K_Si and A = I + K_SS: R_ii = K_ii − kᵀA⁻¹k. γ is the derivative of ln det(I + tK) at t = 1, so
+    row i adds (R_ii − kᵀA⁻²k)/(1 + R_ii) to it.
+    """
+    weights = found.residual.log1p()
+    if not weights.sum() > 0.0:
+        return weights.new_zeros(1), weights.new_zeros(1)
+    generator = torch.Generator(device=weights.device).manual_seed(0)
+    drawn = torch.multinomial(weights, NUM_SAMPLES, replacement=True, generator=generator)
+    cross = cross_all(found.rows.pick(found.chosen), found.rows.pick(drawn), precision)
+    half = factor.whiten(cross.to(factor.tail))
+    whole = factor.unwhiten(half)
+    schur = (found.rows.eigenvalues[drawn] - half.square().sum(0)).clamp(min=0.0)
+    growth = ((schur - whole.square().sum(0)) / (1.0 + schur)).clamp(min=0.0)
+    scale = weights.sum() / weights[drawn]
+    return scale * schur.log1p(), scale * growth
+
+
+def _standard_error(samples: Tensor) -> float:
+    return 0.0 if len(samples) < 2 else (samples.std() / len(samples) ** 0.5).item()

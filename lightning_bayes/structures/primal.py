@@ -1,0 +1,204 @@
+"""G = VᵀV [p, p] itself: the exact structure where parameters are fewer than rows."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_bayes.numerics.cholesky import (
+    SMALL_ROUNDING,
+    bounds_of,
+    cholesky_in_place,
+    diagonal_of_inverse,
+    eigenvalues_of,
+    log_det_of,
+    rounding_of_log_det,
+    solve,
+    spoilt,
+)
+from lightning_bayes.numerics.devices import accumulation_dtype
+from lightning_bayes.numerics.second_moment import add_products
+from lightning_bayes.row_storage.newton_decrement import quadratic_form
+from lightning_bayes.row_storage.stored import KeptDense
+from lightning_bayes.rows.rows import RowBlock
+from lightning_bayes.structures.base import CurvatureSummary, Problem, SpectralCurvature
+
+__all__ = ["KEPT_ROWS", "PrimalCurvature"]
+
+KEPT_ROWS = 6
+"""Rows that are kept as they are, in units of p; more become a sum in float64, which takes twice as long."""
+QUICK_TOLERANCE = 1e-5
+"""About what may be missing of the Newton decrement, relatively, where the factor is of the model's own type."""
+
+
+class PrimalCurvature(SpectralCurvature):
+    """G [p, p] from the rows, while they are few, or by accumulation over the batches, in float64.
+
+    From rows that are there, the model's own type is tried first and float64 is left for where it does not do.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self._rows = _RowBuffer(problem)
+        self._quick: Tensor | None = None  # on and above the diagonal, from `_rows`
+        self._matrix: Tensor | None = None  # the same in float64, from all rows that are not kept
+
+    def update(self, block: RowBlock) -> None:
+        """See `Curvature.update`."""
+        found: dict[str, Tensor] = {}
+        for layer in block.layers:
+            found |= layer.dense()
+        if not found:
+            return
+        self._rows.add(found)
+        self._quick = None
+        if self._matrix is not None or len(self._rows) > KEPT_ROWS * self.problem.num_parameters:
+            self._accurate()
+
+    def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
+        """See `Curvature.at`."""
+        factor = self._factor(precision)
+        log_det, traces = log_det_of(factor), self._traces(factor)
+        quadratic = self._quadratic(factor, precision, gradient)
+        # The squared norm of L is the trace of L Lᵀ.
+        rounding = rounding_of_log_det(factor.tril().square().sum().item(), factor.dtype)
+        return CurvatureSummary(log_det, bounds_of(log_det, rounding), sum(traces.values()), quadratic)
+
+    def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
+        """See `Curvature.log_det_and_gamma`."""
+        log_det, traces = self.log_det_and_traces(precision)
+        return log_det, sum(traces.values())
+
+    def spectrum(self, precision: Mapping[str, float]) -> Tensor:
+        """See `Curvature.spectrum`: all p of them."""
+        return eigenvalues_of(self._whitened(self._accurate(), precision))
+
+    def quick_spectrum(self, precision: Mapping[str, float]) -> Tensor | None:
+        """The same from G in the type of the rows, where these are kept; to the rounding of the largest one."""
+        if not len(self._rows):
+            return None
+        return eigenvalues_of(self._whitened(self._quick_matrix(), precision))
+
+    def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+        """See `Curvature.log_det_and_traces`."""
+        factor = self._factor(precision)
+        return log_det_of(factor), self._traces(factor)
+
+    def _accurate(self) -> Tensor:
+        """G in float64, on and above the diagonal."""
+        if self._matrix is None:
+            p, device = self.problem.num_parameters, self.problem.device
+            self._matrix = torch.zeros(p, p, dtype=accumulation_dtype(device), device=device)
+        if len(self._rows):  # in parts: a copy of all in float64 would be twice as large as they are
+            for some in self._rows.taken().split(max(1, self.problem.num_parameters)):
+                add_products(self._matrix, some.to(self._matrix))
+        return self._matrix
+
+    def _quick_matrix(self) -> Tensor:
+        """G from the rows that are kept, in their type, on and above the diagonal."""
+        rows = self._rows.whole()
+        if self._quick is None:
+            self._quick = rows.new_zeros(rows.shape[1], rows.shape[1])
+            add_products(self._quick, rows)
+        return self._quick
+
+    def _factor(self, precision: Mapping[str, float]) -> Tensor:
+        """Of I + Λ⁻¹ᐟ² G Λ⁻¹ᐟ²."""
+        if len(self._rows):
+            factor = cholesky_in_place(self._whitened(self._quick_matrix(), precision), SMALL_ROUNDING)
+            if factor is not None:
+                return factor
+        factor = cholesky_in_place(self._whitened(self._accurate(), precision))
+        if factor is None:
+            raise spoilt()
+        return factor
+
+    def _quadratic(
+        self, factor: Tensor, precision: Mapping[str, float], gradient: Mapping[str, Tensor]
+    ) -> float:
+        scale, sizes = self._scale(precision, factor.dtype), [s.numel() for s in self.problem.shapes.values()]
+
+        def precondition(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            whole = torch.cat([vector[name].flatten() for name in self.problem.shapes]).to(scale) * scale
+            solved = solve(factor, whole.unsqueeze(1)).squeeze(1) * scale
+            parts = zip(self.problem.shapes.items(), solved.split(sizes), strict=True)
+            return {name: part.reshape(shape) for (name, shape), part in parts}
+
+        if factor.dtype == accumulation_dtype(self.problem.device):
+            step = precondition(gradient)
+            return sum((gradient[name].to(scale) * part).sum().item() for name, part in step.items())
+        # In the type of the rows: a factor that is believed in it leaves little to refine.
+        rows = self._rows.whole().split(sizes, dim=1)
+        layers = [
+            KeptDense(part.unsqueeze(0), name, shape)
+            for (name, shape), part in zip(self.problem.shapes.items(), rows, strict=True)
+        ]
+        return quadratic_form(layers, precondition, precision, gradient, QUICK_TOLERANCE)
+
+    def _scale(self, precision: Mapping[str, float], dtype: torch.dtype) -> Tensor:
+        """Λ⁻¹ᐟ² [p]."""
+        parts = [
+            torch.full((shape.numel(),), precision[name] ** -0.5, dtype=dtype, device=self.problem.device)
+            for name, shape in self.problem.shapes.items()
+        ]
+        return torch.cat(parts)
+
+    def _whitened(self, matrix: Tensor, precision: Mapping[str, float]) -> Tensor:
+        scale = self._scale(precision, matrix.dtype)
+        return (scale.unsqueeze(1) * matrix).mul_(scale)
+
+    def _traces(self, factor: Tensor) -> dict[str, float]:
+        shapes = self.problem.shapes
+        inverse = diagonal_of_inverse(factor).split([shape.numel() for shape in shapes.values()])
+        return {name: (1.0 - part).sum().item() for name, part in zip(shapes, inverse, strict=True)}
+
+
+class _RowBuffer:
+    """Rows [m, p] one below the other, in memory for as many as are expected.
+
+    Put together from batches they would be copied twice, which takes as long as forming them.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._shapes = problem.shapes
+        self._expected = min(problem.num_rows, KEPT_ROWS * problem.num_parameters)
+        self._memory: Tensor | None = None
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, rows: Mapping[str, Tensor]) -> None:
+        """Add the rows [C, N, p] of one block; parameters that are left out have rows of zeros."""
+        like = next(iter(rows.values()))
+        columns, examples = like.shape[:2]
+        memory = self._of(self._count + columns * examples, like)[self._count :]
+        place = memory[: columns * examples].view(columns, examples, -1)
+        parts = place.split([shape.numel() for shape in self._shapes.values()], dim=2)
+        for name, part in zip(self._shapes, parts, strict=True):
+            if name in rows:
+                part.copy_(rows[name])
+            else:
+                part.zero_()
+        self._count += columns * examples
+
+    def whole(self) -> Tensor:
+        """All rows."""
+        if self._memory is None:
+            raise ValueError("No rows have been added.")
+        return self._memory[: self._count]
+
+    def taken(self) -> Tensor:
+        """All rows, which are then no longer here."""
+        rows = self.whole()
+        self._memory, self._count, self._expected = None, 0, 0
+        return rows
+
+    def _of(self, size: int, like: Tensor) -> Tensor:
+        if self._memory is None or len(self._memory) < size:
+            size = max(size, 2 * self._count, self._expected)
+            memory = like.new_empty(size, sum(shape.numel() for shape in self._shapes.values()))
+            if self._memory is not None:
+                memory[: self._count] = self.whole()
+            self._memory = memory
+        return self._memory
