@@ -7,22 +7,20 @@ training loss something else than a negative log-likelihood, and that is an erro
 """
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from lightning_bayes.capture.loss_calls import OF_NO_LIKELIHOOD, LossCall, LossCalls, call_of
 from lightning_bayes.capture.pytorch_losses import READERS, WAY_OUT, Reading, Rows
 from lightning_bayes.likelihoods import Categorical, Likelihood
 
-__all__ = ["KNOWN", "WAY_OUT", "CapturedLoss", "Reduction", "capture_loss", "loss_of"]
+__all__ = ["WAY_OUT", "CapturedLoss", "Reduction", "capture_loss", "loss_of"]
 
 Reduction = Literal["mean", "sum"]
 
@@ -36,39 +34,6 @@ RELATIVE_TOLERANCE = {
 """Between the loss returned and the likelihood's own value, by the type of the outputs.
 
 A small regulariser must not pass: once the loss has fallen it is no longer small."""
-
-KNOWN = (
-    *READERS,
-    F.cosine_embedding_loss,
-    F.ctc_loss,
-    F.hinge_embedding_loss,
-    F.huber_loss,
-    F.kl_div,
-    F.l1_loss,
-    F.margin_ranking_loss,
-    F.multi_margin_loss,
-    F.multilabel_margin_loss,
-    F.multilabel_soft_margin_loss,
-    F.poisson_nll_loss,
-    F.smooth_l1_loss,
-    F.soft_margin_loss,
-    F.triplet_margin_loss,
-)
-
-SIGMOIDS = (torch.sigmoid, Tensor.sigmoid, torch.special.expit)
-OF_NO_LIKELIHOOD = (
-    F.cosine_embedding_loss,
-    F.hinge_embedding_loss,
-    F.margin_ranking_loss,
-    F.multi_margin_loss,
-    F.multilabel_margin_loss,
-    F.triplet_margin_loss,
-)
-"""Losses of `KNOWN` that no density stands behind."""
-NO_LIKELIHOOD = (
-    "A loss that is no likelihood of targets, one factor an example (Dice, contrastive, ranking), has no evidence: "
-    "then leave LaplaceEvidence out of this run. Otherwise:"
-)
 
 
 @dataclass(frozen=True)
@@ -97,60 +62,6 @@ class CapturedLoss:
         return scale / num_terms if num_terms else math.nan
 
 
-@dataclass(frozen=True)
-class _Call:
-    function: Callable[..., Any]
-    arguments: dict[str, Any]
-    result: Tensor
-
-    @property
-    def name(self) -> str:
-        return f"F.{self.function.__name__}"
-
-
-class _LossCalls(TorchFunctionMode):
-    """Notes every call of a loss in `KNOWN`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[_Call] = []
-        self._sigmoids: dict[Any, tuple[Tensor, Tensor]] = {}
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func in SIGMOIDS and result.grad_fn is not None:
-            self._sigmoids[result.grad_fn] = (args[0] if args else kwargs["input"], result)
-        if func in KNOWN and isinstance(result, Tensor) and result.grad_fn is not None:
-            bound = _signature(func).bind(*args, **kwargs)
-            bound.apply_defaults()
-            if func is F.binary_cross_entropy:
-                bound.arguments["logits"] = self._logits_of(bound.arguments["input"])
-            self.calls.append(_Call(func, bound.arguments, result))
-        return result
-
-    def _logits_of(self, probabilities: Tensor) -> Tensor | None:
-        """Logits in the shape of their sigmoid, None if something else was made of it."""
-        # Whatever lies between (a view, a clone, a cast) shows in the values, which are compared below.
-        node = probabilities.grad_fn
-        while node is not None and node not in self._sigmoids:
-            parents = [parent for parent, _ in node.next_functions if parent is not None]
-            node = parents[0] if len(parents) == 1 else None
-        logits, result = self._sigmoids.get(node, (None, None))
-        if logits is None or result is None or result.numel() != probabilities.numel():
-            return None
-        again = logits.detach().sigmoid().reshape(probabilities.shape).to(probabilities.dtype)
-        same = torch.equal(again, probabilities.detach())
-        return logits.reshape(probabilities.shape) if same else None
-
-
-@cache
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(function)
-
-
 def capture_loss(
     step: Callable[[], object],
     likelihood: Likelihood | None = None,
@@ -169,9 +80,9 @@ def capture_loss(
         ValueError: If there is no loss that can be read, more than one, or the value returned is not
             the loss that was found.
     """
-    with _LossCalls() as recorder:
+    with LossCalls() as recorder:
         loss = loss_of(step())
-    call = _the_call(recorder.calls, loss)
+    call = call_of(recorder.calls, loss)
     reading = _reading_of(call, rows_of)
     found = reading.likelihood
     outputs, targets = found.prepare(reading.outputs, reading.targets)
@@ -201,43 +112,7 @@ def loss_of(returned: object) -> Tensor:
     return loss
 
 
-def _the_call(calls: list[_Call], loss: Tensor) -> _Call:
-    """The one noted call that the loss depends on."""
-    reachable = _calls_in_graph(loss, calls)
-    if len(reachable) == 1:
-        return reachable[0]
-    names = [call.name for call in reachable]
-    if reachable:
-        raise ValueError(
-            f"The loss of training_step is made of {len(names)} losses ({', '.join(names)}), so it is not the "
-            f"negative log-likelihood of one output. {WAY_OUT}"
-        )
-    unused = sorted({call.name for call in calls})
-    remark = f" {', '.join(unused)} was called, but the loss does not depend on it." if unused else ""
-    listed = ", ".join(f"F.{function.__name__}" for function in READERS)
-    raise ValueError(
-        f"No loss that can be read was found in training_step.{remark} Losses that can be read, as functions or "
-        f"modules: {listed}. Losses written out by hand leave nothing to read. {NO_LIKELIHOOD} {WAY_OUT}"
-    )
-
-
-def _calls_in_graph(loss: Tensor, calls: list[_Call]) -> list[_Call]:
-    by_node = {call.result.grad_fn: call for call in calls}
-    found, visited, pending = [], set(), [loss.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        if node in by_node:
-            # What lies behind a loss is the network: no need to walk it.
-            found.append(by_node[node])
-        else:
-            pending.extend(parent for parent, _ in node.next_functions)
-    return found
-
-
-def _reading_of(call: _Call, rows_of: Callable[[Tensor], Rows] | None) -> Reading:
+def _reading_of(call: LossCall, rows_of: Callable[[Tensor], Rows] | None) -> Reading:
     if call.function in OF_NO_LIKELIHOOD:
         raise ValueError(
             f"training_step uses {call.name}, which is not the negative log-likelihood of anything: there is no "
@@ -258,7 +133,7 @@ def _one_row_each(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _overridden(call: _Call, reading: Reading, given: Likelihood) -> Likelihood:
+def _overridden(call: LossCall, reading: Reading, given: Likelihood) -> Likelihood:
     """The likelihood that was given, for outputs in the layout of the call."""
     found = reading.likelihood
     if given.name != found.name:
@@ -273,7 +148,7 @@ def _overridden(call: _Call, reading: Reading, given: Likelihood) -> Likelihood:
 
 
 def _reduction(
-    call: _Call, reading: Reading, outputs: Tensor, num_terms: float, unit_loss: float, value: float
+    call: LossCall, reading: Reading, outputs: Tensor, num_terms: float, unit_loss: float, value: float
 ) -> Reduction:
     """Which reduction of the likelihood's terms the returned value is; refuse if it is none."""
     total = unit_loss * reading.likelihood.loss_scale("sum", num_terms / len(outputs), 1, 1.0)

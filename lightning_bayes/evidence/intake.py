@@ -16,7 +16,8 @@ from lightning_bayes.row_storage.format import kept_widths
 from lightning_bayes.rows.reader import BatchRows, RowReader
 from lightning_bayes.rows.rows import RowBlock
 from lightning_bayes.structures.base import Curvature, Problem
-from lightning_bayes.structures.hessian import BatchHessian, HessianCurvature, HessianReader
+from lightning_bayes.structures.hessian import HessianCurvature
+from lightning_bayes.structures.hessian_reader import BatchHessian, HessianReader
 from lightning_bayes.structures.registry import STRUCTURES, choose_structure
 
 __all__ = ["Intake", "intake_of"]

@@ -22,7 +22,8 @@ from lightning_bayes.rows.backward import Batch
 from lightning_bayes.rows.per_example import plain_kernels
 from lightning_bayes.rows.reader import RowReader
 from lightning_bayes.rows.routes import Plan
-from lightning_bayes.rows.rows import CHUNK, DenseRows, LayerUse, OuterRows, Rows
+from lightning_bayes.rows.rows import DenseRows, OuterRows, Rows
+from lightning_bayes.rows.uses import CHUNK, LayerUse
 
 __all__ = ["ExampleGradientReader", "GradientSums"]
 

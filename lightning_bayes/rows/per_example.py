@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_bayes.capture.example_layout import Layout, mapped, tensors_of
 from lightning_bayes.rows.backward import BATCHED_BYTES, one_column, quiet_loops
-from lightning_bayes.rows.rows import CHUNK, Use
+from lightning_bayes.rows.uses import CHUNK, Use
 
 __all__ = ["GraphUse", "ModuleUse", "plain_kernels"]
 

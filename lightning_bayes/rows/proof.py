@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lightning_bayes.rows.backward import Batch, gradients, one_column
 from lightning_bayes.rows.routes import GRAPH, Plan
-from lightning_bayes.rows.rows import DenseRows, OuterRows, Rows, Use
+from lightning_bayes.rows.rows import DenseRows, OuterRows, Rows
+from lightning_bayes.rows.uses import Use
 
 __all__ = ["Proof", "proof_of", "wrong_parameters"]
 

@@ -13,7 +13,8 @@ from lightning_bayes.rows.backward import Batch, counts, find_layouts
 from lightning_bayes.rows.layers import derivatives_of
 from lightning_bayes.rows.per_example import GraphUse, ModuleUse
 from lightning_bayes.rows.replay import Replays
-from lightning_bayes.rows.rows import DenseRows, LayerUse, OuterRows, Rows, Use
+from lightning_bayes.rows.rows import DenseRows, OuterRows, Rows
+from lightning_bayes.rows.uses import LayerUse, Use
 
 __all__ = ["GRAPH", "LAYER", "Plan", "PlanMismatch", "local_name"]
 

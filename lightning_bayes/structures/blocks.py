@@ -31,7 +31,7 @@ from lightning_bayes.rows.rows import RowBlock
 from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
 from lightning_bayes.structures.blocks_budget import capacity_of, num_landmarks, pool_rows
 from lightning_bayes.structures.diagonal import DiagonalCurvature
-from lightning_bayes.structures.dual import SMALL, System, factorise, trace_of_shrinkage
+from lightning_bayes.structures.dual_system import SMALL, System, factorise, trace_of_shrinkage
 
 __all__ = ["BlockCurvature", "KeptPart", "cross_of_shared"]
 

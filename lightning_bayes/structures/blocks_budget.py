@@ -1,7 +1,7 @@
 """What the bounds of `blocks` may take, and how many rows that lets them keep."""
 
 from lightning_bayes.structures.base import Problem
-from lightning_bayes.structures.dual import SMALL
+from lightning_bayes.structures.dual_system import SMALL
 
 __all__ = ["blocks_cost", "capacity_of", "num_landmarks", "pool_rows"]
 

@@ -26,7 +26,7 @@ from lightning_bayes.rows.rows import RowBlock
 from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
 from lightning_bayes.structures.blocks import BlockCurvature, KeptPart, cross_of_shared
 from lightning_bayes.structures.blocks_budget import capacity_of
-from lightning_bayes.structures.dual import SMALL, trace_of_shrinkage
+from lightning_bayes.structures.dual_system import SMALL, trace_of_shrinkage
 
 __all__ = ["SampledBlockCurvature", "block_curvature"]
 

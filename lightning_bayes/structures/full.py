@@ -8,7 +8,8 @@ import torch
 
 from lightning_bayes.structures.base import Curvature, Problem
 from lightning_bayes.structures.bracket.bracket import BracketCurvature
-from lightning_bayes.structures.dual import SMALL, DualCurvature
+from lightning_bayes.structures.dual import DualCurvature
+from lightning_bayes.structures.dual_system import SMALL
 from lightning_bayes.structures.primal import KEPT_ROWS, PrimalCurvature
 
 __all__ = ["full_cost", "full_curvature"]

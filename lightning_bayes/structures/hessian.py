@@ -4,175 +4,26 @@ Unlike the generalized Gauss-Newton matrix it may have negative eigenvalues. Whe
 no minimum of the cost, the Gaussian integral diverges, and the Laplace evidence does not exist.
 """
 
-import logging
 import math
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
-from lightning_bayes.capture.double_backward import check_differentiable, gradient_to_differentiate
-from lightning_bayes.errors import EvidenceUnavailableError, check_finite
-from lightning_bayes.likelihoods import Likelihood
+from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.numerics.devices import accumulation_dtype
-from lightning_bayes.rows.reader import forward_of
-from lightning_bayes.rows.regrouping import check_apart
 from lightning_bayes.structures.base import CurvatureSummary
-from lightning_bayes.structures.float64 import InFloat64
+from lightning_bayes.structures.hessian_reader import BatchHessian
 
-__all__ = ["BatchHessian", "HessianCurvature", "HessianReader"]
+__all__ = ["HessianCurvature"]
 
-MAX_MEMORY = 2e9
-"""Bytes that the matrix, scaled, and its eigenvectors may take: 7,905 parameters."""
 EXACT = 0.01
 """Nats that rounding may put into a log-determinant that is still called exact."""
-ROWS_AT_ONCE = 64
-"""Rows of the Hessian that one batched backward pass gives."""
 
 WAYS_OUT = (
     'curvature="ggn" is positive semi-definite everywhere; curvature="hessian_positive" leaves the negative '
     "eigenvalues out, which is a heuristic; more training or a larger prior precision may make a minimum of it."
 )
-
-
-@dataclass(frozen=True)
-class BatchHessian:
-    """Everything that one batch says about the evidence; sums over its examples."""
-
-    num_examples: int
-    num_terms: float
-    unit_loss: float
-    null_loss: float | None
-    gradient: dict[str, Tensor]
-    matrix: Tensor  # [p, p], of `unit_loss`
-    rounding: float
-    """Relative, of the type that it was computed in."""
-
-
-class HessianReader:
-    """Forms the Hessian of the unit loss in some parameters of a network, one batch at a time.
-
-    In float64, whatever the network's type: eigenvalues may be negative, so what float32 makes of small ones is not
-    told from what they are. A network that does not run in float64 is read as it is, with a warning.
-
-    Args:
-        network: A throw-away copy in eval mode; it becomes float64.
-        parameters: Names, as in `network.named_parameters()`, of the parameters that carry a prior.
-
-    Raises:
-        ValueError: If the matrix would not fit into `MAX_MEMORY`.
-    """
-
-    def __init__(self, network: nn.Module, parameters: Collection[str]) -> None:
-        self._network = network
-        named = dict(network.named_parameters())
-        self.parameters: dict[str, nn.Parameter] = {name: named[name] for name in parameters}
-        self._one_by_one = False
-        dtypes = {parameter.dtype for parameter in network.parameters() if parameter.is_floating_point()}
-        on = next(network.parameters()).device
-        self._widened = dtypes != {torch.float64} and accumulation_dtype(on) == torch.float64
-        size = sum(parameter.numel() for parameter in self.parameters.values())
-        if 4.0 * 8 * size**2 > MAX_MEMORY:
-            raise ValueError(
-                f"The Hessian of {size:,} parameters takes {4.0 * 8 * size**2 / 1e9:.3g} GB beside as many backward "
-                f"passes as parameters; up to {int(math.sqrt(MAX_MEMORY / 32)):,} are accepted. Use "
-                'curvature="ggn", or subset_of_weights= for a part of the network.'
-            )
-        if self._widened:
-            network.double()
-
-    def read(self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood) -> BatchHessian:
-        """Run one batch through the network and differentiate its unit loss twice.
-
-        Raises:
-            EvidenceUnavailableError: If the outputs, targets or gradients are not finite.
-            ValueError: If outputs and targets do not fit the likelihood, or the second derivative is wrong
-                or missing.
-        """
-        if self._widened:
-            try:
-                return self._read(forward, likelihood)
-            except (RuntimeError, TypeError, ValueError) as error:
-                # What float64 is not to blame for fails again.
-                self._widened, self._one_by_one = False, False
-                self._network.float()
-                batch = self._read(forward, likelihood)
-                warnings.warn(
-                    "The Hessian is formed in float32, whose rounding the bounds hold: the network "
-                    f"does not run in float64 ({type(error).__name__}: {error}). Give a model that runs after "
-                    'model.double(), or use curvature="ggn".',
-                    stacklevel=2,
-                )
-                return batch
-        return self._read(forward, likelihood)
-
-    def _read(self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood) -> BatchHessian:
-        parameters = list(self.parameters.values())
-        with torch.enable_grad(), _twice_differentiable():
-            with InFloat64() if self._widened else nullcontext():
-                outputs, targets, unit_loss = forward_of(forward, likelihood)
-            gradient = gradient_to_differentiate(unit_loss, parameters)
-            check_differentiable(gradient, 'curvature="ggn" does without.')
-            for name, part in zip(self.parameters, gradient, strict=True):
-                check_finite(part.detach(), f"the gradient of the parameter {name!r}")
-            flat = torch.cat([part.flatten() for part in gradient])
-            matrix = torch.cat(list(self._rows(flat, parameters)))
-            _check_symmetric(matrix, flat.dtype)
-            with InFloat64() if self._widened else nullcontext():
-                check_apart(forward, outputs, likelihood, self._network, self.parameters)
-        return BatchHessian(
-            num_examples=len(outputs),
-            num_terms=likelihood.num_terms(outputs, targets),
-            unit_loss=unit_loss.item(),
-            null_loss=likelihood.null_loss(outputs, targets),
-            gradient={n: part.detach() for n, part in zip(self.parameters, gradient, strict=True)},
-            matrix=matrix,
-            rounding=torch.finfo(flat.dtype).eps,
-        )
-
-    def _rows(self, flat: Tensor, parameters: list[nn.Parameter]) -> Iterator[Tensor]:
-        accurate = accumulation_dtype(flat.device)
-        if not flat.requires_grad:  # no parameter is in its graph
-            yield flat.new_zeros(len(flat), len(flat), dtype=accurate)
-            return
-        for start in range(0, len(flat), ROWS_AT_ONCE):
-            rows = min(ROWS_AT_ONCE, len(flat) - start)
-            seeds = flat.new_zeros(rows, len(flat))
-            seeds[:, start:].fill_diagonal_(1.0)
-            yield self._products(flat, parameters, seeds).to(accurate)
-
-    def _products(self, flat: Tensor, parameters: list[nn.Parameter], seeds: Tensor) -> Tensor:
-        """Rows `seeds` of the Hessian [rows, p], all in one backward pass where the graph allows it."""
-        if not self._one_by_one:
-            try:
-                parts = torch.autograd.grad(
-                    flat, parameters, seeds, retain_graph=True, is_grads_batched=True, allow_unused=True
-                )
-                return torch.cat(
-                    [
-                        seeds.new_zeros(len(seeds), parameter.numel())
-                        if part is None
-                        else part.reshape(len(seeds), -1)
-                        for parameter, part in zip(parameters, parts, strict=True)
-                    ],
-                    dim=1,
-                )
-            except RuntimeError as error:  # an operation that vmap does not know
-                self._one_by_one = True
-                logging.getLogger("lightning_bayes").info(
-                    "The Hessian is formed row by row, which is slower: torch.vmap cannot batch this network's "
-                    "backward pass (%s).",
-                    error,
-                )
-        rows = []
-        for seed in seeds:
-            parts = torch.autograd.grad(flat, parameters, seed, retain_graph=True, materialize_grads=True)
-            rows.append(torch.cat([part.flatten() for part in parts]))
-        return torch.stack(rows)
 
 
 class HessianCurvature:
@@ -296,23 +147,3 @@ class HessianCurvature:
 
     def _tiny(self, values: Tensor) -> Tensor:
         return len(values) * self._rounding * values.abs().max()
-
-
-def _check_symmetric(matrix: Tensor, dtype: torch.dtype) -> None:
-    """Refuse what is no second derivative: autograd's formulas for some fused kernels are wrong."""
-    difference, largest = (matrix - matrix.mT).abs().max(), matrix.abs().max()
-    if bool(difference > torch.finfo(dtype).eps ** 0.5 * largest):
-        raise ValueError(
-            f"The Hessian that autograd gives is not symmetric, by {difference:g} of {largest:g}: some operation of "
-            "this network has a wrong second derivative in PyTorch (torch.nn.utils.parametrizations.weight_norm is "
-            'known for it). Use curvature="ggn".'
-        )
-
-
-@contextmanager
-def _twice_differentiable() -> Iterator[None]:
-    """Choose kernels whose backward pass has a backward pass."""
-    with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        yield

@@ -90,7 +90,7 @@ def test_pattern_that_matches_nothing(tmp_path):
 
 
 def test_hessian_of_a_large_network(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_bayes.structures.hessian.MAX_MEMORY", 1e4)
+    monkeypatch.setattr("lightning_bayes.structures.hessian_reader.MAX_MEMORY", 1e4)
     callback = LaplaceEvidence(curvature="hessian")
     message = (
         r"Hessian of 43 parameters takes.*up to 17 are accepted.*curvature=\"ggn\", or subset_of_weights="

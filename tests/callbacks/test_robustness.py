@@ -225,7 +225,8 @@ def test_datasets_that_a_module_keeps_are_not_copied(tmp_path):
 
 
 def test_small_priors_in_float32_give_the_decrement_of_float64(monkeypatch):
-    monkeypatch.setattr("lightning_bayes.structures.dual.SMALL", 10)
+    for module in ("dual", "dual_system"):
+        monkeypatch.setattr(f"lightning_bayes.structures.{module}.SMALL", 10)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(60, 50), nn.ReLU(), nn.Linear(50, 10))
     data = torch.randn(100, 60), torch.arange(100) % 10

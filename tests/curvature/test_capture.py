@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_bayes.capture.loss import KNOWN, OF_NO_LIKELIHOOD, capture_loss
+from lightning_bayes.capture.loss import capture_loss
+from lightning_bayes.capture.loss_calls import KNOWN, OF_NO_LIKELIHOOD
 from lightning_bayes.capture.pytorch_losses import READERS
 from lightning_bayes.likelihoods import (
     Bernoulli,

@@ -8,7 +8,7 @@ import torch
 
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.numerics.cholesky import diagonal_of_inverse
-from lightning_bayes.structures import dual, primal
+from lightning_bayes.structures import dual, dual_system, primal
 from lightning_bayes.structures.bracket import bracket
 from lightning_bayes.structures.bracket.bracket import BracketCurvature
 from lightning_bayes.structures.dual import DualCurvature
@@ -54,7 +54,7 @@ def test_a_precision_for_each_tensor(side):
 @pytest.mark.parametrize("tile_rows", [1, 5, 9])
 def test_tiles_of_the_dual_do_not_matter(tile_rows, monkeypatch):
     monkeypatch.setitem(STRUCTURES, "full", DualCurvature)
-    monkeypatch.setattr(dual, "TILE_ROWS", tile_rows)
+    monkeypatch.setattr(dual_system, "TILE_ROWS", tile_rows)
     evidence = make_case("conv", "classification").evidence(structure="full", prior_precision=1e-3)
     assert_agrees(evidence, reference("conv", "classification", 1e-3))
 
@@ -170,7 +170,8 @@ def test_diagonal_of_the_inverse_by_halves(size):
 def in_single_precision(monkeypatch):
     """The engine's float32 answer where the dual matrix counts as large, beside the float64 reference."""
     monkeypatch.setitem(STRUCTURES, "full", DualCurvature)
-    monkeypatch.setattr(dual, "SMALL", 8)
+    for module in (dual, dual_system):
+        monkeypatch.setattr(module, "SMALL", 8)
 
     def answer(network, precision):
         case = make_case(network, "classification", 12)
@@ -250,11 +251,12 @@ def test_rows_that_rounding_hides_are_left_out_of_a_large_exact_matrix(monkeypat
     monkeypatch.setattr(
         dual, "factorise", lambda layers, *rest: sizes.append(layers[0].num_rows) or original(layers, *rest)
     )
-    monkeypatch.setattr(dual, "SMALL", 8)
+    for module in (dual, dual_system):
+        monkeypatch.setattr(module, "SMALL", 8)
     monkeypatch.setattr(dual, "NUM_PROBES", 20_000)
     monkeypatch.setitem(STRUCTURES, "full", DualCurvature)
     found = single.evidence(structure="full")
-    monkeypatch.setattr(dual, "WORTHWHILE", 1.1)
+    monkeypatch.setattr(dual_system, "WORTHWHILE", 1.1)
     whole = single.evidence(structure="full")
     assert sizes[0] < 0.85 * sizes[1]
     assert found.log_evidence == pytest.approx(whole.log_evidence, rel=1e-6)

@@ -15,7 +15,7 @@ from lightning_bayes.row_storage.factored import KeptOuter
 from lightning_bayes.row_storage.format import keep, kept_widths
 from lightning_bayes.row_storage.stored import KeptDense
 from lightning_bayes.rows.reader import RowReader
-from lightning_bayes.structures.dual import trace_of_shrinkage
+from lightning_bayes.structures.dual_system import trace_of_shrinkage
 from tests.cases import make_case
 
 sizes = st.integers(1, 4)

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_bayes import EvidenceUnavailableError, laplace_evidence
 from lightning_bayes.likelihoods import Bernoulli, Categorical, Gaussian, resolve_likelihood
-from lightning_bayes.structures.hessian import HessianReader
+from lightning_bayes.structures.hessian_reader import HessianReader
 from tests.cases import NETWORKS, make_case
 
 LOSSES = {

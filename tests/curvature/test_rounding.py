@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from lightning_bayes import evidence_curve, laplace_evidence
 from lightning_bayes.likelihoods import Gaussian, resolve_likelihood
-from lightning_bayes.structures import dual
-from lightning_bayes.structures.hessian import HessianReader
+from lightning_bayes.structures import dual, dual_system
+from lightning_bayes.structures.hessian_reader import HessianReader
 from tests.curvature.dense import dense_matrix
 
 
@@ -157,7 +157,8 @@ def badly_scaled():
 @pytest.mark.parametrize("case", [repeated, nearly_parallel, badly_scaled])
 def test_many_rows_in_float32_are_as_exact_as_they_say(case, precision, tolerance, monkeypatch):
     """As if 180 rows were more than 4,096."""
-    monkeypatch.setattr(dual, "SMALL", 16)
+    for module in (dual, dual_system):
+        monkeypatch.setattr(module, "SMALL", 16)
     torch.manual_seed(0)
     net, x, y = case()
     evidence = laplace_evidence(net, (x, y), structure="full", prior_precision=precision, tolerance=tolerance)
@@ -168,7 +169,8 @@ def test_many_rows_in_float32_are_as_exact_as_they_say(case, precision, toleranc
 
 
 def test_a_curve_of_many_rows_in_float32_holds_at_weak_priors(monkeypatch):
-    monkeypatch.setattr(dual, "SMALL", 16)
+    for module in (dual, dual_system):
+        monkeypatch.setattr(module, "SMALL", 16)
     torch.manual_seed(0)
     net, x, y = repeated()
     grid = [1e-6, 1e-3, 1.0]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
-from torch.utils.data import DataLoader
 
 from lightning_bayes.advice.optimizer_groups import (
     ParameterGroup,
@@ -18,6 +17,7 @@ from lightning_bayes.advice.optimizer_groups import (
     names_of,
     optimizer_notes,
 )
+from lightning_bayes.callbacks.trainer.loaders import flatten, loader_batch_size, training_loader
 from lightning_bayes.callbacks.trainer.loss_reduction import reduction_of
 from lightning_bayes.callbacks.trainer.training_set import dataset_size_of, replicas_of
 
@@ -29,11 +29,9 @@ __all__ = [
     "group_names",
     "is_adaptive",
     "learning_rate_in_step",
-    "loader_batch_size",
     "makes_a_step",
     "read_configuration",
     "read_sizes",
-    "training_loader",
 ]
 
 # Settings of a parameter group that schedules move, beside its learning rate.
@@ -191,7 +189,7 @@ def changing_settings(trainer: Trainer) -> tuple[object, ...]:
     Returns:
         Values to compare with those of another step.
     """
-    loader = next(_flatten(trainer.train_dataloader), None)
+    loader = next(flatten(trainer.train_dataloader), None)
     sizes = [getattr(part, "batch_size", None) for part in (loader, getattr(loader, "batch_sampler", None))]
     values: list[object] = [id(loader), *sizes, trainer.accumulate_grad_batches, trainer.num_training_batches]
     in_step = learning_rate_in_step(trainer)
@@ -226,63 +224,6 @@ def _number(value: object) -> object:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) or (isinstance(value, torch.Tensor) and value.numel() == 1)
-
-
-def training_loader(trainer: Trainer) -> Any:
-    """The one training loader of a Trainer; a ValueError where there is none, or several."""
-    loaders = trainer.train_dataloader
-    if loaders is None:
-        raise ValueError(
-            "Expected a training dataloader, but the Trainer has none: noise scale and advice can be"
-            " read during `trainer.fit` only."
-        )
-    flat = list(_flatten(loaders))
-    if len(flat) != 1:
-        raise ValueError(
-            f"Expected one training dataloader, but got a collection of {len(flat)}: examples per step"
-            " and size of the training set are then not one number each. Combine the data sets into one"
-            " DataLoader, or remove the callback."
-        )
-    return flat[0]
-
-
-def _flatten(loaders: Any) -> Iterator[Any]:
-    """The loaders in the collections that a CombinedLoader accepts."""
-    if isinstance(loaders, Mapping):
-        loaders = list(loaders.values())
-    if not isinstance(loaders, (list, tuple)):
-        yield loaders
-        return
-    for loader in loaders:
-        yield from _flatten(loader)
-
-
-def loader_batch_size(loader: Any) -> int:
-    """Examples per batch of a loader, or a ValueError where it does not say."""
-    batch_size = getattr(loader, "batch_size", None)
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    if batch_size is None and batch_sampler is not None:
-        batch_size = getattr(batch_sampler, "batch_size", None)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or int(batch_size) < 1:
-        sampler = (
-            "" if batch_sampler is None else f" and a {type(batch_sampler).__name__} without `batch_size`"
-        )
-        remedy = (
-            "Pass `batch_size=` to the DataLoader in place of batching inside the dataset, or give its batch sampler"
-            " an attribute `batch_size` with the number of examples per batch."
-        )
-        if not isinstance(loader, DataLoader):
-            remedy = "Give a torch DataLoader, or remove the callback."
-            if hasattr(loader, "__dict__"):
-                remedy = (
-                    f"Give the {type(loader).__name__} attributes `batch_size`, the number of examples per batch, and"
-                    " `dataset`, whose length is that of the training set; or remove the callback."
-                )
-        raise ValueError(
-            "Expected the training dataloader to have a `batch_size`, but got"
-            f" {type(loader).__name__}(batch_size={batch_size!r}){sampler}. {remedy}"
-        )
-    return int(batch_size)
 
 
 def _named_optimizers(trainer: Trainer) -> list[tuple[str, Any]]:

@@ -28,7 +28,8 @@ from lightning_bayes.rows.rows import RowBlock
 from lightning_bayes.structures.base import CurvatureSummary, Problem
 from lightning_bayes.structures.bracket.factor import SplitFactor, factor_of
 from lightning_bayes.structures.bracket.selection import Selection, operations, select
-from lightning_bayes.structures.dual import SMALL, DualCurvature, inverse_on
+from lightning_bayes.structures.dual import DualCurvature
+from lightning_bayes.structures.dual_system import SMALL, inverse_on
 
 __all__ = ["BracketCurvature"]
 

@@ -12,7 +12,7 @@ from lightning_bayes.numerics.cholesky import log_det_of
 from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.row_storage.stored import KeptDense
 from lightning_bayes.structures.bracket.selection import Selection
-from lightning_bayes.structures.dual import estimated_shrinkage, factorise
+from lightning_bayes.structures.dual_system import estimated_shrinkage, factorise
 
 __all__ = ["SplitFactor", "factor_of"]
 
@@ -51,7 +51,7 @@ class SplitFactor:
         return self.unwhiten(self.whiten(coefficients.mT.to(self.tail))).mT.to(coefficients)
 
     def trace_of_shrinkage(self, num_probes: int, exact_limit: int) -> tuple[float, float]:
-        """Trace of K_SS(I + K_SS)⁻¹, see `dual.trace_of_shrinkage`."""
+        """Trace of K_SS(I + K_SS)⁻¹, see `trace_of_shrinkage`."""
         size = len(self.head)
         if size > exact_limit:
             return estimated_shrinkage(self.whiten, self.head.new_empty(size), num_probes)

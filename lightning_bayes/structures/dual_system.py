@@ -1,0 +1,240 @@
+"""I + K factorised, its solves and the trace of K(I + K)⁻¹."""
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_bayes.errors import EvidenceUnavailableError
+from lightning_bayes.numerics.cholesky import (
+    LARGE_ROUNDING,
+    SMALL_ROUNDING,
+    cholesky_in_place,
+    diagonal_of_inverse,
+    keeps_the_identity,
+    rounding_of_log_det,
+    solve,
+)
+from lightning_bayes.numerics.devices import accumulation_dtype, total_memory
+from lightning_bayes.row_storage.collector import example_grams, fill_gram, tiles_of
+from lightning_bayes.row_storage.per_example_basis import principal_rows, smallest_set
+from lightning_bayes.row_storage.stored import KeptRows
+
+__all__ = [
+    "SMALL",
+    "System",
+    "estimated_shrinkage",
+    "factorise",
+    "gram_of",
+    "inverse_on",
+    "tiles_of_system",
+    "trace_of_product",
+    "trace_of_shrinkage",
+    "without_negligible",
+]
+
+
+SMALL = 4096
+"""Rows up to which the trace is exact, and float64 so cheap that it is taken without a word."""
+
+
+WORTHWHILE = 0.15
+"""Share of the rows that must be negligible for them to be left out: turning and choosing rows costs something."""
+
+
+NEGLIGIBLE = 1e-3
+"""What rows that are left out may add to the log-determinant in all, in nats, however large its rounding."""
+
+
+TILE_ROWS, SMALLEST_TILE = 512, 128
+"""Rows of one tile of the dual matrix: large enough for the matrix product, small beside the matrix."""
+
+
+@dataclass(frozen=True)
+class System:
+    """A factor of I + K, and the order in which its rows stand."""
+
+    factor: Tensor  # [rows, rows], lower
+    tiles: list[slice]
+    rounding: float = 0.0
+    """Allowance for rounding in the log-determinant, nats."""
+
+    def solve(self, coefficients: Tensor) -> Tensor:
+        """(I + K)⁻¹ times coefficients [C, N], in their type."""
+        columns = len(coefficients)
+        ordered = torch.cat([coefficients[:, tile].flatten() for tile in self.tiles]).to(self.factor)
+        solved = solve(self.factor, ordered.unsqueeze(1)).squeeze(1).to(coefficients)
+        sizes = [columns * (tile.stop - tile.start) for tile in self.tiles]
+        return torch.cat([part.unflatten(0, (columns, -1)) for part in solved.split(sizes)], dim=1)
+
+
+def factorise(
+    layers: Sequence[KeptRows],
+    precision: Mapping[str, float],
+    dtypes: Sequence[torch.dtype],
+    allowed: float = SMALL_ROUNDING,
+) -> System:
+    """Factorise I + K in the first type that can be believed.
+
+    Args:
+        layers: V.
+        precision: λ of each parameter tensor.
+        dtypes: The types.
+        allowed: Rounding of the log-determinant, in nats, for which up to `SMALL` rows are not done again. More
+            rows have `LARGE_ROUNDING`; infinity puts up with any.
+
+    Raises:
+        EvidenceUnavailableError: If none can.
+    """
+    size, accurate = layers[0].num_rows, dtypes[-1]
+    trace = size + _trace(layers, precision)
+    for dtype in dict.fromkeys(dtypes):
+        rounding = rounding_of_log_det(trace, dtype)
+        again = size <= SMALL and dtype != accurate
+        spoils = size > SMALL and dtype != accurate and rounding > max(allowed, LARGE_ROUNDING)
+        if spoils and _has_room(layers[0].rows.device, size, accurate, rounding):
+            continue
+        cast = [layer.to(dtype) for layer in layers]
+        factor = cholesky_in_place(gram_of(cast, precision), allowed if again else math.inf)
+        if factor is not None:
+            return System(factor, tiles_of_system(layers), rounding)
+        if dtype != accurate and size > SMALL:
+            warnings.warn(
+                f"The Cholesky factor of {size} rows lost its digits in {dtype}; it is "
+                f"computed again in {accurate}, which takes about twice as long and twice the memory. A larger "
+                "prior precision avoids this.",
+                stacklevel=2,
+            )
+    raise EvidenceUnavailableError(
+        f"I + K of {size} rows is not positive definite even in {accurate}: the rows are of "
+        "extreme scale. Raise the prior precision."
+    )
+
+
+def _trace(layers: Sequence[KeptRows], precision: Mapping[str, float]) -> float:
+    diagonal = example_grams(layers, precision).diagonal(dim1=-2, dim2=-1)
+    return diagonal.sum(dtype=accumulation_dtype(diagonal.device)).item()
+
+
+def _has_room(device: torch.device, size: int, accurate: torch.dtype, rounding: float) -> bool:
+    """Whether K fits in an accurate type; says what is done, with the rounding that it would be done for."""
+    off = f"its log-determinant could be off by as much as {rounding:.2g} nats"
+    if float(size) ** 2 * accurate.itemsize > total_memory(device):
+        warnings.warn(
+            f"K of {size:,} rows does not fit on {device} in {accurate}, and without {off}, which the bounds hold. "
+            "A larger prior precision, or max_examples=, avoids this.",
+            stacklevel=2,
+        )
+        return False
+    logging.getLogger("lightning_bayes").info(
+        "K of %s rows is factorised in %s, which takes about twice as long and twice the memory: without, %s. "
+        "A larger prior precision avoids this.",
+        f"{size:,}",
+        accurate,
+        off,
+    )
+    return True
+
+
+def inverse_on(chosen: Tensor, inverse: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """(I + K_SS)⁻¹ on S and zero elsewhere, which makes it Woodbury's of the matrix that S alone gives.
+
+    Args:
+        chosen: Numbers of the rows of S.
+        inverse: (I + K_SS)⁻¹ times coefficients [1, S].
+    """
+
+    def solve(coefficients: Tensor) -> Tensor:
+        solved = torch.zeros_like(coefficients).flatten()
+        solved[chosen] = inverse(coefficients.flatten()[chosen].unsqueeze(0)).squeeze(0)
+        return solved.view_as(coefficients)
+
+    return solve
+
+
+def without_negligible(
+    layers: Sequence[KeptRows], precision: Mapping[str, float]
+) -> tuple[Sequence[KeptRows], Tensor | None]:
+    """The rows in their examples' eigenbasis, and the numbers of those that count; None where almost all do.
+
+    By Hadamard the others add at most Σ ln(1 + K_ii) to ln det(I + K). They may take eps · tr(I + K) in all, which
+    a factor in floating point does not tell from nothing (sums over 10,000 entries near 1 round by more), and no
+    more than `NEGLIGIBLE`. Where the factor will be one in float64 all rows stay.
+    """
+    grams = example_grams(layers, precision)
+    if not keeps_the_identity(grams.diagonal(dim1=-2, dim2=-1)):
+        return layers, None
+    eigenvalues = torch.linalg.eigvalsh(grams.to(accumulation_dtype(grams.device))).clamp_(min=0.0)
+    rounding = torch.finfo(grams.dtype).eps * (eigenvalues.numel() + eigenvalues.sum().item())
+    allowance = min(rounding, NEGLIGIBLE)
+    ascending = eigenvalues.flatten().sort().values
+    if (ascending.log1p().cumsum(0) <= allowance).sum() < WORTHWHILE * len(ascending):
+        return layers, None
+    rows = principal_rows(layers, grams.to(eigenvalues))
+    chosen = smallest_set(rows.eigenvalues, allowance)
+    return rows.layers, chosen[rows.by_example(chosen)]
+
+
+def tiles_of_system(layers: Sequence[KeptRows]) -> list[slice]:
+    """Return the ranges of rows that the dual matrix is formed and read in."""
+    columns, num_examples = layers[0].rows.shape[:2]
+    tile_rows = min(TILE_ROWS, max(SMALLEST_TILE, num_examples * columns // 12))
+    return tiles_of(num_examples, columns, tile_rows)
+
+
+def gram_of(layers: Sequence[KeptRows], precision: Mapping[str, float]) -> Tensor:
+    """The upper triangle of K, in the order of `tiles_of_system`."""
+    size = layers[0].num_rows
+    buffer = layers[0].rows.new_empty(size, size)
+    fill_gram(buffer, layers, tiles_of_system(layers), precision)
+    return buffer
+
+
+def trace_of_shrinkage(factor: Tensor, num_probes: int, exact_limit: int) -> tuple[float, float]:
+    """Trace of K(I + K)⁻¹ = rows − tr (I + K)⁻¹, and its standard error.
+
+    Exact up to a size, from (I + K)⁻¹; beyond it Hutchinson's estimate with random signs z:
+    E zᵀ(I + K)⁻¹z = tr (I + K)⁻¹.
+    """
+    if len(factor) <= exact_limit:
+        return len(factor) - diagonal_of_inverse(factor).sum().item(), 0.0
+    return estimated_shrinkage(
+        lambda vectors: torch.linalg.solve_triangular(factor, vectors, upper=False), factor[0], num_probes
+    )
+
+
+def estimated_shrinkage(
+    whiten: Callable[[Tensor], Tensor], like: Tensor, num_probes: int
+) -> tuple[float, float]:
+    """Hutchinson's estimate and its standard error from L⁻¹ as a function of vectors [rows, ...].
+
+    Args:
+        whiten: L⁻¹ times vectors.
+        like: [rows], for the type and the device.
+        num_probes: Random vectors.
+    """
+    size, accurate = len(like), accumulation_dtype(like.device)
+    generator = torch.Generator(device=like.device).manual_seed(0)
+    signs = torch.randint(0, 2, (size, num_probes), generator=generator, device=like.device).to(like)
+    samples = size - whiten(signs.mul_(2).sub_(1)).square().sum(0, dtype=accurate)
+    return samples.mean().item(), (samples.std() / num_probes**0.5).item()
+
+
+def trace_of_product(
+    matrix: Tensor, layer: KeptRows, tiles: list[slice], precision: Mapping[str, float]
+) -> float:
+    """Trace of a symmetric matrix, its rows in the order of the tiles, times the layer's share of K."""
+    columns, total = len(layer.rows), 0.0
+    ranges = [slice(tile.start * columns, tile.stop * columns) for tile in tiles]
+    for part in layer.parts(layer.num_rows):
+        pieces = [part.examples(tile) for tile in tiles]
+        for i, left in enumerate(pieces):
+            for j in range(i, len(pieces)):
+                share = left.cross(pieces[j], precision)
+                product = (share * matrix[ranges[i], ranges[j]]).sum(dtype=accumulation_dtype(matrix.device))
+                total += (1.0 if i == j else 2.0) * product.item()
+    return total
