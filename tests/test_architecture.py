@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "lightning_bayes"
 FOLDERS = [  # from the top down
     {"callbacks"},
-    {"callbacks/gradient_noise", "callbacks/growth", "callbacks/advice"},
+    {"callbacks/gradient_noise", "callbacks/growth", "callbacks/advice", "callbacks/evidence"},
     {"callbacks/trainer"},
     {"advice"},
     {"evidence"},

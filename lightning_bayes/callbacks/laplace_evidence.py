@@ -2,45 +2,32 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
 from typing_extensions import override
 
-from lightning_bayes.callbacks.evidence_log import KEYS, UNAVAILABLE, evidence_from, logged_values
+from lightning_bayes.callbacks.evidence.evaluation import Evaluation, Rehearsed
+from lightning_bayes.callbacks.evidence.logged_keys import KEYS, UNAVAILABLE, evidence_from, logged_values
 from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
 from lightning_bayes.callbacks.trainer.inputs import (
-    announce_prior,
     check_arguments,
     check_named_parts,
     check_trainer,
-    examples_of,
-    prior_of,
-    step_batch_size,
-    subset_of,
-    warn_of_averages,
 )
-from lightning_bayes.callbacks.trainer.module_reader import ModuleReader, NetworkOption, original_network
-from lightning_bayes.callbacks.trainer.progress import shown_in_bar
+from lightning_bayes.callbacks.trainer.module_reader import NetworkOption
 from lightning_bayes.callbacks.trainer.restore import untouched
-from lightning_bayes.capture.examples import Examples
-from lightning_bayes.capture.forward import BatchForward, Forward
-from lightning_bayes.capture.loss import WAY_OUT, CapturedLoss
+from lightning_bayes.capture.loss import WAY_OUT
 from lightning_bayes.errors import EvidenceUnavailableError
-from lightning_bayes.evidence.evaluate import evidence_of
-from lightning_bayes.evidence.options import Method, sampling_if_many_columns
+from lightning_bayes.evidence.options import Method
 from lightning_bayes.evidence.result import Evidence
-from lightning_bayes.evidence.totals import read_all, rehearse
 from lightning_bayes.functional._validation import check_options
 from lightning_bayes.likelihoods import Likelihood, resolve_likelihood
-from lightning_bayes.priors.prior import Prior, PriorPrecision, require_prior_precision
-from lightning_bayes.priors.subset import Subset, last_layer
+from lightning_bayes.priors.prior import PriorPrecision, require_prior_precision
+from lightning_bayes.priors.subset import Subset
 
 __all__ = ["LaplaceEvidence"]
 
@@ -132,7 +119,6 @@ class LaplaceEvidence(MeasuringCallback):
         self.method = Method(
             structure, curvature, backend, tolerance, num_samples, subset_of_weights, num_blocks
         )
-        self._asked = self.method  # with columns sampled where there are many
         check_options(batch_size, max_examples)
         require_prior_precision(prior_precision, also=("auto", "optimize_per_group"))
         check_arguments(likelihood, network, every_n_epochs, max_overhead, log_key_prefix)
@@ -145,11 +131,11 @@ class LaplaceEvidence(MeasuringCallback):
         self.max_overhead = max_overhead
         self.log_key_prefix = log_key_prefix
         self.history: list[tuple[int, Evidence]] = []
-        self._resolved: Method | None = None
-        self._last_layer: list[str] | None = None
-        self._first_batch_size = 1
+        self._evaluation = Evaluation(
+            self.method, self.likelihood, prior_precision, network, batch_size, max_examples
+        )
+        self._rehearsed: Rehearsed | None = None
         self._num_examples = 200
-        self._planned: tuple[list[str], int] | None = None
         self._logged_if_known: tuple[str, ...] = ()
         self._started = math.nan
         self._spent = 0.0
@@ -163,7 +149,7 @@ class LaplaceEvidence(MeasuringCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check everything that can be checked before a batch is seen."""
-        self._resolved, self._last_layer, self._planned, self._logged_if_known = None, None, None, ()
+        self._rehearsed, self._logged_if_known = None, ()
         if trainer.global_step == 0:  # a new run, not one that goes on from a checkpoint
             self.history = []
         self._started, self._spent, self._last_took = time.monotonic(), 0.0, None
@@ -174,7 +160,7 @@ class LaplaceEvidence(MeasuringCallback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Read the first batch before the first step, so that what cannot be read fails now."""
-        if self._resolved is None:
+        if self._rehearsed is None:
             start = time.monotonic()
             self._prepare(trainer, lambda: self._rehearse_first(trainer, pl_module, batch, batch_idx))
             self._spent += time.monotonic() - start
@@ -249,15 +235,20 @@ class LaplaceEvidence(MeasuringCallback):
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_trainer(trainer, pl_module, self.network)
         with untouched(trainer):  # somebody's own sampler may draw to be counted
-            self._num_examples = self._examples(trainer).num_examples
+            self._num_examples = self._evaluation.examples(trainer).num_examples
         if self.method.subset_of_weights != "last_layer":  # which layer that is, the first batch tells
-            self._prior(trainer, pl_module)
+            self._evaluation.prior(trainer, pl_module, None)
 
     def _rehearse_first(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         with untouched(trainer):
-            self._resolved = self._rehearse(trainer, pl_module, batch, batch_idx)
+            self._rehearsed = self._evaluation.rehearse(trainer, pl_module, batch, batch_idx)
+        if self._rehearsed.seconds >= WORTH_SAYING:
+            less = "" if self.max_overhead else ": max_overhead=0.1 keeps it to a tenth of the training"
+            rank_zero_info(
+                f"LaplaceEvidence: an evaluation takes about {self._rehearsed.seconds:.2g} s{less}."
+            )
 
     @override
     def _check_names(self, pl_module: LightningModule) -> None:
@@ -266,7 +257,10 @@ class LaplaceEvidence(MeasuringCallback):
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> Evidence | None:
         try:
             with untouched(trainer):
-                return self._evidence(trainer, pl_module)
+                before = self.history[-1][1] if self.history else None
+                # A fit that is resumed at the end of an epoch has no first batch before it.
+                rehearsed = self._rehearsed or Rehearsed(self.method, self.method, None, 1, None)
+                return self._evaluation.evidence(trainer, pl_module, rehearsed, before)
         except Exception as error:
             # The first batch has been read before the first step: what fails now is of this epoch or of the
             # user's code on another batch, and not worth the run.
@@ -278,130 +272,3 @@ class LaplaceEvidence(MeasuringCallback):
                 "check_finite=False.)"
             )
             return None
-
-    def _evidence(self, trainer: Trainer, pl_module: LightningModule) -> Evidence:
-        examples, prior = self._examples(trainer), self._prior(trainer, pl_module)
-        plan = (list(prior.strengths), examples.num_examples)
-        reader = ModuleReader(trainer, pl_module, self.likelihood, self.network)
-        batches = iter(enumerate(shown_in_bar(trainer, examples.read(), examples.num_batches)))
-        first = next(batches)
-        # The kind of the likelihood is that of the first batch; the rest must be of the same kind.
-        captured = reader.read(_cloned(first[1]), first[0])
-        training_batch_size = step_batch_size(trainer) or self._first_batch_size
-
-        def loss_scale(terms_per_example: float, dispersion: float) -> float:
-            return captured.likelihood.loss_scale(
-                captured.reduction, terms_per_example, training_batch_size, dispersion
-            )
-
-        def forwards() -> Iterator[Forward]:
-            yield _forward(reader, *first)
-            for index, batch in batches:
-                yield _forward(reader, index, batch)
-
-        # Parameters are unfrozen and datasets grow during a run: then the choice is made again.
-        method = self._resolved if self._planned == plan and self._resolved else self._asked
-        sizes = examples.num_examples, examples.num_batches
-        totals = read_all(reader.network, forwards(), captured.likelihood, prior, method, *sizes)
-        return evidence_of(totals, captured.likelihood, prior, loss_scale, self._last_optimum(prior))
-
-    def _last_optimum(self, prior: Prior) -> dict[str, float] | None:
-        """Where the search for λ may begin: at what the epoch before has found."""
-        if not self.history or not prior.optimized or not self.history[-1][1].prior_optimized:
-            return None
-        found = self.history[-1][1].prior_precision
-        if not isinstance(found, Mapping):
-            return dict.fromkeys(prior.strengths, found)
-        return dict(found) if found.keys() == set(prior.strengths) else None
-
-    def _rehearse(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Method:
-        """Read one batch all the way and choose the structure."""
-        reader = ModuleReader(trainer, pl_module, self.likelihood, self.network)
-
-        def read() -> CapturedLoss:
-            # A training_step may work on its batch in place, and the real one comes next.
-            return reader.read(_cloned(batch), batch_idx, transferred=True)
-
-        captured, again = read(), read()
-        reader.check_computed_by_copy(captured.outputs)
-        self._first_batch_size = len(captured.outputs)
-        if self.method.subset_of_weights == "last_layer":
-            self._last_layer = last_layer(reader.network, lambda: read().outputs)
-            rank_zero_info(
-                f"LaplaceEvidence: the last layer is {self._last_layer}; the rest is conditioned on."
-            )
-        method = self._plan(trainer, pl_module, reader, captured)
-        # Now that it can be read: where it cannot, one warning says so, and no other.
-        self._announce(trainer, pl_module)
-        if captured.value != again.value and math.isfinite(captured.value):
-            rank_zero_warn(
-                f"LaplaceEvidence: training_step gave {captured.value:.6g} and {again.value:.6g} for one batch in "
-                "eval mode: it draws random numbers (a functional dropout without training=self.training?) or "
-                "keeps state. The evidence is that of one draw."
-            )
-        return method
-
-    def _plan(
-        self, trainer: Trainer, pl_module: LightningModule, reader: ModuleReader, captured: CapturedLoss
-    ) -> Method:
-        """Choose the structure and say why; the one place that announces how the evidence is computed."""
-        examples, prior = self._examples(trainer), self._prior(trainer, pl_module)
-        number, batches = examples.num_examples, examples.num_batches
-        size = sum(reader.network.get_parameter(name).numel() for name in prior.strengths)
-        method, changed = sampling_if_many_columns(
-            self.method, captured.outputs, number, size, -(-number // batches)
-        )
-        self._asked = method
-        if changed is not None:
-            rank_zero_warn(f"LaplaceEvidence: {changed}")
-        # The evidence has a loader of its own: what cannot be read from that one must fail now as well.
-        own = _forward(reader, 0, next(iter(examples.read())))
-        try:
-            rehearsal = rehearse(
-                reader.network, own, captured.likelihood, prior, method, examples.num_examples
-            )
-        except EvidenceUnavailableError as error:
-            rank_zero_warn(f"LaplaceEvidence: the first batch has no evidence. {error}")
-            return method
-        self._planned = (list(prior.strengths), examples.num_examples)
-        method = rehearsal.method
-        rank_zero_info(f"LaplaceEvidence: structure={method.structure!r}. {rehearsal.reason}.")
-        rank_zero_info(f"LaplaceEvidence: {rehearsal.split}.")
-        for note in (*examples.notes, captured.likelihood.note):
-            if note is not None:
-                rank_zero_info(f"LaplaceEvidence: {note}.")
-        if rehearsal.seconds >= WORTH_SAYING:
-            less = (
-                ""
-                if self.max_overhead is not None
-                else ": max_overhead=0.1 keeps it to a tenth of the training"
-            )
-            rank_zero_info(f"LaplaceEvidence: an evaluation takes about {rehearsal.seconds:.2g} s{less}.")
-        return method
-
-    def _announce(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        warn_of_averages(trainer)
-        target, prior = original_network(pl_module, self.network), self._prior(trainer, pl_module)
-        announce_prior(trainer, target, prior, self.prior_precision, self.method.subset_of_weights)
-
-    def _prior(self, trainer: Trainer, pl_module: LightningModule) -> Prior:
-        target, subset = original_network(pl_module, self.network), self._last_layer
-        if not isinstance(self.method.subset_of_weights, str):
-            subset = subset_of(trainer, target, self.method.subset_of_weights)
-        return prior_of(trainer, target, self.prior_precision, subset)
-
-    def _examples(self, trainer: Trainer) -> Examples:
-        return examples_of(trainer, self.batch_size, self.max_examples)
-
-
-def _cloned(batch: Any) -> Any:
-    return apply_to_collection(batch, Tensor, Tensor.clone)
-
-
-def _forward(reader: ModuleReader, index: int, batch: Any) -> Forward:
-    # A training_step may work on its batch in place, and the batch is read again, whole and regrouped.
-    return BatchForward(lambda some: _outputs_and_targets(reader.read(_cloned(some), index)), batch)
-
-
-def _outputs_and_targets(captured: CapturedLoss) -> tuple[Tensor, Tensor]:
-    return captured.outputs, captured.targets

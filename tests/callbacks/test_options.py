@@ -199,7 +199,7 @@ def test_the_search_for_a_prior_begins_at_the_last_epochs(tmp_path, prior, monke
         starts.append(arguments[4])
         return evidence_of(*arguments)
 
-    monkeypatch.setattr("lightning_bayes.callbacks.laplace_evidence.evidence_of", spy)
+    monkeypatch.setattr("lightning_bayes.callbacks.evidence.evaluation.evidence_of", spy)
     callback = LaplaceEvidence(prior_precision=prior)
     fit(tmp_path, Module(mlp(), cross_entropy, no_decay), loader(), callback, max_epochs=3)
     assert starts[0] is None

@@ -1,0 +1,1 @@
+"""Parts of `LaplaceEvidence`: how it evaluates, and under which keys it logs."""
