@@ -2,17 +2,17 @@
 
 import math
 import time
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from lightning_bayes.callbacks.epoch_readings import EpochReadings
 from lightning_bayes.callbacks.evidence.evaluation import Evaluation, Rehearsed
-from lightning_bayes.callbacks.evidence.logged_keys import KEYS, UNAVAILABLE, evidence_from, logged_values
-from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
+from lightning_bayes.callbacks.evidence.logged_keys import KEYS, UNAVAILABLE, logged_values
+from lightning_bayes.callbacks.measuring import OnError, guarded
 from lightning_bayes.callbacks.trainer.inputs import (
     check_arguments,
     check_named_parts,
@@ -21,7 +21,6 @@ from lightning_bayes.callbacks.trainer.inputs import (
 from lightning_bayes.callbacks.trainer.module_reader import NetworkOption
 from lightning_bayes.callbacks.trainer.restore import untouched
 from lightning_bayes.capture.loss import WAY_OUT
-from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.evidence.options import Method
 from lightning_bayes.evidence.result import Evidence
 from lightning_bayes.functional._validation import check_options
@@ -35,7 +34,7 @@ WORTH_SAYING = 1.0
 """Seconds that an evaluation must be expected to take to be announced."""
 
 
-class LaplaceEvidence(MeasuringCallback):
+class LaplaceEvidence(EpochReadings[Evidence]):
     """Logs how much the training data believe the model, at the end of each training epoch.
 
     The Laplace log-evidence of Smith & Le (ICLR 2018, arXiv:1710.06451), eqs. 9-10, and its parts, in nats
@@ -93,7 +92,7 @@ class LaplaceEvidence(MeasuringCallback):
 
     LOGGED = KEYS
     ALWAYS_LOGGED = UNAVAILABLE
-    HELD = "history"
+    READING, NOUN = Evidence, "evidence"
 
     def __init__(
         self,
@@ -130,7 +129,6 @@ class LaplaceEvidence(MeasuringCallback):
         self.batch_size = batch_size
         self.max_overhead = max_overhead
         self.log_key_prefix = log_key_prefix
-        self.history: list[tuple[int, Evidence]] = []
         self._evaluation = Evaluation(
             self.method, self.likelihood, prior_precision, network, batch_size, max_examples
         )
@@ -148,22 +146,9 @@ class LaplaceEvidence(MeasuringCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check everything that can be checked before a batch is seen."""
         self._rehearsed, self._logged_if_known = None, ()
-        if trainer.global_step == 0:  # a new run, not one that goes on from a checkpoint
-            self.history = []
         self._started, self._spent, self._last_took = time.monotonic(), 0.0, None
-        self._prepare(trainer, lambda: self._check(trainer, pl_module))
-
-    @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Read the first batch before the first step, so that what cannot be read fails now."""
-        if self._rehearsed is None:
-            start = time.monotonic()
-            self._prepare(trainer, lambda: self._rehearse_first(trainer, pl_module, batch, batch_idx))
-            self._spent += time.monotonic() - start
+        super().on_train_start(trainer, pl_module)
 
     @override
     @guarded
@@ -189,10 +174,10 @@ class LaplaceEvidence(MeasuringCallback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if the last evidence is not to be believed."""
-        if self.history and not self.history[-1][1].at_minimum:
+        if self.latest is not None and not self.latest.at_minimum:
             rank_zero_info(
                 f"LaplaceEvidence: the last epoch is not at a minimum (Newton decrement "
-                f"{self.history[-1][1].newton_decrement:.4g} nats), so the expansion about it is in doubt."
+                f"{self.latest.newton_decrement:.4g} nats), so the expansion about it is in doubt."
             )
 
     def should_evaluate(self, trainer: Trainer) -> bool:
@@ -203,14 +188,6 @@ class LaplaceEvidence(MeasuringCallback):
             return True
         training = time.monotonic() - self._started - self._spent
         return self._spent + self._last_took <= self.max_overhead * training
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"history": [(epoch, asdict(evidence)) for epoch, evidence in self.history]}
-
-    @override
-    def _restore(self, state_dict: dict[str, Any]) -> None:
-        self.history = [(epoch, evidence_from(fields)) for epoch, fields in state_dict["history"]]
 
     @property
     @override
@@ -232,6 +209,7 @@ class LaplaceEvidence(MeasuringCallback):
             f"Give LaplaceEvidence({', '.join(steps)}): fewer rows at a time, fewer in all, a smaller matrix."
         )
 
+    @override
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_trainer(trainer, pl_module, self.network)
         with untouched(trainer):  # somebody's own sampler may draw to be counted
@@ -239,36 +217,24 @@ class LaplaceEvidence(MeasuringCallback):
         if self.method.subset_of_weights != "last_layer":  # which layer that is, the first batch tells
             self._evaluation.prior(trainer, pl_module, None)
 
-    def _rehearse_first(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        with untouched(trainer):
-            self._rehearsed = self._evaluation.rehearse(trainer, pl_module, batch, batch_idx)
+    @override
+    def _rehearse(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        start = time.monotonic()
+        self._rehearsed = self._evaluation.rehearse(trainer, pl_module, batch, batch_idx)
         if self._rehearsed.seconds >= WORTH_SAYING:
             less = "" if self.max_overhead else ": max_overhead=0.1 keeps it to a tenth of the training"
             rank_zero_info(
                 f"LaplaceEvidence: an evaluation takes about {self._rehearsed.seconds:.2g} s{less}."
             )
+        self._spent += time.monotonic() - start
 
     @override
     def _check_names(self, pl_module: LightningModule) -> None:
         check_named_parts(pl_module, self.network, self.method.subset_of_weights, self.prior_precision)
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> Evidence | None:
-        try:
-            with untouched(trainer):
-                before = self.history[-1][1] if self.history else None
-                # A fit that is resumed at the end of an epoch has no first batch before it.
-                rehearsed = self._rehearsed or Rehearsed(self.method, self.method, None, 1, None)
-                return self._evaluation.evidence(trainer, pl_module, rehearsed, before)
-        except Exception as error:
-            # The first batch has been read before the first step: what fails now is of this epoch or of the
-            # user's code on another batch, and not worth the run.
-            if self.on_error == "raise" and not isinstance(error, EvidenceUnavailableError):
-                raise
-            rank_zero_warn(
-                f"LaplaceEvidence: no evidence for epoch {trainer.current_epoch}; training goes on. "
-                f"{type(error).__name__}: {error} (NaN is logged; an EarlyStopping that monitors it stops unless "
-                "check_finite=False.)"
-            )
-            return None
+        # A fit that is resumed at the end of an epoch has no first batch before it.
+        rehearsed = self._rehearsed or Rehearsed(self.method, self.method, None, 1, None)
+        return self._take(
+            trainer, lambda: self._evaluation.evidence(trainer, pl_module, rehearsed, self.latest)
+        )

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
+from lightning_bayes.callbacks.epoch_readings import EpochReadings
+from lightning_bayes.callbacks.measuring import OnError, guarded
 from lightning_bayes.callbacks.trainer.inputs import check_arguments, check_named_parts, check_trainer
 from lightning_bayes.callbacks.trainer.module_reader import NetworkOption, original_network
 from lightning_bayes.callbacks.trainer.restore import untouched
@@ -34,7 +35,7 @@ __all__ = ["Stability"]
 KEYS = ("largest_eigenvalue", "stability", "largest_stable_learning_rate", "sharpness")
 
 
-class Stability(MeasuringCallback):
+class Stability(EpochReadings[StabilityReading]):
     """Logs how close SGD is to the edge of stability, and where a larger learning rate would put it.
 
     largest_eigenvalue = h
@@ -88,7 +89,7 @@ class Stability(MeasuringCallback):
 
     LOGGED = KEYS
     ALWAYS_LOGGED = KEYS[:1]
-    HELD = "history"
+    READING, NOUN = StabilityReading, "reading"
 
     def __init__(
         self,
@@ -122,7 +123,6 @@ class Stability(MeasuringCallback):
         self.likelihood = None if likelihood == "auto" else resolve_likelihood(likelihood)
         self.batch_size = batch_size
         self.log_key_prefix = log_key_prefix
-        self.history: list[tuple[int, StabilityReading]] = []
         self._is_sgd = False
         self._num_examples = self.max_examples
         self._steps: list[SGDStep] | None = None
@@ -132,7 +132,7 @@ class Stability(MeasuringCallback):
     @property
     def reading(self) -> StabilityReading | None:
         """The latest, None before the first."""
-        return self.history[-1][1] if self.history else None
+        return self.latest
 
     @cached_property  # Lightning asks at every hook
     @override
@@ -141,12 +141,10 @@ class Stability(MeasuringCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check everything that can be checked before a batch is seen."""
         self._steps, self._reduction, self._is_sgd = None, None, False
-        if trainer.global_step == 0:  # a new run, not one that goes on from a checkpoint
-            self.history = []
-        self._prepare(trainer, lambda: self._check(trainer, pl_module))
+        super().on_train_start(trainer, pl_module)
 
+    @override
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_trainer(trainer, pl_module, self.network, "Stability")
         with untouched(trainer):  # somebody's own sampler may draw to be counted
@@ -160,18 +158,6 @@ class Stability(MeasuringCallback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_started = time.monotonic()
-
-    @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Differentiate a batch twice before the first step, so that what cannot be read fails now."""
-        if self._reduction is None:
-            self._prepare(trainer, lambda: self._rehearse_first(trainer, pl_module))
-
-    def _rehearse_first(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with untouched(trainer):
-            self._reduction = self._rehearse(trainer, pl_module)
 
     @override
     @guarded
@@ -189,7 +175,7 @@ class Stability(MeasuringCallback):
         if (trainer.current_epoch + 1) % self.every_n_epochs != 0:
             return
         trained = (time.monotonic() - self._epoch_started) * self.every_n_epochs
-        reading = trainer.strategy.broadcast(self._measure(trainer, pl_module))
+        reading = trainer.strategy.broadcast(self._take(trainer, lambda: self._reading(trainer, pl_module)))
         if reading is not None:
             if not self.history:
                 self._announce_time(reading, trained)
@@ -215,18 +201,6 @@ class Stability(MeasuringCallback):
                 f"{last.largest_eigenvalue:.4g}, and one lies within {last.largest_eigenvalue_error:.2g} of that."
             )
 
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"history": [(epoch, asdict(reading)) for epoch, reading in self.history]}
-
-    @override
-    def _restore(self, state_dict: dict[str, Any]) -> None:
-        known = {field.name for field in fields(StabilityReading)}
-        self.history = [
-            (epoch, StabilityReading(**{name: value for name, value in stored.items() if name in known}))
-            for epoch, stored in state_dict["history"]
-        ]
-
     @property
     @override
     def way_out(self) -> str:
@@ -250,21 +224,6 @@ class Stability(MeasuringCallback):
     def _check_names(self, pl_module: LightningModule) -> None:
         check_named_parts(pl_module, self.network)
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> StabilityReading | None:
-        try:
-            with untouched(trainer):
-                return self._reading(trainer, pl_module)
-        except Exception as error:
-            # The first batches have been read before the first step: what fails now is of this epoch or of the
-            # user's code on another batch, and not worth the run.
-            if self.on_error == "raise" and not isinstance(error, EvidenceUnavailableError):
-                raise
-            rank_zero_warn(
-                f"Stability: no reading for epoch {trainer.current_epoch}; training goes on. "
-                f"{type(error).__name__}: {error} (NaN is logged.)"
-            )
-            return None
-
     def _reading(self, trainer: Trainer, pl_module: LightningModule) -> StabilityReading:
         loss, groups = self._loss(trainer, pl_module), self._groups(trainer, pl_module)
         batches, sizes = loss.batches()
@@ -277,7 +236,8 @@ class Stability(MeasuringCallback):
             function, steps, sum(sizes), curvature=self.curvature, sharpness=self.sharpness
         )
 
-    def _rehearse(self, trainer: Trainer, pl_module: LightningModule) -> Reduction:
+    @override
+    def _rehearse(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Take the first batch of our own all the way through two products with the curvature."""
         loss, groups = self._loss(trainer, pl_module), self._groups(trainer, pl_module)
         reader = loss.reader()
@@ -305,7 +265,7 @@ class Stability(MeasuringCallback):
             rehearse(function, self.curvature)
         except EvidenceUnavailableError as error:
             rank_zero_warn(f"Stability: the first batch has no reading. {error}")
-        return reduction
+        self._reduction = reduction
 
     def _loss(self, trainer: Trainer, pl_module: LightningModule) -> TrainingLoss:
         return TrainingLoss(

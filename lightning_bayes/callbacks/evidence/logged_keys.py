@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
 
 from lightning_bayes.evidence.result import Evidence
 
-__all__ = ["KEYS", "UNAVAILABLE", "evidence_from", "logged_values"]
+__all__ = ["KEYS", "UNAVAILABLE", "logged_values"]
 
 UNAVAILABLE = (
     "log_evidence",
@@ -32,16 +30,6 @@ KEYS = (
     "prior_precision",
 )
 """All keys."""
-
-
-def evidence_from(stored: Mapping[str, Any]) -> Evidence:
-    """An Evidence from the fields that a checkpoint of this or another version holds.
-
-    Raises:
-        TypeError: If fields without a default are missing.
-    """
-    known = {field.name for field in fields(Evidence)}
-    return Evidence(**{name: value for name, value in stored.items() if name in known})
 
 
 def logged_values(evidence: Evidence) -> dict[str, float]:

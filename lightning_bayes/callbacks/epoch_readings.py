@@ -1,0 +1,111 @@
+"""Callbacks that take a reading at the end of epochs: rehearsed on the first batch, remembered in a history."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from typing_extensions import override
+
+from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError
+from lightning_bayes.callbacks.trainer.restore import untouched
+from lightning_bayes.errors import EvidenceUnavailableError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+__all__ = ["EpochReadings"]
+
+Reading = TypeVar("Reading", bound="DataclassInstance")
+
+
+class EpochReadings(MeasuringCallback, Generic[Reading]):
+    """A callback that measures at the end of epochs what a dataclass holds.
+
+    Before the first step the trainer is checked and the first batch read, so that what cannot be measured says so
+    then. What fails at a later epoch is of that epoch: one warning, and NaN.
+
+    Attributes:
+        history: List of (epoch, reading); it survives a checkpoint.
+    """
+
+    HELD = "history"
+    READING: ClassVar[type[Any]]
+    """What is remembered."""
+    NOUN: ClassVar[str]
+    """What warnings call it."""
+
+    def __init__(self, on_error: OnError) -> None:
+        super().__init__(on_error)
+        self.history: list[tuple[int, Reading]] = []
+        self._is_rehearsed = False
+
+    @property
+    def latest(self) -> Reading | None:
+        """The last reading, None before the first."""
+        return self.history[-1][1] if self.history else None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check everything that can be checked before a batch is seen."""
+        self._is_rehearsed = False
+        if trainer.global_step == 0:  # a new run, not one that goes on from a checkpoint
+            self.history = []
+        self._prepare(trainer, lambda: self._check(trainer, pl_module))
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Read the first batch before the first step, so that what cannot be read says so now."""
+        if not self._is_rehearsed:
+            self._is_rehearsed = True
+            self._prepare(trainer, lambda: self._rehearse_untouched(trainer, pl_module, batch, batch_idx))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": [(epoch, asdict(reading)) for epoch, reading in self.history]}
+
+    @override
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        self.history = [(epoch, self._from_fields(stored)) for epoch, stored in state_dict["history"]]
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise where this trainer or module does not allow the measurement."""
+        raise NotImplementedError
+
+    def _rehearse(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Take the first batch all the way; raise where that does not go."""
+        raise NotImplementedError
+
+    def _take(self, trainer: Trainer, take: Callable[[], Reading]) -> Reading | None:
+        """One reading; None, and a warning, where this epoch has none.
+
+        The first batch has been read before the first step: what fails now is of this epoch or of the user's code on
+        another batch, and not worth the run.
+        """
+        try:
+            with untouched(trainer):
+                return take()
+        except Exception as error:
+            if self.on_error == "raise" and not isinstance(error, EvidenceUnavailableError):
+                raise
+            rank_zero_warn(
+                f"{type(self).__name__}: no {self.NOUN} for epoch {trainer.current_epoch}; training goes on. "
+                f"{type(error).__name__}: {error} (NaN is logged; an EarlyStopping that monitors it stops unless "
+                "check_finite=False.)"
+            )
+            return None
+
+    def _rehearse_untouched(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        with untouched(trainer):
+            self._rehearse(trainer, pl_module, batch, batch_idx)
+
+    def _from_fields(self, stored: Mapping[str, Any]) -> Reading:
+        """A reading from the fields that a checkpoint of this or another version holds."""
+        known = {field.name for field in fields(self.READING)}
+        reading: Reading = self.READING(**{name: value for name, value in stored.items() if name in known})
+        return reading
