@@ -30,7 +30,7 @@ RANKS = {folder: -rank for rank, folders in enumerate(FOLDERS) for folder in fol
 ENTRIES = {f"{PACKAGE}.__main__", f"{PACKAGE}.functional.__init__"}
 """Hand on what lies in folders above them."""
 ALLOWED_IN_FUNCTIONAL = sys.stdlib_module_names | {"torch"}
-LARGEST_FOLDER = 16
+LARGEST_FOLDER, LONGEST_MODULE = 16, 300
 SHARED_NAMES = {"__init__", "checks", "base"}
 """Names that files of several folders may have."""
 
@@ -99,6 +99,11 @@ def test_no_folder_is_a_heap():
     modules = [path for path in PATHS if path.stem != "__init__"]
     sizes = {folder: sum(path.parent == folder for path in modules) for folder in {p.parent for p in modules}}
     assert {folder: size for folder, size in sizes.items() if size > LARGEST_FOLDER} == {}
+
+
+def test_no_module_is_long():
+    lengths = {dotted(path): len(path.read_text(encoding="utf-8").splitlines()) for path in PATHS}
+    assert {module: length for module, length in lengths.items() if length > LONGEST_MODULE} == {}
 
 
 def test_a_name_is_one_file():

@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_bayes.callbacks.growth.batch_planner import BatchPlanner
 from lightning_bayes.callbacks.growth.checks import (
     check_alone,
+    check_choices,
     check_mean_loss,
     check_schedulers,
     check_trainer,
@@ -33,10 +34,11 @@ from lightning_bayes.callbacks.growth.schedule import (
 )
 from lightning_bayes.callbacks.growth.schedule_steps import Pace, ScheduleSteps
 from lightning_bayes.callbacks.growth.step_learning_rate import StepLearningRate
+from lightning_bayes.callbacks.growth.step_values import step_values
 from lightning_bayes.callbacks.trainer.settings import Sizes, group_names, read_sizes
 from lightning_bayes.functional import BatchGrowth
-from lightning_bayes.functional._validation import count, string
-from lightning_bayes.functional.batch_growth import METHODS, RULES, GrowthMethod
+from lightning_bayes.functional._validation import optional_count, string
+from lightning_bayes.functional.batch_growth import GrowthMethod
 from lightning_bayes.functional.scaling import Rule
 
 
@@ -106,15 +108,10 @@ class BatchSizeScheduler(Callback):
     ) -> None:
         super().__init__()
         self.milestones = parse_schedule(schedule, factor)
-        self.max_batch_size = _optional("max_batch_size", max_batch_size)
-        self.max_device_batch_size = _optional("max_device_batch_size", max_device_batch_size)
-        self.dataset_size = _optional("dataset_size", dataset_size)
-        if method not in ("auto", *METHODS):
-            raise ValueError(
-                f'Expected argument `method` to be "auto", "accumulate" or "reload", but got {method!r}.'
-            )
-        if rule not in RULES:
-            raise ValueError(f'Expected argument `rule` to be "linear", "exact" or "sqrt", but got {rule!r}.')
+        self.max_batch_size = optional_count("max_batch_size", max_batch_size)
+        self.max_device_batch_size = optional_count("max_device_batch_size", max_device_batch_size)
+        self.dataset_size = optional_count("dataset_size", dataset_size)
+        check_choices(method, rule)
         self.method: Literal["auto", "accumulate", "reload"] = method
         self.rule: Rule = rule
         self.log_key_prefix = string("log_key_prefix", log_key_prefix)
@@ -247,14 +244,7 @@ class BatchSizeScheduler(Callback):
             self._loader.requested = (self._prepared or self.growth).device_batch_size
 
     def learning_rate_in_step(self, group: Mapping[str, Any]) -> float:
-        """The learning rate of a parameter group while the optimizer steps, for whoever reads it at other times.
-
-        Args:
-            group: of an optimizer in training.
-
-        Returns:
-            The scheduler's own, times what the batch takes of its decay.
-        """
+        """The learning rate of a parameter group in a step: the scheduler's own, times what the batch takes of its decay."""
         return self._learning_rate.in_step(group)
 
     @property
@@ -289,15 +279,12 @@ class BatchSizeScheduler(Callback):
         """B and the learning rate of the latest step; one for each group where they differ."""
         if self.growth is None or self._planner.now is None:
             return {}
-        # The nominal batch can exceed a small training set, a step cannot.
-        values = {"batch_size": float(min(self.growth.batch_size, self._planner.now.dataset_size))}
         used = self._learning_rate.used or self._learning_rate.scheduled()
         # Once split, always split: groups that meet again for a moment would make keys come and go.
         self._groups_differ |= len(set(used)) > 1
-        if not self._groups_differ:
-            return values | {"learning_rate": used[0]}
-        names = group_names(trainer)
-        return values | {f"learning_rate-{name}": rate for name, rate in zip(names, used, strict=True)}
+        # The nominal batch can exceed a small training set, a step cannot.
+        batch_size = min(self.growth.batch_size, self._planner.now.dataset_size)
+        return step_values(batch_size, used, group_names(trainer) if self._groups_differ else ())
 
     def _leave(self, trainer: Trainer) -> None:
         """The Trainer, its optimizers and the DataModule as they were."""
@@ -309,7 +296,3 @@ class BatchSizeScheduler(Callback):
         if self._own_accumulation is not None:
             trainer.accumulate_grad_batches = self._own_accumulation
             self._own_accumulation = None
-
-
-def _optional(name: str, value: int | None) -> int | None:
-    return None if value is None else count(name, value)

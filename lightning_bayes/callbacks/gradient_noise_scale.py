@@ -8,35 +8,26 @@ from functools import cached_property
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_bayes.callbacks.gradient_noise.checks import (
     GradientMethod,
-    check_batch_size,
     check_choices,
     check_gradients_can_be_read,
     check_several_micro_batches,
-    num_micro_batches,
 )
-from lightning_bayes.callbacks.gradient_noise.copied_gradients import CopiedGradients
 from lightning_bayes.callbacks.gradient_noise.metric import GradientNoiseMetric
-from lightning_bayes.callbacks.gradient_noise.parts import KEYS, layer_of, layers_of, logged_values
-from lightning_bayes.callbacks.gradient_noise.training_gradients import TrainingGradients
-from lightning_bayes.callbacks.gradient_noise.two_batch_sizes import TwoBatchSizes
+from lightning_bayes.callbacks.gradient_noise.parts import KEYS, layers_of, logged_values
+from lightning_bayes.callbacks.gradient_noise.step_gradients import StepGradients
 from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
-from lightning_bayes.callbacks.trainer.inputs import step_batch_size
 from lightning_bayes.callbacks.trainer.step_logging import log_step
-from lightning_bayes.capture.loss import WAY_OUT
-from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.functional import GradientNoise
 from lightning_bayes.functional._validation import count, fraction, string
-from lightning_bayes.priors.prior import trainable_names
 
 __all__ = ["GradientMethod", "GradientNoiseScale"]
 
-OTHER_WAYS = 'method="split_batch", or method="micro_batches" with several of them, takes any loss.'
 NOT_MEASURED = "not measured yet"
 RESOLVED = "resolved"
 
@@ -122,12 +113,8 @@ class GradientNoiseScale(MeasuringCallback):
         self.per_layer = per_layer
         self._metric = GradientNoiseMetric(self.ema)
         self._parts: tuple[str, ...] = ("",)
-        self._method: str | None = None  # in use
-        self._names: list[str] = []
-        self._part_of: list[int] = []  # number of the part that each of them belongs to
-        self._trained: list[tuple[int, bool]] = []
-        self._source: CopiedGradients | TrainingGradients | None = None
-        self._due = self._proved = False
+        self._step: StepGradients | None = None
+        self._due = False
         self._last_logged_step = -1
         self._warned: set[str] = set()
 
@@ -170,13 +157,13 @@ class GradientNoiseScale(MeasuringCallback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_gradients_can_be_read(trainer, pl_module)
         self._forget()
-        self._due, self._proved, self._last_logged_step = False, False, -1
+        self._due, self._last_logged_step = False, -1
         parts = layers_of(pl_module) if self.per_layer else ("",)
         if trainer.global_step == 0 or parts != self._parts:
             self._parts, self._metric = parts, GradientNoiseMetric(self.ema, len(parts))
         # Apple's devices have no float64.
         self._metric.to("cpu" if pl_module.device.type == "mps" else pl_module.device)
-        self._method = None if self.method == "auto" else self.method
+        self._step = StepGradients(self.method, parts, self._warn_of_a_batch)
         if self.method == "micro_batches":
             check_several_micro_batches(trainer)
 
@@ -190,33 +177,23 @@ class GradientNoiseScale(MeasuringCallback):
             # StochasticWeightAveraging appends a pass without gradients, for the statistics of batch norm.
             idle = getattr(trainer.fit_loop, "_skip_backward", False)
             self._due = not idle and self.should_measure(trainer)
-        if not self._due:
-            return
-        if first:
-            self._follow_parameters(trainer, pl_module)
-        if self._method != "micro_batches" and first:
-            self._measure_copy(trainer, pl_module, batch, batch_idx)
-        if self._method == "micro_batches":
-            if not isinstance(self._source, TrainingGradients):
-                self._source = TrainingGradients(trainer, pl_module, self._names)
-            if first:
-                self._source.stop()  # what was seen of a step that was not made
-            self._source.begin(batch, step_batch_size(trainer))
+        if self._due and self._step is not None:
+            self._take(self._step.begin(trainer, pl_module, batch, batch_idx, first))
 
     @override
     @guarded
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._due and isinstance(self._source, TrainingGradients):
+        if self._due and self._step is not None:
             batch_idx, k = trainer.fit_loop.batch_idx, trainer.accumulate_grad_batches
-            self._source.after_backward(last=(batch_idx + 1) % k == 0 or trainer.is_last_batch)
+            self._step.after_backward(last=(batch_idx + 1) % k == 0 or trainer.is_last_batch)
 
     @override
     @guarded
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        if self._due and isinstance(self._source, TrainingGradients):
-            self._take(self._source.finish())
+        if self._due and self._step is not None and self._step.is_of_training:
+            self._take(self._step.finish())
             self._due = False
         self._last_logged_step = log_step(trainer, self._values, self._last_logged_step)
 
@@ -247,7 +224,7 @@ class GradientNoiseScale(MeasuringCallback):
     @property
     @override
     def way_out(self) -> str:
-        if self._method == "micro_batches":
+        if self._step is not None and self._step.method == "micro_batches":
             return "Leave GradientNoiseScale out of this run."
         return (
             'Give method="micro_batches" with accumulate_grad_batches of 2 or more: it takes the gradients of '
@@ -262,70 +239,20 @@ class GradientNoiseScale(MeasuringCallback):
         metric.load_state_dict(deepcopy(state_dict["averages"]))
         self._parts, self._metric = parts, metric
 
-    def _measure_copy(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Measure on a copy; under "auto" find out at the first batch how."""
-        if self._method is None:
-            self._method = "per_example"
-            try:
-                self._try(trainer, pl_module, batch, batch_idx)
-                return
-            except ValueError as error:
-                self._source = None
-                self._method = "micro_batches" if num_micro_batches(trainer) > 1 else "split_batch"
-                rank_zero_info(
-                    f'GradientNoiseScale: method="{self._method}", because examples cannot be told apart. '
-                    + str(error).replace(WAY_OUT, "").strip()
-                )
-                if self._method == "micro_batches":
-                    return
-        try:
-            self._try(trainer, pl_module, batch, batch_idx)
-        except Exception as error:
-            if not self._proved and not isinstance(error, ValueError):
-                raise
-            if not self._proved:
-                raise ValueError(str(error).replace(WAY_OUT, OTHER_WAYS)) from error
-            # A batch could be measured before: what fails now is of this one, and not worth the run.
-            self._fail(trainer, f"{type(error).__name__}: {error}")
-
-    def _try(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not isinstance(self._source, CopiedGradients):
-            check_batch_size(trainer, batch)
-            self._source = CopiedGradients(trainer, pl_module, self._names, self._method == "per_example")
-        try:
-            self._take(self._source.measure(batch, batch_idx))
-            self._proved = True
-        except EvidenceUnavailableError as error:  # the batch, or the weights, are to blame: not the method
-            self._fail(trainer, str(error))
-
-    def _fail(self, trainer: Trainer, reason: str) -> None:
-        self._warn_once("failed", f"a batch could not be measured; training goes on. {reason}")
-        if trainer.world_size > 1 and isinstance(self._source, CopiedGradients):
-            self._source.nothing()  # the other processes are waiting
-
-    def _take(self, norms: TwoBatchSizes | None) -> None:
-        """Average a measurement in, unless it is NaN or infinite or there is none."""
-        noise = None if norms is None else norms.noise(self._part_of, len(self._parts))
+    def _take(self, noise: list[GradientNoise] | None) -> None:
+        """Average a measurement in, unless there is none."""
         if noise is not None:
             self._metric.update(noise)
 
-    def _follow_parameters(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Parameters are unfrozen during a run."""
-        trained = [(id(parameter), parameter.requires_grad) for parameter in pl_module.parameters()]
-        if trained != self._trained:
-            self._forget()
-            held = [p for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]]
-            self._names, self._trained = trainable_names(pl_module, held), trained
-            numbers = {name: number for number, name in enumerate(self._parts)}
-            self._part_of = [numbers.get(layer_of(name), 0) for name in self._names]
+    def _warn_of_a_batch(self, reason: str) -> None:
+        self._warn_once("failed", f"a batch could not be measured; training goes on. {reason}")
 
     def _values(self) -> dict[str, float]:
         return logged_values(self.log_key_prefix, self.estimate, self.layer_estimates)
 
     def _forget(self) -> None:
-        if isinstance(self._source, TrainingGradients):
-            self._source.stop()
-        self._source, self._names, self._trained = None, [], []
+        if self._step is not None:
+            self._step.stop()
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:

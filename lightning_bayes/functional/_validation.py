@@ -106,6 +106,11 @@ def batch_within_dataset(batch_name: str, batch_size: float, dataset_name: str, 
         )
 
 
+def optional_count(name: str, value: int | None) -> int | None:
+    """Returns None or `value` as a whole number of at least 1; raises as `count` does."""
+    return None if value is None else count(name, value)
+
+
 def check_options(batch_size: object, max_examples: object) -> None:
     """Check the options that both APIs share beside the `Method`.
 
@@ -113,5 +118,4 @@ def check_options(batch_size: object, max_examples: object) -> None:
         ValueError: Naming the argument, what was got, and the remedy.
     """
     for name, value in (("batch_size", batch_size), ("max_examples", max_examples)):
-        if value is not None:
-            count(name, value)
+        optional_count(name, value)  # type: ignore[arg-type] # that is what is checked

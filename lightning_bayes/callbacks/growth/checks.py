@@ -14,7 +14,18 @@ from lightning_bayes.callbacks.trainer.training_loss import TrainingLoss
 from lightning_bayes.capture.loss import CapturedLoss
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.functional import BatchGrowth
+from lightning_bayes.functional.batch_growth import METHODS, RULES
 from lightning_bayes.functional.scaling import Rule
+
+
+def check_choices(method: object, rule: object) -> None:
+    """Raise a ValueError for a method or a rule that does not exist."""
+    if method not in ("auto", *METHODS):
+        raise ValueError(
+            f'Expected argument `method` to be "auto", "accumulate" or "reload", but got {method!r}.'
+        )
+    if rule not in RULES:
+        raise ValueError(f'Expected argument `rule` to be "linear", "exact" or "sqrt", but got {rule!r}.')
 
 
 def check_alone(callback: Callback, trainer: Trainer) -> None:
