@@ -244,7 +244,7 @@ class BatchSizeScheduler(Callback):
             self._loader.requested = (self._prepared or self.growth).device_batch_size
 
     def learning_rate_in_step(self, group: Mapping[str, Any]) -> float:
-        """The learning rate of a parameter group in a step: the scheduler's own, times what the batch takes of its decay."""
+        """The learning rate of a group in a step: the scheduler's own, times what the batch takes of its decay."""
         return self._learning_rate.in_step(group)
 
     @property

@@ -265,7 +265,7 @@ def test_the_copy_follows_the_module(tmp_path):
                 gradient_noise_scale(torch.stack([torch.cat([g.flatten() for g in r]) for r in rows]))
             )
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-            source = self._source
+            source = self._step._source
             assert len(source._copy.reader.network.losses) <= len(module.losses) + 2
 
     noise = Literal(**EVERY)
