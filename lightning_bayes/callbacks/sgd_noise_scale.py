@@ -158,15 +158,15 @@ class SGDNoiseScale(MeasuringCallback):
         Returns:
             One key for each kind of noise scale on which the groups agree, else one per group.
         """
-        found: dict[str, dict[str, float]] = {}
+        scales_of: dict[str, dict[str, float]] = {}
         for group in configuration.groups:
             adaptive = isinstance(group.configuration, AdamConfiguration)
             kind = "adam_noise_scale" if adaptive else "noise_scale"
-            found.setdefault(kind, {})[group.name] = group.configuration.noise_scale
+            scales_of.setdefault(kind, {})[group.name] = group.configuration.noise_scale
         # Once split, always split: groups that meet again for a moment would make keys come and go.
-        self._groups_differ |= any(len(set(values.values())) > 1 for values in found.values())
+        self._groups_differ |= any(len(set(values.values())) > 1 for values in scales_of.values())
         keyed: dict[str, float] = {}
-        for kind, values in found.items():
+        for kind, values in scales_of.items():
             if self._groups_differ:
                 keyed |= {f"{self.log_key_prefix}{kind}-{name}": value for name, value in values.items()}
             else:

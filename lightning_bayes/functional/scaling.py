@@ -61,7 +61,7 @@ class Move:
     @property
     def range(self) -> tuple[float, float] | None:
         """The least and the largest value that the rules ask for; None where none has a solution."""
-        values = [getattr(found, self.solved_for) for found in (self.exact, self.linear) if found is not None]
+        values = [getattr(move, self.solved_for) for move in (self.exact, self.linear) if move is not None]
         return (min(values), max(values)) if values else None
 
 

@@ -72,11 +72,12 @@ class RowKeeper:
             raise ValueError("No parameter that carries a prior has an influence on the network's outputs.")
         whole = []
         for batches in self._chunks.values():
-            found = {index: _merged(chunks, 0).widen(self._columns) for index, chunks in batches.items()}
+            of_batches = {index: _merged(chunks, 0).widen(self._columns) for index, chunks in batches.items()}
             batches.clear()  # each layer's pieces go before the next layer is put together
-            like = next(iter(found.values()))
+            like = next(iter(of_batches.values()))
             every = [
-                found[index] if index in found else like.blank(size) for index, size in enumerate(self._sizes)
+                of_batches[index] if index in of_batches else like.blank(size)
+                for index, size in enumerate(self._sizes)
             ]
             whole.append(_merged(every, 1))
             batches[0] = [whole[-1]]

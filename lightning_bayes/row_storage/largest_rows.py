@@ -87,10 +87,10 @@ class RowReservoir:
         return whole, keys
 
     def _settle(self) -> list[tuple[RowSet, Tensor]]:
-        found = self.rows()
-        if found is None:
+        drawn = self.rows()
+        if drawn is None:
             return []
-        whole, keys = found
+        whole, keys = drawn
         order = keys.argsort(descending=True, stable=True)
         kept, rest = order[: self._capacity].sort().values, order[self._capacity :]
         self.threshold = max(self.threshold, keys[rest].max().item())
@@ -134,10 +134,10 @@ class PrioritySample:
     def rows(self) -> tuple[RowSet, Tensor] | None:
         """The sample, and the probability of each row in it given the others, min(1, w/τ); None for no rows."""
         self._reservoir.close()
-        found = self._reservoir.rows()
-        if found is None:
+        drawn = self._reservoir.rows()
+        if drawn is None:
             return None
-        sample, threshold = found[0], self._reservoir.threshold
+        sample, threshold = drawn[0], self._reservoir.threshold
         weights = sample.values[:, -1]
         likely = torch.ones_like(weights) if threshold <= 0.0 else (weights / threshold).clamp(max=1.0)
         return RowSet(sample.layers, sample.values[:, :-1]), likely

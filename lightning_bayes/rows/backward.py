@@ -117,14 +117,14 @@ def find_layouts(batch: Batch) -> dict[nn.Module, tuple[Layout | None, ...]]:
     layouts: dict[nn.Module, tuple[Layout | None, ...]] = {}
     for call, grads in zip(batch.calls, batch.grads, strict=True):
         its_pairs = itertools.islice(pairs, len(call.outputs))
-        found = tuple(
+        its_layouts = tuple(
             None if plain is None or weighted is None else find_layout(plain, weighted, batch.num_examples)
             for plain, weighted in its_pairs
         )
         if not counts(grads):  # called for a metric, not on the way to the outputs, or on no example
             continue
-        before = layouts.get(call.module, found)
-        layouts[call.module] = found if before == found else (None,) * len(found)
+        before = layouts.get(call.module, its_layouts)
+        layouts[call.module] = its_layouts if before == its_layouts else (None,) * len(its_layouts)
     return layouts
 
 

@@ -84,10 +84,10 @@ class ExampleGradientReader(RowReader):
         def again() -> Batch:
             return _batch(*self._forward(forward, None))
 
-        found: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+        sums: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
         for rows in self._layers(batch, again, batch.roots):
-            found |= _sums(rows, keep_totals)
-        return self._collected(found, batch, keep_totals)
+            sums |= _sums(rows, keep_totals)
+        return self._collected(sums, batch, keep_totals)
 
     def _forward(
         self, forward: Callable[[], tuple[Tensor, Tensor]], plan: Plan | None
@@ -105,17 +105,17 @@ class ExampleGradientReader(RowReader):
 
     def _collected(
         self,
-        found: dict[str, tuple[Tensor, Tensor, Tensor | None]],
+        sums: dict[str, tuple[Tensor, Tensor, Tensor | None]],
         batch: Batch,
         keep_totals: bool,
     ) -> GradientSums:
         zero = batch.outputs.new_zeros(())
         totals = []
         for name, parameter in self.parameters.items():  # some may not have taken part in this batch
-            _, _, total = found.setdefault(name, (zero, zero, None))
+            _, _, total = sums.setdefault(name, (zero, zero, None))
             if keep_totals:
                 totals.append(torch.zeros_like(parameter).flatten() if total is None else total)
-        ordered = [found[name] for name in self.parameters]
+        ordered = [sums[name] for name in self.parameters]
         both = torch.stack([squares for squares, _, _ in ordered] + [squared for _, squared, _ in ordered])
         numbers, size = both.tolist(), batch.num_examples
         return GradientSums(
@@ -131,8 +131,8 @@ def _batch(outputs: Tensor, loss: Tensor, calls: list[Call]) -> Batch:
     """The batch after the one backward pass, whose column is the loss's gradient in the outputs."""
     tensors = [tensor for call in calls for tensor in call.outputs]
     root, *grads = torch.autograd.grad(loss, [outputs, *tensors], retain_graph=True, allow_unused=True)
-    found = iter([None if grad is None else grad.unsqueeze(0) for grad in grads])
-    return Batch(calls, outputs, root.unsqueeze(0), [[next(found) for _ in call.outputs] for call in calls])
+    sums = iter([None if grad is None else grad.unsqueeze(0) for grad in grads])
+    return Batch(calls, outputs, root.unsqueeze(0), [[next(sums) for _ in call.outputs] for call in calls])
 
 
 def _sums(rows: Rows, keep_total: bool) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
@@ -140,7 +140,7 @@ def _sums(rows: Rows, keep_total: bool) -> dict[str, tuple[Tensor, Tensor, Tenso
     if isinstance(rows, DenseRows):
         squares, total = _dense_sums(rows)
         return {rows.name: (squares, _squared(total), total if keep_total else None)}
-    found: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+    sums: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
     inputs, grads = rows.inputs(), rows.grads()[0]
     sizes, entries = inputs.shape[2] + grads.shape[2], inputs.shape[2] * grads.shape[2]
     positions = inputs.shape[:2].numel()
@@ -155,12 +155,12 @@ def _sums(rows: Rows, keep_total: bool) -> dict[str, tuple[Tensor, Tensor, Tenso
         else:
             found_total = (g.mT @ a).flatten()
             squared = _squared(found_total)
-        found[rows.weight] = squares, squared, found_total
+        sums[rows.weight] = squares, squared, found_total
     if rows.bias is not None:
         summed = grads.sum(1)
         total = summed.sum(0)
-        found[rows.bias] = _squared(summed), _squared(total), total if keep_total else None
-    return found
+        sums[rows.bias] = _squared(summed), _squared(total), total if keep_total else None
+    return sums
 
 
 def _sums_by_pairs(
@@ -169,13 +169,13 @@ def _sums_by_pairs(
     """The same for one position of few examples: all of it is in the two [N, N] matrices of inner products."""
     of_inputs, of_grads = inputs @ inputs.mT, grads @ grads.mT
     squared_grads = of_grads.diagonal()
-    found: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+    sums: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
     if rows.weight is not None:
         squares = of_inputs.diagonal().dot(squared_grads)
-        found[rows.weight] = squares, _inner(of_inputs, of_grads), None
+        sums[rows.weight] = squares, _inner(of_inputs, of_grads), None
     if rows.bias is not None:
-        found[rows.bias] = squared_grads.sum(), of_grads.sum(), None
-    return found
+        sums[rows.bias] = squared_grads.sum(), of_grads.sum(), None
+    return sums
 
 
 def _outer_squares(inputs: Tensor, grads: Tensor) -> Tensor:

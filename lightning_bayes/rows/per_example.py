@@ -188,10 +188,10 @@ class ModuleUse(Use):
         return several and size <= BATCHED_BYTES and self.module not in _ONE_BY_ONE
 
     def _apart(self) -> list[tuple[Tensor, Layout | None]]:
-        found = []
+        pairs = []
         for tensor, layout in zip(tensors_of(self.arguments), self.layouts, strict=True):
-            found.append((tensor if layout is None else self._of_chosen(tensor, layout), layout))
-        return found
+            pairs.append((tensor if layout is None else self._of_chosen(tensor, layout), layout))
+        return pairs
 
     def _of_chosen(self, tensor: Tensor, layout: Layout) -> Tensor:
         apart = layout.apart(tensor, self.num_examples)

@@ -81,8 +81,8 @@ class Plan:
                 use = self._layer_use(call, grads, batch.num_examples)
                 for local_name, name in local.items():
                     uses[name].append((local_name, use))
-        found = _joined_linear(uses)
-        taken = {name for rows in found for name in rows.names}
+        linear = _joined_linear(uses)
+        taken = {name for rows in linear for name in rows.names}
         for name in self.parameters:
             if self.ways[name] == GRAPH:
                 rows = GraphUse(self.parameters[name], batch.outputs, batch.roots, range(batch.num_examples))
@@ -95,7 +95,7 @@ class Plan:
             for name, its in uses.items()
             if name not in taken
         ]
-        return [*found, *dense]
+        return [*linear, *dense]
 
     def _learn(self, batch: Batch) -> None:
         """Find the layouts of modules that the outputs depend on for the first time: experts, heads."""
@@ -105,8 +105,8 @@ class Plan:
             if call.module not in self.layouts and counts(grads)
         }
         if new:
-            found = find_layouts(batch)
-            self.layouts |= {module: found[module] for module in new}
+            layouts = find_layouts(batch)
+            self.layouts |= {module: layouts[module] for module in new}
 
     def module_use(
         self,
@@ -152,7 +152,7 @@ class Plan:
 
     def _find_layers(self) -> dict[nn.Module, dict[str, str]]:
         wanted = {id(p): name for name, p in self.parameters.items() if self.ways[name] == LAYER}
-        found = {}
+        layers = {}
         for module in self.network.modules():
             local = {
                 local_name: wanted[id(p)]
@@ -160,8 +160,8 @@ class Plan:
                 if id(p) in wanted
             }
             if local:
-                found[module] = local
-        return found
+                layers[module] = local
+        return layers
 
     def _layer_use(self, call: Call, grads: list[Tensor | None], num_examples: int) -> LayerUse:
         layout, output, (grad,) = self.layouts[call.module][0], call.outputs[0], grads
@@ -184,7 +184,7 @@ class Plan:
     def _module_uses(self, host: str, batch: Batch) -> list[tuple[str, str, Use]]:
         module = self.network.get_submodule(host)
         names = {local_name(name, host): name for name, way in self.ways.items() if way == host}
-        found: list[tuple[str, str, Use]] = []
+        uses: list[tuple[str, str, Use]] = []
         for call, grads in batch.of(module):
             use = self.module_use(names, call, grads, batch.num_examples)
             if use is None:
@@ -192,8 +192,8 @@ class Plan:
                     f"{host or 'The network'} ({type(module).__name__}) cannot be replayed on single examples for "
                     f"the arguments of a later batch. Hold {sorted(names.values())} fixed (requires_grad=False)."
                 )
-            found += [(local, name, use) for local, name in names.items()]
-        return found
+            uses += [(local, name, use) for local, name in names.items()]
+        return uses
 
 
 def local_name(name: str, host: str) -> str:

@@ -201,10 +201,10 @@ class BlockCurvature(Curvature):
         if self._keeper.num_rows or not self._landmarks:  # fewer than the pool
             self._empty_keeper()
         self._drop(self._kept.close())
-        found = self._kept.rows()
-        if found is None:
+        drawn = self._kept.rows()
+        if drawn is None:
             raise ValueError("No row was kept: the training data are empty.")
-        return list(found[0].layers.values())
+        return list(drawn[0].layers.values())
 
     def _beyond(self, scale: float) -> float:
         """Σ_{i∉S} ln(1 + R_ii/s), with R_ii at the next larger s of the ladder, or K_ii."""
@@ -221,10 +221,10 @@ class BlockCurvature(Curvature):
         With k = K_Si and A = I + K_SS: R_ii = K_ii − kᵀA⁻¹k. γ is the derivative of ln det(I + tK) at t = 1, so
         row i adds (R_ii − kᵀA⁻²k)/(1 + R_ii) to it.
         """
-        found = self._sample.rows()
-        if found is None:
+        drawn = self._sample.rows()
+        if drawn is None:
             return (0.0, 0.0), (0.0, 0.0)
-        sample, likely = found
+        sample, likely = drawn
         schur = sample.values[:, 0].to(self._values) / scale
         inverse = torch.zeros_like(schur)
         cross = cross_of_shared(layers, list(sample.layers.values()), precision)

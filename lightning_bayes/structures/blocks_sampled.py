@@ -98,10 +98,10 @@ class SampledBlockCurvature(Curvature):
 
     def _numbers(self, part: KeptPart, precision: Mapping[str, float]) -> tuple[float, float, float, float]:
         """Log-determinant and γ, then their standard errors."""
-        found = [self._of_block(part, layers, precision) for layers in self._held]
+        estimates = [self._of_block(part, layers, precision) for layers in self._held]
         population = self._sample.num_batches - len(self._sample.base)
-        log_det, stderr = estimated_total([value for value, _ in found], population)
-        gamma, gamma_error = estimated_total([value for _, value in found], population)
+        log_det, stderr = estimated_total([value for value, _ in estimates], population)
+        gamma, gamma_error = estimated_total([value for _, value in estimates], population)
         own, own_error = trace_of_shrinkage(part.system.factor, NUM_PROBES, SMALL)
         return (
             part.log_det + part.added[0] + log_det,

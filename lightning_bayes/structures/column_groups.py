@@ -51,13 +51,13 @@ def squares_by_group(layer: Rows, groups: Sequence[Sequence[int]]) -> list[dict[
             for group in groups
         ]
         return [part.sum_squares() if group else {} for part, group in zip(parts, groups, strict=True)]
-    found: list[dict[str, Tensor]] = [{} for _ in groups]
-    owner = {column: sums for group, sums in zip(groups, found, strict=True) for column in group}
+    sums_of_groups: list[dict[str, Tensor]] = [{} for _ in groups]
+    owner = {column: sums for group, sums in zip(groups, sums_of_groups, strict=True) for column in group}
     for column, rows in enumerate(layer.columns()):
         squares = rows.square().sum(0).reshape(layer.shape)
         sums = owner[column]
         sums[layer.name] = sums[layer.name] + squares if layer.name in sums else squares
-    return found
+    return sums_of_groups
 
 
 def jackknife(whole: float, left_out: Sequence[float]) -> tuple[float, float]:

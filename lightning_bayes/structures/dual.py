@@ -62,21 +62,21 @@ class DualCurvature(SpectralCurvature):
 
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
         """See `Curvature.at`."""
-        found = self._rescaled(precision) or self._factorised(precision)
-        layers = [layer.to(self._accurate) for layer in found.layers]
-        quadratic = quadratic_form(layers, woodbury(layers, found.solve, precision), precision, gradient)
+        factorised = self._rescaled(precision) or self._factorised(precision)
+        layers = [layer.to(self._accurate) for layer in factorised.layers]
+        quadratic = quadratic_form(layers, woodbury(layers, factorised.solve, precision), precision, gradient)
         return CurvatureSummary(
-            found.log_det,
-            bounds_of(found.log_det, found.rounding),
-            found.gamma,
+            factorised.log_det,
+            bounds_of(factorised.log_det, factorised.rounding),
+            factorised.gamma,
             quadratic,
-            effective_parameters_stderr=found.gamma_stderr,
+            effective_parameters_stderr=factorised.gamma_stderr,
         )
 
     def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
         """See `Curvature.log_det_and_gamma`."""
-        found = self._factorised(precision)
-        return found.log_det, found.gamma
+        factorised = self._factorised(precision)
+        return factorised.log_det, factorised.gamma
 
     def _rescaled(self, precision: Mapping[str, float]) -> "_Factorised | None":
         """From the spectrum, where there is one of a multiple of the prior."""

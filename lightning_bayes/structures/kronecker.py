@@ -123,13 +123,13 @@ class KroneckerCurvature(SpectralCurvature):
 
     def _without_each_group(self, precision: Mapping[str, float]) -> list[tuple[float, float]]:
         """Log-determinant and effective parameters from all columns but one group's."""
-        found = []
+        totals = []
         for group in range(self._groups.number if self._groups.number > 1 else 0):
             scale = self._groups.scale_without(group)
             values = [block.eigenvalues(precision, group, scale) for block in self._blocks.values()]
             log_det = sum(torch.log1p(value).sum().item() for value in values)
-            found.append((log_det, sum((value / (1 + value)).sum().item() for value in values)))
-        return found
+            totals.append((log_det, sum((value / (1 + value)).sum().item() for value in values)))
+        return totals
 
 
 joint_kronecker_curvature: Callable[[Problem], KroneckerCurvature] = partial(KroneckerCurvature, joint=True)

@@ -45,12 +45,12 @@ class PrimalCurvature(SpectralCurvature):
 
     def update(self, block: RowBlock) -> None:
         """See `Curvature.update`."""
-        found: dict[str, Tensor] = {}
+        rows: dict[str, Tensor] = {}
         for layer in block.layers:
-            found |= layer.dense()
-        if not found:
+            rows |= layer.dense()
+        if not rows:
             return
-        self._rows.add(found)
+        self._rows.add(rows)
         self._quick = None
         if self._matrix is not None or len(self._rows) > KEPT_ROWS * self.problem.num_parameters:
             self._accurate()

@@ -75,11 +75,11 @@ class GrowingLoader:
         present = self.requested or _batch_sizes(self.datamodule)[0]
         for wanted in (present, 2 * present):
             with self._batch_size(wanted), isolated(self.datamodule):
-                found = loader_batch_size(self._plain())
-            if found != wanted:
+                loaded = loader_batch_size(self._plain())
+            if loaded != wanted:
                 raise ValueError(
                     f"Expected `{type(self.datamodule).__name__}.train_dataloader` to follow its `batch_size` with"
-                    f' method="reload", but at batch_size={wanted} it returned a loader with {found} examples per'
+                    f' method="reload", but at batch_size={wanted} it returned a loader with {loaded} examples per'
                     ' batch. Make a new DataLoader from `self.batch_size` at each call, or use method="accumulate".'
                 )
 
@@ -124,8 +124,8 @@ def why_not_reload(trainer: Trainer) -> str | None:
 
 
 def _batch_sizes(datamodule: Any) -> list[int]:
-    found = (getattr(datamodule, "batch_size", None), datamodule.hparams.get("batch_size"))
-    return [value for value in found if isinstance(value, int) and not isinstance(value, bool)]
+    loaded = (getattr(datamodule, "batch_size", None), datamodule.hparams.get("batch_size"))
+    return [value for value in loaded if isinstance(value, int) and not isinstance(value, bool)]
 
 
 def _reload_interval(trainer: Trainer) -> int:

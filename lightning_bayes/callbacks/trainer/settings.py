@@ -210,8 +210,8 @@ def learning_rate_in_step(trainer: Trainer) -> Callable[[Mapping[str, Any]], flo
         A function of the group.
     """
     for callback in getattr(trainer, "callbacks", ()):
-        if callable(found := getattr(callback, "learning_rate_in_step", None)):
-            return cast(Callable[[Mapping[str, Any]], float], found)
+        if callable(in_step := getattr(callback, "learning_rate_in_step", None)):
+            return cast(Callable[[Mapping[str, Any]], float], in_step)
     return lambda group: float(group["lr"])
 
 

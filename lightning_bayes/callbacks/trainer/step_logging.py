@@ -28,12 +28,12 @@ def log_step(trainer: Trainer, values: Callable[[], Mapping[str, float]], last_l
     due = every > 0 and (step + 1) % every == 0
     if not due or step == last_logged_step:
         return last_logged_step
-    found = dict(values())
+    logged = dict(values())
     device = trainer.strategy.root_device
     # Apple's devices have no float64; Lightning keeps float32 elsewhere too.
     trainer.callback_metrics.update(
-        {key: torch.tensor(value, dtype=torch.float32, device=device) for key, value in found.items()}
+        {key: torch.tensor(value, dtype=torch.float32, device=device) for key, value in logged.items()}
     )
     for logger in trainer.loggers:
-        logger.log_metrics(found, step=step)
+        logger.log_metrics(logged, step=step)
     return step

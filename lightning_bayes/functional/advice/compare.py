@@ -73,9 +73,9 @@ class Comparison:
         """Whether some 1-β is more than 1 % off what the square-root rule makes of the reference's."""
         if self.expected is None or not isinstance(self.present, AdamConfiguration):
             return False
-        found, expected = self.present.betas, self.expected.betas
-        return len(found) != len(expected) or any(
-            abs((1 - one) / (1 - other) - 1) > TOLERANCE for one, other in zip(found, expected, strict=True)
+        betas, expected = self.present.betas, self.expected.betas
+        return len(betas) != len(expected) or any(
+            abs((1 - one) / (1 - other) - 1) > TOLERANCE for one, other in zip(betas, expected, strict=True)
         )
 
     @property

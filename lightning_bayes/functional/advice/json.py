@@ -42,7 +42,7 @@ class SavedAdvice:
         document = {
             "format": FORMAT,
             "version": VERSION,
-            "configurations": {name: _encode(found) for name, found in self.configurations.items()},
+            "configurations": {name: _encode(entry) for name, entry in self.configurations.items()},
             "advice": [_encode(advice) for advice in self.advice],
             "comparisons": [_encode(comparison) for comparison in self.comparisons],
         }
@@ -77,9 +77,9 @@ class SavedAdvice:
             )
         try:
             return SavedAdvice(
-                {name: _configuration(found) for name, found in document["configurations"].items()},
-                tuple(_advice(found) for found in document["advice"]),
-                tuple(_comparison(found) for found in document["comparisons"]),
+                {name: _configuration(entry) for name, entry in document["configurations"].items()},
+                tuple(_advice(entry) for entry in document["advice"]),
+                tuple(_comparison(entry) for entry in document["comparisons"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -90,8 +90,8 @@ class SavedAdvice:
 def _encode(value: Any) -> Any:
     """Dataclasses as dicts, with what their readers would otherwise have to compute."""
     if isinstance(value, DATA):
-        found = {field.name: _encode(getattr(value, field.name)) for field in fields(value)}
-        return found | {name: _encode(extra) for name, extra in _computed(value).items()}
+        entry = {field.name: _encode(getattr(value, field.name)) for field in fields(value)}
+        return entry | {name: _encode(extra) for name, extra in _computed(value).items()}
     if isinstance(value, Mapping):
         return {key: _encode(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -119,22 +119,22 @@ def _number(value: Any) -> Any:
     return NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 
-def _configuration(found: Mapping[str, Any]) -> Any:
+def _configuration(entry: Mapping[str, Any]) -> Any:
     names = ("learning_rate", "batch_size", "dataset_size")
-    common = {name: _number(found[name]) for name in names}
+    common = {name: _number(entry[name]) for name in names}
     # Files from before the reduction was written are taken to be of means, as they were then.
-    common |= {name: found[name] for name in ("reduction", "averaged_batches") if name in found}
-    if found["optimizer"] == "adam":
-        return AdamConfiguration(**common, betas=tuple(found["betas"]), eps=found["eps"])
-    others = {name: found[name] for name in ("momentum", "dampening", "nesterov")}
+    common |= {name: entry[name] for name in ("reduction", "averaged_batches") if name in entry}
+    if entry["optimizer"] == "adam":
+        return AdamConfiguration(**common, betas=tuple(entry["betas"]), eps=entry["eps"])
+    others = {name: entry[name] for name in ("momentum", "dampening", "nesterov")}
     return Configuration(**common, **others)
 
 
-def _maybe(found: Mapping[str, Any] | None) -> Any:
-    return None if found is None else _configuration(found)
+def _maybe(entry: Mapping[str, Any] | None) -> Any:
+    return None if entry is None else _configuration(entry)
 
 
-def _checks(found: Sequence[Mapping[str, Any]]) -> tuple[Check, ...]:
+def _checks(entry: Sequence[Mapping[str, Any]]) -> tuple[Check, ...]:
     return tuple(
         Check(
             **{
@@ -142,14 +142,14 @@ def _checks(found: Sequence[Mapping[str, Any]]) -> tuple[Check, ...]:
                 for name, value in check.items()
             }
         )
-        for check in found
+        for check in entry
     )
 
 
-def _advice(found: Mapping[str, Any]) -> Advice | AdamAdvice:
-    rest = {name: found[name] for name in ("equation", "name", "targets")} | {"notes": tuple(found["notes"])}
-    present, unchanged = _configuration(found["present"]), _maybe(found["unchanged"])
-    if found["optimizer"] == "adam":
+def _advice(entry: Mapping[str, Any]) -> Advice | AdamAdvice:
+    rest = {name: entry[name] for name in ("equation", "name", "targets")} | {"notes": tuple(entry["notes"])}
+    present, unchanged = _configuration(entry["present"]), _maybe(entry["unchanged"])
+    if entry["optimizer"] == "adam":
         adam = tuple(
             AdamMove(
                 move["solved_for"],
@@ -160,7 +160,7 @@ def _advice(found: Mapping[str, Any]) -> Advice | AdamAdvice:
                 _maybe(move.get("safe")),
                 tuple(move.get("limited_by", ())),
             )
-            for move in found["moves"]
+            for move in entry["moves"]
         )
         return AdamAdvice(present=present, unchanged=unchanged, moves=adam, **rest)
     sgd = tuple(
@@ -173,22 +173,22 @@ def _advice(found: Mapping[str, Any]) -> Advice | AdamAdvice:
             _maybe(move.get("safe")),
             tuple(move.get("limited_by", ())),
         )
-        for move in found["moves"]
+        for move in entry["moves"]
     )
     return Advice(present=present, unchanged=unchanged, moves=sgd, **rest)
 
 
-def _comparison(found: Mapping[str, Any]) -> Comparison:
+def _comparison(entry: Mapping[str, Any]) -> Comparison:
     restorations = tuple(
         Restoration(change["quantity"], _number(change["value"]), _number(change["noise_scale"]))
-        for change in found["restorations"]
+        for change in entry["restorations"]
     )
     return Comparison(
-        _configuration(found["present"]),
-        _maybe(found["reference"]),
-        _number(found["reference_noise_scale"]),
+        _configuration(entry["present"]),
+        _maybe(entry["reference"]),
+        _number(entry["reference_noise_scale"]),
         restorations,
-        _maybe(found["expected"]),
-        found["name"],
-        found["source"],
+        _maybe(entry["expected"]),
+        entry["name"],
+        entry["source"],
     )

@@ -68,18 +68,18 @@ class BracketCurvature(DualCurvature):
         complement of all of S, from a random sample of them; its standard error is reported, and the bounds do
         not depend on it. γ likewise. gᵀ(G + Λ)⁻¹g is that of all rows, with K_SS as the preconditioner.
         """
-        found = self._select(precision)
-        if found is None:
+        selection = self._select(precision)
+        if selection is None:
             return super().at(precision, gradient)
-        found, factor = factor_of(found, precision, self._accurate)
-        rows = found.rows
+        selection, factor = factor_of(selection, precision, self._accurate)
+        rows = selection.rows
         # Of the type of the rows, which the residuals are of as well, also where the factor is of a better one.
         log_det, slack = factor.log_det, _allowance(rows.eigenvalues, rows.layers[0].rows.dtype)
-        above = found.residual.log1p().sum().item()
+        above = selection.residual.log1p().sum().item()
         lower, upper = max(log_det - slack, 0.0), log_det + above + slack
         gamma, gamma_error = factor.trace_of_shrinkage(NUM_PROBES, EXACT_TRACE_LIMIT)
-        added, added_gamma = _sampled_rest(found, factor, precision)
-        precondition = woodbury(rows.layers, inverse_on(found.chosen, factor.solve), precision)
+        added, added_gamma = _sampled_rest(selection, factor, precision)
+        precondition = woodbury(rows.layers, inverse_on(selection.chosen, factor.solve), precision)
         return CurvatureSummary(
             log_det=min(max(log_det + added.mean().item(), lower), upper),
             bounds=(lower, upper),
@@ -95,19 +95,19 @@ class BracketCurvature(DualCurvature):
         Its log-determinant lies below by no more than twice the tolerance, at this prior and at any that is not
         smaller for some tensor: the difference falls with each λ, since γ of a tensor falls when rows are left out.
         """
-        found = self._select(precision)
-        if found is None:
+        selection = self._select(precision)
+        if selection is None:
             return _OfRows(self.problem, self._layers(precision))
-        kept = replace(self.problem, num_examples=len(found.chosen), rank=1)
-        return _OfRows(kept, found.rows.pick(found.chosen))
+        kept = replace(self.problem, num_examples=len(selection.chosen), rank=1)
+        return _OfRows(kept, selection.rows.pick(selection.chosen))
 
     def _select(self, precision: Mapping[str, float]) -> Selection | None:
         """S for a prior, None where the exact answer costs hardly more."""
         key = tuple(precision.values())
-        found = None if key in self._exact_at else self._worthwhile(precision)
-        if found is None:
+        selection = None if key in self._exact_at else self._worthwhile(precision)
+        if selection is None:
             self._exact_at.add(key)
-        return found
+        return selection
 
     def _worthwhile(self, precision: Mapping[str, float]) -> Selection | None:
         """S, None where what it takes is not well below what the exact answer takes."""
@@ -129,8 +129,8 @@ class BracketCurvature(DualCurvature):
             grams = example_grams(layers, precision)
             allowance = _allowance(diagonal, self._accurate)
         width -= 2.0 * allowance
-        found = select(principal_rows(layers, grams.to(self._accurate)), width, precision, product)
-        return None if slowness * operations(len(found.chosen), product) > most else found
+        selection = select(principal_rows(layers, grams.to(self._accurate)), width, precision, product)
+        return None if slowness * operations(len(selection.chosen), product) > most else selection
 
 
 class _OfRows(DualCurvature):
@@ -149,22 +149,22 @@ def _allowance(diagonal: Tensor, dtype: torch.dtype) -> float:
 
 
 def _sampled_rest(
-    found: Selection, factor: SplitFactor, precision: Mapping[str, float]
+    selection: Selection, factor: SplitFactor, precision: Mapping[str, float]
 ) -> tuple[Tensor, Tensor]:
     """Samples whose means estimate Σ_{i∉S} ln(1 + R_ii), and what those rows add to γ.
 
     With k = K_Si and A = I + K_SS: R_ii = K_ii − kᵀA⁻¹k. γ is the derivative of ln det(I + tK) at t = 1, so
     row i adds (R_ii − kᵀA⁻²k)/(1 + R_ii) to it.
     """
-    weights = found.residual.log1p()
+    weights = selection.residual.log1p()
     if not weights.sum() > 0.0:
         return weights.new_zeros(1), weights.new_zeros(1)
     generator = torch.Generator(device=weights.device).manual_seed(0)
     drawn = torch.multinomial(weights, NUM_SAMPLES, replacement=True, generator=generator)
-    cross = cross_all(found.rows.pick(found.chosen), found.rows.pick(drawn), precision)
+    cross = cross_all(selection.rows.pick(selection.chosen), selection.rows.pick(drawn), precision)
     half = factor.whiten(cross.to(factor.tail))
     whole = factor.unwhiten(half)
-    schur = (found.rows.eigenvalues[drawn] - half.square().sum(0)).clamp(min=0.0)
+    schur = (selection.rows.eigenvalues[drawn] - half.square().sum(0)).clamp(min=0.0)
     growth = ((schur - whole.square().sum(0)) / (1.0 + schur)).clamp(min=0.0)
     scale = weights.sum() / weights[drawn]
     return scale * schur.log1p(), scale * growth
