@@ -147,3 +147,15 @@ def test_an_arrow_that_runs_back_is_seen(module, source):
 )
 def test_an_arrow_that_runs_down_is_not(module, source):
     assert violations(source, f"{PACKAGE}.{module}") == []
+
+
+def test_no_variable_is_called_found():
+    """It says that something was looked for, and not what it is."""
+    names = {
+        (dotted(path), node.lineno)
+        for path in PATHS
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.Name) and node.id == "found")
+        or (isinstance(node, ast.arg) and node.arg == "found")
+    }
+    assert names == set()

@@ -124,8 +124,8 @@ def _sizes(
     hyper_parameters: dict[str, Any] = {}
     for key in ("datamodule_hyper_parameters", "hyper_parameters"):
         hyper_parameters |= dict(checkpoint.get(key) or {})
-    found = {name: given.get(name, hyper_parameters.get(name)) for name in SIZES}
-    missing = [name for name in SIZES if found[name] is None and not (adaptive and name == "dataset_size")]
+    sizes = {name: given.get(name, hyper_parameters.get(name)) for name in SIZES}
+    missing = [name for name in SIZES if sizes[name] is None and not (adaptive and name == "dataset_size")]
     if missing:
         what = " and ".join(f"`{name}` ({SIZES[name]})" for name in missing)
         raise ValueError(
@@ -133,7 +133,7 @@ def _sizes(
             f" hyper_parameters have only {sorted(map(str, hyper_parameters))}. Give it:"
             f' reference={{"path": ..., {", ".join(f"{chr(34)}{name}{chr(34)}: ..." for name in missing)}}}.'
         )
-    batch = count("batch_size", found["batch_size"])
+    batch = count("batch_size", sizes["batch_size"])
     if "batch_size" not in given:
         accumulated = hyper_parameters.get("accumulate_grad_batches")
         if isinstance(accumulated, int) and accumulated > 1:
@@ -142,5 +142,5 @@ def _sizes(
             f"The batch size of the reference, {batch}, is from the hyper_parameters in {source}, taken as examples"
             " per optimizer step of one device."
         )
-    examples = found["dataset_size"]
+    examples = sizes["dataset_size"]
     return batch, None if examples is None else count("dataset_size", examples)

@@ -121,8 +121,8 @@ def _configurations(
     own = ("learning_rate", "batch_size", "dataset_size", "optimizer", *ONLY_SGD[:3], *ONLY_ADAM, *LOSS)
     options = [OPTIONS.get(name, f"--{name}") for name in own if given[name] is not None]
     if reference is not None and not options:
-        known = {name or "reference": found for name, found in reference.groups.items()}
-        whole = {name: found for name, found in known.items() if not isinstance(found, int | float)}
+        known = {name or "reference": value for name, value in reference.groups.items()}
+        whole = {name: value for name, value in known.items() if not isinstance(value, int | float)}
         if not whole:
             raise ValueError(
                 f"{reference.source} holds a noise scale and no configuration: give --lr, --batch-size and the rest"

@@ -59,13 +59,13 @@ def read_logged_run(directory: Path) -> LoggedRun:
         return LoggedRun(str(saved))
     table = directory / "metrics.csv"
     if table.is_file():
-        found = _run(str(table), _csv_series(table))
-        if found is not None:
-            return found
+        run = _run(str(table), _csv_series(table))
+        if run is not None:
+            return run
     if any(directory.glob("events.out.tfevents*")):
-        found = _run(str(directory), _event_series(directory))
-        if found is not None:
-            return found
+        run = _run(str(directory), _event_series(directory))
+        if run is not None:
+            return run
     values = _hyper_parameters(directory / "hparams.yaml")
     if {"learning_rate", "batch_size"} <= values.keys():
         source = str(directory / "hparams.yaml")
@@ -92,19 +92,19 @@ def _newest(files: Iterable[Path]) -> Path | None:
 
 
 def _run(source: str, series: Iterable[tuple[str, list[float]]]) -> LoggedRun | None:
-    found: dict[bool, dict[str, float]] = {}
+    series_of: dict[bool, dict[str, float]] = {}
     logged = 0
     for key, values in series:
         match, known = KEY.search(key), [value for value in values if math.isfinite(value)]
         if match is None or not known:
             continue
         logged = max(logged, len(known))
-        found.setdefault(match["adam"] is not None, {})[match["group"] or ""] = max(known)
-    if not found:
+        series_of.setdefault(match["adam"] is not None, {})[match["group"] or ""] = max(known)
+    if not series_of:
         return None
     # A Trainer with both kinds of optimizer: SGD's g says more.
-    adaptive = False not in found
-    groups = found[adaptive]
+    adaptive = False not in series_of
+    groups = series_of[adaptive]
     if len(groups) > 1:
         # From the moment that groups differ each has a key; the common one from before says less.
         groups.pop("", None)
@@ -137,12 +137,12 @@ def _hyper_parameters(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError:
         return {}  # objects among the hyper-parameters; the error above names what is needed
-    if not isinstance(found, Mapping):
+    if not isinstance(document, Mapping):
         return {}
-    named = {NAMES.get(str(name), str(name)): value for name, value in found.items()}
+    named = {NAMES.get(str(name), str(name)): value for name, value in document.items()}
     values = {name: named[name] for name in USED if named.get(name) is not None}
     accumulated = named.get("accumulate_grad_batches")
     if isinstance(accumulated, int) and isinstance(values.get("batch_size"), int):

@@ -79,7 +79,7 @@ def groups_of(
             f" {type(groups).__name__}. Remove the callback: where an optimizer keeps its learning rate is not known."
         )
     adaptive = is_adaptive(optimizer)
-    found = []
+    its_groups = []
     for full_name, group in zip(names_of(name, groups), groups, strict=True):
         if "lr" not in group:
             raise ValueError(
@@ -96,8 +96,8 @@ def groups_of(
                 f"The settings of {full_name} cannot be read as those of SGD or an Adam-like optimizer: {settings}"
                 f" ({type(error).__name__}: {error}). Remove the callback: without them there is no noise scale."
             ) from error
-        found.append(ParameterGroup(full_name, configuration))
-    return found
+        its_groups.append(ParameterGroup(full_name, configuration))
+    return its_groups
 
 
 def names_of(optimizer: str, groups: Sequence[Mapping[str, Any]]) -> list[str]:

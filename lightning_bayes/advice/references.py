@@ -115,7 +115,7 @@ def comparisons_with(reference: Reference, groups: Sequence[ParameterGroup]) -> 
     Raises:
         ValueError: for SGD beside an Adam-like optimizer.
     """
-    found: dict[Any, list[str]] = {}
+    names_of: dict[Any, list[str]] = {}
     for group, known in _pairs(reference, groups):
         if reference.adaptive != isinstance(group.configuration, AdamConfiguration):
             kinds = ("an Adam-like optimizer", "SGD")
@@ -127,12 +127,12 @@ def comparisons_with(reference: Reference, groups: Sequence[ParameterGroup]) -> 
         if not reference.says_reduction and not isinstance(known, int | float):
             ours = group.configuration
             loss = {"reduction": ours.reduction, "averaged_batches": ours.averaged_batches}
-            found.setdefault((ours, replace(known, **loss)), []).append(group.name)  # type: ignore[arg-type]
+            names_of.setdefault((ours, replace(known, **loss)), []).append(group.name)  # type: ignore[arg-type]
         else:
-            found.setdefault((group.configuration, known), []).append(group.name)
+            names_of.setdefault((group.configuration, known), []).append(group.name)
     return [
         compare(present, known, name=", ".join(names), source=reference.source)
-        for (present, known), names in found.items()
+        for (present, known), names in names_of.items()
     ]
 
 
@@ -145,8 +145,8 @@ def _pairs(
     if len(known) == len(groups):
         return list(zip(groups, known.values(), strict=True))
 
-    def size(found: Configuration | AdamConfiguration | float) -> float:
-        return found if isinstance(found, int | float) else found.learning_rate
+    def size(value: Configuration | AdamConfiguration | float) -> float:
+        return value if isinstance(value, int | float) else value.learning_rate
 
     largest = max(groups, key=lambda group: group.configuration.learning_rate)
     return [(largest, max(known.values(), key=size))]
@@ -173,21 +173,23 @@ def configuration_from(values: Mapping[str, Any], source: str) -> Configuration 
             f"Expected `reference` to say {' and '.join(missing)}, but {source} has only {sorted(values)}. Give"
             f" {KNOWN}."
         )
-    found = {name: values[name] for name in FIELDS if values.get(name) is not None}
+    fields_given = {name: values[name] for name in FIELDS if values.get(name) is not None}
     unknown = [
-        name for name in found if name in (("momentum", "dampening", "nesterov") if adaptive else ("eps",))
+        name
+        for name in fields_given
+        if name in (("momentum", "dampening", "nesterov") if adaptive else ("eps",))
     ]
     if unknown:
         raise ValueError(
             f"Expected `reference` to be of one optimizer, but {source} has {' and '.join(unknown)}"
             f" {'beside' if adaptive else 'without'} betas."
         )
-    if found.get("dampening") and not found.get("momentum"):
-        found["dampening"] = 0.0  # torch.optim.SGD applies it in the momentum buffer only
-    found["batch_size"] = count("batch_size", found["batch_size"])
+    if fields_given.get("dampening") and not fields_given.get("momentum"):
+        fields_given["dampening"] = 0.0  # torch.optim.SGD applies it in the momentum buffer only
+    fields_given["batch_size"] = count("batch_size", fields_given["batch_size"])
     if adaptive:
-        return AdamConfiguration(**{**found, "betas": tuple(found["betas"])})
-    return Configuration(**found)
+        return AdamConfiguration(**{**fields_given, "betas": tuple(fields_given["betas"])})
+    return Configuration(**fields_given)
 
 
 def _reference(
@@ -197,7 +199,7 @@ def _reference(
     adaptive: bool | None = None,
 ) -> Reference:
     if adaptive is None:
-        adaptive = any(isinstance(found, AdamConfiguration) for found in groups.values())
+        adaptive = any(isinstance(value, AdamConfiguration) for value in groups.values())
     if not groups:
         raise ValueError(f"Expected `reference` to hold a configuration, but {source} has none.")
     return Reference(dict(groups), adaptive, source, notes)

@@ -38,17 +38,17 @@ def require_device(device: object) -> torch.device | None:
     if device is None:
         return None
     try:
-        found: torch.device = torch.device(device)  # type: ignore[call-overload]
+        chosen: torch.device = torch.device(device)  # type: ignore[call-overload]
     except (TypeError, RuntimeError) as error:
         raise ValueError(
             f"Expected argument `device` to be a torch.device, its name or None, got {device!r}."
         ) from error
-    if found.type == "meta":
+    if chosen.type == "meta":
         raise ValueError(
             "Expected argument `device` to be a device that computes, got 'meta', which has shapes and no numbers. "
             "Use 'cpu', 'cuda' or None for the model's own."
         )
-    return found
+    return chosen
 
 
 def forward_of_pair(network: nn.Module, batch: Any, device: torch.device) -> Forward:

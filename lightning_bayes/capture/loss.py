@@ -84,16 +84,16 @@ def capture_loss(
         loss = loss_of(step())
     call = call_of(recorder.calls, loss)
     reading = _reading_of(call, rows_of)
-    found = reading.likelihood
-    outputs, targets = found.prepare(reading.outputs, reading.targets)
-    unit_loss, value = found.unit_loss(outputs, targets), loss.item()
-    num_terms = found.num_terms(outputs.detach(), targets)
+    read = reading.likelihood
+    outputs, targets = read.prepare(reading.outputs, reading.targets)
+    unit_loss, value = read.unit_loss(outputs, targets), loss.item()
+    num_terms = read.num_terms(outputs.detach(), targets)
     reduction = _reduction(call, reading, outputs.detach(), num_terms, unit_loss.item(), value)
     if likelihood is not None:
-        found = _overridden(call, reading, likelihood)
-        outputs, targets = found.prepare(reading.outputs, reading.targets)
-        unit_loss = found.unit_loss(outputs, targets)
-    return CapturedLoss(outputs, targets, found, unit_loss, reduction, value)
+        read = _overridden(call, reading, likelihood)
+        outputs, targets = read.prepare(reading.outputs, reading.targets)
+        unit_loss = read.unit_loss(outputs, targets)
+    return CapturedLoss(outputs, targets, read, unit_loss, reduction, value)
 
 
 def loss_of(returned: object) -> Tensor:
@@ -135,15 +135,15 @@ def _one_row_each(tensor: Tensor) -> Tensor:
 
 def _overridden(call: LossCall, reading: Reading, given: Likelihood) -> Likelihood:
     """The likelihood that was given, for outputs in the layout of the call."""
-    found = reading.likelihood
-    if given.name != found.name:
+    own = reading.likelihood
+    if given.name != own.name:
         raise ValueError(
             f"likelihood={given!r} was given, but training_step uses {call.name}, which is "
-            f"{type(found).__name__}. Give likelihood='auto', or name the network. {WAY_OUT}"
+            f"{type(own).__name__}. Give likelihood='auto', or name the network. {WAY_OUT}"
         )
-    if isinstance(given, Categorical) and isinstance(found, Categorical):
+    if isinstance(given, Categorical) and isinstance(own, Categorical):
         given = copy.copy(given)
-        given.class_dim = found.class_dim
+        given.class_dim = own.class_dim
     return given
 
 

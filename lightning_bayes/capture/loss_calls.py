@@ -134,7 +134,7 @@ def call_of(calls: list[LossCall], loss: Tensor) -> LossCall:
 
 def _calls_in_graph(loss: Tensor, calls: list[LossCall]) -> list[LossCall]:
     by_node = {call.result.grad_fn: call for call in calls}
-    found, visited, pending = [], set(), [loss.grad_fn]
+    in_graph, visited, pending = [], set(), [loss.grad_fn]
     while pending:
         node = pending.pop()
         if node is None or node in visited:
@@ -142,7 +142,7 @@ def _calls_in_graph(loss: Tensor, calls: list[LossCall]) -> list[LossCall]:
         visited.add(node)
         if node in by_node:
             # What lies behind a loss is the network: no need to walk it.
-            found.append(by_node[node])
+            in_graph.append(by_node[node])
         else:
             pending.extend(parent for parent, _ in node.next_functions)
-    return found
+    return in_graph

@@ -86,12 +86,12 @@ def best_prior(weights: FixedWeights, totals: Totals, prior: Prior) -> Optimum:
     # From above, and with rows left out, a step ends below the maximum.
     chosen = mackay_step(_of(weights, totals.curved.of_kept_rows(_scaled(top))), prior, top)
     for _ in range(MOST_SELECTIONS):
-        found = maximize_evidence(_of(weights, totals.curved.of_kept_rows(_scaled(chosen))), prior)
-        ratios = [_scaled(found)[name] / value for name, value in _scaled(chosen).items()]
+        optimum = maximize_evidence(_of(weights, totals.curved.of_kept_rows(_scaled(chosen))), prior)
+        ratios = [_scaled(optimum)[name] / value for name, value in _scaled(chosen).items()]
         if min(ratios) >= 1.0 - 1e-6:
-            return found
-        chosen = found
-    return found
+            return optimum
+        chosen = optimum
+    return optimum
 
 
 def best_common_prior(

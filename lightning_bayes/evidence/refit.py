@@ -63,8 +63,8 @@ def refit_prior_precision(
     before = copy.deepcopy(model.state_dict())
     try:
         rounds.cost(first)
-        found = laplace_evidence(model, data, prior_precision="optimize", **arguments).prior_precision
-        second = math.log(found) + SHIFT  # type: ignore[arg-type]
+        precision = laplace_evidence(model, data, prior_precision="optimize", **arguments).prior_precision
+        second = math.log(precision) + SHIFT  # type: ignore[arg-type]
         if abs(second - first) < RESOLUTION:  # the turns stand still: still a step, to see what lies beside
             second = first + 1.0
         low, middle, high = rounds.bracket(first, second)

@@ -125,10 +125,10 @@ class MeanLoss:
         direction = self._apart(vector)
         for batch in self._passed():
             with torch.enable_grad(), self._kernels():
-                found = batch.captured()
-                dummy = torch.zeros_like(found.outputs, requires_grad=True)
+                captured = batch.captured()
+                dummy = torch.zeros_like(captured.outputs, requires_grad=True)
                 pulled = torch.autograd.grad(
-                    found.outputs, self._weights, dummy, create_graph=True, materialize_grads=True
+                    captured.outputs, self._weights, dummy, create_graph=True, materialize_grads=True
                 )
                 dependent = [(g, v) for g, v in zip(pulled, direction, strict=True) if g.requires_grad]
                 self._check_differentiable([g for g, _ in dependent])
@@ -136,11 +136,13 @@ class MeanLoss:
                     [g for g, _ in dependent], [dummy], [v for _, v in dependent], retain_graph=True
                 )
                 # Λ = RRᵀ, example by example: u -> R (Rᵀu)
-                root = found.likelihood.sqrt_hessian(found.outputs.detach(), found.targets).flatten(2)
+                root = captured.likelihood.sqrt_hessian(captured.outputs.detach(), captured.targets).flatten(
+                    2
+                )
                 along = torch.einsum("rno,no->rn", root, pushed.flatten(1))
                 curved = torch.einsum("rno,rn->no", root, along).view_as(pushed)
-                parts = torch.autograd.grad(found.outputs, self._weights, curved, materialize_grads=True)
-            total += batch.weight * found.scale * _joined(parts)
+                parts = torch.autograd.grad(captured.outputs, self._weights, curved, materialize_grads=True)
+            total += batch.weight * captured.scale * _joined(parts)
         check_finite(total, "a product with the Gauss-Newton matrix")
         return total
 

@@ -152,11 +152,11 @@ def measure_stability(
     started = time.perf_counter()
     product = _product(function, curvature)
     pair = _find(product, function)
-    found = [pair]
+    pairs = [pair]
     edge = None
     if steps is not None:
         edge = _Edge.of(function, product, pair, steps)
-        found += edge.found
+        pairs += edge.pairs
     keskar = None
     if sharpness:
         rise = largest_loss_in_box(function, pair.vector)
@@ -172,8 +172,8 @@ def measure_stability(
         curvature=curvature,
         num_examples=num_examples,
         num_parameters=len(pair.vector),
-        num_products=sum(one.num_products for one in found),
-        converged=all(one.converged for one in found),
+        num_products=sum(one.num_products for one in pairs),
+        converged=all(one.converged for one in pairs),
         seconds=time.perf_counter() - started,
     )
 
@@ -200,7 +200,7 @@ class _Edge:
     per_learning_rate: float
     """The stability ratio over the learning rate: how it grows when all groups' learning rates do."""
     recursions: frozenset[tuple[float, float, bool]]
-    found: list[Eigenpair]
+    pairs: list[Eigenpair]
     """Beside that of the plain curvature."""
 
     @classmethod

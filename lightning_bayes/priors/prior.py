@@ -187,9 +187,9 @@ def fixed_prior(
             f"The patterns {idle} of prior_precision decide no trainable parameter; there are {names}."
         )
     values = {name: prior_precision[pattern] for name, pattern in matches.items() if pattern}
-    found = {name: pattern for name, pattern in matches.items() if values.get(name) == "optimize"}
-    strengths = {name: 1.0 if name in found else float(value) for name, value in values.items()}
-    return replace(_prior(strengths), optimized=_grouped(found))
+    sought = {name: pattern for name, pattern in matches.items() if values.get(name) == "optimize"}
+    strengths = {name: 1.0 if name in sought else float(value) for name, value in values.items()}
+    return replace(_prior(strengths), optimized=_grouped(sought))
 
 
 def weight_decay_prior(weight_decays: Mapping[str, float]) -> Prior:

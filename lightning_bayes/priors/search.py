@@ -60,7 +60,7 @@ def maximize_evidence(weights: FixedWeights, prior: Prior) -> Optimum:
     search = _Search(weights, prior)
     start, low, high = search.box()
     if search.size == 1:
-        found = np.array([search.root(low[0], start[0], high[0])])
+        at = np.array([search.root(low[0], start[0], high[0])])
     else:
         result = minimize(
             lambda x: tuple(-part for part in search(x)),
@@ -70,9 +70,9 @@ def maximize_evidence(weights: FixedWeights, prior: Prior) -> Optimum:
             bounds=list(zip(low, high, strict=True)),
             options={"ftol": 1e-15, "gtol": GRADIENT_TOLERANCE, "maxiter": 200, "maxcor": 20},
         )
-        found = search.settled(result.x, low, high)
-    search.warn_of_ends(found, low, high)
-    return search.optimum(found)
+        at = search.settled(result.x, low, high)
+    search.warn_of_ends(at, low, high)
+    return search.optimum(at)
 
 
 def uppermost(weights: FixedWeights, prior: Prior) -> Optimum:
@@ -228,13 +228,13 @@ class _Search:
 
     def settled(self, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """Take to their ends the λ that the log-evidence no longer tells apart, and check the others."""
-        traces, found = self._traces(self.optimum(x)), x.copy()
+        traces, kept = self._traces(self.optimum(x)), x.copy()
         for i, group in enumerate(self._groups):
             if all(self._weights.squared_norms[name] == 0.0 for name in group):
-                found[i] = high[i]
+                kept[i] = high[i]
             elif sum(traces[name] for name in group) < 10 * GRADIENT_TOLERANCE:
-                found[i] = low[i]
-        inside = (low < found) & (found < high) & (found == x)
+                kept[i] = low[i]
+        inside = (low < kept) & (kept < high) & (kept == x)
         steepest = np.abs(self(x)[1][inside]).max(initial=0.0)
         if steepest > ACCEPTED_GRADIENT:
             warnings.warn(
@@ -243,7 +243,7 @@ class _Search:
                 'for all parameters (prior_precision="optimize"), avoids this.',
                 stacklevel=4,
             )
-        return found
+        return kept
 
     def warn_of_ends(self, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
         """Say so where the log-evidence still rises at the end of the range."""

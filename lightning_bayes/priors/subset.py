@@ -79,14 +79,14 @@ def last_layer(network: nn.Module, run: Callable[[], Tensor]) -> list[str]:
             f'subset_of_weights="last_layer": no layer of {type(network).__name__} with parameters leads to '
             "the outputs. Name its parameters: subset_of_weights=['head.*']."
         )
-    found = _whole_layer(network, layer)
+    names = _whole_layer(network, layer)
     trainable = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    if not trainable.intersection(found):
+    if not trainable.intersection(names):
         raise ValueError(
-            f'subset_of_weights="last_layer": the last layer, {found}, is frozen. Unfreeze it, or name other '
+            f'subset_of_weights="last_layer": the last layer, {names}, is frozen. Unfreeze it, or name other '
             "parameters: subset_of_weights=['head.*']."
         )
-    return [name for name in found if name in trainable]
+    return [name for name in names if name in trainable]
 
 
 @dataclass
