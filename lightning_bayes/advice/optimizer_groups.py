@@ -23,7 +23,7 @@ NEITHER = tuple(
 # What a parameter group of an adaptive optimizer has and one of SGD has not: Adam's, RMSprop's, Adadelta's and
 # Adagrad's keys. A checkpoint holds the groups, but not the class.
 ADAPTIVE_KEYS = ("betas", "alpha", "rho", "lr_decay")
-# Likewise of LBFGS, Rprop, Muon and Adafactor, and of ASGD, whose `alpha` is another.
+# The keys of LBFGS, Rprop, Muon and Adafactor, and of ASGD, whose `alpha` is another.
 OTHER_KEYS = ("max_iter", "etas", "ns_steps", "beta2_decay", "lambd")
 # What is read from a parameter group.
 READ = ("lr", "initial_lr", "max_lr", "momentum", "dampening", "nesterov", "betas", "alpha", "rho", "eps")

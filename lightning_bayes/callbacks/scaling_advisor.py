@@ -245,7 +245,7 @@ class ScalingAdvisor(MeasuringCallback):
             say(f"ScalingAdvisor: {comparison.summary}")
 
     def _advise(
-        self, records: Mapping[str, PeakRecord], targets: Targets, measurements: Measurements
+        self, records: Mapping[str, PeakRecord], targets: Targets, known: Measurements
     ) -> list[Advice | AdamAdvice]:
         """Advice for each set of parameter groups with the same configuration and history."""
         alike: dict[tuple[Configuration | AdamConfiguration, frozenset[str]], list[str]] = {}
@@ -254,11 +254,7 @@ class ScalingAdvisor(MeasuringCallback):
         largest = max(peak.learning_rate for peak, _ in alike)
         return [
             self._advise_group(
-                ParameterGroup(", ".join(names), peak),
-                targets,
-                measurements,
-                changed,
-                peak.learning_rate / largest,
+                ParameterGroup(", ".join(names), peak), targets, known, changed, peak.learning_rate / largest
             )
             for (peak, changed), names in alike.items()
         ]
@@ -267,7 +263,7 @@ class ScalingAdvisor(MeasuringCallback):
         self,
         group: ParameterGroup,
         targets: Targets,
-        measurements: Measurements,
+        known: Measurements,
         changed: frozenset[str],
         share: float,
     ) -> Advice | AdamAdvice:
@@ -284,10 +280,10 @@ class ScalingAdvisor(MeasuringCallback):
         if changed - {"learning_rate"}:
             names = " and ".join(sorted(changed - {"learning_rate"})).replace("_", " ")
             notes.append(f"The {names} changed during the run: the present values are those at the peak.")
-        arguments |= {"gradient_noise_scale": measurements.gradient_noise_scale, "ema_decay": self.ema_decay}
+        arguments |= {"gradient_noise_scale": known.gradient_noise_scale, "ema_decay": self.ema_decay}
         if isinstance(group.configuration, AdamConfiguration):
             return self._complete(advise_adam(group.configuration, name=group.name, **arguments), notes)
-        arguments["largest_eigenvalue"] = measurements.largest_eigenvalue
+        arguments["largest_eigenvalue"] = known.largest_eigenvalue
         return self._complete(advise(group.configuration, name=group.name, **arguments), notes)
 
     def _complete(self, advice: AnyAdvice, notes: Sequence[str]) -> AnyAdvice:

@@ -261,7 +261,7 @@ def _training_indices(loader: "DataLoader[Any]") -> Sequence[int]:
         return range(size)  # the sampler holds one replica's shard; the evidence is that of the whole
     whole = isinstance(sampler, RandomSampler | SequentialSampler)
     if whole or not isinstance(sampler, Sized) or len(sampler) >= size:
-        return range(size)  # balanced samplers repeat examples, likewise
+        return range(size)  # balanced samplers repeat examples, which count once
     # An unknown sampler that draws fewer than all: what it would draw now.
     return sorted(set(_copied(sampler, dataset)))
 

@@ -144,7 +144,7 @@ class _OneSpectrum:
     above: float = math.inf
     """What the log-determinant of the whole matrix may be above at most."""
     below: float = math.inf
-    """Likewise below."""
+    """What it may be below at most."""
 
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
         return self.values / next(iter(precision.values()))

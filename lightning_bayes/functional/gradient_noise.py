@@ -32,7 +32,7 @@ class GradientNoise:
 
         Args:
             trace: tr Σ, of one batch or averaged.
-            squared_norm: ‖G‖², likewise.
+            squared_norm: ‖G‖², of the same.
         """
         return cls(trace, squared_norm, trace / squared_norm if squared_norm > 0 else math.nan)
 

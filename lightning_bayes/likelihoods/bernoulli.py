@@ -34,7 +34,7 @@ class Bernoulli(DiagonalLikelihood):
 
     Args:
         weight: w ≥ 0 of each output, of a shape that broadcasts against the outputs.
-        pos_weight: p ≥ 0 of the positive targets of each output, likewise.
+        pos_weight: p ≥ 0 of the positive targets of each output, of such a shape.
 
     Raises:
         ValueError: If a weight is negative or not finite.

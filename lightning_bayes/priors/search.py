@@ -28,13 +28,13 @@ from lightning_bayes.priors.prior import Prior
 __all__ = ["Optimum", "mackay_step", "maximize_evidence", "uppermost"]
 
 SEARCH_RANGE = 1e8
-"""λ is sought this far below and above p/‖ω‖², which no maximum exceeds; φ likewise about its estimate."""
+"""λ is sought this far below and above p/‖ω‖², which no maximum exceeds; and φ about its estimate."""
 GRADIENT_TOLERANCE = 1e-7
 """In nats per unit of ln λ, where the search ends."""
 EXACT, COARSE = 1e-12, 1e-6
 """In ln φ or ln λ, where a search of one number ends: by a spectrum, or by a factorisation for each that is tried."""
 ACCEPTED_GRADIENT = 0.1
-"""Likewise, beyond which the search has failed: the maximum is some 0.01 nats away."""
+"""In nats per unit of ln λ, beyond which the search has failed: the maximum is some 0.01 nats away."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class KeptPart:
     added: tuple[float, float]
     """The same with that of all of S, estimated, and its standard error; both 0 where nothing is left out."""
     added_gamma: tuple[float, float]
-    """Likewise its part of γ, minus its derivative in ln s."""
+    """Its part of γ, minus its derivative in ln s, and the standard error."""
 
 
 class BlockCurvature(Curvature):

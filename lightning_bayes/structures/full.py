@@ -41,5 +41,5 @@ def _dual_cost(problem: Problem) -> tuple[float, float]:
     matrix = 2 * 8 if rows <= SMALL else itemsize  # with the inverse, or without
     # The rows as they came, put together, and in float64 for the Newton decrement.
     kept = rows * problem.kept_width * (2 * itemsize + 8)
-    cubes = 1.0 if rows <= SMALL else 1 / 3  # likewise
+    cubes = 1.0 if rows <= SMALL else 1 / 3  # the same
     return float(rows) ** 2 * matrix + kept, float(rows) ** 2 * problem.gram_width + cubes * rows**3

@@ -47,7 +47,7 @@ class CopiedGradients:
 
         Args:
             batch: As training_step gets it.
-            batch_idx: Likewise.
+            batch_idx: As training_step gets it.
 
         Raises:
             ValueError: If the loss cannot be taken apart, or the batch not be cut.

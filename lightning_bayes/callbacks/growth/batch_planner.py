@@ -17,8 +17,8 @@ class BatchPlanner:
 
     Attributes:
         max_batch_size: as in `grow_batch`.
-        max_device_batch_size: likewise.
-        rule: likewise.
+        max_device_batch_size: as in `grow_batch`.
+        rule: as in `grow_batch`.
         start: at the first step, however often the run is resumed; None before it.
         start_batches: of an epoch then; infinite where that is not known.
         now: in this epoch.

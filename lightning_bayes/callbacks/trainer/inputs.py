@@ -56,8 +56,8 @@ def examples_of(
     Args:
         trainer: Read only.
         batch_size: See `examples_from_loader`.
-        max_examples: Likewise.
-        mixed: Likewise.
+        max_examples: See `examples_from_loader`.
+        mixed: See `examples_from_loader`.
 
     Raises:
         ValueError: If there is not one DataLoader whose examples can be counted.

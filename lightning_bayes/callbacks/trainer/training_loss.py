@@ -27,7 +27,7 @@ class TrainingLoss:
         trainer: Read only.
         module: Copied.
         likelihood: See `ModuleReader`.
-        network: Likewise.
+        network: See `ModuleReader`.
         batch_size: Examples at a time; None for those of a training_step.
         max_examples: Examples to take: the nearest number of whole batches below, one batch at least; or all there
             are, without an incomplete batch where training drops it or batch norm depends on it.
@@ -93,7 +93,7 @@ class TrainingLoss:
             reader: From `reader`.
             parameters: Names of the parameters that are moved.
             batches: From `batches`.
-            sizes: Likewise.
+            sizes: From `batches`.
             reduction: Of the loss.
         """
         total = sum(sizes)

@@ -66,7 +66,8 @@ class BracketCurvature(DualCurvature):
 
         `log_det` adds to the lower bound an estimate of what the other rows add, Σ ln(1 + R_ii) with R the Schur
         complement of all of S, from a random sample of them; its standard error is reported, and the bounds do
-        not depend on it. γ likewise. gᵀ(G + Λ)⁻¹g is that of all rows, with K_SS as the preconditioner.
+        not depend on it. γ is estimated from the same sample. gᵀ(G + Λ)⁻¹g is that of all rows, with K_SS as the
+        preconditioner.
         """
         selection = self._select(precision)
         if selection is None:
