@@ -50,7 +50,7 @@ def make_plan(
             before = None if plan.ways[name] == LAYER else plan.ways[name]
             plan.ways[name] = _next_way(plan, name, batch, before, backend, apart)
     if proof is not None:
-        _gather(plan, batch, proof)
+        _gather(plan, proof)
     # Without rows (saturated, or all targets ignored) every plan is right, and this one is not kept.
     plan.proved = proof is not None
     slow = [name for name, way in plan.ways.items() if way == GRAPH]
@@ -109,7 +109,7 @@ def _next_way(plan: Plan, name: str, batch: Batch, before: str | None, backend: 
     return GRAPH
 
 
-def _gather(plan: Plan, batch: Batch, proof: Proof) -> None:
+def _gather(plan: Plan, proof: Proof) -> None:
     """Let a module that is replayed within another that is replayed anyway go with it: one replay in place of two."""
     hosts = set(plan.ways.values()) - {LAYER, GRAPH}
     before = dict(plan.ways)

@@ -50,9 +50,11 @@ class PrimalCurvature(SpectralCurvature):
             rows |= layer.dense()
         if not rows:
             return
+        if len(self._rows) + _num_rows(rows) > KEPT_ROWS * self.problem.num_parameters:
+            self._accurate()  # from now on batch by batch
         self._rows.add(rows)
         self._quick = None
-        if self._matrix is not None or len(self._rows) > KEPT_ROWS * self.problem.num_parameters:
+        if self._matrix is not None:
             self._accurate()
 
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
@@ -75,7 +77,7 @@ class PrimalCurvature(SpectralCurvature):
 
     def quick_spectrum(self, precision: Mapping[str, float]) -> Tensor | None:
         """The same from G in the type of the rows, where these are kept; to the rounding of the largest one."""
-        if not len(self._rows):
+        if not self._rows:
             return None
         return eigenvalues_of(self._whitened(self._quick_matrix(), precision))
 
@@ -89,7 +91,7 @@ class PrimalCurvature(SpectralCurvature):
         if self._matrix is None:
             p, device = self.problem.num_parameters, self.problem.device
             self._matrix = torch.zeros(p, p, dtype=accumulation_dtype(device), device=device)
-        if len(self._rows):  # in parts: a copy of all in float64 would be twice as large as they are
+        if self._rows:  # in parts: a copy of all in float64 would be twice as large as they are
             for some in self._rows.taken().split(max(1, self.problem.num_parameters)):
                 add_products(self._matrix, some.to(self._matrix))
         return self._matrix
@@ -104,7 +106,7 @@ class PrimalCurvature(SpectralCurvature):
 
     def _factor(self, precision: Mapping[str, float]) -> Tensor:
         """Of I + Λ⁻¹ᐟ² G Λ⁻¹ᐟ²."""
-        if len(self._rows):
+        if self._rows:
             factor = cholesky_in_place(self._whitened(self._quick_matrix(), precision), SMALL_ROUNDING)
             if factor is not None:
                 return factor
@@ -171,16 +173,15 @@ class _RowBuffer:
     def add(self, rows: Mapping[str, Tensor]) -> None:
         """Add the rows [C, N, p] of one block; parameters that are left out have rows of zeros."""
         like = next(iter(rows.values()))
-        columns, examples = like.shape[:2]
-        memory = self._of(self._count + columns * examples, like)[self._count :]
-        place = memory[: columns * examples].view(columns, examples, -1)
+        end = self._count + _num_rows(rows)
+        place = self._room(end, like)[self._count : end].view(*like.shape[:2], -1)
         parts = place.split([shape.numel() for shape in self._shapes.values()], dim=2)
         for name, part in zip(self._shapes, parts, strict=True):
             if name in rows:
                 part.copy_(rows[name])
             else:
                 part.zero_()
-        self._count += columns * examples
+        self._count = end
 
     def whole(self) -> Tensor:
         """All rows."""
@@ -194,7 +195,8 @@ class _RowBuffer:
         self._memory, self._count, self._expected = None, 0, 0
         return rows
 
-    def _of(self, size: int, like: Tensor) -> Tensor:
+    def _room(self, size: int, like: Tensor) -> Tensor:
+        """Memory for so many rows at least, with those that are there."""
         if self._memory is None or len(self._memory) < size:
             size = max(size, 2 * self._count, self._expected)
             memory = like.new_empty(size, sum(shape.numel() for shape in self._shapes.values()))
@@ -202,3 +204,9 @@ class _RowBuffer:
                 memory[: self._count] = self.whole()
             self._memory = memory
         return self._memory
+
+
+def _num_rows(rows: Mapping[str, Tensor]) -> int:
+    """C·N of rows [C, N, p] of some parameters."""
+    like = next(iter(rows.values()))
+    return like.shape[0] * like.shape[1]
