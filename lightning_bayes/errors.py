@@ -4,8 +4,6 @@ import math
 
 from torch import Tensor
 
-__all__ = ["EvidenceUnavailableError", "check_finite"]
-
 
 class EvidenceUnavailableError(ValueError):
     """The evidence does not exist for the present weights or outputs, though the request was right.

@@ -15,8 +15,6 @@ from lightning_bayes.errors import EvidenceUnavailableError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["EpochReadings"]
-
 Reading = TypeVar("Reading", bound="DataclassInstance")
 
 

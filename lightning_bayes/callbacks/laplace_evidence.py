@@ -28,8 +28,6 @@ from lightning_bayes.likelihoods import Likelihood, resolve_likelihood
 from lightning_bayes.priors.prior import PriorPrecision, require_prior_precision
 from lightning_bayes.priors.subset import Subset
 
-__all__ = ["LaplaceEvidence"]
-
 WORTH_SAYING = 1.0
 """Seconds that an evaluation must be expected to take to be announced."""
 

@@ -16,8 +16,6 @@ from typing_extensions import override
 
 from lightning_bayes.capture.loss import WAY_OUT
 
-__all__ = ["MeasuringCallback", "OnError", "guarded"]
-
 OnError = Literal["warn", "raise"]
 PACKAGE = str(Path(__file__).parents[1])
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")

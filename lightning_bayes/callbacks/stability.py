@@ -30,8 +30,6 @@ from lightning_bayes.loss_curvature.stability_reading import (
     require_curvature,
 )
 
-__all__ = ["Stability"]
-
 KEYS = ("largest_eigenvalue", "stability", "largest_stable_learning_rate", "sharpness")
 
 

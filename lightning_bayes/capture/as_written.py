@@ -16,8 +16,6 @@ import torch
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
 
-__all__ = ["as_real", "memo_of_tools", "plain_operations", "take_off_tools"]
-
 TOOLS = (
     *("lightning.", "pytorch_lightning.", "lightning_fabric.", "torchmetrics."),
     *("torch.profiler", "torch.autograd.profiler", "torch.utils.flop_counter", "torch._dynamo"),

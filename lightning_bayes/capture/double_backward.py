@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_differentiable", "gradient_to_differentiate"]
-
 NO_DERIVATIVE = ("Error", "NotImplemented")
 """Nodes that stand in a graph for a derivative that there is none of."""
 SAME_FUNCTION = {

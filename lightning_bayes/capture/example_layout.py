@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "example_weights", "find_layout", "mapped", "mixes_examples", "tensors_of"]
-
 
 @dataclass(frozen=True)
 class Layout:

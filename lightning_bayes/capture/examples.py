@@ -22,8 +22,6 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-__all__ = ["Examples", "examples_from_loader", "examples_from_tensors"]
-
 SMALLEST_DEFAULT_BATCH = 32
 
 

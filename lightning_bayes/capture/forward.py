@@ -10,8 +10,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bayes.capture.example_layout import mapped, tensors_of
 
-__all__ = ["BatchForward", "Forward"]
-
 Forward = Callable[[], tuple[Tensor, Tensor]]
 """Runs the network on one batch and returns its outputs, with their graph, and the targets."""
 PLAIN = (bool, int, float, complex, str, bytes, type(None))

@@ -10,8 +10,6 @@ from lightning_bayes.capture.examples import Examples, examples_from_loader, exa
 from lightning_bayes.capture.forward import BatchForward, Forward
 from lightning_bayes.errors import EvidenceUnavailableError
 
-__all__ = ["examples_of_data", "forward_of_pair", "require_device"]
-
 
 def examples_of_data(data: object, batch_size: int | None, max_examples: int | None) -> Examples:
     """Examples of a DataLoader or of a pair of tensors.

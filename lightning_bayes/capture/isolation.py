@@ -16,8 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_bayes.capture.as_written import memo_of_tools, plain_operations, take_off_tools
 
-__all__ = ["isolated", "throw_away_copy"]
-
 _Module = TypeVar("_Module", bound=nn.Module)
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))

@@ -13,9 +13,6 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_bayes.capture.pytorch_losses import READERS, WAY_OUT
 
-__all__ = ["KNOWN", "OF_NO_LIKELIHOOD", "LossCall", "LossCalls", "call_of"]
-
-
 KNOWN = (
     *READERS,
     F.cosine_embedding_loss,

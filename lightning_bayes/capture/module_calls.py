@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from lightning_bayes.capture.example_layout import mapped, tensors_of
 
-__all__ = ["Call", "recorded_calls"]
-
 
 @dataclass(frozen=True)
 class Call:

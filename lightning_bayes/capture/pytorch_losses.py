@@ -19,8 +19,6 @@ from lightning_bayes.likelihoods import (
     Likelihood,
 )
 
-__all__ = ["READERS", "WAY_OUT", "Reading", "Rows"]
-
 WAY_OUT = (
     "LaplaceEvidence(likelihood=..., network=...) reads the network directly: network= the name of the "
     "submodule that maps batch[0] to logits or means, with batch[1] as targets, or a function "

@@ -11,8 +11,6 @@ from torch.autograd.graph import GradientEdge
 
 from lightning_bayes.capture.example_layout import Layout, example_weights, find_layout
 
-__all__ = ["layout_of_rows", "rows_of_examples"]
-
 DEEPEST = 64
 """Steps of the graph, those farthest from the outputs, in which the order of the rows is looked for."""
 

@@ -26,8 +26,6 @@ from lightning_bayes.structures.dual import DualCurvature
 from lightning_bayes.structures.hessian import HessianCurvature
 from lightning_bayes.structures.primal import PrimalCurvature
 
-__all__ = ["LossScale", "best_common_prior", "best_prior", "fixed_weights", "mean_loss"]
-
 LARGEST_SPECTRUM = 1024
 """Rows or parameters of an exact matrix up to which a search for one λ takes all its eigenvalues. (On two cores the
 eigenvalues cost ten factorisations and more, of which a search needs four.)"""

@@ -25,8 +25,6 @@ from lightning_bayes.structures.hessian import HessianCurvature
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["EvidenceCurve", "evidence_curve"]
-
 DECADES = 3
 """Of the default grid, below and above the optimum."""
 POINTS_PER_DECADE = 10

@@ -8,8 +8,6 @@ from lightning_bayes.structures.base import Problem
 from lightning_bayes.structures.blocks_budget import blocks_cost
 from lightning_bayes.structures.full import full_cost
 
-__all__ = ["hessian_seconds", "rows_seconds"]
-
 CALIBRATION_SIZE = 768
 """Rows of the square matrices whose product is timed."""
 EIGEN = 12.0

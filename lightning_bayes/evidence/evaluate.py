@@ -21,8 +21,6 @@ from lightning_bayes.priors.prior import Prior
 from lightning_bayes.structures.base import CurvatureSummary
 from lightning_bayes.structures.hessian import HessianCurvature
 
-__all__ = ["evidence_of"]
-
 
 def evidence_of(
     totals: Totals,

@@ -20,8 +20,6 @@ from lightning_bayes.structures.hessian import HessianCurvature
 from lightning_bayes.structures.hessian_reader import BatchHessian, HessianReader
 from lightning_bayes.structures.registry import STRUCTURES, choose_structure
 
-__all__ = ["Intake", "intake_of"]
-
 
 class Intake(Protocol):
     """Reads batches into a curvature."""

@@ -29,8 +29,6 @@ from lightning_bayes.priors.prior import (
 )
 from lightning_bayes.priors.subset import Subset, last_layer, matching
 
-__all__ = ["Computation", "laplace_evidence"]
-
 _Result = TypeVar("_Result")
 
 

@@ -8,8 +8,6 @@ from lightning_bayes.functional._validation import count, positive
 from lightning_bayes.priors.subset import Subset, require_subset
 from lightning_bayes.structures.registry import AUTO_FLOP, AUTO_MEMORY, STRUCTURES
 
-__all__ = ["Method", "sampling_if_many_columns"]
-
 CURVATURES = ("ggn", "hessian", "hessian_positive")
 BACKENDS = ("auto", "backpack", "autograd")
 MAX_COLUMNS = 512

@@ -13,8 +13,6 @@ from lightning_bayes.evidence.laplace import laplace_evidence
 from lightning_bayes.evidence.result import Evidence
 from lightning_bayes.functional._validation import positive
 
-__all__ = ["refit_prior_precision"]
-
 SHIFT = 20.0
 """Added to ln λ: scipy's tolerance is relative to its variable, and ln λ may be anything near 0."""
 RESOLUTION = 0.2

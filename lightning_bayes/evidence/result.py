@@ -4,8 +4,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["Evidence"]
-
 MOST_PRIOR_LINES = 6
 """Of the one screen."""
 

@@ -16,8 +16,6 @@ from lightning_bayes.priors.prior import Prior
 from lightning_bayes.structures.base import Curvature
 from lightning_bayes.structures.hessian import HessianCurvature
 
-__all__ = ["Rehearsal", "Totals", "read_all", "rehearse"]
-
 
 @dataclass(frozen=True)
 class Totals:

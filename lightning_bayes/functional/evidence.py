@@ -11,15 +11,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = [
-    "effective_parameters",
-    "log_det_from_eigenvalues",
-    "log_evidence",
-    "log_null_evidence",
-    "log_occam_factor",
-    "weight_penalty",
-]
-
 
 def weight_penalty(parameters: Tensor, prior_precision: Tensor | float) -> Tensor:
     """Cost of the weights under a zero-mean Gaussian prior, up to the prior's normalisation.

@@ -15,19 +15,6 @@ from torch import Tensor
 
 from lightning_bayes.numerics.devices import accumulation_dtype
 
-__all__ = [
-    "WEIGHTED",
-    "DiagonalLikelihood",
-    "Likelihood",
-    "check",
-    "check_root_fits",
-    "flatten_alike",
-    "kind_of",
-    "shape_of",
-    "total",
-    "weights_of",
-]
-
 MAX_ROOT_BYTES = 8e9
 """Of the square root of one batch; a larger one is refused rather than left to the operating system."""
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from lightning_bayes.likelihoods.base import (
     WEIGHTED,
@@ -15,8 +16,6 @@ from lightning_bayes.likelihoods.base import (
     total,
     weights_of,
 )
-
-__all__ = ["Bernoulli", "BinaryTargets"]
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,8 @@ class Bernoulli(DiagonalLikelihood):
         return math.log(2) * (targets.positive + targets.negative).double().sum().item()
 
     @property
+    @override
     def note(self) -> str | None:
-        """See `Likelihood.note`."""
         return None if self.weight is None and self.pos_weight is None else WEIGHTED
 
     def __repr__(self) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from lightning_bayes.functional._validation import finite
 from lightning_bayes.likelihoods.base import (
@@ -18,8 +19,6 @@ from lightning_bayes.likelihoods.base import (
     total,
     weights_of,
 )
-
-__all__ = ["Categorical", "ClassTargets"]
 
 
 @dataclass(frozen=True)
@@ -209,8 +208,8 @@ class Categorical(Likelihood):
         return math.log(outputs.shape[-1]) * targets.total.double().sum().item()
 
     @property
+    @override
     def note(self) -> str | None:
-        """See `Likelihood.note`."""
         if self.weight is None:
             return None
         return f"{WEIGHTED}; PyTorch's mean divides by the weights of each batch, which the sum does not"

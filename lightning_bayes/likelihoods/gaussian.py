@@ -16,8 +16,6 @@ from lightning_bayes.likelihoods.base import (
     total,
 )
 
-__all__ = ["Gaussian", "HeteroscedasticGaussian"]
-
 
 class Gaussian(DiagonalLikelihood):
     """Real targets with Gaussian noise, from means [N, ...]; targets of the same shape.

@@ -18,8 +18,6 @@ from lightning_bayes.loss_curvature.stability_reading import require_curvature
 from lightning_bayes.numerics.lanczos import largest_eigenpair
 from lightning_bayes.priors.prior import trainable_names
 
-__all__ = ["Eigenvalue", "largest_eigenvalue"]
-
 SMALLEST_NUMBER_OF_PRODUCTS = 2
 
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from lightning_bayes.loss_curvature.mean_loss import MeanLoss
 
-__all__ = ["BOX", "Rise", "largest_loss_in_box"]
-
 BOX = 1e-3
 """ε of Keskar et al., who also take 5e-4."""
 ITERATIONS = 10

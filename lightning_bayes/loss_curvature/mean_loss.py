@@ -17,8 +17,6 @@ from lightning_bayes.capture.loss import CapturedLoss
 from lightning_bayes.errors import check_finite
 from lightning_bayes.rows.per_example import plain_kernels
 
-__all__ = ["BatchLoss", "MeanLoss", "normalises_by_batch", "norms_as_in"]
-
 NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),

@@ -14,8 +14,6 @@ from lightning_bayes.loss_curvature.largest_loss_in_box import largest_loss_in_b
 from lightning_bayes.loss_curvature.mean_loss import MeanLoss
 from lightning_bayes.numerics.lanczos import Eigenpair, largest_eigenpair
 
-__all__ = ["SGDStep", "StabilityReading", "measure_stability", "rehearse", "require_curvature"]
-
 CURVATURES = ("hessian", "ggn")
 TOLERANCE = 1e-3
 """Accepted error of an eigenvalue, relative."""

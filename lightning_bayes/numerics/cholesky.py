@@ -12,20 +12,6 @@ from torch import Tensor
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.numerics.devices import accumulation_dtype
 
-__all__ = [
-    "LARGE_ROUNDING",
-    "SMALL_ROUNDING",
-    "bounds_of",
-    "cholesky_in_place",
-    "diagonal_of_inverse",
-    "eigenvalues_of",
-    "keeps_the_identity",
-    "log_det_of",
-    "rounding_of_log_det",
-    "solve",
-    "spoilt",
-]
-
 ROUNDING_TOLERANCE = 1e-2
 """Rounding of the largest entry of I + K, relative to the 1, beyond which its factor is not believed."""
 

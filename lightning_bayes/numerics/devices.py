@@ -4,8 +4,6 @@ import os
 
 import torch
 
-__all__ = ["accumulation_dtype", "total_memory"]
-
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
     """float64 where the device has it: sums over a whole training set lose digits in float32."""

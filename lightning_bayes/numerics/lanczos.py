@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Eigenpair", "largest_eigenpair"]
-
 MAX_BYTES = 1e9
 """Of the basis; fewer vectors are kept between restarts where they are longer."""
 LARGEST_BASIS = 64

@@ -8,8 +8,6 @@ and has one zero. Secants of r, held to these rates, find it in three or four st
 import math
 from collections.abc import Callable
 
-__all__ = ["mackay_fixed_point"]
-
 ACCEPTED_LOSS = 1e-6
 """Nats of the log-evidence that may still be gained where the search ends."""
 TYPICAL_RATE = -1.3

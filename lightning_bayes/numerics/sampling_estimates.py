@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["BlockSample", "draw_blocks", "estimated_total"]
-
 SEED = 0
 """Of the draw, a stream of its own."""
 BASE_SHARE = 0.5

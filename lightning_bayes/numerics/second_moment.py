@@ -13,8 +13,6 @@ from torch import Tensor
 
 from lightning_bayes.numerics.devices import accumulation_dtype
 
-__all__ = ["SecondMoment", "Spectrum", "add_products"]
-
 STRIP = 200
 """Rows of the matrix that one product fills: only the part on and above the diagonal is computed."""
 

@@ -10,8 +10,6 @@ from lightning_bayes.functional.evidence import effective_parameters, log_det_fr
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.numerics.devices import accumulation_dtype
 
-__all__ = ["FixedWeights", "HasSpectrum", "curve_of", "squared_norms"]
-
 Curve = Callable[[Mapping[str, float]], tuple[float, dict[str, float]]]
 """From a prior to the log-determinant and γ of each parameter tensor."""
 
@@ -20,12 +18,10 @@ class HasSpectrum(Protocol):
     """The two answers of a `Curvature` that the search asks for."""
 
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
-        """See `Curvature.spectrum`."""
-        ...
+        """Eigenvalues of P^(-½) G P^(-½)."""
 
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-        """See `Curvature.log_det_and_traces`."""
-        ...
+        """Log-determinant of I + P⁻¹G, and γ of each parameter tensor."""
 
 
 @dataclass(frozen=True)

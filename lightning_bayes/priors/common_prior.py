@@ -7,8 +7,6 @@ from torch import Tensor
 
 from lightning_bayes.functional.evidence import effective_parameters
 
-__all__ = ["best_common_precision"]
-
 TOLERANCE = 1e-10
 """In ln λ."""
 NEGLIGIBLE = 1e-12

@@ -8,17 +8,6 @@ from numbers import Real
 
 from torch import nn
 
-__all__ = [
-    "OPTIMIZE_WORDS",
-    "Prior",
-    "PriorPrecision",
-    "fixed_prior",
-    "optimized_prior",
-    "prior_from",
-    "require_prior_precision",
-    "weight_decay_prior",
-]
-
 PriorPrecision = float | Mapping[str, float | str] | str
 """λ, one for each pattern of names, or a word that says how λ is to be found."""
 

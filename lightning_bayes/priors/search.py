@@ -25,8 +25,6 @@ from lightning_bayes.numerics.mackay_fixed_point import mackay_fixed_point
 from lightning_bayes.priors.at_fixed_weights import FixedWeights, curve_of
 from lightning_bayes.priors.prior import Prior
 
-__all__ = ["Optimum", "mackay_step", "maximize_evidence", "uppermost"]
-
 SEARCH_RANGE = 1e8
 """λ is sought this far below and above p/‖ω‖², which no maximum exceeds; and φ about its estimate."""
 GRADIENT_TOLERANCE = 1e-7
@@ -178,7 +176,7 @@ class _Search:
         return math.log(determined / norm) if determined > GRADIENT_TOLERANCE else low
 
     def step(self, optimum: Optimum) -> Optimum:
-        """See `mackay_step`."""
+        """MacKay's λ = γ/‖ω‖² of each group, from γ at the present optimum."""
         if not self._groups:
             return optimum
         traces, precision = self._traces(optimum), dict(optimum.precision)

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Subset", "last_layer", "matching", "require_subset"]
-
 Subset = str | Sequence[str]
 """ "all", "last_layer", or patterns of parameter names."""
 

@@ -9,8 +9,6 @@ from lightning_bayes.row_storage.format import Form, keep_block
 from lightning_bayes.row_storage.stored import KeptRows
 from lightning_bayes.rows.rows import RowBlock
 
-__all__ = ["RowKeeper", "combine_all", "cross_all", "dot_all", "example_grams", "fill_gram", "tiles_of"]
-
 
 class RowKeeper:
     """Collects the blocks of a pass: columns of one batch side by side, then batch after batch.

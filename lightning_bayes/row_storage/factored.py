@@ -13,10 +13,9 @@ from typing import Self
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from lightning_bayes.row_storage.stored import KeptDense, KeptRows
-
-__all__ = ["KeptOuter"]
 
 PART_NUMBERS = 2**25
 """Numbers of rows, or of products of positions, that are formed at one time."""
@@ -36,8 +35,8 @@ class KeptOuter(KeptRows):
     """[N] into `inputs` where single rows were selected; None where the examples are those of `inputs`."""
 
     @property
+    @override
     def names(self) -> tuple[str, ...]:
-        """See `KeptRows`."""
         return tuple(name for name in (self.weight, self.bias) if name is not None)
 
     def parts(self, num_rows: int) -> Iterator[KeptRows]:
@@ -54,8 +53,8 @@ class KeptOuter(KeptRows):
         if self.bias is not None:
             yield KeptDense(self.rows.sum(2), self.bias, self.weight_shape[:1])
 
+    @override
     def cross(self, other: Self, precision: Mapping[str, float]) -> Tensor:
-        """See `KeptRows`."""
         if not self.paired:
             larger = max(self.num_rows, other.num_rows)
             both = zip(self.parts(larger), other.parts(larger), strict=True)
@@ -94,8 +93,8 @@ class KeptOuter(KeptRows):
     def _from_bias(self, precision: Mapping[str, float]) -> float:
         return 0.0 if self.bias is None else 1.0 / precision[self.bias]
 
+    @override
     def example_grams(self, precision: Mapping[str, float]) -> Tensor:
-        """See `KeptRows`."""
         c, n, t, out = self.rows.shape
         pieces = []
         numbers = (c * t) ** 2 if self.paired else c * out * self.inputs.shape[2]
@@ -118,8 +117,8 @@ class KeptOuter(KeptRows):
     def _formed_grams(self, precision: Mapping[str, float]) -> Tensor:
         return _sum(part.example_grams(precision) for part in self.parts(self.num_rows))
 
+    @override
     def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        """See `KeptRows`."""
         outputs = self.inputs.new_zeros(())
         if self.weight is not None:
             outputs = outputs + self._own_inputs() @ vectors[self.weight].flatten(1).mT  # [N, T, out]
@@ -129,8 +128,8 @@ class KeptOuter(KeptRows):
         mine, seen = self.rows.flatten(2).transpose(0, 1), outputs.expand(self.rows.shape[1:]).flatten(1)
         return torch.bmm(mine, seen.unsqueeze(2)).squeeze(2).mT
 
+    @override
     def combine(self, coefficients: Tensor) -> dict[str, Tensor]:
-        """See `KeptRows`."""
         weighted = torch.einsum("cn,cnto->nto", coefficients, self.rows).flatten(0, 1)
         sums = {}
         if self.weight is not None:
@@ -139,15 +138,15 @@ class KeptOuter(KeptRows):
             sums[self.bias] = weighted.sum(0)
         return sums
 
+    @override
     def examples(self, some: slice) -> Self:
-        """See `KeptRows`."""
         if self.owners is None:
             return replace(self, rows=self.rows[:, some], inputs=self.inputs[some])
         needed, owners = self.owners[some].unique(return_inverse=True)
         return replace(self, rows=self.rows[:, some], inputs=self.inputs[needed], owners=owners)
 
+    @override
     def select(self, columns: Tensor, examples: Tensor) -> Self:
-        """See `KeptRows`."""
         owning = examples if self.owners is None else self.owners[examples]
         needed, owners = owning.unique(return_inverse=True)
         rows = self.rows[columns, examples].unsqueeze(0)
@@ -178,14 +177,14 @@ class KeptOuter(KeptRows):
         missing = (0, 0, 0, positions - self.rows.shape[2])
         return F.pad(self.rows, missing), F.pad(self.inputs, missing)
 
+    @override
     def blank(self, num_examples: int) -> Self:
-        """See `KeptRows`."""
         rows = self.rows.new_zeros(len(self.rows), num_examples, *self.rows.shape[2:])
         inputs = self.inputs.new_zeros(num_examples, *self.inputs.shape[1:])
         return replace(self, rows=rows, inputs=inputs, owners=None)
 
+    @override
     def to(self, dtype: torch.dtype) -> Self:
-        """See `KeptRows`."""
         return replace(self, rows=self.rows.to(dtype), inputs=self.inputs.to(dtype))
 
 

@@ -4,8 +4,6 @@ from lightning_bayes.row_storage.factored import KeptOuter
 from lightning_bayes.row_storage.stored import KeptDense, KeptRows
 from lightning_bayes.rows.rows import OuterRows, RowBlock, Rows
 
-__all__ = ["Form", "keep", "keep_block", "kept_widths"]
-
 PAIR_OVERHEAD = 16
 """Multiplications that one product of two position-wise inner products counts as: it is bound by memory."""
 

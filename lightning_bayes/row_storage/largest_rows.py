@@ -8,8 +8,6 @@ from torch import Tensor
 
 from lightning_bayes.row_storage.stored import KeptRows
 
-__all__ = ["PrioritySample", "RowReservoir", "RowSet"]
-
 Names = tuple[str, ...]
 
 

@@ -9,8 +9,6 @@ from torch import Tensor
 from lightning_bayes.row_storage.collector import combine_all, dot_all
 from lightning_bayes.row_storage.stored import KeptRows
 
-__all__ = ["quadratic_form", "woodbury"]
-
 Vector = Mapping[str, Tensor]
 """One number for each entry of each parameter."""
 

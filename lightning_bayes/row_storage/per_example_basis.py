@@ -8,8 +8,6 @@ from torch import Tensor
 
 from lightning_bayes.row_storage.stored import KeptRows
 
-__all__ = ["PrincipalRows", "principal_rows", "selected", "smallest_set"]
-
 
 @dataclass(frozen=True)
 class PrincipalRows:

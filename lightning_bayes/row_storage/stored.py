@@ -11,8 +11,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-
-__all__ = ["KeptDense", "KeptRows"]
+from typing_extensions import override
 
 
 @dataclass(frozen=True)
@@ -94,47 +93,47 @@ class KeptDense(KeptRows):
     shape: torch.Size
 
     @property
+    @override
     def names(self) -> tuple[str, ...]:
-        """See `KeptRows`."""
         return (self.name,)
 
     def parts(self, num_rows: int) -> Iterator[KeptRows]:
         """See `KeptRows`: one."""
         yield self
 
+    @override
     def cross(self, other: Self, precision: Mapping[str, float]) -> Tensor:
-        """See `KeptRows`."""
         return (self.rows.flatten(0, 1) @ other.rows.flatten(0, 1).mT).div_(precision[self.name])
 
+    @override
     def example_grams(self, precision: Mapping[str, float]) -> Tensor:
-        """See `KeptRows`."""
         rows = self.rows.transpose(0, 1)
         return rows @ rows.mT / precision[self.name]
 
+    @override
     def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        """See `KeptRows`."""
         return self.rows @ vectors[self.name].flatten()
 
+    @override
     def combine(self, coefficients: Tensor) -> dict[str, Tensor]:
-        """See `KeptRows`."""
         return {self.name: torch.einsum("cn,cnp->p", coefficients, self.rows).reshape(self.shape)}
 
+    @override
     def examples(self, some: slice) -> Self:
-        """See `KeptRows`."""
         return replace(self, rows=self.rows[:, some])
 
+    @override
     def select(self, columns: Tensor, examples: Tensor) -> Self:
-        """See `KeptRows`."""
         return replace(self, rows=self.rows[columns, examples].unsqueeze(0))
 
+    @override
     def blank(self, num_examples: int) -> Self:
-        """See `KeptRows`."""
         return replace(self, rows=self.rows.new_zeros(len(self.rows), num_examples, self.rows.shape[2]))
 
+    @override
     def merge(self, others: Sequence[Self], dim: int) -> Self:
-        """See `KeptRows`."""
         return replace(self, rows=torch.cat([self.rows, *(other.rows for other in others)], dim=dim))
 
+    @override
     def to(self, dtype: torch.dtype) -> Self:
-        """See `KeptRows`."""
         return replace(self, rows=self.rows.to(dtype))

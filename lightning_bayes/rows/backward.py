@@ -12,17 +12,6 @@ from torch import Tensor, nn
 from lightning_bayes.capture.example_layout import Layout, example_weights, find_layout
 from lightning_bayes.capture.module_calls import Call
 
-__all__ = [
-    "Batch",
-    "ColumnPasses",
-    "counts",
-    "example_gradients",
-    "find_layouts",
-    "gradients",
-    "one_column",
-    "quiet_loops",
-]
-
 BATCHED_BYTES = 2**18
 """Largest tensor, of one column, up to which columns go back in one batched pass."""
 

@@ -25,8 +25,6 @@ from lightning_bayes.rows.routes import Plan
 from lightning_bayes.rows.rows import DenseRows, OuterRows, Rows
 from lightning_bayes.rows.uses import CHUNK, LayerUse
 
-__all__ = ["ExampleGradientReader", "GradientSums"]
-
 MAX_ROWS = 2**27
 """Numbers in the gradients of one parameter that are held at one time; beyond, one example after the other."""
 

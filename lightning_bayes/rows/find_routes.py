@@ -16,8 +16,6 @@ from lightning_bayes.rows.layers import AXIS_FREE, derivatives_of
 from lightning_bayes.rows.proof import Proof, wrong_parameters
 from lightning_bayes.rows.routes import GRAPH, LAYER, Plan, local_name
 
-__all__ = ["make_plan"]
-
 
 def make_plan(
     network: nn.Module,

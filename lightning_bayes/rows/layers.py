@@ -54,7 +54,7 @@ class _Backpack:
     def rows(
         self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor
     ) -> Tensor:
-        """See `Derivatives.rows`."""
+        """Rows [C, N, *parameter] of one parameter, from the gradients [C, N, …] of its module's output."""
         return self._pulled_back(module, local_name, inputs, output, grads, sum_batch=False)
 
     def total(

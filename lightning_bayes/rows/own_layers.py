@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["OWN_DERIVATIVES"]
-
 
 class _Affine:
     """y = γ ∘ x̂ + β with x̂ what the layer makes of its input without γ and β.

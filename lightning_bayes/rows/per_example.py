@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing_extensions import override
 
 from lightning_bayes.capture.example_layout import Layout, mapped, tensors_of
 from lightning_bayes.rows.backward import BATCHED_BYTES, one_column, quiet_loops
 from lightning_bayes.rows.uses import CHUNK, Use
-
-__all__ = ["GraphUse", "ModuleUse", "plain_kernels"]
 
 _ONE_BY_ONE: "WeakSet[nn.Module]" = WeakSet()
 """Modules whose backward pass cannot be vmapped over columns as well as over examples."""
@@ -69,12 +68,12 @@ class ModuleUse(Use):
     _combined: dict[object, "ModuleUse"] = field(default_factory=dict, compare=False)
 
     @property
+    @override
     def num_columns(self) -> int:
-        """See `Use`."""
         return len(self.grads[0])
 
+    @override
     def combined(self, weights: Mapping[int, float]) -> "ModuleUse":
-        """See `Use`."""
         key = tuple(weights.items())
         if key not in self._combined:  # one use for all parameters, which share its cache
             grads = tuple(grad.sum(0, keepdim=True) for grad in self.grads)
@@ -95,8 +94,8 @@ class ModuleUse(Use):
             self._cache[key] = self._pull_back(columns)
         return self._cache[key][local_name]
 
+    @override
     def sum_squares(self, local_name: str) -> Tensor:
-        """See `Use`."""
         if (None, None) in self._cache:  # for the proof
             return self._cache[None, None][local_name].square().sum((0, 1))
         if "squares" not in self._cache:
@@ -107,8 +106,8 @@ class ModuleUse(Use):
             self._cache["squares"] = sums
         return self._cache["squares"][local_name]
 
+    @override
     def one_column(self, columns: Tensor) -> "ModuleUse":
-        """See `Use`."""
         grads = tuple(one_column(columns, grad) for grad in self.grads)
         return replace(self, grads=grads, _cache={}, _combined={})
 
@@ -238,29 +237,29 @@ class GraphUse(Use):
     chosen: Sequence[int]
 
     @property
+    @override
     def num_columns(self) -> int:
-        """See `Use`."""
         return len(self.roots)
 
+    @override
     def combined(self, weights: Mapping[int, float]) -> "GraphUse":
-        """See `Use`."""
         roots = self.roots.sum(0, keepdim=True)
         for example, weight in weights.items():
             roots[:, example] *= weight
         return replace(self, roots=roots, chosen=list(weights))
 
+    @override
     def rows(self, local_name: str, columns: slice) -> Tensor:
-        """See `Use`."""
         return torch.stack(
             [torch.stack([self._row(root, n) for n in self.chosen]) for root in self.roots[columns]]
         )
 
+    @override
     def one_column(self, columns: Tensor) -> "GraphUse":
-        """See `Use`."""
         return replace(self, roots=one_column(columns, self.roots))
 
+    @override
     def weighted_total(self, local_name: str, weights: Tensor) -> Tensor:
-        """See `Use`."""
         seed = weights.reshape(-1, *[1] * (self.roots.dim() - 2)).to(self.roots) * self.roots[0]
         (total,) = torch.autograd.grad(
             self.outputs, self.parameter, seed, retain_graph=True, materialize_grads=True

@@ -19,8 +19,6 @@ from lightning_bayes.rows.routes import GRAPH, Plan
 from lightning_bayes.rows.rows import DenseRows, OuterRows, Rows
 from lightning_bayes.rows.uses import Use
 
-__all__ = ["Proof", "proof_of", "wrong_parameters"]
-
 ROUNDING = 3e3
 """Allowed difference along a random direction, in units of the type's rounding, relative to a gradient's norm.
 

@@ -24,8 +24,6 @@ from lightning_bayes.rows.regrouping import check_apart
 from lightning_bayes.rows.routes import Plan, PlanMismatch
 from lightning_bayes.rows.rows import RowBlock, Rows
 
-__all__ = ["BatchRows", "RowReader", "forward_of"]
-
 CHUNK_BYTES = 5e8
 """Gradients in layer outputs that are held at one time, one column of the root at least."""
 

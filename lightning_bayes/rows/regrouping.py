@@ -16,8 +16,6 @@ from lightning_bayes.capture.forward import BatchForward
 from lightning_bayes.capture.module_calls import recorded_calls
 from lightning_bayes.likelihoods import Likelihood
 
-__all__ = ["check_apart"]
-
 ROUNDING = 3e3
 """Difference, in units of the type's rounding, that the size of a batch may make by the kernels that it chooses."""
 PERTURBATION, AMPLIFIED = 8.0, 100.0

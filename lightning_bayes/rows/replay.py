@@ -10,8 +10,6 @@ from lightning_bayes.capture.example_layout import Layout, tensors_of
 from lightning_bayes.capture.module_calls import Call
 from lightning_bayes.rows.per_example import ModuleUse
 
-__all__ = ["Replays"]
-
 MAX_ARGUMENT_LAYOUTS = 64
 """Combinations of layouts that are tried for the arguments of one call."""
 

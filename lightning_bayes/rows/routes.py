@@ -16,8 +16,6 @@ from lightning_bayes.rows.replay import Replays
 from lightning_bayes.rows.rows import DenseRows, OuterRows, Rows
 from lightning_bayes.rows.uses import LayerUse, Use
 
-__all__ = ["GRAPH", "LAYER", "Plan", "PlanMismatch", "local_name"]
-
 LAYER, GRAPH = "by the layer's derivatives", "from the graph"
 """Ways that are not the name of a module."""
 

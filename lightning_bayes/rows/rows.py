@@ -20,8 +20,6 @@ from torch.nn import functional as F
 from lightning_bayes.rows.layers import CONVOLUTIONS
 from lightning_bayes.rows.uses import CHUNK, LayerUse, Use
 
-__all__ = ["DenseRows", "OuterRows", "RowBlock", "Rows"]
-
 
 @dataclass(frozen=True)
 class OuterRows:

@@ -6,12 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_bayes.rows.backward import one_column
 from lightning_bayes.rows.layers import CONVOLUTIONS, Derivatives, unfold_input
-
-__all__ = ["CHUNK", "LayerUse", "Use"]
-
 
 CHUNK = 2**24
 """Numbers that a temporary of per-example gradients may hold where it can be made in pieces."""
@@ -68,12 +66,12 @@ class LayerUse(Use):
     entries: int = 1  # k
 
     @property
+    @override
     def num_columns(self) -> int:
-        """See `Use`."""
         return len(self.grads)
 
+    @override
     def rows(self, local_name: str, columns: slice) -> Tensor:
-        """See `Use`."""
         grads = self.grads[columns]
         rows = self.derivatives.rows(self.module, local_name, self.inputs, self.output, grads)
         if self.entries == 1:
@@ -81,16 +79,16 @@ class LayerUse(Use):
         grouped: Tensor = rows.unflatten(1, (-1, self.entries))
         return grouped.sum(2)
 
+    @override
     def combined(self, weights: Mapping[int, float]) -> "LayerUse":
-        """See `Use`."""
         its = [example * self.entries + entry for example in weights for entry in range(self.entries)]
         grads = self.grads[:, its].sum(0, keepdim=True)
         scale = grads.new_tensor(list(weights.values())).repeat_interleave(self.entries)
         grads = grads * scale.reshape(-1, *[1] * (grads.dim() - 2))
         return replace(self, inputs=self.inputs[its], output=self.output[its], grads=grads)
 
+    @override
     def one_column(self, columns: Tensor) -> "LayerUse":
-        """See `Use`."""
         return replace(self, grads=one_column(columns, self.grads))
 
     def weighted_total(self, local_name: str, weights: Tensor) -> Tensor:
@@ -117,8 +115,8 @@ class LayerUse(Use):
             return True
         return isinstance(self.module, CONVOLUTIONS) and self.module.groups == 1
 
+    @override
     def sum_squares(self, local_name: str) -> Tensor:
-        """See `Use`."""
         sparse = getattr(self.derivatives, "sum_squares", None)
         if sparse is None or self.entries != 1:
             return super().sum_squares(local_name)

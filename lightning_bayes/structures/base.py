@@ -10,13 +10,6 @@ from torch import Tensor
 from lightning_bayes.numerics.sampling_estimates import BlockSample
 from lightning_bayes.rows.rows import RowBlock
 
-__all__ = [
-    "Curvature",
-    "CurvatureSummary",
-    "Problem",
-    "SpectralCurvature",
-]
-
 
 @dataclass(frozen=True)
 class Problem:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_bayes.numerics.cholesky import log_det_of, rounding_of_log_det
 from lightning_bayes.numerics.devices import accumulation_dtype
@@ -32,8 +33,6 @@ from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
 from lightning_bayes.structures.blocks_budget import capacity_of, num_landmarks, pool_rows
 from lightning_bayes.structures.diagonal import DiagonalCurvature
 from lightning_bayes.structures.dual_system import SMALL, System, factorise, trace_of_shrinkage
-
-__all__ = ["BlockCurvature", "KeptPart", "cross_of_shared"]
 
 NUM_SAMPLED = 256
 """Rows outside S that are held back as a random sample."""
@@ -100,8 +99,8 @@ class BlockCurvature(Curvature):
         self._trace = 0.0
         self._last: tuple[tuple[float, ...], KeptPart] | None = None
 
+    @override
     def update(self, block: RowBlock) -> None:
-        """See `Curvature.update`."""
         self._last = None
         self._diagonal.update(block)
         self._keeper.add(block)

@@ -3,8 +3,6 @@
 from lightning_bayes.structures.base import Problem
 from lightning_bayes.structures.dual_system import SMALL
 
-__all__ = ["blocks_cost", "capacity_of", "num_landmarks", "pool_rows"]
-
 KEPT_FLOP = 3e11
 """Operations that K_SS and its factor may take at each prior that is tried, which says how large S is."""
 KEPT_BYTES = 6e8

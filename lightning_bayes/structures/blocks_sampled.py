@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_bayes.numerics.cholesky import cholesky_in_place, log_det_of, spoilt
 from lightning_bayes.numerics.devices import accumulation_dtype
@@ -27,8 +28,6 @@ from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
 from lightning_bayes.structures.blocks import BlockCurvature, KeptPart, cross_of_shared
 from lightning_bayes.structures.blocks_budget import capacity_of
 from lightning_bayes.structures.dual_system import SMALL, trace_of_shrinkage
-
-__all__ = ["SampledBlockCurvature", "block_curvature"]
 
 NUM_PROBES = 256
 """Random vectors of the trace over S."""
@@ -75,8 +74,8 @@ class SampledBlockCurvature(Curvature):
         if block.columns.stop == block.num_columns:
             self._held.append(self._keeper.layers())
 
+    @override
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
-        """See `Curvature.at`."""
         part = self._base.part(precision)
         log_det, gamma, stderr, gamma_error = self._numbers(part, precision)
         layers = [layer.to(accumulation_dtype(self.problem.device)) for layer in part.layers]
@@ -92,8 +91,8 @@ class SampledBlockCurvature(Curvature):
             upper_stderr=stderr,
         )
 
+    @override
     def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
-        """See `Curvature.log_det_and_gamma`."""
         return self._numbers(self._base.part(precision), precision)[:2]
 
     def _numbers(self, part: KeptPart, precision: Mapping[str, float]) -> tuple[float, float, float, float]:

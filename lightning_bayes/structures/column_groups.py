@@ -14,8 +14,6 @@ from torch import Tensor
 from lightning_bayes.rows.rows import OuterRows, RowBlock, Rows
 from lightning_bayes.structures.base import Problem
 
-__all__ = ["ColumnGroups", "jackknife", "squares_by_group"]
-
 MAX_GROUPS = 8
 """Each group keeps factors of its own."""
 

@@ -5,14 +5,13 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_bayes.functional.evidence import effective_parameters, log_det_from_eigenvalues
 from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.rows.rows import RowBlock
 from lightning_bayes.structures.base import CurvatureSummary, Problem, SpectralCurvature
 from lightning_bayes.structures.column_groups import ColumnGroups, jackknife, squares_by_group
-
-__all__ = ["DiagonalCurvature"]
 
 
 class DiagonalCurvature(SpectralCurvature):
@@ -34,16 +33,16 @@ class DiagonalCurvature(SpectralCurvature):
             for _ in range(self._groups.number)
         ]
 
+    @override
     def update(self, block: RowBlock) -> None:
-        """See `Curvature.update`."""
         groups = self._groups.columns(block)
         for layer in block.layers:
             for diagonal, sums in zip(self._diagonals, squares_by_group(layer, groups), strict=True):
                 for name, squares in sums.items():
                     diagonal[name] += squares
 
+    @override
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
-        """See `Curvature.at`."""
         log_det = gamma = quadratic = log_det_stderr = gamma_stderr = 0.0
         whole = self._whole()
         for name, diagonal in whole.items():
@@ -80,11 +79,11 @@ class DiagonalCurvature(SpectralCurvature):
             gamma += (values / (1 + values)).sum().item()
         return log_det, gamma
 
+    @override
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
-        """See `Curvature.spectrum`."""
         return torch.cat([d.flatten() / precision[name] for name, d in self._whole().items()])
 
+    @override
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-        """See `Curvature.log_det_and_traces`."""
         log_det = log_det_from_eigenvalues(self.spectrum(precision), 1.0).item()
         return log_det, {n: effective_parameters(d, precision[n]).item() for n, d in self._whole().items()}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_bayes.functional.evidence import effective_parameters, log_det_from_eigenvalues
 from lightning_bayes.numerics.cholesky import (
@@ -37,8 +38,6 @@ from lightning_bayes.structures.dual_system import (
     without_negligible,
 )
 
-__all__ = ["DualCurvature"]
-
 NUM_PROBES = 256
 """Random vectors of the trace estimate beyond `SMALL`."""
 
@@ -55,13 +54,13 @@ class DualCurvature(SpectralCurvature):
         self._known: _Known | None = None
         self._last: tuple[tuple[float, ...], _Factorised] | None = None
 
+    @override
     def update(self, block: RowBlock) -> None:
-        """See `Curvature.update`."""
         self._keeper.add(block)
         self._known = self._last = None
 
+    @override
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
-        """See `Curvature.at`."""
         factorised = self._rescaled(precision) or self._factorised(precision)
         layers = [layer.to(self._accurate) for layer in factorised.layers]
         quadratic = quadratic_form(layers, woodbury(layers, factorised.solve, precision), precision, gradient)
@@ -73,8 +72,8 @@ class DualCurvature(SpectralCurvature):
             effective_parameters_stderr=factorised.gamma_stderr,
         )
 
+    @override
     def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
-        """See `Curvature.log_det_and_gamma`."""
         factorised = self._factorised(precision)
         return factorised.log_det, factorised.gamma
 

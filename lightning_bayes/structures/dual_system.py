@@ -24,20 +24,6 @@ from lightning_bayes.row_storage.collector import example_grams, fill_gram, tile
 from lightning_bayes.row_storage.per_example_basis import principal_rows, smallest_set
 from lightning_bayes.row_storage.stored import KeptRows
 
-__all__ = [
-    "SMALL",
-    "System",
-    "estimated_shrinkage",
-    "factorise",
-    "gram_of",
-    "inverse_on",
-    "tiles_of_system",
-    "trace_of_product",
-    "trace_of_shrinkage",
-    "without_negligible",
-]
-
-
 SMALL = 4096
 """Rows up to which the trace is exact, and float64 so cheap that it is taken without a word."""
 

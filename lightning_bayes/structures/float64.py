@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["InFloat64"]
-
 
 class InFloat64(TorchFunctionMode):
     """Turns every float32 tensor, and every request for one, into float64.

@@ -12,8 +12,6 @@ from lightning_bayes.structures.dual import DualCurvature
 from lightning_bayes.structures.dual_system import SMALL
 from lightning_bayes.structures.primal import KEPT_ROWS, PrimalCurvature
 
-__all__ = ["full_cost", "full_curvature"]
-
 
 def full_curvature(problem: Problem) -> Curvature:
     """Return the exact structure that takes fewer operations, or a bracket about it if one is accepted."""

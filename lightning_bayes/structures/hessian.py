@@ -15,8 +15,6 @@ from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.structures.base import CurvatureSummary
 from lightning_bayes.structures.hessian_reader import BatchHessian
 
-__all__ = ["HessianCurvature"]
-
 EXACT = 0.01
 """Nats that rounding may put into a log-determinant that is still called exact."""
 

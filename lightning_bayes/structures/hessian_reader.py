@@ -19,9 +19,6 @@ from lightning_bayes.rows.reader import forward_of
 from lightning_bayes.rows.regrouping import check_apart
 from lightning_bayes.structures.float64 import InFloat64
 
-__all__ = ["BatchHessian", "HessianReader"]
-
-
 MAX_MEMORY = 2e9
 """Bytes that the matrix, scaled, and its eigenvectors may take: 7,905 parameters."""
 

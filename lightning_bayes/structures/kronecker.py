@@ -12,13 +12,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_bayes.rows.rows import OuterRows, RowBlock, Rows
 from lightning_bayes.structures.base import CurvatureSummary, Problem, SpectralCurvature
 from lightning_bayes.structures.column_groups import ColumnGroups, jackknife
 from lightning_bayes.structures.kronecker_blocks import Block, DiagonalBlock, ExactBlock, LinearBlock
-
-__all__ = ["KroneckerCurvature", "expand_kronecker_curvature", "joint_kronecker_curvature"]
 
 MAX_EXACT_BLOCK = 1024
 """Parameters up to this size that have no Kronecker form keep their exact block, larger ones its diagonal."""
@@ -59,8 +58,8 @@ class KroneckerCurvature(SpectralCurvature):
         self._groups = ColumnGroups(problem)
         self._blocks: dict[tuple[str, ...], Block] = {}
 
+    @override
     def update(self, block: RowBlock) -> None:
-        """See `Curvature.update`."""
         groups = self._groups.columns(block)
         for layer in block.layers:
             own = self._block_of(layer)
@@ -86,8 +85,8 @@ class KroneckerCurvature(SpectralCurvature):
                 self._blocks[layer.names] = block(layer.name, number, self.problem)
         return self._blocks[layer.names]
 
+    @override
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
-        """See `Curvature.at`."""
         log_det = gamma = quadratic = 0.0
         for block in self._blocks.values():
             summary = block.summary(precision, gradient)
@@ -108,12 +107,12 @@ class KroneckerCurvature(SpectralCurvature):
                 _LOGGER.info(UNCORRECTED)
         return CurvatureSummary(log_det, (0.0, math.inf), gamma, quadratic, log_det_stderr, gamma_stderr)
 
+    @override
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
-        """See `Curvature.spectrum`."""
         return torch.cat([block.eigenvalues(precision) for block in self._blocks.values()])
 
+    @override
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-        """See `Curvature.log_det_and_traces`."""
         log_det, traces = 0.0, dict.fromkeys(self.problem.shapes, 0.0)
         for block in self._blocks.values():
             summary = block.summary(precision, None)

@@ -11,15 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.numerics.second_moment import SecondMoment, Spectrum
 from lightning_bayes.rows.rows import DenseRows, OuterRows
 from lightning_bayes.structures.base import Problem
 from lightning_bayes.structures.column_groups import squares_by_group
-
-__all__ = ["Block", "BlockSummary", "DiagonalBlock", "ExactBlock", "LinearBlock"]
-
 
 LARGEST_LEFT_OUT = 1024
 """Entries of a second moment up to which it is decomposed again for each group of columns."""
@@ -75,14 +73,14 @@ class ExactBlock(Block):
         """Add the rows of one batch."""
         self._moments.add(layer.dense()[self.name], groups)
 
+    @override
     def eigenvalues(
         self, precision: Mapping[str, float], without: int | None = None, scale: float = 1.0
     ) -> Tensor:
-        """See `Block.eigenvalues`."""
         return self._moments.eigenvalues(without).to(self.accurate) * (scale / precision[self.name])
 
+    @override
     def summary(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor] | None) -> BlockSummary:
-        """See `Block.summary`."""
         spectrum = self._moments.spectrum()
         return _tensor_summary(self.name, spectrum, precision[self.name], gradient, self.accurate)
 
@@ -103,15 +101,15 @@ class DiagonalBlock(Block):
             if squares:
                 self._sums[group] += squares[self.name]
 
+    @override
     def eigenvalues(
         self, precision: Mapping[str, float], without: int | None = None, scale: float = 1.0
     ) -> Tensor:
-        """See `Block.eigenvalues`."""
         kept = [sums for group, sums in enumerate(self._sums) if group != without]
         return torch.stack(kept).sum(0).flatten() * (scale / precision[self.name])
 
+    @override
     def summary(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor] | None) -> BlockSummary:
-        """See `Block.summary`."""
         values = self.eigenvalues(precision)
         inverse = 1 / (1 + values)
         quadratic = 0.0
@@ -160,10 +158,10 @@ class LinearBlock(Block):
             self._inputs.add(F.pad(inputs, (0, 1), value=1.0) if self.joint else inputs)
             self._input_spectra = {}
 
+    @override
     def eigenvalues(
         self, precision: Mapping[str, float], without: int | None = None, scale: float = 1.0
     ) -> Tensor:
-        """See `Block.eigenvalues`."""
         outputs = self._grads.eigenvalues(without).to(self.accurate) * scale
         parts = []
         if self.weight is not None:
@@ -174,12 +172,12 @@ class LinearBlock(Block):
         return torch.cat(parts)
 
     @property
+    @override
     def leaves_out_exactly(self) -> bool:
-        """See `Block.leaves_out_exactly`."""
         return self._grads.leaves_out_exactly and (not self._expand or self._sums.leaves_out_exactly)
 
+    @override
     def summary(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor] | None) -> BlockSummary:
-        """See `Block.summary`."""
         outputs = self._grads.spectrum()
         total = BlockSummary(0.0, {}, 0.0)
         if self.bias is not None and not self.joint:

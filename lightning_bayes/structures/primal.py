@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_bayes.numerics.cholesky import (
     SMALL_ROUNDING,
@@ -23,8 +24,6 @@ from lightning_bayes.row_storage.stored import KeptDense
 from lightning_bayes.rows.rows import RowBlock
 from lightning_bayes.structures.base import CurvatureSummary, Problem, SpectralCurvature
 
-__all__ = ["KEPT_ROWS", "PrimalCurvature"]
-
 KEPT_ROWS = 6
 """Rows that are kept as they are, in units of p; more become a sum in float64, which takes twice as long."""
 QUICK_TOLERANCE = 1e-5
@@ -43,8 +42,8 @@ class PrimalCurvature(SpectralCurvature):
         self._quick: Tensor | None = None  # on and above the diagonal, from `_rows`
         self._matrix: Tensor | None = None  # the same in float64, from all rows that are not kept
 
+    @override
     def update(self, block: RowBlock) -> None:
-        """See `Curvature.update`."""
         rows: dict[str, Tensor] = {}
         for layer in block.layers:
             rows |= layer.dense()
@@ -57,8 +56,8 @@ class PrimalCurvature(SpectralCurvature):
         if self._matrix is not None:
             self._accurate()
 
+    @override
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
-        """See `Curvature.at`."""
         factor = self._factor(precision)
         log_det, traces = log_det_of(factor), self._traces(factor)
         quadratic = self._quadratic(factor, precision, gradient)
@@ -66,8 +65,8 @@ class PrimalCurvature(SpectralCurvature):
         rounding = rounding_of_log_det(factor.tril().square().sum().item(), factor.dtype)
         return CurvatureSummary(log_det, bounds_of(log_det, rounding), sum(traces.values()), quadratic)
 
+    @override
     def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
-        """See `Curvature.log_det_and_gamma`."""
         log_det, traces = self.log_det_and_traces(precision)
         return log_det, sum(traces.values())
 
@@ -81,8 +80,8 @@ class PrimalCurvature(SpectralCurvature):
             return None
         return eigenvalues_of(self._whitened(self._quick_matrix(), precision))
 
+    @override
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-        """See `Curvature.log_det_and_traces`."""
         factor = self._factor(precision)
         return log_det_of(factor), self._traces(factor)
 

@@ -15,8 +15,6 @@ from lightning_bayes.structures.kronecker import (
     joint_kronecker_curvature,
 )
 
-__all__ = ["STRUCTURES", "choose_structure"]
-
 STRUCTURES: dict[str, Callable[[Problem], Curvature]] = {
     "full": full_curvature,
     "blocks": block_curvature,

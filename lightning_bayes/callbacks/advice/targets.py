@@ -11,8 +11,6 @@ from lightning_bayes.functional import AdamConfiguration
 from lightning_bayes.functional.advice.adam_advice import check_adam_targets
 from lightning_bayes.functional.configuration import Targets
 
-__all__ = ["check_targets"]
-
 
 def check_targets(trainer: Trainer, configuration: TrainerConfiguration, targets: Targets) -> None:
     """Raises a ValueError for targets that this run cannot have, with what can be done about it.

@@ -32,8 +32,6 @@ from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.priors.prior import Prior, PriorPrecision
 from lightning_bayes.priors.subset import last_layer
 
-__all__ = ["Evaluation", "Rehearsed"]
-
 
 @dataclass(frozen=True)
 class Rehearsed:

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 
 from lightning_bayes.evidence.result import Evidence
 
-__all__ = ["KEYS", "UNAVAILABLE", "logged_values"]
-
 UNAVAILABLE = (
     "log_evidence",
     "log_likelihood",

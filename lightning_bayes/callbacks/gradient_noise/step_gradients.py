@@ -23,8 +23,6 @@ from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.functional import GradientNoise
 from lightning_bayes.priors.prior import trainable_names
 
-__all__ = ["StepGradients"]
-
 OTHER_WAYS = 'method="split_batch", or method="micro_batches" with several of them, takes any loss.'
 
 

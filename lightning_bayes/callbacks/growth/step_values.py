@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-__all__ = ["step_values"]
-
 
 def step_values(batch_size: int, learning_rates: Sequence[float], names: Sequence[str]) -> dict[str, float]:
     """Keys without their prefix and values; one learning rate for each group where there are names for them.

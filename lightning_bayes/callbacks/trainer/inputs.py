@@ -25,22 +25,6 @@ from lightning_bayes.priors.prior import (
 )
 from lightning_bayes.priors.subset import Subset, matching
 
-__all__ = [
-    "announce_prior",
-    "check_arguments",
-    "check_named_parts",
-    "check_stream",
-    "check_trainer",
-    "examples_of",
-    "is_decoupled",
-    "num_batches",
-    "prior_of",
-    "step_batch_size",
-    "subset_of",
-    "training_loader",
-    "warn_of_averages",
-]
-
 DECOUPLED = ("AdamW", "Adafactor", "Lion", "Muon", "SGDW")
 """How the names of optimizers begin that decay weights beside the gradient."""
 AVERAGING = ("StochasticWeightAveraging", "WeightAveraging")

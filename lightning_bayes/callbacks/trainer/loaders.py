@@ -9,8 +9,6 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-__all__ = ["flatten", "loader_batch_size", "training_loader"]
-
 
 def training_loader(trainer: Trainer) -> Any:
     """The one training loader of a Trainer; a ValueError where there is none, or several."""

@@ -15,8 +15,6 @@ from lightning_bayes.callbacks.trainer.module_reader import ModuleReader, num_ex
 from lightning_bayes.callbacks.trainer.restore import untouched
 from lightning_bayes.functional.configuration import Reduction
 
-__all__ = ["forget_reduction", "note_reduction", "reduction_of"]
-
 # The relative difference up to which the loss of a batch is the sum of those of its parts: float32 of many terms.
 TOLERANCE = 1e-3
 

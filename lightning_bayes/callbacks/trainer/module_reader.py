@@ -23,8 +23,6 @@ from lightning_bayes.capture.pytorch_losses import Rows
 from lightning_bayes.capture.token_rows import layout_of_rows, rows_of_examples
 from lightning_bayes.likelihoods import Likelihood
 
-__all__ = ["ModuleReader", "NetworkOption", "num_examples_of"]
-
 NetworkOption = str | Callable[[LightningModule, Any], tuple[Tensor, Tensor]] | None
 
 

@@ -6,8 +6,6 @@ from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer
 
-__all__ = ["shown_in_bar"]
-
 _Item = TypeVar("_Item")
 
 

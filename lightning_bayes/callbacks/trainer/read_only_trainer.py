@@ -7,8 +7,6 @@ from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_bayes.capture.loss import WAY_OUT
 
-__all__ = ["ReadOnlyTrainer"]
-
 
 class ReadOnlyTrainer:
     """What a copied training_step sees as its Trainer: every attribute to read, none to set, no logger."""

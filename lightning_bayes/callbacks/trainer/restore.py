@@ -9,8 +9,6 @@ from torch import Tensor
 
 from lightning_bayes.capture.isolation import isolated
 
-__all__ = ["untouched"]
-
 
 @contextmanager
 def untouched(trainer: Trainer) -> Iterator[None]:

@@ -12,8 +12,6 @@ from lightning_bayes.callbacks.trainer.settings import is_adaptive, learning_rat
 from lightning_bayes.loss_curvature.stability_reading import SGDStep
 from lightning_bayes.priors.prior import trainable_names
 
-__all__ = ["names_of_groups", "sgd_steps", "why_not_sgd"]
-
 
 def why_not_sgd(trainer: Trainer) -> str | None:
     """Why the edge of stability of SGD is not that of the optimizer; None where it is.

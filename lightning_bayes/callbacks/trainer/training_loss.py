@@ -16,8 +16,6 @@ from lightning_bayes.capture.loss import CapturedLoss, Reduction
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.loss_curvature.mean_loss import BatchLoss, MeanLoss, normalises_by_batch, norms_as_in
 
-__all__ = ["TrainingLoss"]
-
 
 @dataclass(frozen=True)
 class TrainingLoss:

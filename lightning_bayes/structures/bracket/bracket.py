@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_bayes.numerics.cholesky import SMALL_ROUNDING, rounding_of_log_det
 from lightning_bayes.row_storage.collector import cross_all, example_grams
@@ -30,8 +31,6 @@ from lightning_bayes.structures.bracket.factor import SplitFactor, factor_of
 from lightning_bayes.structures.bracket.selection import Selection, operations, select
 from lightning_bayes.structures.dual import DualCurvature
 from lightning_bayes.structures.dual_system import SMALL, inverse_on
-
-__all__ = ["BracketCurvature"]
 
 NUM_PROBES = 64
 """Random vectors of the trace over S."""
@@ -56,8 +55,8 @@ class BracketCurvature(DualCurvature):
         super().__init__(problem)
         self._exact_at: set[tuple[float, ...]] = set()
 
+    @override
     def update(self, block: RowBlock) -> None:
-        """See `Curvature.update`."""
         super().update(block)
         self._exact_at.clear()
 

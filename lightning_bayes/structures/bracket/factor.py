@@ -14,8 +14,6 @@ from lightning_bayes.row_storage.stored import KeptDense
 from lightning_bayes.structures.bracket.selection import Selection
 from lightning_bayes.structures.dual_system import estimated_shrinkage, factorise
 
-__all__ = ["SplitFactor", "factor_of"]
-
 HEAD = ".head"
 """A name that no parameter can have."""
 

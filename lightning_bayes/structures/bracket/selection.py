@@ -16,8 +16,6 @@ from lightning_bayes.row_storage.collector import cross_all
 from lightning_bayes.row_storage.per_example_basis import PrincipalRows, smallest_set
 from lightning_bayes.row_storage.stored import KeptRows
 
-__all__ = ["Selection", "operations", "select"]
-
 BLOCK = 256
 """Columns of the factor that are computed at a time."""
 MAX_MARKED, SHARE = 512, 4
