@@ -18,20 +18,22 @@ import time
 import numpy as np
 from models import MODELS, trained
 
-from lightning_bayes import laplace_evidence
-from lightning_bayes.structures import blocks_budget
+from lightning_bayes.evidence.evaluate import evidence_of
+from lightning_bayes.evidence.laplace import Computation
+from lightning_bayes.structures.base import Budget
 
 
 def measure(size: int, landmarks: int, num_blocks: int | None, mnist_root: str) -> dict[str, float]:
     """One size, in this process."""
     data = trained(MODELS["mlp-60000"], mnist_root)
-    blocks_budget.MAX_LANDMARKS = landmarks
     x, y = data.x[:size].clone(), data.y[:size].clone()
-    arguments = {"structure": "blocks", "batch_size": 250, "num_blocks": num_blocks}
-    laplace_evidence(data.net, (x[:500], y[:500]), **arguments)
+    computation = Computation(
+        structure="blocks", batch_size=250, num_blocks=num_blocks, budget=Budget(landmarks=landmarks)
+    )
+    computation.run(data.net, (x[:500], y[:500]), evidence_of)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    evidence = laplace_evidence(data.net, (x, y), **arguments)
+    evidence = computation.run(data.net, (x, y), evidence_of)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {

@@ -4,18 +4,23 @@ Everything is float64 and seeded.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_bayes.evidence.laplace import laplace_evidence
+from lightning_bayes.evidence.evaluate import evidence_of
+from lightning_bayes.evidence.laplace import Computation, laplace_evidence
+from lightning_bayes.evidence.options import Method
 from lightning_bayes.evidence.result import Evidence
+from lightning_bayes.structures.base import Budget
 from tests.losses import LOSSES, Loss
 from tests.networks import NETWORKS, VOCABULARY
 from tests.reference import Reference, SlowTwin
 
-__all__ = ["CASES", "LOSSES", "NETWORKS", "Case", "make_case"]
+__all__ = ["CASES", "LOSSES", "NETWORKS", "Case", "evidence_within", "make_case", "use_budget"]
 
 _SEVERAL_OUTPUTS = ["sequence_output", "channels_first", "pixels", "language_model"]
 _OF_CLASSES = ["class_probabilities", "smoothed", "ignored", "ignored_weighted_smoothed"]
@@ -36,6 +41,17 @@ CASES: list[tuple[str, str]] = [
 """Every network, every loss, and where they meet in ways of their own."""
 
 
+def evidence_within(budget: Budget, model: nn.Module, data: Any, **arguments: Any) -> Evidence:
+    """Return what `laplace_evidence` does with another budget."""
+    return Computation(**arguments, budget=budget).run(model, data, evidence_of)
+
+
+def use_budget(monkeypatch: pytest.MonkeyPatch, budget: Budget) -> None:
+    """Give every `LaplaceEvidence` that is made from now on another budget."""
+    with_budget = partial(Method, budget=budget)
+    monkeypatch.setattr("lightning_bayes.callbacks.laplace_evidence.Method", with_budget)
+
+
 @dataclass(frozen=True)
 class Case:
     """One model with its data, ready to be asked for its evidence."""
@@ -51,10 +67,13 @@ class Case:
         """Of the parameters."""
         return [name for name, _ in self.model.named_parameters()]
 
-    def evidence(self, **arguments: Any) -> Evidence:
+    def evidence(self, budget: Budget | None = None, **arguments: Any) -> Evidence:
         """The engine's answer, from batches of three: several, and the last one incomplete."""
         arguments = {"likelihood": self.loss.likelihood(self.class_dim), "batch_size": 3} | arguments
-        return laplace_evidence(self.model, (self.inputs, self.targets), **arguments)
+        data = self.inputs, self.targets
+        if budget is None:
+            return laplace_evidence(self.model, data, **arguments)
+        return evidence_within(budget, self.model, data, **arguments)
 
     def reference(
         self, precision: float | dict[str, float], structure: str = "full", curvature: str = "ggn"

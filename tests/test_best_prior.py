@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from lightning_bayes import laplace_evidence
-from lightning_bayes.evidence import choose_prior
 from lightning_bayes.likelihoods import Gaussian
+from lightning_bayes.structures.base import Budget
+from tests.cases import evidence_within
 
 GRID = torch.logspace(-3, 4, 29).tolist()
 
@@ -55,7 +56,7 @@ def test_at_an_optimized_prior_it_is_the_value(structure):
     assert per_parameter.log_evidence_best_prior == pytest.approx(exact.log_evidence, abs=1e-6)
 
 
-def test_where_it_costs_much_or_does_not_exist_there_is_none(monkeypatch):
+def test_where_it_costs_much_or_does_not_exist_there_is_none():
     torch.manual_seed(0)
     data = (torch.randn(40, 5), torch.randint(0, 3, (40,)))
     assert laplace_evidence(nn.Linear(5, 3), data, structure="blocks").log_evidence_best_prior is None
@@ -67,8 +68,8 @@ def test_where_it_costs_much_or_does_not_exist_there_is_none(monkeypatch):
     bent = laplace_evidence(net, data, curvature="hessian", prior_precision=100.0)
     assert bent.num_eigenvalues_below_prior > 0
     assert bent.log_evidence_best_prior is None
-    monkeypatch.setattr(choose_prior, "LARGEST_COMMON", 4)
-    assert laplace_evidence(nn.Linear(5, 3), data).log_evidence_best_prior is None
+    narrow = evidence_within(Budget(common_spectrum=4), nn.Linear(5, 3), data)
+    assert narrow.log_evidence_best_prior is None
 
 
 def test_the_noise_is_that_of_the_value():

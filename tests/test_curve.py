@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_bayes import EvidenceCurve, Gaussian, evidence_curve
-from lightning_bayes.structures.bracket import bracket
+from lightning_bayes.structures.base import Budget
 from lightning_bayes.structures.bracket.bracket import BracketCurvature
 from lightning_bayes.structures.registry import STRUCTURES
 from tests.cases import make_case
@@ -116,22 +116,22 @@ def test_a_bracket_holds_the_whole_curve(tolerance, monkeypatch):
     exact = curve_of(case, GRID, structure="full")
     assert torch.equal(exact.lower, exact.upper)
     monkeypatch.setitem(STRUCTURES, "full", BracketCurvature)
-    monkeypatch.setattr(bracket, "WORTHWHILE", math.inf)
-    curve = curve_of(case, GRID, structure="full", tolerance=tolerance)
+    budget = Budget(bracket_share=math.inf)
+    curve = curve_of(case, GRID, structure="full", tolerance=tolerance, budget=budget)
     assert (curve.lower <= exact.log_evidence + 1e-9).all()
     assert (exact.log_evidence <= curve.upper + 1e-9).all()
     assert (curve.upper - curve.lower <= tolerance * (1 + 1e-9)).all()
 
 
-def test_blocks_have_a_curve_of_bounds(monkeypatch):
-    case = make_case("mlp", "classification", 30)
-    monkeypatch.setattr("lightning_bayes.structures.blocks.capacity_of", lambda problem: 25)
-    exact, curve = curve_of(case, GRID, structure="full"), curve_of(case, GRID, structure="blocks")
+def test_blocks_have_a_curve_of_bounds():
+    case, budget = make_case("mlp", "classification", 30), Budget(least_kept=25, kept_flop=0.0)
+    exact = curve_of(case, GRID, structure="full")
+    curve = curve_of(case, GRID, structure="blocks", budget=budget)
     assert (curve.lower <= exact.log_evidence + 1e-9).all()
     assert (exact.log_evidence <= curve.upper + 1e-9).all()
     assert (curve.lower <= curve.log_evidence).all()
     assert (curve.log_evidence <= curve.upper).all()
-    kept = case.evidence(structure="blocks", prior_precision="optimize")
+    kept = case.evidence(budget, structure="blocks", prior_precision="optimize")
     assert curve.best == pytest.approx(kept.prior_precision, rel=1e-6)
     assert curve.best_log_evidence == pytest.approx(kept.log_evidence, rel=1e-9)
     assert curve.best_log_evidence >= curve.log_evidence.max().item() - 1e-6

@@ -9,7 +9,8 @@ from torch import nn
 
 from lightning_bayes import laplace_evidence
 from lightning_bayes.evidence.options import Method, sampling_if_many_columns
-from tests.cases import make_case
+from lightning_bayes.structures.base import Budget
+from tests.cases import evidence_within, make_case
 
 
 @pytest.mark.parametrize("structure", ["kron", "diag"])
@@ -26,12 +27,11 @@ def test_sampled_columns_are_right_on_average(structure):
     assert 0.0 < many.log_evidence_stderr < few.log_evidence_stderr < 1.0
 
 
-def test_auto_samples_where_there_are_many_outputs_beyond_its_budget(monkeypatch):
-    monkeypatch.setattr("lightning_bayes.evidence.options.AUTO_FLOP", 1.0)
+def test_auto_samples_where_there_are_many_outputs_beyond_its_budget():
     torch.manual_seed(0)
     model, data = nn.Linear(3, 600), (torch.randn(5, 3), torch.randint(600, (5,)))
     with pytest.warns(UserWarning, match=r"600 outputs per example.*structure='kron' with num_samples=64"):
-        found = laplace_evidence(model, data)
+        found = evidence_within(Budget(flop=1.0), model, data)
     assert (found.structure, found.num_samples) == ("kron", 64)
     given = laplace_evidence(model, data, num_samples=64)
     assert (given.structure, given.log_evidence) == ("kron", found.log_evidence)
@@ -53,13 +53,12 @@ def test_auto_is_exact_where_that_is_cheap_however_many_outputs(network, inputs,
     assert got.log_evidence == pytest.approx(exact.log_evidence, rel=1e-9)
 
 
-def test_the_error_of_large_factors_is_of_first_order(monkeypatch):
+def test_the_error_of_large_factors_is_of_first_order():
     torch.manual_seed(0)
     model, data = nn.Linear(6, 40), (torch.randn(30, 6), torch.randint(40, (30,)))
     arguments = {"structure": "kron", "num_samples": 32}
     jackknife = laplace_evidence(model, data, **arguments)
-    monkeypatch.setattr("lightning_bayes.structures.kronecker_blocks.LARGEST_LEFT_OUT", 8)
-    quick = laplace_evidence(model, data, **arguments)
+    quick = evidence_within(Budget(kronecker_left_out=8), model, data, **arguments)
     assert 0.3 < quick.log_evidence_stderr / jackknife.log_evidence_stderr < 3.0
     bias = abs(quick.log_evidence - jackknife.log_evidence)
     assert 0.0 < bias < 0.2 * abs(jackknife.log_occam_factor)

@@ -14,8 +14,8 @@ from lightning_bayes import EvidenceUnavailableError, Gaussian, laplace_evidence
 from lightning_bayes.evidence.evaluate import evidence_of
 from lightning_bayes.evidence.laplace import Computation
 from lightning_bayes.numerics.mackay_fixed_point import ACCEPTED_LOSS
-from lightning_bayes.structures import blocks, dual, primal
-from lightning_bayes.structures.bracket import bracket
+from lightning_bayes.structures import dual, primal
+from lightning_bayes.structures.base import Budget
 from lightning_bayes.structures.bracket.bracket import BracketCurvature
 from lightning_bayes.structures.dual import DualCurvature
 from lightning_bayes.structures.primal import PrimalCurvature
@@ -23,6 +23,7 @@ from lightning_bayes.structures.registry import STRUCTURES as BY_NAME
 from tests.cases import make_case
 
 STRUCTURES = ["full", "kron", "kron_expand", "diag"]
+ALWAYS_BRACKETED = Budget(bracket_share=math.inf)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -106,15 +107,13 @@ def test_large_matrices_are_searched_by_factors_and_not_by_their_spectrum(
     case = make_case(network, "regression", 20)
     arguments = {"prior_precision": argument} | ({} if likelihood is None else {"likelihood": likelihood})
     by_spectrum = case.evidence(**arguments)
-    monkeypatch.setattr("lightning_bayes.evidence.choose_prior.LARGEST_SPECTRUM", 1)
-    monkeypatch.setattr("lightning_bayes.evidence.choose_prior.LARGEST_COMMON", 1)
     for structure in (PrimalCurvature, DualCurvature):
         monkeypatch.setattr(structure, "spectrum", None)
     tried = []
     for where, name in ((primal, "cholesky_in_place"), (dual, "factorise")):
         original = getattr(where, name)
         monkeypatch.setattr(where, name, lambda *args, original=original: tried.append(1) or original(*args))
-    by_factors = case.evidence(**arguments)
+    by_factors = case.evidence(Budget(searched_spectrum=1, common_spectrum=1), **arguments)
     assert by_factors.log_evidence == pytest.approx(by_spectrum.log_evidence, abs=1e-5)
     assert by_factors.prior_precision == pytest.approx(by_spectrum.prior_precision, rel=1e-2)
     if likelihood is None:
@@ -248,20 +247,20 @@ def test_residuals_of_zero_have_no_noise():
 
 
 @pytest.mark.parametrize("arguments", [{}, {"num_blocks": 8}], ids=str)
-def test_blocks_maximise_what_they_report(arguments, monkeypatch):
+def test_blocks_maximise_what_they_report(arguments):
     """At the λ that is found no neighbour has more by the same structure; exact where every row is kept."""
-    case = make_case("mlp", "classification", 30)
+    case, budget = make_case("mlp", "classification", 30), None
     if not arguments:
         exact = case.evidence(prior_precision="optimize")
         kept = case.evidence(structure="blocks", prior_precision="optimize")
         assert kept.prior_precision == pytest.approx(exact.prior_precision, rel=1e-3)
         assert kept.log_evidence == pytest.approx(exact.log_evidence, abs=1e-5)
-        monkeypatch.setattr(blocks, "capacity_of", lambda problem: 25)
-    found = case.evidence(structure="blocks", prior_precision="optimize", **arguments)
+        budget = Budget(least_kept=25, kept_flop=0.0)
+    found = case.evidence(budget, structure="blocks", prior_precision="optimize", **arguments)
     assert found.prior_optimized
     for factor in (0.8, 1.25):
         neighbour = case.evidence(
-            structure="blocks", prior_precision=found.prior_precision * factor, **arguments
+            budget, structure="blocks", prior_precision=found.prior_precision * factor, **arguments
         )
         assert neighbour.log_evidence < found.log_evidence
 
@@ -291,8 +290,7 @@ def test_a_tolerance_finds_the_prior_to_within_it(words, tolerance, monkeypatch)
     case = make_case("mlp", "classification", 30)
     best = case.evidence(structure="full", prior_precision=words)
     monkeypatch.setitem(BY_NAME, "full", BracketCurvature)
-    monkeypatch.setattr(bracket, "WORTHWHILE", math.inf)
-    found = case.evidence(structure="full", prior_precision=words, tolerance=tolerance)
+    found = case.evidence(ALWAYS_BRACKETED, structure="full", prior_precision=words, tolerance=tolerance)
     truth = case.reference(found.prior_precision).log_evidence
     assert found.upper - found.lower <= tolerance * (1 + 1e-9)
     assert found.lower <= truth <= found.upper
@@ -303,32 +301,32 @@ def test_rows_are_chosen_anew_until_they_hold_at_what_is_found(monkeypatch):
     """Each choice is for a λ that is not above what is found with it."""
     case, priors = make_case("linear", "classification", 60), []
     monkeypatch.setitem(BY_NAME, "full", BracketCurvature)
-    monkeypatch.setattr(bracket, "WORTHWHILE", math.inf)
-    original = BracketCurvature.of_kept_rows
+    original = BracketCurvature.of_chosen_rows
     monkeypatch.setattr(
         BracketCurvature,
-        "of_kept_rows",
+        "of_chosen_rows",
         lambda self, precision: priors.append(precision["weight"]) or original(self, precision),
     )
-    found = case.evidence(structure="full", prior_precision="optimize", tolerance=3.0)
+    found = case.evidence(ALWAYS_BRACKETED, structure="full", prior_precision="optimize", tolerance=3.0)
     assert priors[-1] <= found.prior_precision * (1 + 1e-6)
     assert priors[0] > found.prior_precision
 
 
 def test_a_search_may_begin_where_another_has_ended(monkeypatch):
     case = make_case("mlp", "classification", 30)
-    monkeypatch.setattr("lightning_bayes.evidence.choose_prior.LARGEST_SPECTRUM", 1)
     counts, original = [], dual.factorise
     monkeypatch.setattr(dual, "factorise", lambda *args: counts.append(1) or original(*args))
     monkeypatch.setitem(BY_NAME, "full", DualCurvature)
-    computation = Computation(structure="full", prior_precision="optimize", batch_size=10)
+    computation = Computation(
+        structure="full", prior_precision="optimize", batch_size=10, budget=Budget(searched_spectrum=1)
+    )
 
     def from_start(start):
         counts.clear()
         found = computation.run(
             case.model,
             (case.inputs, case.targets),
-            lambda totals, likelihood, prior: evidence_of(totals, likelihood, prior, start=start),
+            lambda totals: evidence_of(totals, start=start),
         )
         return found, len(counts)
 

@@ -1,26 +1,23 @@
 """The log-evidence as a curve over the prior precision, from one pass over the data."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
-from lightning_bayes.evidence.choose_prior import best_prior, fixed_weights, mean_loss
 from lightning_bayes.evidence.laplace import Computation
+from lightning_bayes.evidence.search import maximize_evidence
 from lightning_bayes.evidence.totals import Totals
 from lightning_bayes.functional import evidence as terms
 from lightning_bayes.functional._validation import positive
-from lightning_bayes.likelihoods import Likelihood
-from lightning_bayes.priors.at_fixed_weights import FixedWeights
 from lightning_bayes.priors.prior import Prior
-from lightning_bayes.priors.search import maximize_evidence
-from lightning_bayes.structures.base import CurvatureSummary, SpectralCurvature
-from lightning_bayes.structures.bracket.bracket import BracketCurvature
-from lightning_bayes.structures.hessian import HessianCurvature
+from lightning_bayes.rows.rows import RowBlock
+from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,77 +124,67 @@ def evidence_curve(
         )
     grid = None if prior_precisions is None else _checked(prior_precisions)
     computation = Computation(prior_precision="optimize", **arguments)
-
-    def conclude(totals: Totals, likelihood: Likelihood, prior: Prior) -> EvidenceCurve:
-        return _curve(totals, fixed_weights(totals, likelihood, prior, mean_loss), prior, grid)
-
-    return computation.run(model, data, conclude)
+    return computation.run(model, data, lambda totals: _curve(totals, grid))
 
 
-@dataclass(frozen=True)
-class _OneSpectrum:
-    """Answers for every prior that is one λ for all parameters, from the eigenvalues of G."""
+class _OneSpectrum(Curvature):
+    """Answers for every prior that is one λ for all parameters, from the eigenvalues of G.
 
-    values: Tensor
-    above: float = math.inf
-    """What the log-determinant of the whole matrix may be above at most."""
-    below: float = math.inf
-    """What it may be below at most."""
+    Args:
+        problem: Sizes.
+        values: The eigenvalues.
+        above: What the log-determinant of the whole matrix may be above at most.
+        below: What it may be below at most.
+    """
 
+    searches_by_spectrum = True
+
+    def __init__(self, problem: Problem, values: Tensor, above: float, below: float) -> None:
+        super().__init__(problem)
+        self._values, self._above, self._below = values, above, below
+
+    @override
+    def update(self, block: RowBlock) -> None:
+        raise TypeError("The eigenvalues are those of all rows.")
+
+    @override
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
-        return self.values / next(iter(precision.values()))
+        return self._values / next(iter(precision.values()))
 
-    def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-        raise NotImplementedError("one λ for all parameters never asks for the traces of each")
-
-    def at(self, precision: Mapping[str, float]) -> CurvatureSummary:
+    @override
+    def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
         values = self.spectrum(precision)
         if bool((values <= -1.0).any()):  # no minimum
             return CurvatureSummary(math.nan, (math.nan, math.nan), math.nan, 0.0)
         log_det = terms.log_det_from_eigenvalues(values, 1.0).item()
-        bounds = (log_det - self.below, log_det + self.above)
+        bounds = (log_det - self._below, log_det + self._above)
         return CurvatureSummary(log_det, bounds, terms.effective_parameters(values, 1.0).item(), 0.0)
 
 
-_Answers = Callable[[Mapping[str, float]], CurvatureSummary]
-"""The curvature at a prior in units of the dispersion."""
-
-
-def _curve(totals: Totals, weights: FixedWeights, prior: Prior, grid: list[float] | None) -> EvidenceCurve:
-    curved, unit = totals.curved, dict.fromkeys(weights.sizes, 1.0)
-    known, nothing = weights, {name: torch.zeros_like(weight) for name, weight in totals.weights.items()}
-    answers: _Answers = lambda precision: curved.at(precision, nothing)  # noqa: E731
-    if (
-        isinstance(curved, HessianCurvature)
-        and grid is not None
-        and not weights.likelihood.optimizes_dispersion
-    ):
-        values = curved.eigenvalues(unit)
-        if bool((values < 0.0).any()):
-            return _evaluated(replace(weights, total=None), _OneSpectrum(values, 0.0, 0.0).at, grid, math.nan)
-    if isinstance(curved, SpectralCurvature | HessianCurvature) and not isinstance(curved, BracketCurvature):
+def _curve(totals: Totals, grid: list[float] | None) -> EvidenceCurve:
+    curved, unit = totals.curved, dict.fromkeys(totals.weights, 1.0)
+    values = None if curved.chooses_rows else curved.spectrum(unit)
+    if values is not None:
         unknown = 0.0 if totals.method.structure == "full" else math.inf
-        spectrum = _OneSpectrum(curved.spectrum(unit), unknown, unknown)
-        known, answers = replace(weights, curved=spectrum, total=None), spectrum.at
-    optimum = best_prior(known, totals, prior)
-    (best,) = set(optimum.precision.values())
+        totals = replace(totals, curved=_OneSpectrum(curved.problem, values, unknown, unknown))
+        if grid is not None and not totals.likelihood.optimizes_dispersion and bool((values < 0.0).any()):
+            return _evaluated(totals, grid, math.nan)
+    (best,) = set(maximize_evidence(totals).precision.values())
     if grid is None:
         steps = range(-DECADES * POINTS_PER_DECADE, DECADES * POINTS_PER_DECADE + 1)
         grid = [best * 10 ** (step / POINTS_PER_DECADE) for step in steps]
-    if isinstance(curved, BracketCurvature):
+    if curved.chooses_rows:
         # What the rows of the smallest λ leave out is less at every larger one; the noise is not below its estimate.
-        least = weights.likelihood.estimate_dispersion(weights.unit_loss, weights.num_terms) * min(
-            *grid, best
-        )
-        kept = curved.of_kept_rows(dict.fromkeys(unit, least))
-        spectrum = _OneSpectrum(kept.spectrum(unit), 2.0 * (totals.method.tolerance or 0.0), 0.0)
-        known, answers = replace(weights, curved=spectrum, total=None), spectrum.at
-    return _evaluated(known, answers, grid, best)
+        chosen = curved.of_chosen_rows(dict.fromkeys(unit, totals.dispersion * min(*grid, best)))
+        values, width = chosen.spectrum(unit), 2.0 * (totals.method.tolerance or 0.0)
+        if values is not None:
+            totals = replace(totals, curved=_OneSpectrum(curved.problem, values, width, 0.0))
+    return _evaluated(totals, grid, best)
 
 
-def _evaluated(known: FixedWeights, answers: _Answers, grid: list[float], best: float) -> EvidenceCurve:
-    of_best = (math.nan,) * 6 if math.isnan(best) else _terms(known, answers, best)
-    columns = zip(*(_terms(known, answers, value) for value in grid), of_best, strict=True)
+def _evaluated(totals: Totals, grid: list[float], best: float) -> EvidenceCurve:
+    of_best = (math.nan,) * 6 if math.isnan(best) else _terms(totals, best)
+    columns = zip(*(_terms(totals, value) for value in grid), of_best, strict=True)
     log_likelihood, penalty, log_dets, gamma, least, most = (
         torch.tensor(column, dtype=torch.float64) for column in columns
     )
@@ -218,15 +205,14 @@ def _evaluated(known: FixedWeights, answers: _Answers, grid: list[float], best: 
     )
 
 
-def _terms(weights: FixedWeights, answers: _Answers, precision: float) -> tuple[float, ...]:
+def _terms(totals: Totals, precision: float) -> tuple[float, ...]:
     """Log-likelihood, weight penalty, log-determinant, γ and bounds at one λ, the noise optimized if asked for."""
-    fixed = dict.fromkeys(weights.sizes, precision)
-    at_precision = replace(weights, precision_at=lambda dispersion: dict(fixed))
-    dispersion = maximize_evidence(at_precision, Prior(fixed)).dispersion
-    summary = answers(dict.fromkeys(fixed, dispersion * precision))
+    optimum = maximize_evidence(replace(totals, prior=Prior(dict.fromkeys(totals.weights, precision))))
+    nothing = {name: torch.zeros_like(weight) for name, weight in totals.weights.items()}
+    summary = totals.curved.at(optimum.scaled, nothing)
     return (
-        weights.likelihood.log_likelihood(weights.unit_loss, dispersion, weights.num_terms),
-        0.5 * precision * sum(weights.squared_norms.values()),
+        totals.likelihood.log_likelihood(totals.unit_loss, optimum.dispersion, totals.num_terms),
+        0.5 * precision * sum(totals.squared_norms.values()),
         summary.log_det,
         summary.effective_parameters,
         *summary.bounds,

@@ -6,7 +6,7 @@ import torch
 
 from lightning_bayes.structures.base import Problem
 from lightning_bayes.structures.blocks_budget import blocks_cost
-from lightning_bayes.structures.full import full_cost
+from lightning_bayes.structures.registry import full_cost
 
 CALIBRATION_SIZE = 768
 """Rows of the square matrices whose product is timed."""
@@ -16,28 +16,23 @@ SEARCH = 4.0
 """Factorisations that a search for the prior takes."""
 
 
-def rows_seconds(problem: Problem, structure: str, read: float, share_read: float = 1.0) -> float:
+def evaluation_seconds(problem: Problem, structure: str, read: float) -> float:
     """Seconds of a pass and of the structure's answers.
 
     Args:
         problem: Sizes.
         structure: That is taken.
         read: Seconds of reading one batch.
-        share_read: Of the batches, whose rows are read.
     """
     batches = problem.num_examples / problem.batch_size
-    flop = _structure_flop(problem, structure) * (SEARCH if problem.sought and structure == "full" else 1.0)
-    return batches * share_read * read + flop / _rate(problem.dtype, problem.device)
-
-
-def hessian_seconds(size: int, batches: float, read: float, device: torch.device) -> float:
-    """Seconds of a dense Hessian of so many parameters, summed over batches, and its eigenvalues thrice."""
-    return batches * read + 3.0 * EIGEN * size**3 / _rate(torch.float32, device)
+    return batches * read + _structure_flop(problem, structure) / _rate(problem.dtype, problem.device)
 
 
 def _structure_flop(problem: Problem, structure: str) -> float:
+    if problem.curvature != "ggn":  # all eigenvalues, twice
+        return 2.0 * EIGEN * problem.num_parameters**3
     if structure == "full":
-        return full_cost(problem)[1]
+        return full_cost(problem)[1] * (SEARCH if problem.sought else 1.0)
     if structure == "blocks":
         return blocks_cost(problem)[1]
     if structure == "diag":

@@ -3,81 +3,85 @@
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+
+from scipy.optimize import root_scalar
+from torch import Tensor
 
 from lightning_bayes.errors import EvidenceUnavailableError
-from lightning_bayes.evidence.choose_prior import (
-    LossScale,
-    best_common_prior,
-    best_prior,
-    fixed_weights,
-    mean_loss,
-)
 from lightning_bayes.evidence.result import Evidence
-from lightning_bayes.evidence.totals import Totals
+from lightning_bayes.evidence.search import Optimum, maximize_evidence
+from lightning_bayes.evidence.totals import LossScale, Totals, mean_loss
 from lightning_bayes.functional import evidence as terms
-from lightning_bayes.likelihoods import Likelihood
-from lightning_bayes.priors.prior import Prior
-from lightning_bayes.structures.base import CurvatureSummary
-from lightning_bayes.structures.hessian import HessianCurvature
+from lightning_bayes.numerics.cholesky import SMALL_ROUNDING, rounding_of_log_det
+from lightning_bayes.numerics.devices import accumulation_dtype
+
+TOLERANCE = 1e-10
+"""In ln λ, of the best prior for all parameters."""
+NEGLIGIBLE = 1e-12
+"""Effective parameters below which the data determine nothing."""
 
 
 def evidence_of(
-    totals: Totals,
-    likelihood: Likelihood,
-    prior: Prior,
-    loss_scale: LossScale = mean_loss,
-    start: Mapping[str, float] | None = None,
+    totals: Totals, loss_scale: LossScale = mean_loss, start: Mapping[str, float] | None = None
 ) -> Evidence:
     """The evidence at the prior and the dispersion that were given, or at those that maximise it.
 
     Args:
         totals: Of one pass over the data.
-        likelihood: Of the targets given the outputs.
-        prior: Of the parameters.
         loss_scale: Of the training loss, for a prior from weight decay.
         start: λ of each parameter where a search for them may begin.
 
     Raises:
         EvidenceUnavailableError: If a term overflows, or the cost has no minimum to expand about.
     """
-    weights = fixed_weights(totals, likelihood, prior, loss_scale, start)
-    optimum = best_prior(weights, totals, prior)
+    totals = replace(totals, loss_scale=loss_scale, start=start)
+    optimum = maximize_evidence(totals)
     # In units of the dispersion φ the curvature is that of the unit loss and the prior is φλ.
-    scaled = {name: optimum.dispersion * value for name, value in optimum.precision.items()}
+    scaled, precision, method = optimum.scaled, optimum.precision, totals.method
     slope = {name: totals.gradient[name] + scaled[name] * weight for name, weight in totals.weights.items()}
     summary = totals.curved.at(scaled, slope)
-    log_likelihood = likelihood.log_likelihood(totals.unit_loss, optimum.dispersion, totals.num_terms)
+    log_likelihood = totals.likelihood.log_likelihood(totals.unit_loss, optimum.dispersion, totals.num_terms)
     if not all(map(math.isfinite, (log_likelihood, summary.log_det, summary.quadratic))):
         raise EvidenceUnavailableError(
             f"The evidence overflows: log-likelihood {log_likelihood:g}, log-determinant {summary.log_det:g}, "
             f"squared Newton step {summary.quadratic:g}."
         )
-    penalty = 0.5 * sum(optimum.precision[name] * norm for name, norm in weights.squared_norms.items())
-    below = negative = None
-    if isinstance(totals.curved, HessianCurvature):
-        below, negative = totals.curved.counts(scaled)
-    parts = _terms(summary, log_likelihood, penalty, totals.null_loss)
-    best = best_common_prior(weights, totals, prior, optimum, log_likelihood, parts["log_evidence"])
-    subset, distinct = totals.method.subset_of_weights, set(optimum.precision.values())
+    penalty = sum(
+        terms.weight_penalty(weight.to(accumulation_dtype(weight.device)), precision[name]).item()
+        for name, weight in totals.weights.items()
+    )
+    log_evidence, lower, upper = (
+        terms.log_evidence(log_likelihood, penalty, terms.log_occam_factor(log_det))
+        for log_det in (summary.log_det, summary.bounds[1], summary.bounds[0])
+    )
+    best = _best_common_prior(totals, optimum, log_likelihood, log_evidence)
+    subset, distinct = method.subset_of_weights, set(precision.values())
     return Evidence(
-        **parts,
+        log_evidence=log_evidence,
+        lower=lower,
+        upper=upper,
+        log_evidence_ratio=None if totals.null_loss is None else log_evidence + totals.null_loss,
+        log_likelihood=log_likelihood,
+        weight_penalty=penalty,
+        log_occam_factor=terms.log_occam_factor(summary.log_det),
+        effective_parameters=summary.effective_parameters,
         newton_decrement=0.5 * summary.quadratic / optimum.dispersion,
-        prior_precision=distinct.pop() if len(distinct) == 1 else optimum.precision,
+        prior_precision=distinct.pop() if len(distinct) == 1 else precision,
         num_examples=totals.num_examples,
-        num_parameters=sum(weights.sizes.values()),
-        structure=totals.method.structure,
-        curvature=totals.method.curvature,
+        num_parameters=totals.curved.problem.num_parameters,
+        structure=method.structure,
+        curvature=method.curvature,
         seconds=time.perf_counter() - totals.started,
         effective_parameters_stderr=summary.effective_parameters_stderr,
-        noise_variance=optimum.dispersion if likelihood.name == "regression" else None,
+        noise_variance=optimum.dispersion if totals.likelihood.name == "regression" else None,
         fixed_parameters=totals.held,
         log_evidence_stderr=0.5 * summary.log_det_stderr,
-        prior_optimized=bool(prior.optimized),
-        num_eigenvalues_below_prior=below,
-        num_negative_eigenvalues=negative,
-        num_samples=totals.method.num_samples,
-        num_blocks=totals.method.num_blocks,
+        prior_optimized=bool(totals.prior.optimized),
+        num_eigenvalues_below_prior=summary.num_below_prior,
+        num_negative_eigenvalues=summary.num_negative,
+        num_samples=method.num_samples,
+        num_blocks=method.num_blocks,
         lower_stderr=0.5 * summary.upper_stderr,
         subset_of_weights=subset if isinstance(subset, str) else tuple(subset),
         log_evidence_best_prior=None if best is None else best[0],
@@ -85,22 +89,58 @@ def evidence_of(
     )
 
 
-def _terms(
-    summary: CurvatureSummary, log_likelihood: float, penalty: float, null_loss: float | None
-) -> dict[str, Any]:
-    """The log-evidence, its bounds and its parts, by their names in `Evidence`."""
+def _best_common_prior(
+    totals: Totals, optimum: Optimum, log_likelihood: float, log_evidence: float
+) -> tuple[float, float] | None:
+    """The largest log-evidence over one λ for all parameters, and that λ, with the noise as it is.
 
-    def value(log_det: float) -> float:
-        return terms.log_evidence(log_likelihood, penalty, terms.log_occam_factor(log_det))
+    Returns:
+        None where all eigenvalues of the structure cost more than they are worth, or there is no such λ.
+    """
+    precisions = set(optimum.precision.values())
+    if totals.prior.optimized and totals.prior.rises_together:
+        return log_evidence, precisions.pop()
+    norm = sum(totals.squared_norms.values())
+    for values in totals.curved.cheap_spectra(dict.fromkeys(totals.weights, 1.0)):
+        accurate = values.to(accumulation_dtype(values.device))
+        best = _best_common_precision(accurate / optimum.dispersion, norm)
+        if best is None:
+            continue
+        scaled = best * optimum.dispersion
+        log_det = terms.log_det_from_eigenvalues(accurate, scaled).item()
+        if rounding_of_log_det(len(values) + accurate.sum().item() / scaled, values.dtype) <= SMALL_ROUNDING:
+            largest = log_likelihood - 0.5 * best * norm - 0.5 * log_det
+            if len(precisions) == 1 and log_evidence > largest:
+                # By rounding: at the best one it would be the same.
+                return log_evidence, precisions.pop()
+            return largest, best
+    return None
 
-    log_evidence = value(summary.log_det)
-    return {
-        "log_evidence": log_evidence,
-        "lower": value(summary.bounds[1]),
-        "upper": value(summary.bounds[0]),
-        "log_evidence_ratio": None if null_loss is None else log_evidence + null_loss,
-        "log_likelihood": log_likelihood,
-        "weight_penalty": penalty,
-        "log_occam_factor": terms.log_occam_factor(summary.log_det),
-        "effective_parameters": summary.effective_parameters,
-    }
+
+def _best_common_precision(eigenvalues: Tensor, squared_norm: float) -> float | None:
+    """The λ of −½ λ‖ω‖² − ½ Σ ln(1 + e/λ) at its maximum, where γ(λ) = λ‖ω‖²; None where there is none.
+
+    The function is concave in ln λ and γ falls, so that λ lies between λ ← γ/‖ω‖² taken from r/‖ω‖², which lies above
+    it, and r/‖ω‖² for the rank r ≥ γ.
+
+    Args:
+        eigenvalues: e ≥ 0 of G/φ.
+        squared_norm: ‖ω‖² of all parameters.
+    """
+    rank = int((eigenvalues > 0.0).sum())
+    if rank == 0 or not squared_norm > 0.0:
+        return None
+
+    def determined(x: float) -> float:
+        return float(terms.effective_parameters(eigenvalues, math.exp(x)))
+
+    def slope(x: float) -> float:
+        return determined(x) - math.exp(x) * squared_norm
+
+    most = math.log(rank / squared_norm)
+    if determined(most) <= NEGLIGIBLE:
+        return None
+    least = math.log(determined(most) / squared_norm)
+    if slope(least) <= 0.0 or slope(most) >= 0.0:  # within rounding of one end
+        return math.exp(least if abs(slope(least)) < abs(slope(most)) else most)
+    return math.exp(float(root_scalar(slope, bracket=(least, most), method="brentq", xtol=TOLERANCE).root))

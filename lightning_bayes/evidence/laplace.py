@@ -21,13 +21,13 @@ from lightning_bayes.evidence.totals import Totals, read_all
 from lightning_bayes.functional._validation import check_options
 from lightning_bayes.likelihoods import Likelihood, resolve_likelihood
 from lightning_bayes.priors.prior import (
-    Prior,
     PriorPrecision,
     prior_from,
     require_prior_precision,
     trainable_names,
 )
 from lightning_bayes.priors.subset import Subset, last_layer, matching
+from lightning_bayes.structures.base import DEFAULT_BUDGET, Budget
 
 _Result = TypeVar("_Result")
 
@@ -138,6 +138,7 @@ class Computation:
     num_blocks: int | None = None
     device: torch.device | str | None = None
     progress: bool = False
+    budget: Budget = DEFAULT_BUDGET
 
     def __post_init__(self) -> None:
         self._method()
@@ -146,9 +147,7 @@ class Computation:
         resolve_likelihood(self.likelihood)
         require_device(self.device)
 
-    def run(
-        self, model: nn.Module, data: object, conclude: Callable[[Totals, Likelihood, Prior], _Result]
-    ) -> _Result:
+    def run(self, model: nn.Module, data: object, conclude: Callable[[Totals], _Result]) -> _Result:
         """Read the data once and return what `conclude` makes of the totals."""
         if not isinstance(model, nn.Module):
             raise ValueError(
@@ -180,7 +179,7 @@ class Computation:
                     announce(f"{note}.")
             sizes = examples.num_examples, examples.num_batches
             totals = read_all(network, forwards, likelihood, prior, method, *sizes, announce)
-            return conclude(totals, likelihood, prior)
+            return conclude(totals)
 
     def _method(self) -> Method:
         return Method(
@@ -191,6 +190,7 @@ class Computation:
             self.num_samples,
             self.subset_of_weights,
             self.num_blocks,
+            self.budget,
         )
 
     def _named_subset(self, network: nn.Module) -> list[str] | None:

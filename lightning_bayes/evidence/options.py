@@ -6,20 +6,13 @@ from torch import Tensor
 
 from lightning_bayes.functional._validation import count, positive
 from lightning_bayes.priors.subset import Subset, require_subset
-from lightning_bayes.structures.registry import AUTO_FLOP, AUTO_MEMORY, STRUCTURES
+from lightning_bayes.structures.base import DEFAULT_BUDGET, Budget
+from lightning_bayes.structures.registry import DEFAULT_SAMPLES, STRUCTURES, samples_of_many_columns
 
 CURVATURES = ("ggn", "hessian", "hessian_positive")
 BACKENDS = ("auto", "backpack", "autograd")
-MAX_COLUMNS = 512
-"""Outputs per example up to which "auto" reads all columns of the loss Hessian's root, whatever they cost."""
 FEWEST_BLOCKS = 8
 """Batches whose rows "blocks" may read: intervals from two to four were seen to cover 0.3 of the truths for 0.95."""
-DEFAULT_SAMPLES = 64
-"""Columns that "auto" samples of more outputs, where all are beyond its budget."""
-ROOT_COPIES = 3.0
-"""Of the root of one batch, while it is formed."""
-BACKWARD_FLOP = 1e8
-"""Operations that one call of a backward pass counts as, however little it does: about a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +30,7 @@ class Method:
     num_samples: int | None = None
     subset_of_weights: Subset = "all"
     num_blocks: int | None = None
+    budget: Budget = DEFAULT_BUDGET
 
     def __post_init__(self) -> None:
         require_subset(self.subset_of_weights)
@@ -115,34 +109,11 @@ def sampling_if_many_columns(
     Returns:
         The method to take, and a sentence that says what was changed, None for nothing.
     """
-    columns = outputs[:1].numel()
     asked = method.structure != "auto" or method.num_samples is not None or method.tolerance is not None
-    if asked or method.is_hessian or columns <= MAX_COLUMNS:
+    if asked or method.is_hessian:
         return method, None
-    memory, flop = _cost_of_columns(outputs, num_examples, num_parameters, batch_size)
-    if memory <= AUTO_MEMORY and flop <= AUTO_FLOP:
-        return method, None
-    return replace(method, structure="kron", num_samples=DEFAULT_SAMPLES), (
-        f"The loss has {columns:,} outputs per example, so structure='auto' takes structure='kron' with "
-        f"num_samples={DEFAULT_SAMPLES} random columns of the loss Hessian's root: all of them take about "
-        f'{memory / 1e9:.3g} GB and {flop / 1e12:.3g} TFLOP to read. structure="kron" with '
-        'num_samples=None takes all columns; structure="full" or tolerance= goes for the exact value.'
-    )
-
-
-def _cost_of_columns(
-    outputs: Tensor, num_examples: int, num_parameters: int, batch_size: int
-) -> tuple[float, float]:
-    """Bytes of the root of one batch, and operations of a backward pass for each of its columns.
-
-    Each parameter counts once for each position of the outputs: of all their dimensions but the smallest, which holds
-    the classes as a rule.
-    """
-    columns, sizes = outputs[:1].numel(), [*outputs.shape[1:]] or [1]
-    memory = ROOT_COPIES * min(batch_size, num_examples) * columns**2 * outputs.element_size()
-    calls = columns * -(-num_examples // batch_size)
-    each = 6.0 * num_parameters * (columns / min(sizes) if len(sizes) > 1 else 1.0)
-    return memory, num_examples * columns * each + calls * BACKWARD_FLOP
+    why = samples_of_many_columns(outputs, num_examples, num_parameters, batch_size, method.budget)
+    return (method if why is None else replace(method, structure="kron", num_samples=DEFAULT_SAMPLES)), why
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:

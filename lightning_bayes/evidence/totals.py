@@ -1,31 +1,49 @@
-"""One pass over the data, and what it adds up to."""
+"""One pass over the data, read into a curvature, and what else its batches add up to."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lightning_bayes.capture.forward import Forward
-from lightning_bayes.errors import check_finite
-from lightning_bayes.evidence.intake import intake_of
+from lightning_bayes.errors import EvidenceUnavailableError, check_finite
+from lightning_bayes.evidence.duration import evaluation_seconds
 from lightning_bayes.evidence.options import Method
 from lightning_bayes.likelihoods import Likelihood
+from lightning_bayes.numerics.devices import accumulation_dtype
+from lightning_bayes.numerics.sampling_estimates import draw_blocks
 from lightning_bayes.priors.prior import Prior
-from lightning_bayes.structures.base import Curvature
-from lightning_bayes.structures.hessian import HessianCurvature
+from lightning_bayes.row_storage.format import kept_widths
+from lightning_bayes.rows.reader import RowReader
+from lightning_bayes.rows.rows import RowBlock
+from lightning_bayes.structures.base import Curvature, Problem
+from lightning_bayes.structures.hessian_reader import HessianReader
+from lightning_bayes.structures.registry import STRUCTURES, choose_structure
+
+LossScale = Callable[[float, float], float]
+"""From the loss's terms per example and the dispersion to s of `Prior.precision`."""
+
+
+def mean_loss(terms_per_example: float, dispersion: float) -> float:
+    """Return s of a loss that is the mean per-example negative log-likelihood."""
+    return 1.0
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What one pass over the data adds up to, in units of the dispersion."""
+    """What one pass over the data adds up to, in units of the dispersion: all that the evidence is made of."""
 
-    curved: Curvature | HessianCurvature
+    curved: Curvature
     method: Method
     """As it was carried out: with the structure that was chosen."""
+    likelihood: Likelihood
+    prior: Prior
     weights: dict[str, Tensor]
     """The parameters that carry a prior."""
+    squared_norms: dict[str, float]
+    """‖ω‖² of each of these."""
     gradient: dict[str, Tensor]
     """Of the summed unit loss."""
     held: tuple[str, ...]
@@ -34,8 +52,19 @@ class Totals:
     null_loss: float | None
     num_examples: int
     num_terms: float
+    dispersion: float
+    """φ, as given or estimated from the unit loss alone."""
     started: float
     """By `time.perf_counter`."""
+    loss_scale: LossScale = mean_loss
+    """Of the training loss, for a prior from weight decay."""
+    start: Mapping[str, float] | None = None
+    """λ of each parameter of a search that ended near, at earlier weights say."""
+
+    def precision_at(self, dispersion: float) -> dict[str, float]:
+        """λ of each parameter tensor for a dispersion φ; that of an optimized one stands for nothing."""
+        scale = self.loss_scale(self.num_terms / self.num_examples, dispersion)
+        return self.prior.precision(self.num_examples, scale)
 
 
 @dataclass(frozen=True)
@@ -76,37 +105,64 @@ def read_all(
 
     Raises:
         ValueError: If there is no batch, or a batch cannot be read.
-        EvidenceUnavailableError: If weights, outputs or gradients are not finite.
+        EvidenceUnavailableError: If weights, outputs or gradients are not finite, or no target counts.
     """
     started = time.perf_counter()
-    intake = intake_of(network, likelihood, prior, method, num_examples, num_batches)
-    weights = {name: parameter.detach() for name, parameter in intake.parameters.items()}
+    reader = _reader_of(network, prior, method)
+    sample = None if method.num_blocks is None else draw_blocks(num_batches, method.num_blocks)
+    weights = {name: parameter.detach() for name, parameter in reader.parameters.items()}
     for name, weight in weights.items():
         check_finite(weight, f"the parameter {name!r}")
-    seen, batches, announced, unit_loss, num_terms = 0, 0, False, 0.0, 0.0
+    curved: Curvature | None = None
+    seen, batches, unit_loss, num_terms = 0, 0, 0.0, 0.0
     null_loss: float | None = 0.0
     gradient = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for forward in forwards:
-        batch = intake.take(forward)
-        if not announced and intake.curved is not None:
-            announce(intake.split())
-            announced = True
+        batch = reader.read(forward, likelihood)
+        # Of a batch that is not in the sample of blocks all but its rows, which take C passes.
+        rows = batch.blocks if sample is None or sample.role(batches) is not None else ()
+        for block in rows:
+            if curved is None:
+                problem, method, _ = _settled(
+                    block, reader.parameters, likelihood, prior, method, num_examples
+                )
+                curved = STRUCTURES[method.structure](replace(problem, block_sample=sample))
+                announce(reader.split())
+            curved.update(block)
         seen, batches = seen + batch.num_examples, batches + 1
         unit_loss += batch.unit_loss
         num_terms += batch.num_terms
         null_loss = None if null_loss is None or batch.null_loss is None else null_loss + batch.null_loss
         for name, part in batch.gradient.items():
             gradient[name] += part
-    if intake.curved is None:
+    if curved is None:
         raise ValueError("The training data are empty: there is nothing to take the evidence of.")
     if method.num_blocks is not None and batches != num_batches:
         raise ValueError(
             f"The data came in {batches} batches where {num_batches} were expected, and a sample of blocks of them "
             "stands for all. Use structure='blocks' without num_blocks=."
         )
+    if num_terms == 0.0:
+        raise EvidenceUnavailableError("No target counts: the loss ignores them all.")
     held = tuple(name for name, _ in network.named_parameters() if name not in weights)
     return Totals(
-        intake.curved, intake.method, weights, gradient, held, unit_loss, null_loss, seen, num_terms, started
+        curved=curved,
+        method=method,
+        likelihood=likelihood,
+        prior=prior,
+        weights=weights,
+        squared_norms={
+            name: weight.square().sum(dtype=accumulation_dtype(weight.device)).item()
+            for name, weight in weights.items()
+        },
+        gradient=gradient,
+        held=held,
+        unit_loss=unit_loss,
+        null_loss=null_loss,
+        num_examples=seen,
+        num_terms=num_terms,
+        dispersion=likelihood.estimate_dispersion(unit_loss, num_terms),
+        started=started,
     )
 
 
@@ -124,6 +180,52 @@ def rehearse(
         ValueError: If the batch cannot be read.
         EvidenceUnavailableError: If outputs or gradients are not finite.
     """
-    intake = intake_of(network, likelihood, prior, replace(method, num_blocks=None), num_examples, 1)
-    reason, seconds = intake.plan(forward)
-    return Rehearsal(replace(intake.method, num_blocks=method.num_blocks), reason, intake.split(), seconds)
+    reader = _reader_of(network, prior, method)
+    start = time.perf_counter()
+    first = next(reader.read(forward, likelihood).blocks)
+    problem, method, reason = _settled(first, reader.parameters, likelihood, prior, method, num_examples)
+    if method.curvature == "ggn":  # again: the first batch is also where the plan is made
+        start = time.perf_counter()
+        for block in reader.read(forward, likelihood).blocks:
+            kept_widths(block)  # looks at all of it
+    seconds = evaluation_seconds(problem, method.structure, time.perf_counter() - start)
+    return Rehearsal(method, reason, reader.split(), seconds)
+
+
+def _reader_of(network: nn.Module, prior: Prior, method: Method) -> RowReader | HessianReader:
+    if method.curvature == "ggn":
+        return RowReader(network, prior.strengths, method.num_samples, method.backend)
+    return HessianReader(network, prior.strengths, method.budget)
+
+
+def _settled(
+    block: RowBlock,
+    parameters: Mapping[str, nn.Parameter],
+    likelihood: Likelihood,
+    prior: Prior,
+    method: Method,
+    num_examples: int,
+) -> tuple[Problem, Method, str]:
+    """The sizes by the first block of rows, the method with its structure chosen, and a sentence that says why."""
+    first = next(iter(parameters.values()))
+    kept_width, gram_width = kept_widths(block)
+    problem = Problem(
+        shapes={name: parameter.shape for name, parameter in parameters.items()},
+        num_examples=num_examples,
+        rank=block.num_columns,
+        batch_size=block.num_examples,
+        kept_width=kept_width,
+        gram_width=gram_width,
+        dtype=first.dtype,
+        device=first.device,
+        tolerance=method.tolerance,
+        sampled=method.num_samples is not None,
+        strengths=prior.strengths,
+        scale=float(num_examples) if prior.per_example else 1.0,
+        rises_together=prior.rises_together,
+        sought=bool(prior.optimized) or likelihood.optimizes_dispersion,
+        curvature=method.curvature,
+        budget=method.budget,
+    )
+    structure, reason = choose_structure(method.structure, problem)
+    return problem, method if structure == method.structure else replace(method, structure=structure), reason

@@ -4,6 +4,7 @@ And its eigenvalues, beside them.
 """
 
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from scipy.linalg import eigvalsh
@@ -23,6 +24,16 @@ LARGE_ROUNDING = 0.25
 """Such an allowance, in nats, for which a large matrix is not: up to a twenty-fifth of it was seen, 0.01 nats."""
 SMALLEST_SPLIT = 128
 """Rows from which on a triangular matrix is inverted by halves, whose products are quicker than a solve."""
+
+
+def whitening(precision: Mapping[str, float], sizes: Mapping[str, int], like: Tensor) -> Tensor:
+    """Λ⁻¹ᐟ² [p] from the λ and the sizes of the parameter tensors, of the type and on the device of a tensor."""
+    return torch.cat([like.new_full((size,), precision[name] ** -0.5) for name, size in sizes.items()])
+
+
+def whitened(matrix: Tensor, scale: Tensor) -> Tensor:
+    """Λ⁻¹ᐟ² G Λ⁻¹ᐟ² from Λ⁻¹ᐟ²; what stands below the diagonal of G stays there."""
+    return (scale.unsqueeze(1) * matrix).mul_(scale)
 
 
 def cholesky_in_place(buffer: Tensor, allowed: float = math.inf) -> Tensor | None:
@@ -83,6 +94,11 @@ def diagonal_of_inverse(factor: Tensor) -> Tensor:
     inverse = torch.zeros_like(factor)
     _invert_triangle(factor, inverse)
     return inverse.square_().sum(0).to(accumulation_dtype(factor.device))
+
+
+def shrinkage_of(factor: Tensor, sizes: Iterable[int]) -> list[float]:
+    """Trace of I − (L Lᵀ)⁻¹, that is K(I + K)⁻¹, over blocks of the diagonal of these sizes."""
+    return [(1.0 - part).sum().item() for part in diagonal_of_inverse(factor).split(list(sizes))]
 
 
 def _invert_triangle(factor: Tensor, inverse: Tensor) -> None:

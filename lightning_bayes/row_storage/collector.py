@@ -1,6 +1,6 @@
-"""All layers of the kept rows together: V, its products with vectors, and tiles of K = V Λ⁻¹ Vᵀ."""
+"""All layers of the kept rows together: V, and tiles of K = V Λ⁻¹ Vᵀ."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -131,14 +131,3 @@ def cross_all(left: Sequence[KeptRows], right: Sequence[KeptRows], precision: Ma
 def example_grams(layers: Sequence[KeptRows], precision: Mapping[str, float]) -> Tensor:
     """K between the rows of each single example, [N, C, C]."""
     return torch.stack([layer.example_grams(precision) for layer in layers]).sum(0)
-
-
-def dot_all(layers: Sequence[KeptRows], vectors: Mapping[str, Tensor]) -> Tensor:
-    """V times a vector, as [C, N]."""
-    return torch.stack([layer.dot(vectors) for layer in layers]).sum(0)
-
-
-def combine_all(layers: Sequence[KeptRows], coefficients: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Vᵀ times coefficients [C, N], parameter by parameter."""
-    for layer in layers:
-        yield from layer.combine(coefficients).items()

@@ -2,11 +2,11 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from lightning_bayes.row_storage.collector import combine_all, dot_all
 from lightning_bayes.row_storage.stored import KeptRows
 
 Vector = Mapping[str, Tensor]
@@ -64,7 +64,7 @@ def _climb(
     for _ in range(MAX_REFINEMENTS):
         if decrease <= 0.0:  # nothing left, or nothing that the preconditioner can still see
             return value
-        along = dot_all(layers, direction)
+        along = _dot(layers, direction)
         prior = sum(precision[name] * direction[name].square().sum().item() for name in names)
         step = decrease / (along.square().sum().item() + prior)
         # Along the direction the value rises by decrease² over the curvature. Where the preconditioner is the
@@ -72,7 +72,7 @@ def _climb(
         value += step * decrease
         if abs(1.0 - step) * decrease <= tolerance * value:
             return value
-        seen = dict(combine_all(layers, along))
+        seen = dict(_combine(layers, along))
         curved = {name: precision[name] * direction[name] + seen.get(name, 0.0) for name in names}
         residual = {name: residual[name] - step * curved[name] for name in names}
         # What is left, rᵀ(G + Λ)⁻¹r, is at most rᵀΛ⁻¹r.
@@ -104,7 +104,18 @@ def woodbury(
 
     def precondition(vector: Vector) -> dict[str, Tensor]:
         scaled = {name: part / precision[name] for name, part in vector.items()}
-        seen = dict(combine_all(layers, solve(dot_all(layers, scaled))))
+        seen = dict(_combine(layers, solve(_dot(layers, scaled))))
         return {name: part - seen.get(name, 0.0) / precision[name] for name, part in scaled.items()}
 
     return precondition
+
+
+def _dot(layers: Sequence[KeptRows], vectors: Mapping[str, Tensor]) -> Tensor:
+    """V times a vector, as [C, N]."""
+    return torch.stack([layer.dot(vectors) for layer in layers]).sum(0)
+
+
+def _combine(layers: Sequence[KeptRows], coefficients: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Vᵀ times coefficients [C, N], parameter by parameter."""
+    for layer in layers:
+        yield from layer.combine(coefficients).items()

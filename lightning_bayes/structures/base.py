@@ -1,7 +1,7 @@
 """What every curvature structure answers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,61 @@ from torch import Tensor
 
 from lightning_bayes.numerics.sampling_estimates import BlockSample
 from lightning_bayes.rows.rows import RowBlock
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be taken of time and memory: where each structure trades them for accuracy, or for one another."""
+
+    memory: float = 2e9
+    """Bytes that "auto" lets the exact matrix and its rows take."""
+    flop: float = 1.5e12
+    """Operations that "auto" lets the exact matrix take: about fifteen seconds on two CPU cores."""
+    columns: int = 512
+    """Outputs per example up to which "auto" reads all columns of the loss Hessian's root, whatever they cost."""
+    hessian_memory: float = 2e9
+    """Bytes that the true Hessian, scaled, and its eigenvectors may take: 7,905 parameters."""
+    searched_spectrum: int = 1024
+    """Rows or parameters of an exact matrix up to which a search for one λ takes all its eigenvalues. (On two cores
+    the eigenvalues cost ten factorisations and more, of which a search needs four.)"""
+    common_spectrum: int = 2048
+    """Parameters of an exact matrix up to which all its eigenvalues are taken for the best prior alone: of G they
+    cost about a tenth of the evaluation. Those of K may be three times that: rows have `searched_spectrum`."""
+    small: int = 4096
+    """Rows of K up to which its trace is exact, and float64 so cheap that it is taken without a word."""
+    probes: int = 256
+    """Random vectors of the trace of more rows than that."""
+    left_out_share: float = 0.15
+    """Share of so many rows of K that must be negligible for them to be left out: turning them costs something."""
+    primal_rows: int = 6
+    """Rows that are kept to form G at once, in units of p; more become a sum in float64: twice as long."""
+    bracket_share: float = 0.8
+    """Share of the exact operations from which on the exact answer is given instead of a bracket about it."""
+    bracket_trace: int = 1024
+    """Rows of a bracket up to which its trace is exact."""
+    marked_rows: int = 256
+    """Columns of a bracket's factor that are computed at a time to choose its rows by."""
+    marked_share: int = 4
+    """The part that these may be of the rows that were chosen before: one in so many."""
+    kept_flop: float = 3e11
+    """Operations that K_SS of "blocks" and its factor may take at each prior that is tried: how large S is."""
+    kept_bytes: float = 6e8
+    """Memory of that matrix and of the rows of S."""
+    least_kept: int = 64
+    """Rows of S that are kept whatever they take."""
+    landmarks: int = 1024
+    """Landmark rows of "blocks" where the data are few; halved until the pass fits its operations."""
+    pool_rows: int = 8192
+    """Rows of the first batches that are held back to choose the landmarks from, where they are short."""
+    sampled_rows: int = 256
+    """Rows outside S that are held back as a random sample."""
+    kronecker_exact: int = 1024
+    """Parameters up to which a tensor without a Kronecker form keeps its exact block, larger ones its diagonal."""
+    kronecker_left_out: int = 1024
+    """Entries of a second moment up to which it is decomposed again for each group of sampled columns."""
+
+
+DEFAULT_BUDGET = Budget()
 
 
 @dataclass(frozen=True)
@@ -24,7 +79,7 @@ class Problem:
     batch_size: int
     """Examples whose rows exist at one time before a structure has taken them in."""
     kept_width: int
-    """Numbers that a row is kept as beyond its batch, see `gram.kept_widths`."""
+    """Numbers that a row is kept as beyond its batch, see `kept_widths`."""
     gram_width: int
     """Multiplications of the inner product of two kept rows."""
     dtype: torch.dtype
@@ -43,6 +98,9 @@ class Problem:
     """Whether prior precisions are to be found."""
     rises_together: bool = True
     """Whether every Λ that will be asked for is `strengths` times one number."""
+    curvature: str = "ggn"
+    """Of which matrix: "ggn", or the true Hessian as "hessian" or "hessian_positive"."""
+    budget: Budget = DEFAULT_BUDGET
 
     @property
     def num_parameters(self) -> int:
@@ -53,6 +111,11 @@ class Problem:
     def num_rows(self) -> int:
         """Rows of V."""
         return self.num_examples * self.rank
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the eigenvalues of the exact matrix cost a search no more than its factors."""
+        return min(self.num_rows, self.num_parameters) <= self.budget.searched_spectrum
 
 
 @dataclass(frozen=True)
@@ -73,14 +136,23 @@ class CurvatureSummary:
     """0 where the trace is exact."""
     upper_stderr: float = 0.0
     """Of the upper bound where it is an estimate from sampled blocks; 0 where it is certain."""
+    num_below_prior: int | None = None
+    """Eigenvalues of the true Hessian of the whitened cost below 1, which is λᵢ < λ; None for the GGN."""
+    num_negative: int | None = None
+    """Those at or below 0: the cost has no minimum there."""
 
 
 class Curvature(ABC):
-    """One view of G = VᵀV, built from its rows block by block.
+    """One view of a matrix G, built block by block: of VᵀV from its rows, of a true Hessian from those of batches.
 
     Laws: the order and the size of the blocks do not matter; the other methods may be called for any number
     of priors once all blocks are in. λ > 0 for each parameter tensor; a mapping from names holds them.
     """
+
+    searches_by_spectrum = False
+    """Whether a search for a prior that goes up and down as a whole takes the spectrum, and not factors."""
+    chooses_rows = False
+    """Whether rows are chosen for one prior, so that a search for a prior goes by `of_chosen_rows`."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -100,27 +172,32 @@ class Curvature(ABC):
 
     def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
         """The log-determinant of `at`, and γ, which is minus its derivative in ln s for the prior s·Λ."""
-        nothing = {
-            name: torch.zeros(shape, device=self.problem.device)
-            for name, shape in self.problem.shapes.items()
-        }
+        shapes, device = self.problem.shapes, self.problem.device
+        nothing = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
         summary = self.at(precision, nothing)
         return summary.log_det, summary.effective_parameters
 
-
-class SpectralCurvature(Curvature):
-    """A view that also answers for every multiple of a prior at once, and for each parameter tensor by itself."""
-
-    @abstractmethod
-    def spectrum(self, precision: Mapping[str, float]) -> Tensor:
-        """Eigenvalues of Λ⁻¹ᐟ² G Λ⁻¹ᐟ², in any order; zeros may be left out.
-
-        With them the log-determinant for the prior s·Λ is Σ ln(1 + e/s), for every s at no cost.
-        """
-
-    @abstractmethod
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
         """Log-determinant for one prior, and γ of each parameter tensor.
 
         γᵢ = pᵢ − λᵢ trᵢ (G + Λ)⁻¹, the trace over the entries of tensor i. ∂ ln det / ∂ ln λᵢ = −γᵢ.
         """
+        raise NotImplementedError(f"{type(self).__name__} has one γ for all parameters.")
+
+    def spectrum(self, precision: Mapping[str, float]) -> Tensor | None:
+        """Eigenvalues of Λ⁻¹ᐟ² G Λ⁻¹ᐟ², in any order; zeros may be left out. None where there are none to be had.
+
+        With them the log-determinant for the prior s·Λ is Σ ln(1 + e/s), for every s at no cost.
+        """
+        return None
+
+    def cheap_spectra(self, precision: Mapping[str, float]) -> Iterator[Tensor]:
+        """Spectra that cost little beside `at`, the quickest first; none where columns are sampled."""
+        sought = self.searches_by_spectrum and not self.problem.sampled
+        values = self.spectrum(precision) if sought else None
+        if values is not None:
+            yield values
+
+    def of_chosen_rows(self, precision: Mapping[str, float]) -> "Curvature":
+        """Answer for this prior, and any that is not smaller for some tensor, from the rows that it needs."""
+        return self

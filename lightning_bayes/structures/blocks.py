@@ -29,20 +29,16 @@ from lightning_bayes.row_storage.newton_decrement import quadratic_form, woodbur
 from lightning_bayes.row_storage.per_example_basis import PrincipalRows, principal_rows
 from lightning_bayes.row_storage.stored import KeptRows
 from lightning_bayes.rows.rows import RowBlock
-from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
+from lightning_bayes.structures.base import Budget, Curvature, CurvatureSummary, Problem
 from lightning_bayes.structures.blocks_budget import capacity_of, num_landmarks, pool_rows
 from lightning_bayes.structures.diagonal import DiagonalCurvature
-from lightning_bayes.structures.dual_system import SMALL, System, factorise, trace_of_shrinkage
+from lightning_bayes.structures.dual_system import System, factorise, trace_of_shrinkage
 
-NUM_SAMPLED = 256
-"""Rows outside S that are held back as a random sample."""
 SEED = 0
 """Of that sample, a stream of its own."""
 LADDER = [10.0 ** (step / 2) for step in range(-6, 7)]
 """Values of s at which R_ii is kept, in units of the one that is expected."""
 EXPECTED = LADDER.index(1.0)
-NUM_PROBES = 256
-"""Random vectors of the trace over S."""
 ROUNDING_FACTOR = 64
 """Allowance for rounding in the rows and what they keep, in units of eps · tr K/λ."""
 
@@ -61,6 +57,16 @@ class KeptPart:
     """The same with that of all of S, estimated, and its standard error; both 0 where nothing is left out."""
     added_gamma: tuple[float, float]
     """Its part of γ, minus its derivative in ln s, and the standard error."""
+    budget: Budget
+
+    def gamma(self) -> tuple[float, float]:
+        """Trace of K_SS(I + K_SS)⁻¹, and its standard error."""
+        return trace_of_shrinkage(self.system.factor, self.budget.probes, self.budget.small)
+
+    def quadratic(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> float:
+        """gᵀ(G_S + Λ)⁻¹g with the matrix of S alone, an upper bound: the other directions count as flat."""
+        layers = [layer.to(accumulation_dtype(self.system.factor.device)) for layer in self.layers]
+        return quadratic_form(layers, woodbury(layers, self.system.solve, precision), precision, gradient)
 
 
 class BlockCurvature(Curvature):
@@ -94,7 +100,7 @@ class BlockCurvature(Curvature):
         self._unit = dict(problem.strengths or dict.fromkeys(problem.shapes, 1.0))
         self._ladder = [problem.scale * step for step in LADDER]
         self._kept = RowReservoir(self._capacity)
-        self._sample = PrioritySample(NUM_SAMPLED, SEED if seed is None else seed)
+        self._sample = PrioritySample(problem.budget.sampled_rows, SEED if seed is None else seed)
         self._dropped: list[Tensor] = []  # K_ii, then R_ii at each s of the ladder [rows, 1 + ladder]
         self._trace = 0.0
         self._last: tuple[tuple[float, ...], KeptPart] | None = None
@@ -118,20 +124,17 @@ class BlockCurvature(Curvature):
         hadamard = self._diagonal.log_det_and_gamma(precision)
         log_det, gamma, stderr, gamma_error = _estimated(part, hadamard)
         lower, upper = max(part.log_det - slack, 0.0), min(part.log_det + part.beyond, hadamard[0]) + slack
-        layers = [layer.to(accumulation_dtype(self.problem.device)) for layer in part.layers]
         return CurvatureSummary(
             log_det=min(max(log_det, lower), upper),
             bounds=(lower, upper),
             effective_parameters=gamma,
-            quadratic=quadratic_form(
-                layers, woodbury(layers, part.system.solve, precision), precision, gradient
-            ),
+            quadratic=part.quadratic(precision, gradient),
             log_det_stderr=stderr,
             effective_parameters_stderr=gamma_error,
         )
 
+    @override
     def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
-        """The numbers of `at` that a search for the prior asks for."""
         return _estimated(self.part(precision), self._diagonal.log_det_and_gamma(precision))[:2]
 
     def part(self, precision: Mapping[str, float]) -> KeptPart:
@@ -142,10 +145,12 @@ class BlockCurvature(Curvature):
         self._last = None  # its memory is needed
         layers = self._rows_of_s()
         accurate = accumulation_dtype(self.problem.device)
-        small = layers[0].num_rows <= SMALL
-        system = factorise(layers, precision, (accurate,) if small else (self.problem.dtype, accurate))
+        small = self.problem.budget.small
+        types = (accurate,) if layers[0].num_rows <= small else (self.problem.dtype, accurate)
+        system = factorise(layers, precision, types, small)
         added, added_gamma = self._sampled_rest(layers, system, precision, scale)
-        part = KeptPart(layers, system, log_det_of(system.factor), self._beyond(scale), added, added_gamma)
+        log_det, beyond = log_det_of(system.factor), self._beyond(scale)
+        part = KeptPart(layers, system, log_det, beyond, added, added_gamma, self.problem.budget)
         self._last = key, part
         return part
 
@@ -215,25 +220,15 @@ class BlockCurvature(Curvature):
     def _sampled_rest(
         self, layers: list[KeptRows], system: System, precision: Mapping[str, float], scale: float
     ) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Σ_{i∉S} ln(1 + R_ii) with the Schur complement R + I of all of S, and what it adds to γ.
-
-        With k = K_Si and A = I + K_SS: R_ii = K_ii − kᵀA⁻¹k. γ is the derivative of ln det(I + tK) at t = 1, so
-        row i adds (R_ii − kᵀA⁻²k)/(1 + R_ii) to it.
-        """
+        """Σ_{i∉S} ln(1 + R_ii) with the Schur complement R + I of all of S, and what it adds to γ."""
         drawn = self._sample.rows()
         if drawn is None:
             return (0.0, 0.0), (0.0, 0.0)
         sample, likely = drawn
-        schur = sample.values[:, 0].to(self._values) / scale
-        inverse = torch.zeros_like(schur)
+        diagonal = sample.values[:, 0].to(self._values) / scale
         cross = cross_of_shared(layers, list(sample.layers.values()), precision)
-        if cross is not None:
-            half = torch.linalg.solve_triangular(system.factor, cross.to(system.factor), upper=False)
-            whole = torch.linalg.solve_triangular(system.factor.mT, half, upper=True)
-            schur = (schur - half.square().sum(0)).clamp(min=0.0)
-            inverse = whole.square().sum(0)
-        growth = ((schur - inverse) / (1.0 + schur)).clamp(min=0.0)
-        return _estimate(schur.log1p(), likely), _estimate(growth, likely)
+        added, added_gamma = system.added_by_each(diagonal, cross)
+        return _estimate(added, likely), _estimate(added_gamma, likely)
 
     def _scale(self, precision: Mapping[str, float]) -> float:
         ratios = [precision[name] / unit for name, unit in self._unit.items()]
@@ -254,7 +249,7 @@ def _estimated(part: KeptPart, hadamard: tuple[float, float]) -> tuple[float, fl
     log_det = part.log_det + part.added[0]
     if hadamard[0] <= log_det:
         return *hadamard, 0.0, 0.0
-    gamma, error = trace_of_shrinkage(part.system.factor, NUM_PROBES, SMALL)
+    gamma, error = part.gamma()
     return (
         log_det,
         gamma + part.added_gamma[0],

@@ -13,29 +13,17 @@ is not below ln det(I + K_SS), whatever was drawn: that bound is certain.
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_bayes.numerics.cholesky import cholesky_in_place, log_det_of, spoilt
 from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.numerics.sampling_estimates import estimated_total
 from lightning_bayes.row_storage.collector import RowKeeper, cross_all
-from lightning_bayes.row_storage.newton_decrement import quadratic_form, woodbury
 from lightning_bayes.row_storage.stored import KeptRows
 from lightning_bayes.rows.rows import RowBlock
 from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
 from lightning_bayes.structures.blocks import BlockCurvature, KeptPart, cross_of_shared
 from lightning_bayes.structures.blocks_budget import capacity_of
-from lightning_bayes.structures.dual_system import SMALL, trace_of_shrinkage
-
-NUM_PROBES = 256
-"""Random vectors of the trace over S."""
-
-
-def block_curvature(problem: Problem) -> Curvature:
-    """The bounds from all rows, or from those of a sample of the batches."""
-    return BlockCurvature(problem) if problem.block_sample is None else SampledBlockCurvature(problem)
 
 
 class SampledBlockCurvature(Curvature):
@@ -78,14 +66,11 @@ class SampledBlockCurvature(Curvature):
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
         part = self._base.part(precision)
         log_det, gamma, stderr, gamma_error = self._numbers(part, precision)
-        layers = [layer.to(accumulation_dtype(self.problem.device)) for layer in part.layers]
         return CurvatureSummary(
             log_det=log_det,
             bounds=(max(part.log_det - self._base.allowance(precision), 0.0), log_det),
             effective_parameters=gamma,
-            quadratic=quadratic_form(
-                layers, woodbury(layers, part.system.solve, precision), precision, gradient
-            ),
+            quadratic=part.quadratic(precision, gradient),
             log_det_stderr=stderr,
             effective_parameters_stderr=gamma_error,
             upper_stderr=stderr,
@@ -101,7 +86,7 @@ class SampledBlockCurvature(Curvature):
         population = self._sample.num_batches - len(self._sample.base)
         log_det, stderr = estimated_total([value for value, _ in estimates], population)
         gamma, gamma_error = estimated_total([value for _, value in estimates], population)
-        own, own_error = trace_of_shrinkage(part.system.factor, NUM_PROBES, SMALL)
+        own, own_error = part.gamma()
         return (
             part.log_det + part.added[0] + log_det,
             own + part.added_gamma[0] + gamma,
@@ -112,18 +97,6 @@ class SampledBlockCurvature(Curvature):
     def _of_block(
         self, part: KeptPart, layers: list[KeptRows], precision: Mapping[str, float]
     ) -> tuple[float, float]:
-        """Ln det(I + R_bb), and its part of γ, tr (I + R_bb)⁻¹ (R_bb − K_bS A⁻² K_Sb) with A = I + K_SS."""
+        """What one block adds to the log-determinant and to γ."""
         own = cross_all(layers, layers, precision).to(accumulation_dtype(self.problem.device))
-        grown = own
-        cross = cross_of_shared(part.layers, layers, precision)
-        if cross is not None:
-            half = torch.linalg.solve_triangular(
-                part.system.factor, cross.to(part.system.factor), upper=False
-            )
-            whole = torch.linalg.solve_triangular(part.system.factor.mT, half, upper=True)
-            own = own - (half.mT @ half).to(own)
-            grown = own - (whole.mT @ whole).to(own)
-        factor = cholesky_in_place(own.clone())
-        if factor is None:
-            raise spoilt()
-        return log_det_of(factor), torch.cholesky_solve(grown, factor).diagonal().sum().item()
+        return part.system.added_by_all(own, cross_of_shared(part.layers, layers, precision))

@@ -10,16 +10,18 @@ from typing_extensions import override
 from lightning_bayes.functional.evidence import effective_parameters, log_det_from_eigenvalues
 from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.rows.rows import RowBlock
-from lightning_bayes.structures.base import CurvatureSummary, Problem, SpectralCurvature
+from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
 from lightning_bayes.structures.column_groups import ColumnGroups, jackknife, squares_by_group
 
 
-class DiagonalCurvature(SpectralCurvature):
+class DiagonalCurvature(Curvature):
     """d = Σ over rows of v²; every correlation between parameters is dropped.
 
     By Hadamard's inequality its log-determinant is never below the exact one, so its log-evidence is
     never above.
     """
+
+    searches_by_spectrum = True
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)

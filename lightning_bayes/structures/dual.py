@@ -4,7 +4,7 @@ ln det(I + Λ⁻¹ᐟ² VᵀV Λ⁻¹ᐟ²) = ln det(I + V Λ⁻¹ Vᵀ) (Sylves
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +25,8 @@ from lightning_bayes.row_storage.newton_decrement import quadratic_form, woodbur
 from lightning_bayes.row_storage.per_example_basis import selected
 from lightning_bayes.row_storage.stored import KeptRows
 from lightning_bayes.rows.rows import RowBlock
-from lightning_bayes.structures.base import CurvatureSummary, Problem, SpectralCurvature
+from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
 from lightning_bayes.structures.dual_system import (
-    SMALL,
     System,
     factorise,
     gram_of,
@@ -38,11 +37,8 @@ from lightning_bayes.structures.dual_system import (
     without_negligible,
 )
 
-NUM_PROBES = 256
-"""Random vectors of the trace estimate beyond `SMALL`."""
 
-
-class DualCurvature(SpectralCurvature):
+class DualCurvature(Curvature):
     """K from rows that are kept in their factored form where that is cheaper.
 
     Memory: one rows × rows matrix, factorised in place, beside the rows' factors.
@@ -50,6 +46,8 @@ class DualCurvature(SpectralCurvature):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
+        self.searches_by_spectrum = problem.is_small
+        self._small = problem.budget.small
         self._keeper = RowKeeper()
         self._known: _Known | None = None
         self._last: tuple[tuple[float, ...], _Factorised] | None = None
@@ -98,32 +96,40 @@ class DualCurvature(SpectralCurvature):
         self._last = None  # its memory is needed
         layers: Sequence[KeptRows] = self._layers(precision)
         types, chosen = (self.problem.dtype, self._accurate), None
-        if layers[0].num_rows > SMALL:
-            layers, chosen = without_negligible(layers, precision)
-        system = factorise(layers if chosen is None else selected(layers, chosen), precision, types)
-        gamma, stderr = trace_of_shrinkage(system.factor, NUM_PROBES, SMALL)
+        if layers[0].num_rows > self._small:
+            layers, chosen = without_negligible(layers, precision, self.problem.budget.left_out_share)
+        system = factorise(
+            layers if chosen is None else selected(layers, chosen), precision, types, self._small
+        )
+        gamma, stderr = trace_of_shrinkage(system.factor, self.problem.budget.probes, self._small)
         solve = system.solve if chosen is None else inverse_on(chosen, system.solve)
         log_det = log_det_of(system.factor)
         self._last = key, _Factorised(layers, solve, log_det, gamma, stderr, system.rounding)
         return self._last[1]
 
+    @override
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
-        """See `Curvature.spectrum`: as many as rows; the others are zero."""
         layers = self._layers(precision)
         # In float64 at every size: for which multiples of the prior it is asked for is not known here.
         gram = gram_of([layer.to(self._accurate) for layer in layers], precision)
         eigenvalues = eigenvalues_of(gram)
-        if len(gram) <= SMALL:
+        if len(gram) <= self._small:
             self._known = _Known(dict(precision), gram, eigenvalues)
         return eigenvalues
 
+    @override
+    def cheap_spectra(self, precision: Mapping[str, float]) -> Iterator[Tensor]:
+        if self.problem.num_rows <= self.problem.budget.searched_spectrum:
+            yield self.spectrum(precision)
+
+    @override
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-        """See `Curvature.log_det_and_traces`: γᵢ = tr (I + K)⁻¹Kᵢ with the share Kᵢ of one tensor, tile by tile."""
         layers = self._layers(precision)
-        system = factorise(layers, precision, (self.problem.dtype, self._accurate))
+        system = factorise(layers, precision, (self.problem.dtype, self._accurate), self._small)
         log_det = log_det_of(system.factor)
         inverse = torch.cholesky_inverse(system.factor)
         traces = dict.fromkeys(self.problem.shapes, 0.0)
+        # γᵢ = tr (I + K)⁻¹Kᵢ with the share Kᵢ of one tensor, tile by tile.
         for layer in (layer.to(inverse.dtype) for layer in layers):
             for name in layer.names:
                 alone = dict.fromkeys(layer.names, math.inf) | {name: precision[name]}

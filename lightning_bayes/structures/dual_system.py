@@ -3,11 +3,13 @@
 import logging
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.numerics.cholesky import (
@@ -16,21 +18,15 @@ from lightning_bayes.numerics.cholesky import (
     cholesky_in_place,
     diagonal_of_inverse,
     keeps_the_identity,
+    log_det_of,
     rounding_of_log_det,
     solve,
+    spoilt,
 )
 from lightning_bayes.numerics.devices import accumulation_dtype, total_memory
 from lightning_bayes.row_storage.collector import example_grams, fill_gram, tiles_of
 from lightning_bayes.row_storage.per_example_basis import principal_rows, smallest_set
 from lightning_bayes.row_storage.stored import KeptRows
-
-SMALL = 4096
-"""Rows up to which the trace is exact, and float64 so cheap that it is taken without a word."""
-
-
-WORTHWHILE = 0.15
-"""Share of the rows that must be negligible for them to be left out: turning and choosing rows costs something."""
-
 
 NEGLIGIBLE = 1e-3
 """What rows that are left out may add to the log-determinant in all, in nats, however large its rounding."""
@@ -40,14 +36,72 @@ TILE_ROWS, SMALLEST_TILE = 512, 128
 """Rows of one tile of the dual matrix: large enough for the matrix product, small beside the matrix."""
 
 
+class Factor(ABC):
+    """A lower factor L of A = I + K_SS, and what rows beyond S add to ln det A and to γ.
+
+    γ is the derivative of ln det(I + tK) at t = 1. With R the Schur complement of A, less I, and k = K_Si of the rows
+    i beyond S: R = K_ii − kᵀA⁻¹k, and its derivative is R − kᵀA⁻²k.
+    """
+
+    @abstractmethod
+    def whiten(self, vectors: Tensor) -> Tensor:
+        """L⁻¹ times vectors [S, ...]."""
+
+    @abstractmethod
+    def unwhiten(self, vectors: Tensor) -> Tensor:
+        """L⁻ᵀ times vectors [S, ...]."""
+
+    def added_by_each(self, diagonal: Tensor, cross: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Ln(1 + R_ii) of each row by itself, and (R_ii − kᵀA⁻²k)/(1 + R_ii), its part of γ.
+
+        Args:
+            diagonal: K_ii [R].
+            cross: K_SR [S, R], None for 0.
+        """
+        schur, inverse = diagonal, torch.zeros_like(diagonal)
+        if cross is not None:
+            half = self.whiten(cross)
+            schur = (diagonal - half.square().sum(0)).clamp(min=0.0)
+            inverse = self.unwhiten(half).square().sum(0)
+        return schur.log1p(), ((schur - inverse) / (1.0 + schur)).clamp(min=0.0)
+
+    def added_by_all(self, own: Tensor, cross: Tensor | None) -> tuple[float, float]:
+        """Ln det(I + R) of rows together, and tr (I + R)⁻¹(R − kᵀA⁻²k), their part of γ.
+
+        Args:
+            own: K_RR [R, R].
+            cross: K_SR [S, R], None for 0.
+        """
+        schur, grown = own, own
+        if cross is not None:
+            half = self.whiten(cross)
+            whole = self.unwhiten(half)
+            schur = own - (half.mT @ half).to(own)
+            grown = schur - (whole.mT @ whole).to(own)
+        factor = cholesky_in_place(schur.clone())
+        if factor is None:
+            raise spoilt()
+        return log_det_of(factor), torch.cholesky_solve(grown, factor).diagonal().sum().item()
+
+
 @dataclass(frozen=True)
-class System:
-    """A factor of I + K, and the order in which its rows stand."""
+class System(Factor):
+    """A factor of I + K in one piece, and the order in which its rows stand."""
 
     factor: Tensor  # [rows, rows], lower
     tiles: list[slice]
     rounding: float = 0.0
     """Allowance for rounding in the log-determinant, nats."""
+
+    @override
+    def whiten(self, vectors: Tensor) -> Tensor:
+        whitened: Tensor = torch.linalg.solve_triangular(self.factor, vectors.to(self.factor), upper=False)
+        return whitened
+
+    @override
+    def unwhiten(self, vectors: Tensor) -> Tensor:
+        solved: Tensor = torch.linalg.solve_triangular(self.factor.mT, vectors, upper=True)
+        return solved
 
     def solve(self, coefficients: Tensor) -> Tensor:
         """(I + K)⁻¹ times coefficients [C, N], in their type."""
@@ -62,6 +116,7 @@ def factorise(
     layers: Sequence[KeptRows],
     precision: Mapping[str, float],
     dtypes: Sequence[torch.dtype],
+    small: int,
     allowed: float = SMALL_ROUNDING,
 ) -> System:
     """Factorise I + K in the first type that can be believed.
@@ -70,7 +125,8 @@ def factorise(
         layers: V.
         precision: λ of each parameter tensor.
         dtypes: The types.
-        allowed: Rounding of the log-determinant, in nats, for which up to `SMALL` rows are not done again. More
+        small: See `Budget.small`.
+        allowed: Rounding of the log-determinant, in nats, for which up to so many rows are not done again. More
             rows have `LARGE_ROUNDING`; infinity puts up with any.
 
     Raises:
@@ -80,15 +136,15 @@ def factorise(
     trace = size + _trace(layers, precision)
     for dtype in dict.fromkeys(dtypes):
         rounding = rounding_of_log_det(trace, dtype)
-        again = size <= SMALL and dtype != accurate
-        spoils = size > SMALL and dtype != accurate and rounding > max(allowed, LARGE_ROUNDING)
+        again = size <= small and dtype != accurate
+        spoils = size > small and dtype != accurate and rounding > max(allowed, LARGE_ROUNDING)
         if spoils and _has_room(layers[0].rows.device, size, accurate, rounding):
             continue
         cast = [layer.to(dtype) for layer in layers]
         factor = cholesky_in_place(gram_of(cast, precision), allowed if again else math.inf)
         if factor is not None:
             return System(factor, tiles_of_system(layers), rounding)
-        if dtype != accurate and size > SMALL:
+        if dtype != accurate and size > small:
             warnings.warn(
                 f"The Cholesky factor of {size} rows lost its digits in {dtype}; it is "
                 f"computed again in {accurate}, which takes about twice as long and twice the memory. A larger "
@@ -143,13 +199,13 @@ def inverse_on(chosen: Tensor, inverse: Callable[[Tensor], Tensor]) -> Callable[
 
 
 def without_negligible(
-    layers: Sequence[KeptRows], precision: Mapping[str, float]
+    layers: Sequence[KeptRows], precision: Mapping[str, float], share: float
 ) -> tuple[Sequence[KeptRows], Tensor | None]:
-    """The rows in their examples' eigenbasis, and the numbers of those that count; None where almost all do.
+    """The rows in their examples' eigenbasis, and the numbers of those that count; None for all.
 
     By Hadamard the others add at most Σ ln(1 + K_ii) to ln det(I + K). They may take eps · tr(I + K) in all, which
     a factor in floating point does not tell from nothing (sums over 10,000 entries near 1 round by more), and no
-    more than `NEGLIGIBLE`. Where the factor will be one in float64 all rows stay.
+    more than `NEGLIGIBLE`, and are to be a share of all. Where the factor will be one in float64 all rows stay.
     """
     grams = example_grams(layers, precision)
     if not keeps_the_identity(grams.diagonal(dim1=-2, dim2=-1)):
@@ -158,7 +214,7 @@ def without_negligible(
     rounding = torch.finfo(grams.dtype).eps * (eigenvalues.numel() + eigenvalues.sum().item())
     allowance = min(rounding, NEGLIGIBLE)
     ascending = eigenvalues.flatten().sort().values
-    if (ascending.log1p().cumsum(0) <= allowance).sum() < WORTHWHILE * len(ascending):
+    if (ascending.log1p().cumsum(0) <= allowance).sum() < share * len(ascending):
         return layers, None
     rows = principal_rows(layers, grams.to(eigenvalues))
     chosen = smallest_set(rows.eigenvalues, allowance)

@@ -5,15 +5,18 @@ no minimum of the cost, the Gaussian integral diverges, and the Laplace evidence
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_bayes.errors import EvidenceUnavailableError
+from lightning_bayes.numerics.cholesky import whitened, whitening
 from lightning_bayes.numerics.devices import accumulation_dtype
-from lightning_bayes.structures.base import CurvatureSummary
-from lightning_bayes.structures.hessian_reader import BatchHessian
+from lightning_bayes.rows.rows import RowBlock
+from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
+from lightning_bayes.structures.hessian_reader import HessianBlock
 
 EXACT = 0.01
 """Nats that rounding may put into a log-determinant that is still called exact."""
@@ -24,39 +27,38 @@ WAYS_OUT = (
 )
 
 
-class HessianCurvature:
-    """Answers of a `Curvature` for a matrix H that need not be positive semi-definite.
+class HessianCurvature(Curvature):
+    """The dense matrix H, which need not be positive semi-definite.
 
     With e the eigenvalues of the whitened Λ⁻¹ᐟ² H Λ⁻¹ᐟ², those of the whitened cost's Hessian are 1 + e, and
     ln det(I + Λ⁻¹ᐟ² H Λ⁻¹ᐟ²) = Σ ln(1 + e). Rounding has put up to p · eps of the largest |e| into each, with the
     eps of the type that the Hessian was computed in: a smaller negative one counts as zero, and where that is worth
     more than `EXACT` nats the bounds hold it.
 
-    Args:
-        shapes: Of the parameters that carry a prior.
-        only_positive: Leave e < 0 out of every sum, as Smith & Le do who sum over the λᵢ ≥ λ. A heuristic:
-            it is the evidence of another, convex cost, and no bound of anything.
+    With the curvature "hessian_positive" e < 0 are left out of every sum, as Smith & Le do who sum over the λᵢ ≥ λ.
+    A heuristic: it is the evidence of another, convex cost, and no bound of anything.
     """
 
-    def __init__(self, shapes: Mapping[str, torch.Size], device: torch.device, only_positive: bool) -> None:
-        self.sizes = {name: shape.numel() for name, shape in shapes.items()}
-        size = sum(self.sizes.values())
+    searches_by_spectrum = True
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self._sizes = {name: shape.numel() for name, shape in problem.shapes.items()}
+        size, device = problem.num_parameters, problem.device
         self._matrix = torch.zeros(size, size, dtype=accumulation_dtype(device), device=device)
         self._rounding = torch.finfo(self._matrix.dtype).eps
-        self._only_positive = only_positive
+        self._only_positive = problem.curvature == "hessian_positive"
 
-    def add(self, batch: BatchHessian) -> None:
-        """Add the Hessian of one batch."""
-        self._matrix += batch.matrix
-        self._rounding = max(self._rounding, batch.rounding)
+    @override
+    def update(self, block: RowBlock) -> None:
+        if not isinstance(block, HessianBlock):
+            raise TypeError(f"Expected the Hessian of a batch, got {type(block).__name__}.")
+        self._matrix += block.matrix
+        self._rounding = max(self._rounding, block.rounding)
 
-    def counts(self, precision: Mapping[str, float]) -> tuple[int, int]:
-        """Eigenvalues of the cost's whitened Hessian below 1, which is λᵢ < λ, and those at most 0."""
-        values = self._rounded(torch.linalg.eigvalsh(self._whitened(precision)))
-        return int((values < 0.0).sum()), int((values <= -1.0).sum())
-
+    @override
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
-        """See `Curvature.at`; in directions that are left out the quadratic form has the prior alone.
+        """Answer for one prior; in directions that are left out the quadratic form has the prior alone.
 
         Raises:
             EvidenceUnavailableError: If H + Λ is not positive definite and nothing is left out.
@@ -72,62 +74,50 @@ class HessianCurvature:
             )
         values = values.clamp(min=0.0) if self._only_positive else values
         log_det = torch.log1p(values).sum().item()
-        slope = torch.cat([gradient[name].flatten() for name in self.sizes]).to(vectors)
-        whitened = vectors.mT @ (slope * self._scale(precision))
+        slope = torch.cat([gradient[name].flatten() for name in self._sizes]).to(vectors)
+        along = vectors.mT @ (slope * whitening(precision, self._sizes, vectors))
         return CurvatureSummary(
             log_det=log_det,
             bounds=(-math.inf, math.inf) if negative else bounds,
             effective_parameters=(values / (1.0 + values)).sum().item(),
-            quadratic=(whitened.square() / (1.0 + values)).sum().item(),
+            quadratic=(along.square() / (1.0 + values)).sum().item(),
+            num_below_prior=below,
+            num_negative=negative,
         )
 
+    @override
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
-        """See `Curvature.spectrum`.
-
-        Raises:
-            EvidenceUnavailableError: If an eigenvalue is negative and not left out: as the prior precision
-                falls towards its size, the log-evidence rises to infinity, and has no maximum.
-        """
-        values = self.eigenvalues(precision)
-        return values if self._only_positive else self._without_negative(values)
-
-    def eigenvalues(self, precision: Mapping[str, float]) -> Tensor:
-        """All eigenvalues of the whitened matrix, negative ones too unless they are left out."""
+        """Return all eigenvalues of the whitened matrix, negative ones too unless they are left out."""
         values = self._rounded(torch.linalg.eigvalsh(self._whitened(precision)))
         return values.clamp(min=0.0) if self._only_positive else values
 
+    @override
+    def cheap_spectra(self, precision: Mapping[str, float]) -> Iterator[Tensor]:
+        if self.problem.num_parameters <= self.problem.budget.common_spectrum:
+            values = self.spectrum(precision)
+            if not bool((values < 0.0).any()):
+                yield values
+
+    @override
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-        """See `Curvature.log_det_and_traces`, and `spectrum` for what it raises.
+        """Return the log-determinant for one prior, and γ of each parameter tensor; see `Curvature`.
 
         With the eigenvectors v of the whitened matrix, ∂e/∂ ln λᵢ = −e Σ_{j∈i} vⱼ², hence
         γᵢ = Σ e/(1 + e) Σ_{j∈i} vⱼ².
+
+        Raises:
+            EvidenceUnavailableError: If an eigenvalue is negative and not left out.
         """
         values, vectors = torch.linalg.eigh(self._whitened(precision))
         values = self._rounded(values)
-        values = values.clamp(min=0.0) if self._only_positive else self._without_negative(values)
+        values = values.clamp(min=0.0) if self._only_positive else without_negative(values)
         shares = vectors.square() @ (values / (1.0 + values))
-        traces = [part.sum().item() for part in shares.split(list(self.sizes.values()))]
-        return torch.log1p(values).sum().item(), dict(zip(self.sizes, traces, strict=True))
-
-    def _without_negative(self, values: Tensor) -> Tensor:
-        below = int((values < 0.0).sum())
-        if below:
-            raise EvidenceUnavailableError(
-                f"{below} of {len(values)} eigenvalues of the Hessian are negative. As the prior precision falls "
-                "towards the size of one, the log-evidence rises without bound, so no prior precision is best. "
-                f"{WAYS_OUT}"
-            )
-        return values
-
-    def _scale(self, precision: Mapping[str, float]) -> Tensor:
-        return torch.cat(
-            [self._matrix.new_full((size,), precision[name] ** -0.5) for name, size in self.sizes.items()]
-        )
+        traces = [part.sum().item() for part in shares.split(list(self._sizes.values()))]
+        return torch.log1p(values).sum().item(), dict(zip(self._sizes, traces, strict=True))
 
     def _whitened(self, precision: Mapping[str, float]) -> Tensor:
-        scale = self._scale(precision)
-        whitened = scale.unsqueeze(1) * self._matrix * scale
-        return 0.5 * (whitened + whitened.mT)
+        matrix = whitened(self._matrix, whitening(precision, self._sizes, self._matrix))
+        return 0.5 * (matrix + matrix.mT)
 
     def _rounded(self, values: Tensor) -> Tensor:
         """Eigenvalues, with negative ones that may be rounding set to zero."""
@@ -145,3 +135,20 @@ class HessianCurvature:
 
     def _tiny(self, values: Tensor) -> Tensor:
         return len(values) * self._rounding * values.abs().max()
+
+
+def without_negative(values: Tensor) -> Tensor:
+    """Return eigenvalues as they are, none of them negative.
+
+    Raises:
+        EvidenceUnavailableError: If one is: as the prior precision falls towards its size, the log-evidence rises to
+            infinity, and has no maximum.
+    """
+    below = int((values < 0.0).sum())
+    if below:
+        raise EvidenceUnavailableError(
+            f"{below} of {len(values)} eigenvalues of the Hessian are negative. As the prior precision falls "
+            "towards the size of one, the log-evidence rises without bound, so no prior precision is best. "
+            f"{WAYS_OUT}"
+        )
+    return values

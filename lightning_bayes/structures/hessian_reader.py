@@ -15,28 +15,21 @@ from lightning_bayes.capture.double_backward import check_differentiable, gradie
 from lightning_bayes.errors import check_finite
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.numerics.devices import accumulation_dtype
-from lightning_bayes.rows.reader import forward_of
+from lightning_bayes.rows.reader import BatchRows, forward_of
 from lightning_bayes.rows.regrouping import check_apart
+from lightning_bayes.rows.rows import RowBlock
+from lightning_bayes.structures.base import DEFAULT_BUDGET, Budget
 from lightning_bayes.structures.float64 import InFloat64
-
-MAX_MEMORY = 2e9
-"""Bytes that the matrix, scaled, and its eigenvectors may take: 7,905 parameters."""
-
 
 ROWS_AT_ONCE = 64
 """Rows of the Hessian that one batched backward pass gives."""
 
 
 @dataclass(frozen=True)
-class BatchHessian:
-    """Everything that one batch says about the evidence; sums over its examples."""
+class HessianBlock(RowBlock):
+    """The Hessian of the unit loss of one batch, whose p rows are no rows of a root."""
 
-    num_examples: int
-    num_terms: float
-    unit_loss: float
-    null_loss: float | None
-    gradient: dict[str, Tensor]
-    matrix: Tensor  # [p, p], of `unit_loss`
+    matrix: Tensor  # [p, p]
     rounding: float
     """Relative, of the type that it was computed in."""
 
@@ -50,12 +43,15 @@ class HessianReader:
     Args:
         network: A throw-away copy in eval mode; it becomes float64.
         parameters: Names, as in `network.named_parameters()`, of the parameters that carry a prior.
+        budget: Memory that the matrix may take.
 
     Raises:
-        ValueError: If the matrix would not fit into `MAX_MEMORY`.
+        ValueError: If the matrix would not fit into it.
     """
 
-    def __init__(self, network: nn.Module, parameters: Collection[str]) -> None:
+    def __init__(
+        self, network: nn.Module, parameters: Collection[str], budget: Budget = DEFAULT_BUDGET
+    ) -> None:
         self._network = network
         named = dict(network.named_parameters())
         self.parameters: dict[str, nn.Parameter] = {name: named[name] for name in parameters}
@@ -64,16 +60,21 @@ class HessianReader:
         on = next(network.parameters()).device
         self._widened = dtypes != {torch.float64} and accumulation_dtype(on) == torch.float64
         size = sum(parameter.numel() for parameter in self.parameters.values())
-        if 4.0 * 8 * size**2 > MAX_MEMORY:
+        memory = 4.0 * 8 * size**2
+        if memory > budget.hessian_memory:
             raise ValueError(
-                f"The Hessian of {size:,} parameters takes {4.0 * 8 * size**2 / 1e9:.3g} GB beside as many backward "
-                f"passes as parameters; up to {int(math.sqrt(MAX_MEMORY / 32)):,} are accepted. Use "
+                f"The Hessian of {size:,} parameters takes {memory / 1e9:.3g} GB beside as many backward "
+                f"passes as parameters; up to {int(math.sqrt(budget.hessian_memory / 32)):,} are accepted. Use "
                 'curvature="ggn", or subset_of_weights= for a part of the network.'
             )
         if self._widened:
             network.double()
 
-    def read(self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood) -> BatchHessian:
+    def split(self) -> str:
+        """By which derivatives it is read; one line."""
+        return "The Hessian is formed by autograd, twice"
+
+    def read(self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood) -> BatchRows:
         """Run one batch through the network and differentiate its unit loss twice.
 
         Raises:
@@ -98,7 +99,7 @@ class HessianReader:
                 return batch
         return self._read(forward, likelihood)
 
-    def _read(self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood) -> BatchHessian:
+    def _read(self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood) -> BatchRows:
         parameters = list(self.parameters.values())
         with torch.enable_grad(), _twice_differentiable():
             with InFloat64() if self._widened else nullcontext():
@@ -112,14 +113,14 @@ class HessianReader:
             _check_symmetric(matrix, flat.dtype)
             with InFloat64() if self._widened else nullcontext():
                 check_apart(forward, outputs, likelihood, self._network, self.parameters)
-        return BatchHessian(
+        size, rounding = len(flat), torch.finfo(flat.dtype).eps
+        return BatchRows(
             num_examples=len(outputs),
             num_terms=likelihood.num_terms(outputs, targets),
             unit_loss=unit_loss.item(),
             null_loss=likelihood.null_loss(outputs, targets),
             gradient={n: part.detach() for n, part in zip(self.parameters, gradient, strict=True)},
-            matrix=matrix,
-            rounding=torch.finfo(flat.dtype).eps,
+            blocks=iter([HessianBlock(len(outputs), slice(0, size), size, [], matrix, rounding)]),
         )
 
     def _rows(self, flat: Tensor, parameters: list[nn.Parameter]) -> Iterator[Tensor]:

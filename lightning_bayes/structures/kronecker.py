@@ -7,21 +7,16 @@ output factor that KFLR takes. Scales as BackPACK and laplace-torch have them.
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_bayes.rows.rows import OuterRows, RowBlock, Rows
-from lightning_bayes.structures.base import CurvatureSummary, Problem, SpectralCurvature
+from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
 from lightning_bayes.structures.column_groups import ColumnGroups, jackknife
 from lightning_bayes.structures.kronecker_blocks import Block, DiagonalBlock, ExactBlock, LinearBlock
-
-MAX_EXACT_BLOCK = 1024
-"""Parameters up to this size that have no Kronecker form keep their exact block, larger ones its diagonal."""
-
 
 UNCORRECTED = (
     "A Kronecker factor is so large that its sampling error is told to first order, and the number is not corrected "
@@ -30,19 +25,19 @@ UNCORRECTED = (
 _LOGGER = logging.getLogger("lightning_bayes")
 
 
-class KroneckerCurvature(SpectralCurvature):
+class KroneckerCurvature(Curvature):
     """One block for each parameter tensor: weights of linear and ungrouped convolutional layers as B ⊗ A.
 
     A = (1/N) Σₙ Σₜ a aᵀ counts each output position, and each use, as an input of the linear map; B = Σₙ,c
     (Σₜ g)(Σₜ g)ᵀ sums them, as BackPACK does. Biases of these layers keep their exact block, and so do other
     parameters (normalisation, embeddings, recurrent and attention weights, grouped convolutions) of up to
-    `MAX_EXACT_BLOCK` entries; larger ones keep its diagonal. A model in float32 has its factors decomposed in
+    `Budget.kronecker_exact` entries; larger ones keep its diagonal. A model in float32 has its factors decomposed in
     float32, which costs about the sixth digit of the log-determinant, and the fourth under a prior so weak that
     eigenvalues below eps of the largest count: 5 nats of 38,000 for 100-64-10 at λ = 1e-6. A float64 model has them.
 
     Sampled columns are kept in groups, whose jackknife corrects the log-determinant and the effective
     parameters in `at` and gives their standard errors; `spectrum` and `log_det_and_traces` are not corrected, and
-    nor is `at` where a factor has more than `layer_blocks.LARGEST_LEFT_OUT` entries.
+    nor is `at` where a factor has more than `Budget.kronecker_left_out` entries.
 
     Args:
         problem: Sizes.
@@ -51,6 +46,8 @@ class KroneckerCurvature(SpectralCurvature):
             KFAC-expand of Eschenhagen et al., *Kronecker-Factored Approximate Curvature for Modern Neural Network
             Architectures*, NeurIPS 2023. The same where a layer has one position.
     """
+
+    searches_by_spectrum = True
 
     def __init__(self, problem: Problem, joint: bool = False, expand: bool = False) -> None:
         super().__init__(problem)
@@ -81,7 +78,11 @@ class KroneckerCurvature(SpectralCurvature):
                     layer, self._joint, number, self.problem, self._expand
                 )
             else:
-                block = ExactBlock if layer.shape.numel() <= MAX_EXACT_BLOCK else DiagonalBlock
+                block = (
+                    ExactBlock
+                    if layer.shape.numel() <= self.problem.budget.kronecker_exact
+                    else DiagonalBlock
+                )
                 self._blocks[layer.names] = block(layer.name, number, self.problem)
         return self._blocks[layer.names]
 
@@ -129,13 +130,6 @@ class KroneckerCurvature(SpectralCurvature):
             log_det = sum(torch.log1p(value).sum().item() for value in values)
             totals.append((log_det, sum((value / (1 + value)).sum().item() for value in values)))
         return totals
-
-
-joint_kronecker_curvature: Callable[[Problem], KroneckerCurvature] = partial(KroneckerCurvature, joint=True)
-"""`KroneckerCurvature` with one block for weight and bias of a layer."""
-
-expand_kronecker_curvature: Callable[[Problem], KroneckerCurvature] = partial(KroneckerCurvature, expand=True)
-"""`KroneckerCurvature` with the positions of an example apart."""
 
 
 def _changing(layer: Rows) -> str:

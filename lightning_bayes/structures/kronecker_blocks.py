@@ -1,7 +1,7 @@
 """The diagonal blocks of the Kronecker approximation: B ⊗ A, an exact matrix, or its diagonal.
 
 All answers are about the whitened block Λ⁻¹ᐟ² G Λ⁻¹ᐟ². Each block keeps its sums apart for each group of
-columns, see `sampling`; without sampling there is one group.
+columns, see `ColumnGroups`; without sampling there is one group.
 """
 
 from abc import ABC, abstractmethod
@@ -18,9 +18,6 @@ from lightning_bayes.numerics.second_moment import SecondMoment, Spectrum
 from lightning_bayes.rows.rows import DenseRows, OuterRows
 from lightning_bayes.structures.base import Problem
 from lightning_bayes.structures.column_groups import squares_by_group
-
-LARGEST_LEFT_OUT = 1024
-"""Entries of a second moment up to which it is decomposed again for each group of columns."""
 
 
 @dataclass
@@ -67,7 +64,7 @@ class ExactBlock(Block):
     def __init__(self, name: str, num_groups: int, problem: Problem) -> None:
         super().__init__(num_groups, problem)
         self.name = name
-        self._moments = _Moments(num_groups, problem.dtype)
+        self._moments = _Moments(num_groups, problem)
 
     def add(self, layer: DenseRows, groups: Sequence[Sequence[int]]) -> None:
         """Add the rows of one batch."""
@@ -138,9 +135,9 @@ class LinearBlock(Block):
         self.joint = joint and self.weight is not None and self.bias is not None and len(modules) == 1
         self._inputs = SecondMoment()
         self._expand = expand
-        self._grads = _Moments(num_groups, problem.dtype)
+        self._grads = _Moments(num_groups, problem)
         # Of a bias alone, whose exact block sums the positions of an example.
-        self._sums = _Moments(num_groups, problem.dtype) if expand else self._grads
+        self._sums = _Moments(num_groups, problem) if expand else self._grads
         self._num_inputs = 0
         self._input_spectra: dict[float, Spectrum] = {}
 
@@ -237,14 +234,15 @@ class LinearBlock(Block):
 class _Moments:
     """One second moment a group, and their sum's decomposition.
 
-    Up to `LARGEST_LEFT_OUT` entries the eigenvalues without a group are those of what is left; beyond, those of first
-    order, uᵀMu of the eigenvectors u of the whole, because another decomposition for each group would take longer
-    than the number whose error it is for.
+    Up to `Budget.kronecker_left_out` entries the eigenvalues without a group are those of what is left; beyond, those
+    of first order, uᵀMu of the eigenvectors u of the whole, because another decomposition for each group would take
+    longer than the number whose error it is for.
     """
 
-    def __init__(self, num_groups: int, dtype: torch.dtype) -> None:
+    def __init__(self, num_groups: int, problem: Problem) -> None:
         self._groups = [SecondMoment() for _ in range(num_groups)]
-        self._dtype = dtype
+        self._dtype = problem.dtype
+        self._largest_left_out = problem.budget.kronecker_left_out
         self._width = 0
         self._spectrum: Spectrum | None = None
 
@@ -259,7 +257,7 @@ class _Moments:
     @property
     def leaves_out_exactly(self) -> bool:
         """Whether the eigenvalues without a group are exact."""
-        return self._width <= LARGEST_LEFT_OUT
+        return self._width <= self._largest_left_out
 
     def spectrum(self) -> Spectrum:
         """Of all groups together."""

@@ -1,6 +1,6 @@
 """G = VᵀV [p, p] itself: the exact structure where parameters are fewer than rows."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -10,27 +10,27 @@ from lightning_bayes.numerics.cholesky import (
     SMALL_ROUNDING,
     bounds_of,
     cholesky_in_place,
-    diagonal_of_inverse,
     eigenvalues_of,
     log_det_of,
     rounding_of_log_det,
+    shrinkage_of,
     solve,
     spoilt,
+    whitened,
+    whitening,
 )
 from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.numerics.second_moment import add_products
 from lightning_bayes.row_storage.newton_decrement import quadratic_form
 from lightning_bayes.row_storage.stored import KeptDense
 from lightning_bayes.rows.rows import RowBlock
-from lightning_bayes.structures.base import CurvatureSummary, Problem, SpectralCurvature
+from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
 
-KEPT_ROWS = 6
-"""Rows that are kept as they are, in units of p; more become a sum in float64, which takes twice as long."""
 QUICK_TOLERANCE = 1e-5
 """About what may be missing of the Newton decrement, relatively, where the factor is of the model's own type."""
 
 
-class PrimalCurvature(SpectralCurvature):
+class PrimalCurvature(Curvature):
     """G [p, p] from the rows, while they are few, or by accumulation over the batches, in float64.
 
     From rows that are there, the model's own type is tried first and float64 is left for where it does not do.
@@ -38,6 +38,8 @@ class PrimalCurvature(SpectralCurvature):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
+        self.searches_by_spectrum = problem.is_small
+        self._sizes = {name: shape.numel() for name, shape in problem.shapes.items()}
         self._rows = _RowBuffer(problem)
         self._quick: Tensor | None = None  # on and above the diagonal, from `_rows`
         self._matrix: Tensor | None = None  # the same in float64, from all rows that are not kept
@@ -49,7 +51,7 @@ class PrimalCurvature(SpectralCurvature):
             rows |= layer.dense()
         if not rows:
             return
-        if len(self._rows) + _num_rows(rows) > KEPT_ROWS * self.problem.num_parameters:
+        if len(self._rows) + _num_rows(rows) > self.problem.budget.primal_rows * self.problem.num_parameters:
             self._accurate()  # from now on batch by batch
         self._rows.add(rows)
         self._quick = None
@@ -59,31 +61,36 @@ class PrimalCurvature(SpectralCurvature):
     @override
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
         factor = self._factor(precision)
-        log_det, traces = log_det_of(factor), self._traces(factor)
-        quadratic = self._quadratic(factor, precision, gradient)
         # The squared norm of L is the trace of L Lᵀ.
         rounding = rounding_of_log_det(factor.tril().square().sum().item(), factor.dtype)
-        return CurvatureSummary(log_det, bounds_of(log_det, rounding), sum(traces.values()), quadratic)
+        log_det, gamma = log_det_of(factor), sum(shrinkage_of(factor, self._sizes.values()))
+        bounds = bounds_of(log_det, rounding)
+        return CurvatureSummary(log_det, bounds, gamma, self._quadratic(factor, precision, gradient))
 
     @override
     def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
         log_det, traces = self.log_det_and_traces(precision)
         return log_det, sum(traces.values())
 
+    @override
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
-        """See `Curvature.spectrum`: all p of them."""
-        return eigenvalues_of(self._whitened(self._accurate(), precision))
+        matrix = self._accurate()
+        return eigenvalues_of(whitened(matrix, whitening(precision, self._sizes, matrix)))
 
-    def quick_spectrum(self, precision: Mapping[str, float]) -> Tensor | None:
-        """The same from G in the type of the rows, where these are kept; to the rounding of the largest one."""
-        if not self._rows:
-            return None
-        return eigenvalues_of(self._whitened(self._quick_matrix(), precision))
+    @override
+    def cheap_spectra(self, precision: Mapping[str, float]) -> Iterator[Tensor]:
+        if self.problem.sampled or self.problem.num_parameters > self.problem.budget.common_spectrum:
+            return
+        if self._rows:  # in their own type first: to the rounding of the largest eigenvalue
+            matrix = self._quick_matrix()
+            yield eigenvalues_of(whitened(matrix, whitening(precision, self._sizes, matrix)))
+        yield self.spectrum(precision)
 
     @override
     def log_det_and_traces(self, precision: Mapping[str, float]) -> tuple[float, dict[str, float]]:
         factor = self._factor(precision)
-        return log_det_of(factor), self._traces(factor)
+        traces = shrinkage_of(factor, self._sizes.values())
+        return log_det_of(factor), dict(zip(self._sizes, traces, strict=True))
 
     def _accurate(self) -> Tensor:
         """G in float64, on and above the diagonal."""
@@ -105,11 +112,14 @@ class PrimalCurvature(SpectralCurvature):
 
     def _factor(self, precision: Mapping[str, float]) -> Tensor:
         """Of I + Λ⁻¹ᐟ² G Λ⁻¹ᐟ²."""
+        factor = None
         if self._rows:
-            factor = cholesky_in_place(self._whitened(self._quick_matrix(), precision), SMALL_ROUNDING)
-            if factor is not None:
-                return factor
-        factor = cholesky_in_place(self._whitened(self._accurate(), precision))
+            matrix = self._quick_matrix()
+            scale = whitening(precision, self._sizes, matrix)
+            factor = cholesky_in_place(whitened(matrix, scale), SMALL_ROUNDING)
+        if factor is None:
+            matrix = self._accurate()
+            factor = cholesky_in_place(whitened(matrix, whitening(precision, self._sizes, matrix)))
         if factor is None:
             raise spoilt()
         return factor
@@ -117,7 +127,7 @@ class PrimalCurvature(SpectralCurvature):
     def _quadratic(
         self, factor: Tensor, precision: Mapping[str, float], gradient: Mapping[str, Tensor]
     ) -> float:
-        scale, sizes = self._scale(precision, factor.dtype), [s.numel() for s in self.problem.shapes.values()]
+        scale, sizes = whitening(precision, self._sizes, factor), list(self._sizes.values())
 
         def precondition(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
             whole = torch.cat([vector[name].flatten() for name in self.problem.shapes]).to(scale) * scale
@@ -136,23 +146,6 @@ class PrimalCurvature(SpectralCurvature):
         ]
         return quadratic_form(layers, precondition, precision, gradient, QUICK_TOLERANCE)
 
-    def _scale(self, precision: Mapping[str, float], dtype: torch.dtype) -> Tensor:
-        """Λ⁻¹ᐟ² [p]."""
-        parts = [
-            torch.full((shape.numel(),), precision[name] ** -0.5, dtype=dtype, device=self.problem.device)
-            for name, shape in self.problem.shapes.items()
-        ]
-        return torch.cat(parts)
-
-    def _whitened(self, matrix: Tensor, precision: Mapping[str, float]) -> Tensor:
-        scale = self._scale(precision, matrix.dtype)
-        return (scale.unsqueeze(1) * matrix).mul_(scale)
-
-    def _traces(self, factor: Tensor) -> dict[str, float]:
-        shapes = self.problem.shapes
-        inverse = diagonal_of_inverse(factor).split([shape.numel() for shape in shapes.values()])
-        return {name: (1.0 - part).sum().item() for name, part in zip(shapes, inverse, strict=True)}
-
 
 class _RowBuffer:
     """Rows [m, p] one below the other, in memory for as many as are expected.
@@ -162,7 +155,7 @@ class _RowBuffer:
 
     def __init__(self, problem: Problem) -> None:
         self._shapes = problem.shapes
-        self._expected = min(problem.num_rows, KEPT_ROWS * problem.num_parameters)
+        self._expected = min(problem.num_rows, problem.budget.primal_rows * problem.num_parameters)
         self._memory: Tensor | None = None
         self._count = 0
 

@@ -2,32 +2,57 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
 
 from lightning_bayes.numerics.devices import total_memory
-from lightning_bayes.structures.base import Curvature, Problem
+from lightning_bayes.structures.base import Budget, Curvature, Problem
+from lightning_bayes.structures.blocks import BlockCurvature
 from lightning_bayes.structures.blocks_budget import blocks_cost
-from lightning_bayes.structures.blocks_sampled import block_curvature
+from lightning_bayes.structures.blocks_sampled import SampledBlockCurvature
+from lightning_bayes.structures.bracket.bracket import BracketCurvature
 from lightning_bayes.structures.diagonal import DiagonalCurvature
-from lightning_bayes.structures.full import full_cost, full_curvature
-from lightning_bayes.structures.kronecker import (
-    KroneckerCurvature,
-    expand_kronecker_curvature,
-    joint_kronecker_curvature,
-)
+from lightning_bayes.structures.dual import DualCurvature
+from lightning_bayes.structures.hessian import HessianCurvature
+from lightning_bayes.structures.kronecker import KroneckerCurvature
+from lightning_bayes.structures.primal import PrimalCurvature
+
+DEFAULT_SAMPLES = 64
+"""Columns that "auto" samples of more outputs than `Budget.columns`, where all are beyond its budget."""
+ROOT_COPIES = 3.0
+"""Of the root of one batch, while it is formed."""
+BACKWARD_FLOP = 1e8
+"""Operations that one call of a backward pass counts as, however little it does: about a millisecond."""
+
+
+def full_curvature(problem: Problem) -> Curvature:
+    """Return the whole matrix, nothing dropped, through whichever side takes fewer operations.
+
+    Primal: G = VᵀV [p, p]. Dual: K = V Λ⁻¹ Vᵀ [rows, rows], or with a tolerance a certified bracket about it, where
+    that is cheaper still. The true Hessian has one side.
+    """
+    if problem.curvature != "ggn":
+        return HessianCurvature(problem)
+    if _primal_cost(problem)[1] <= _dual_cost(problem)[1]:
+        return PrimalCurvature(problem)
+    return DualCurvature(problem) if problem.tolerance is None else BracketCurvature(problem)
+
+
+def block_curvature(problem: Problem) -> Curvature:
+    """Return the bounds from all rows, or from those of a sample of the batches."""
+    return BlockCurvature(problem) if problem.block_sample is None else SampledBlockCurvature(problem)
+
 
 STRUCTURES: dict[str, Callable[[Problem], Curvature]] = {
     "full": full_curvature,
     "blocks": block_curvature,
     "kron": KroneckerCurvature,
-    "kron_joint": joint_kronecker_curvature,
-    "kron_expand": expand_kronecker_curvature,
+    "kron_joint": partial(KroneckerCurvature, joint=True),
+    "kron_expand": partial(KroneckerCurvature, expand=True),
     "diag": DiagonalCurvature,
 }
-
-AUTO_MEMORY = 2e9
-"""Bytes that "auto" lets the exact matrix and its rows take."""
-AUTO_FLOP = 1.5e12
-"""Operations that "auto" lets the exact matrix take: about fifteen seconds on two CPU cores."""
 
 
 def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
@@ -45,6 +70,8 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
             machine's memory; if "full" or "blocks" was asked for where columns are sampled, or "blocks" where
             several prior precisions are to be found.
     """
+    if problem.curvature != "ggn":
+        return "full", f"The Hessian of {problem.num_parameters:,} parameters is dense"
     memory, flop = full_cost(problem)
     sizes = (
         f"{problem.num_parameters:,} parameters, {problem.num_rows:,} rows: exact takes about "
@@ -67,37 +94,69 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
         sizes += "; less than the bounds take, so structure='full' is quicker here and has no bounds to need"
     if structure == "full" and memory > total_memory(problem.device):
         raise ValueError(f'structure="full" does not fit on {problem.device}: {sizes}. Use {cheaper}.')
-    if structure == "full" and flop > AUTO_FLOP:
+    if structure == "full" and flop > problem.budget.flop:
         warnings.warn(f'structure="full" will be slow: {sizes}. Faster: {cheaper}.', stacklevel=3)
     return structure, sizes
 
 
 def _within_budget(problem: Problem, sizes: str) -> tuple[str, str]:
     """The first of "full", "blocks" and "kron" that the budget allows."""
-    budget = f"the budget of {_readable(AUTO_MEMORY, 'B')} and {_readable(AUTO_FLOP, 'FLOP')}"
+    budget = (
+        f"the budget of {_readable(problem.budget.memory, 'B')} and {_readable(problem.budget.flop, 'FLOP')}"
+    )
     overrides = 'structure="full" or max_examples= overrides'
     if problem.sampled:
         return "kron", f"{sizes}, but its columns are sampled, from which there is no exact matrix"
-    if _fits(*full_cost(problem)):
+    if _fits(problem.budget, *full_cost(problem)):
         return "full", f"{sizes}, within {budget}"
     if problem.tolerance is not None:
         raise ValueError(
             f"tolerance={problem.tolerance:g} is not to be had within {budget}: {sizes}. structure='full' tries it "
             "all the same, max_examples= takes fewer examples; without tolerance= the bounds are as wide as they are."
         )
-    if problem.rises_together and _fits(*blocks_cost(problem)) and not _is_cheaper(problem):
+    if problem.rises_together and _fits(problem.budget, *blocks_cost(problem)) and not _is_cheaper(problem):
         return "blocks", f"{sizes}, beyond {budget}, which allows bounds from the largest rows; {overrides}"
     return "kron", f"{sizes}, beyond {budget}; {overrides}"
+
+
+def samples_of_many_columns(
+    outputs: Tensor, num_examples: int, num_parameters: int, batch_size: int, budget: Budget
+) -> str | None:
+    """Say why columns of the root are sampled: they are many, and all of them beyond the budget. None for all.
+
+    Each parameter counts once for each position of the outputs: of all their dimensions but the smallest, which holds
+    the classes as a rule.
+
+    Args:
+        outputs: Of the network, the examples first.
+        num_examples: N.
+        num_parameters: p.
+        batch_size: Examples at a time.
+        budget: Of "auto".
+    """
+    columns, sizes = outputs[:1].numel(), [*outputs.shape[1:]] or [1]
+    memory = ROOT_COPIES * min(batch_size, num_examples) * columns**2 * outputs.element_size()
+    calls = columns * -(-num_examples // batch_size)
+    each = 6.0 * num_parameters * (columns / min(sizes) if len(sizes) > 1 else 1.0)
+    flop = num_examples * columns * each + calls * BACKWARD_FLOP
+    if columns <= budget.columns or _fits(budget, memory, flop):
+        return None
+    return (
+        f"The loss has {columns:,} outputs per example, so structure='auto' takes structure='kron' with "
+        f"num_samples={DEFAULT_SAMPLES} random columns of the loss Hessian's root: all of them take about "
+        f'{memory / 1e9:.3g} GB and {flop / 1e12:.3g} TFLOP to read. structure="kron" with '
+        'num_samples=None takes all columns; structure="full" or tolerance= goes for the exact value.'
+    )
 
 
 def _is_cheaper(problem: Problem) -> bool:
     """Whether the exact matrix takes less than the bounds of "blocks"."""
     exact, bounds = full_cost(problem), blocks_cost(problem)
-    return exact[0] <= max(bounds[0], AUTO_MEMORY) and exact[1] <= bounds[1]
+    return exact[0] <= max(bounds[0], problem.budget.memory) and exact[1] <= bounds[1]
 
 
-def _fits(memory: float, flop: float) -> bool:
-    return memory <= AUTO_MEMORY and flop <= AUTO_FLOP
+def _fits(budget: Budget, memory: float, flop: float) -> bool:
+    return memory <= budget.memory and flop <= budget.flop
 
 
 def _readable(amount: float, unit: str) -> str:
@@ -106,3 +165,30 @@ def _readable(amount: float, unit: str) -> str:
             return f"{amount:.3g} {prefix}{unit}"
         amount /= 1000
     return f"{amount:.3g} T{unit}"
+
+
+def full_cost(problem: Problem) -> tuple[float, float]:
+    """Bytes and floating-point operations of what `full_curvature` returns for rows."""
+    return min(_primal_cost(problem), _dual_cost(problem), key=lambda cost: cost[1])
+
+
+def _primal_cost(problem: Problem) -> tuple[float, float]:
+    p, rows, most = (
+        problem.num_parameters,
+        problem.num_rows,
+        problem.budget.primal_rows * problem.num_parameters,
+    )
+    # G, scaled, its factor and inverse; the rows of one batch, apart and together; those that are kept.
+    batch = 2.0 * problem.batch_size * problem.rank * p * problem.dtype.itemsize
+    kept = min(rows, most) * p * 2 * problem.dtype.itemsize  # as they came, and put together
+    in_float64 = 2.0 if rows > most and problem.dtype != torch.float64 else 1.0
+    return 4.0 * 8 * p**2 + batch + kept, in_float64 * (rows * p**2 + p**3)
+
+
+def _dual_cost(problem: Problem) -> tuple[float, float]:
+    rows, itemsize = problem.num_rows, problem.dtype.itemsize
+    matrix = 2 * 8 if rows <= problem.budget.small else itemsize  # with the inverse, or without
+    # The rows as they came, put together, and in float64 for the Newton decrement.
+    kept = rows * problem.kept_width * (2 * itemsize + 8)
+    cubes = 1.0 if rows <= problem.budget.small else 1 / 3  # the same
+    return float(rows) ** 2 * matrix + kept, float(rows) ** 2 * problem.gram_width + cubes * rows**3

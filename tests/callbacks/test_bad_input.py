@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_bayes import LaplaceEvidence
+from lightning_bayes.structures.base import Budget
+from tests.cases import use_budget
 
 from .evidence_models import Module, cross_entropy, fit, loader, mlp, refused, tensors
 
@@ -90,7 +92,7 @@ def test_pattern_that_matches_nothing(tmp_path):
 
 
 def test_hessian_of_a_large_network(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_bayes.structures.hessian_reader.MAX_MEMORY", 1e4)
+    use_budget(monkeypatch, Budget(hessian_memory=1e4))
     callback = LaplaceEvidence(curvature="hessian")
     message = (
         r"Hessian of 43 parameters takes.*up to 17 are accepted.*curvature=\"ggn\", or subset_of_weights="

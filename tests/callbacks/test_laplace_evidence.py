@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from lightning_bayes import LaplaceEvidence, laplace_evidence
 from lightning_bayes.likelihoods import Gaussian
+from lightning_bayes.structures.base import Budget
+from tests.cases import use_budget
 
 from .evidence_models import (
     DECAY,
@@ -208,7 +210,7 @@ def test_auto_says_which_structure_and_why(tmp_path, caplog, monkeypatch):
     with caplog.at_level(logging.INFO):
         fit(tmp_path, Module(mlp(), cross_entropy), loader(), LaplaceEvidence())
     assert "structure='full'. 43 parameters, 42 rows: exact takes" in caplog.text
-    monkeypatch.setattr("lightning_bayes.structures.registry.AUTO_FLOP", 1.0)
+    use_budget(monkeypatch, Budget(flop=1.0))
     callback = LaplaceEvidence()
     with caplog.at_level(logging.INFO):
         fit(tmp_path, Module(mlp(), cross_entropy), loader(), callback)

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from lightning_bayes import Evidence, Gaussian, LaplaceEvidence, laplace_evidence
 from lightning_bayes.evidence.evaluate import evidence_of
+from lightning_bayes.structures.base import Budget
+from tests.cases import use_budget
 
 from .evidence_models import (
     DECAY,
@@ -196,7 +198,7 @@ def test_the_search_for_a_prior_begins_at_the_last_epochs(tmp_path, prior, monke
     starts = []
 
     def spy(*arguments):
-        starts.append(arguments[4])
+        starts.append(arguments[2])
         return evidence_of(*arguments)
 
     monkeypatch.setattr("lightning_bayes.callbacks.evidence.evaluation.evidence_of", spy)
@@ -209,8 +211,7 @@ def test_the_search_for_a_prior_begins_at_the_last_epochs(tmp_path, prior, monke
 
 
 def test_many_outputs_are_sampled_and_said_to_be(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_bayes.evidence.options.MAX_COLUMNS", 2)
-    monkeypatch.setattr("lightning_bayes.evidence.options.AUTO_FLOP", 1.0)
+    use_budget(monkeypatch, Budget(columns=2, flop=1.0))
     callback, module = LaplaceEvidence(), Module(mlp(), cross_entropy)
     with pytest.warns(UserWarning, match=r"3 outputs per example, so structure='auto' takes.*num_samples=64"):
         fit(tmp_path, module, loader(), callback)

@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_bayes import LaplaceEvidence, laplace_evidence
+from lightning_bayes.structures.base import Budget
+from tests.cases import evidence_within, use_budget
 
 from .evidence_models import Module, fit, loader, mlp, optimizer, tensors
 
@@ -117,11 +119,11 @@ def test_unfreezing_makes_the_choice_of_a_structure_again(tmp_path, monkeypatch)
     def unfreezing(module, batch):
         if module.current_epoch == 1:
             module.network[0].requires_grad_(True)
-            monkeypatch.setattr("lightning_bayes.structures.registry.AUTO_FLOP", 1.0)
         return cross_entropy(module, batch)
 
     module = Module(mlp(), unfreezing, lambda m: torch.optim.SGD(m.parameters(), lr=0.1, weight_decay=0.02))
     module.network[0].requires_grad_(False)
+    use_budget(monkeypatch, Budget(flop=5e4))  # of the second layer alone
     callback = LaplaceEvidence()
     fit(tmp_path, module, loader(), callback, max_epochs=2)
     assert [evidence.structure for _, evidence in callback.history] == ["full", "kron"]
@@ -224,13 +226,11 @@ def test_datasets_that_a_module_keeps_are_not_copied(tmp_path):
     assert len(callback.history) == 1
 
 
-def test_small_priors_in_float32_give_the_decrement_of_float64(monkeypatch):
-    for module in ("dual", "dual_system"):
-        monkeypatch.setattr(f"lightning_bayes.structures.{module}.SMALL", 10)
+def test_small_priors_in_float32_give_the_decrement_of_float64():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(60, 50), nn.ReLU(), nn.Linear(50, 10))
     data = torch.randn(100, 60), torch.arange(100) % 10
-    fast = laplace_evidence(net, data, structure="full", prior_precision=1e-2)
+    fast = evidence_within(Budget(small=10), net, data, structure="full", prior_precision=1e-2)
     exact = laplace_evidence(
         net.double(), (data[0].double(), data[1]), structure="full", prior_precision=1e-2
     )

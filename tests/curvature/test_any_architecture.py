@@ -19,7 +19,7 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from lightning_bayes.evidence.laplace import laplace_evidence
 from lightning_bayes.evidence.result import Evidence
 from lightning_bayes.likelihoods import Categorical
-from lightning_bayes.structures import blocks_budget
+from lightning_bayes.structures.base import Budget
 from lightning_bayes.structures.bracket.bracket import BracketCurvature
 from lightning_bayes.structures.diagonal import DiagonalCurvature
 from lightning_bayes.structures.dual import DualCurvature
@@ -400,12 +400,11 @@ def test_bracket_about_tokens_in_batches_of_different_lengths(precision, monkeyp
 
 @pytest.mark.parametrize("routed", [False, True])
 @pytest.mark.parametrize("pool", [1, 30, 8192])
-def test_landmarks_from_tokens_in_batches_of_different_lengths(pool, routed, monkeypatch):
+def test_landmarks_from_tokens_in_batches_of_different_lengths(pool, routed):
     """From two batches or all they are more than parameters: the bounds meet."""
-    monkeypatch.setattr(blocks_budget, "POOL_ROWS", pool)
     twin, loader = tagged(routed)
     expected = twin.evidence(dict.fromkeys(twin.names, PRECISION))
-    found = tags_evidence(twin, loader, structure="blocks")
+    found = tags_evidence(twin, loader, structure="blocks", budget=Budget(pool_rows=pool))
     assert found.lower <= expected.log_evidence <= found.upper
     if pool > 1:
         assert_agrees(found, expected)

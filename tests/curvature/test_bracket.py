@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_bayes.row_storage.stored import KeptDense
-from lightning_bayes.structures import blocks, blocks_budget
-from lightning_bayes.structures.base import Problem
+from lightning_bayes.structures.base import Budget, Problem
 from lightning_bayes.structures.blocks import BlockCurvature
-from lightning_bayes.structures.bracket import bracket, selection
+from lightning_bayes.structures.blocks_budget import num_landmarks
+from lightning_bayes.structures.bracket import bracket
 from lightning_bayes.structures.bracket.bracket import BracketCurvature
 from lightning_bayes.structures.registry import STRUCTURES
 from tests.cases import make_case
@@ -24,22 +24,19 @@ reference = functools.cache(
     lambda network, loss, precision, examples=7: make_case(network, loss, examples).reference(precision)
 )
 precisions = st.sampled_from([0.03, 1.0, 30.0])
+SMALL = Budget(marked_rows=3, marked_share=2, bracket_share=math.inf, bracket_trace=8)
+"""Everything that large problems do, at the size of the tests."""
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Everything that large problems do, at the size of the tests."""
     monkeypatch.setitem(STRUCTURES, "full", BracketCurvature)
-    monkeypatch.setattr(selection, "BLOCK", 3)
-    monkeypatch.setattr(selection, "SHARE", 2)
-    monkeypatch.setattr(bracket, "WORTHWHILE", math.inf)
-    monkeypatch.setattr(bracket, "EXACT_TRACE_LIMIT", 8)
 
 
 @given(networks, losses, precisions, st.floats(1e-4, 30.0))
 def test_bracket_holds_the_truth_within_its_tolerance(network, loss, precision, tolerance):
     evidence = make_case(network, loss).evidence(
-        structure="full", prior_precision=precision, tolerance=tolerance
+        SMALL, structure="full", prior_precision=precision, tolerance=tolerance
     )
     expected = reference(network, loss, precision)
     assert evidence.lower <= expected.log_evidence <= evidence.upper
@@ -57,7 +54,7 @@ def test_bracket_holds_the_truth_within_its_tolerance(network, loss, precision, 
 def test_bracket_holds_the_truth_in_float32(network, precision, tolerance):
     case = make_case(network, "classification", 12)
     single = replace(case, model=case.model.float(), inputs=case.inputs.float())
-    evidence = single.evidence(structure="full", prior_precision=precision, tolerance=tolerance)
+    evidence = single.evidence(SMALL, structure="full", prior_precision=precision, tolerance=tolerance)
     expected = reference(network, "classification", precision, 12)
     # The rows themselves, and the likelihood, come from a network in float32.
     slack = 1e-5 * abs(expected.log_evidence)
@@ -69,13 +66,10 @@ few_rows = st.integers(1, 24)
 
 @given(networks, losses, precisions, few_rows, st.integers(1, 12), st.integers(1, 8), st.integers(1, 40))
 def test_blocks_hold_the_truth(network, loss, precision, kept, landmarks, batch_size, pool):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "capacity_of", lambda problem: kept)
-        patch.setattr(blocks_budget, "MAX_LANDMARKS", landmarks)
-        patch.setattr(blocks_budget, "POOL_ROWS", pool)
-        evidence = make_case(network, loss).evidence(
-            structure="blocks", prior_precision=precision, batch_size=batch_size
-        )
+    budget = Budget(least_kept=kept, kept_flop=0.0, landmarks=landmarks, pool_rows=pool)
+    evidence = make_case(network, loss).evidence(
+        budget, structure="blocks", prior_precision=precision, batch_size=batch_size
+    )
     expected = reference(network, loss, precision)
     assert evidence.lower <= expected.log_evidence <= evidence.upper
     assert evidence.lower <= evidence.log_evidence <= evidence.upper
@@ -86,10 +80,8 @@ def test_blocks_hold_the_truth(network, loss, precision, kept, landmarks, batch_
 def test_blocks_hold_the_truth_in_float32(network, kept, landmarks):
     case = make_case(network, "classification", 12)
     single = replace(case, model=case.model.float(), inputs=case.inputs.float())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "capacity_of", lambda problem: kept)
-        patch.setattr(blocks_budget, "MAX_LANDMARKS", landmarks)
-        evidence = single.evidence(structure="blocks")
+    budget = Budget(least_kept=kept, kept_flop=0.0, landmarks=landmarks)
+    evidence = single.evidence(budget, structure="blocks")
     expected = reference(network, "classification", 1.0, 12)
     slack = 1e-5 * abs(expected.log_evidence)
     assert evidence.lower - slack <= expected.log_evidence <= evidence.upper + slack
@@ -125,7 +117,7 @@ def test_little_is_kept_where_much_may_be_left_out(monkeypatch):
     expected = case.reference(1.0)
     estimates = []
     for tolerance in (0.01, 1.0, 5.0):
-        evidence = case.evidence(structure="full", tolerance=tolerance)
+        evidence = case.evidence(SMALL, structure="full", tolerance=tolerance)
         estimates.append((evidence.log_evidence, evidence.effective_parameters))
         assert evidence.upper - evidence.lower <= tolerance
     assert sizes == sorted(sizes, reverse=True)
@@ -135,9 +127,8 @@ def test_little_is_kept_where_much_may_be_left_out(monkeypatch):
     assert estimates[1][1] == pytest.approx(expected.effective_parameters, rel=0.1)
 
 
-def test_exact_where_leaving_out_saves_nothing(monkeypatch):
-    monkeypatch.setattr(bracket, "WORTHWHILE", 0.0)
-    evidence = trained().evidence(structure="full", tolerance=1.0)
+def test_exact_where_leaving_out_saves_nothing():
+    evidence = trained().evidence(replace(SMALL, bracket_share=0.0), structure="full", tolerance=1.0)
     assert evidence.lower == evidence.upper == evidence.log_evidence
 
 
@@ -145,7 +136,7 @@ def test_a_tolerance_below_the_rounding_of_float32_takes_float64():
     case = trained()
     expected = case.reference(1.0)
     single = replace(case, model=case.model.float(), inputs=case.inputs.float())
-    evidence = single.evidence(structure="full", tolerance=1e-6)
+    evidence = single.evidence(SMALL, structure="full", tolerance=1e-6)
     assert evidence.upper - evidence.lower <= 1e-6
     assert evidence.log_evidence == pytest.approx(expected.log_evidence, rel=1e-5)
 
@@ -154,11 +145,10 @@ def test_float64_is_not_begun_where_the_exact_answer_costs_less(monkeypatch):
     def unwanted(*args):
         raise AssertionError("rows were chosen for nothing")
 
-    monkeypatch.setattr(bracket, "WORTHWHILE", 0.8)
     monkeypatch.setattr(bracket, "select", unwanted)
     case = trained()
     single = replace(case, model=case.model.float(), inputs=case.inputs.float())
-    evidence = single.evidence(structure="full", tolerance=1e-6)
+    evidence = single.evidence(replace(SMALL, bracket_share=0.8), structure="full", tolerance=1e-6)
     assert evidence.lower == evidence.upper
 
 
@@ -194,12 +184,12 @@ def test_bounds_hold_where_small_eigenvalues_stand_beside_large_ones(examples, l
 def problem(**changes):
     shapes = {"w": torch.Size([3]), "b": torch.Size([1])}
     sizes = {"num_examples": 5, "rank": 2, "batch_size": 5, "kept_width": 4, "gram_width": 4}
-    place = {"dtype": torch.float64, "device": torch.device("cpu")}
+    place = {"dtype": torch.float64, "device": torch.device("cpu"), "budget": SMALL}
     return Problem(shapes, **(sizes | place | changes))
 
 
 def test_more_data_get_fewer_landmarks():
-    numbers = [blocks_budget.num_landmarks(problem(num_examples=n)) for n in (10, 10**5, 10**6, 10**8)]
+    numbers = [num_landmarks(problem(num_examples=n)) for n in (10, 10**5, 10**6, 10**8)]
     assert numbers == [20, 1024, 256, 128]
 
 

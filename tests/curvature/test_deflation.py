@@ -8,19 +8,15 @@ from hypothesis import strategies as st
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.row_storage.per_example_basis import principal_rows, smallest_set
 from lightning_bayes.row_storage.stored import KeptDense
+from lightning_bayes.structures.base import Budget
 from lightning_bayes.structures.bracket import factor as bracket_factor
 from lightning_bayes.structures.bracket import selection
 from lightning_bayes.structures.bracket.factor import factor_of
 from lightning_bayes.structures.bracket.selection import operations, select
 
 PRECISION = {"w": 0.7}
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Columns three at a time."""
-    monkeypatch.setattr(selection, "BLOCK", 3)
-    monkeypatch.setattr(selection, "SHARE", 2)
+THREE = Budget(marked_rows=3, marked_share=2)
+"""Columns three at a time."""
 
 
 def rows_of(seed, examples=12, columns=3, width=25, dtype=torch.float64):
@@ -43,7 +39,7 @@ seeds = st.integers(0, 10_000)
 @given(seeds, st.floats(0.01, 20.0))
 def test_the_head_is_the_beginning_of_the_factor(seed, width):
     rows = rows_of(seed)
-    found = select(rows, width, PRECISION, 1)
+    found = select(rows, width, PRECISION, 1, THREE)
     whole = dense(rows)
     chosen, marked = found.chosen, found.head.shape[1]
     assert len(chosen.unique()) == len(chosen)
@@ -54,7 +50,7 @@ def test_the_head_is_the_beginning_of_the_factor(seed, width):
 @given(seeds, st.floats(0.01, 20.0))
 def test_what_is_left_is_a_schur_complement_and_stays_within_the_width(seed, width):
     rows = rows_of(seed)
-    found = select(rows, width, PRECISION, 1)
+    found = select(rows, width, PRECISION, 1, THREE)
     whole = dense(rows)
     residual, expected = left_outside(found, whole)
     assert (residual >= expected - 1e-9).all()  # the negligible rows keep their whole diagonal
@@ -74,7 +70,7 @@ def left_outside(found, whole):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rows_that_share_directions_leave_little_of_each_other(dtype):
     rows = rows_of(0, examples=40, width=4, dtype=dtype)
-    found = select(rows, 3.0, PRECISION, 1)
+    found = select(rows, 3.0, PRECISION, 1, THREE)
     marked = found.head.shape[1]
     assert marked >= 6  # two blocks at least
     residual, expected = left_outside(found, dense(rows))
@@ -96,8 +92,8 @@ def test_rows_that_share_directions_leave_little_of_each_other(dtype):
 @given(seeds, st.floats(0.01, 20.0), st.booleans())
 def test_the_split_factor_answers_as_the_dense_one(seed, width, headless):
     rows = rows_of(seed)
-    found = select(rows, width, PRECISION, 1)
-    found, factor = factor_of(found.headless() if headless else found, PRECISION, torch.float64)
+    found = select(rows, width, PRECISION, 1, THREE)
+    found, factor = factor_of(found.headless() if headless else found, PRECISION, torch.float64, 4096)
     matrix = dense(rows)[found.chosen][:, found.chosen]
     lower = torch.linalg.cholesky(matrix)
     vectors = torch.randn(len(matrix), 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -114,18 +110,18 @@ def test_the_split_factor_answers_as_the_dense_one(seed, width, headless):
 
 
 def test_a_head_that_spoils_the_rest_is_done_without(monkeypatch):
-    found = select(rows_of(1, examples=40, width=4, dtype=torch.float32), 3.0, PRECISION, 1)
+    found = select(rows_of(1, examples=40, width=4, dtype=torch.float32), 3.0, PRECISION, 1, THREE)
     assert found.head.shape[1] > 0
     original, calls = bracket_factor.factorise, []
 
-    def refusing(layers, precision, dtypes, allowed):
+    def refusing(layers, precision, dtypes, *rest):
         calls.append((len(precision), dtypes))
         if len(precision) > 1:
             raise EvidenceUnavailableError("the head")
-        return original(layers, precision, dtypes, allowed)
+        return original(layers, precision, dtypes, *rest)
 
     monkeypatch.setattr(bracket_factor, "factorise", refusing)
-    again, factor = factor_of(found, PRECISION, torch.float64)
+    again, factor = factor_of(found, PRECISION, torch.float64, 4096)
     assert calls == [(2, (torch.float32,)), (1, (torch.float32, torch.float64))]
     assert again.head.shape[1] == 0
     matrix = dense(found.rows)[again.chosen][:, again.chosen]
@@ -137,7 +133,7 @@ def test_nothing_is_marked_where_float32_loses_the_identity(monkeypatch):
     rows = rows_of(2, examples=40, width=4, dtype=torch.float32)
     strong = {"w": 1e-7}
     grams = rows.layers[0].example_grams(strong).double()
-    assert select(principal_rows(rows.layers, grams), 3.0, strong, 1).head.shape[1] == 0
+    assert select(principal_rows(rows.layers, grams), 3.0, strong, 1, THREE).head.shape[1] == 0
 
 
 def test_operations_and_the_smallest_set():

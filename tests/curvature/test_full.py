@@ -8,8 +8,8 @@ import torch
 
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.numerics.cholesky import diagonal_of_inverse
-from lightning_bayes.structures import dual, dual_system, primal
-from lightning_bayes.structures.bracket import bracket
+from lightning_bayes.structures import dual, dual_system
+from lightning_bayes.structures.base import Budget
 from lightning_bayes.structures.bracket.bracket import BracketCurvature
 from lightning_bayes.structures.dual import DualCurvature
 from lightning_bayes.structures.primal import PrimalCurvature
@@ -122,12 +122,11 @@ def test_spectrum_and_traces_are_those_of_the_dense_matrix(network, side, monkey
 def test_spectrum_and_traces_of_a_bracket_are_those_of_the_rows_it_kept(monkeypatch):
     """Its log-determinant and its γ by tensor belong to one matrix, which is not above the whole one."""
     monkeypatch.setitem(STRUCTURES, "full", BracketCurvature)
-    monkeypatch.setattr(bracket, "WORTHWHILE", 1e9)
     case = make_case("mlp", num_examples=12)
-    curvature = kept_curvature(case, "full", monkeypatch, tolerance=2.0)
+    curvature = kept_curvature(case, "full", monkeypatch, budget=Budget(bracket_share=1e9), tolerance=2.0)
     whole = torch.linalg.eigvalsh(dense_ggn(case, dict.fromkeys(case.names, 0.8))[0]).clamp(min=0.0)
     precision = dict.fromkeys(case.names, 0.8)
-    curvature = curvature.of_kept_rows(precision)
+    curvature = curvature.of_chosen_rows(precision)
     spectrum = curvature.spectrum(precision).sort(descending=True).values
     log_det, traces = curvature.log_det_and_traces(precision)
     assert log_det == pytest.approx(spectrum.log1p().sum().item(), rel=1e-9)
@@ -141,9 +140,9 @@ def test_spectrum_and_traces_of_a_bracket_are_those_of_the_rows_it_kept(monkeypa
 @pytest.mark.parametrize("kept", [0, 1, 4])
 def test_rows_of_the_primal_that_are_kept_or_summed(kept, monkeypatch):
     monkeypatch.setitem(STRUCTURES, "full", PrimalCurvature)
-    monkeypatch.setattr(primal, "KEPT_ROWS", kept)
     case = make_case("linear", "classification", 20)
-    assert_agrees(case.evidence(structure="full", prior_precision=0.3), case.reference(0.3))
+    found = case.evidence(Budget(primal_rows=kept), structure="full", prior_precision=0.3)
+    assert_agrees(found, case.reference(0.3))
 
 
 @pytest.mark.parametrize("precision", [1.0, 1e-2, 1e-5, 1e-7])
@@ -170,14 +169,12 @@ def test_diagonal_of_the_inverse_by_halves(size):
 def in_single_precision(monkeypatch):
     """The engine's float32 answer where the dual matrix counts as large, beside the float64 reference."""
     monkeypatch.setitem(STRUCTURES, "full", DualCurvature)
-    for module in (dual, dual_system):
-        monkeypatch.setattr(module, "SMALL", 8)
 
     def answer(network, precision):
         case = make_case(network, "classification", 12)
         expected = case.reference(precision)
         single = replace(case, model=case.model.float(), inputs=case.inputs.float())
-        return single.evidence(structure="full", prior_precision=precision), expected
+        return single.evidence(Budget(small=8), structure="full", prior_precision=precision), expected
 
     return answer
 
@@ -251,13 +248,10 @@ def test_rows_that_rounding_hides_are_left_out_of_a_large_exact_matrix(monkeypat
     monkeypatch.setattr(
         dual, "factorise", lambda layers, *rest: sizes.append(layers[0].num_rows) or original(layers, *rest)
     )
-    for module in (dual, dual_system):
-        monkeypatch.setattr(module, "SMALL", 8)
-    monkeypatch.setattr(dual, "NUM_PROBES", 20_000)
     monkeypatch.setitem(STRUCTURES, "full", DualCurvature)
-    found = single.evidence(structure="full")
-    monkeypatch.setattr(dual_system, "WORTHWHILE", 1.1)
-    whole = single.evidence(structure="full")
+    budget = Budget(small=8, probes=20_000)
+    found = single.evidence(budget, structure="full")
+    whole = single.evidence(replace(budget, left_out_share=1.1), structure="full")
     assert sizes[0] < 0.85 * sizes[1]
     assert found.log_evidence == pytest.approx(whole.log_evidence, rel=1e-6)
     assert found.lower == found.upper == found.log_evidence

@@ -8,7 +8,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bayes import EvidenceUnavailableError, laplace_evidence
 from lightning_bayes.likelihoods import Categorical
-from lightning_bayes.structures import blocks_budget
+from lightning_bayes.structures.base import Budget
+from tests.cases import evidence_within
 from tests.reference import Density, SlowTwin, assert_agrees
 
 F64 = torch.float64
@@ -65,16 +66,15 @@ def test_saturated_outputs_have_no_curvature(structure):
 
 
 @pytest.mark.parametrize("precision", [0.01, 1.0, 100.0])
-def test_block_bounds_hold_where_batches_take_different_layers(precision, monkeypatch):
+def test_block_bounds_hold_where_batches_take_different_layers(precision):
     """Landmarks of one expert meet batches of the other."""
-    monkeypatch.setattr(blocks_budget, "POOL_ROWS", 64)
     model, x = Experts().double(), torch.randn(160, 4, dtype=F64)
     x = x[x[:, 0].argsort(descending=True)]
     x = torch.cat([x[x[:, 0] > 0][:60], x[x[:, 0] < 0][:60]])
     y = torch.randint(3, (120,))
     arguments = {"prior_precision": precision, "batch_size": 20}
     exact = laplace_evidence(model, (x, y), structure="full", **arguments)
-    bounds = laplace_evidence(model, (x, y), structure="blocks", **arguments)
+    bounds = evidence_within(Budget(pool_rows=64), model, (x, y), structure="blocks", **arguments)
     assert bounds.lower <= exact.log_evidence <= bounds.upper
 
 
@@ -102,11 +102,10 @@ def test_rows_that_are_gone_answer_for_one_prior_alone():
         laplace_evidence(nn.Linear(4, 3), data, structure="blocks", tolerance=1.0)
 
 
-def test_a_bracket_beyond_the_budget_is_refused_rather_than_widened(monkeypatch):
-    monkeypatch.setattr("lightning_bayes.structures.registry.AUTO_FLOP", 1.0)
+def test_a_bracket_beyond_the_budget_is_refused_rather_than_widened():
     data = torch.randn(20, 4), torch.randint(3, (20,))
     with pytest.raises(ValueError, match=r"tolerance=1 is not to be had within the budget.*structure='full'"):
-        laplace_evidence(nn.Linear(4, 3), data, tolerance=1.0)
+        evidence_within(Budget(flop=1.0), nn.Linear(4, 3), data, tolerance=1.0)
 
 
 @pytest.mark.parametrize("structure", ["full", "kron", "diag"])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_bayes import laplace_evidence
-from lightning_bayes.structures import kronecker
+from lightning_bayes.structures.base import Budget
 from tests import reference_kronecker
 from tests.cases import make_case
 from tests.reference import assert_agrees
@@ -39,10 +39,10 @@ def test_kron_claims_no_bound_but_the_likelihood():
 @pytest.mark.parametrize("network", ["conv", "batch_norm", "called_twice", "lstm", "tied", "convnext_block"])
 def test_large_blocks_without_a_kronecker_form_keep_their_diagonal(network, limit, monkeypatch):
     """Other tensors beyond the limit, but the biases of layers that have the form stay exact."""
-    monkeypatch.setattr(kronecker, "MAX_EXACT_BLOCK", limit)
     monkeypatch.setattr(reference_kronecker, "MAX_EXACT_BLOCK", limit)
     case = make_case(network, "class_probabilities")
-    assert_agrees(case.evidence(structure="kron", prior_precision=0.3), case.reference(0.3, "kron"))
+    found = case.evidence(Budget(kronecker_exact=limit), structure="kron", prior_precision=0.3)
+    assert_agrees(found, case.reference(0.3, "kron"))
 
 
 @pytest.mark.parametrize("precision", [0.1, 3.0])

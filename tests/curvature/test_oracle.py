@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lightning_bayes import likelihoods
-from lightning_bayes.structures.full import DualCurvature, PrimalCurvature
+from lightning_bayes.structures.dual import DualCurvature
+from lightning_bayes.structures.primal import PrimalCurvature
 from lightning_bayes.structures.registry import STRUCTURES
 from tests.cases import CASES, LOSSES, NETWORKS, make_case
 from tests.reference import assert_agrees

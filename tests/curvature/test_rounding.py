@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from lightning_bayes import evidence_curve, laplace_evidence
 from lightning_bayes.likelihoods import Gaussian, resolve_likelihood
-from lightning_bayes.structures import dual, dual_system
+from lightning_bayes.structures.base import Budget
 from lightning_bayes.structures.hessian_reader import HessianReader
+from tests.cases import evidence_within
 from tests.curvature.dense import dense_matrix
 
 
@@ -155,26 +156,23 @@ def badly_scaled():
 @pytest.mark.parametrize("tolerance", [None, 0.1])
 @pytest.mark.parametrize("precision", [1e-2, 1e-4, 1e-6])
 @pytest.mark.parametrize("case", [repeated, nearly_parallel, badly_scaled])
-def test_many_rows_in_float32_are_as_exact_as_they_say(case, precision, tolerance, monkeypatch):
+def test_many_rows_in_float32_are_as_exact_as_they_say(case, precision, tolerance):
     """As if 180 rows were more than 4,096."""
-    for module in (dual, dual_system):
-        monkeypatch.setattr(module, "SMALL", 16)
     torch.manual_seed(0)
     net, x, y = case()
-    evidence = laplace_evidence(net, (x, y), structure="full", prior_precision=precision, tolerance=tolerance)
+    arguments = {"structure": "full", "prior_precision": precision, "tolerance": tolerance}
+    evidence = evidence_within(Budget(small=16), net, (x, y), **arguments)
     expected, _ = right(net, x, y, cross_entropy, precision, "ggn")
     slack = 2e-3 + 3e-7 * abs(expected)  # of rows in float32
     assert evidence.lower - slack <= expected <= evidence.upper + slack
     assert evidence.upper - evidence.lower <= (tolerance or 0.0) + 1e-9
 
 
-def test_a_curve_of_many_rows_in_float32_holds_at_weak_priors(monkeypatch):
-    for module in (dual, dual_system):
-        monkeypatch.setattr(module, "SMALL", 16)
+def test_a_curve_of_many_rows_in_float32_holds_at_weak_priors():
     torch.manual_seed(0)
     net, x, y = repeated()
     grid = [1e-6, 1e-3, 1.0]
-    curve = evidence_curve(net, (x, y), grid, structure="full")
+    curve = evidence_curve(net, (x, y), grid, structure="full", budget=Budget(small=16))
     expected = [right(net, x, y, cross_entropy, precision, "ggn")[0] for precision in grid]
     assert curve.log_evidence.tolist() == pytest.approx(expected, abs=3e-3)
 

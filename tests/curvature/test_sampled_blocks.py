@@ -16,8 +16,7 @@ from lightning_bayes.numerics import sampling_estimates
 from lightning_bayes.numerics.sampling_estimates import BlockSample, draw_blocks, estimated_total
 from lightning_bayes.row_storage import format
 from lightning_bayes.rows.reader import RowReader
-from lightning_bayes.structures import blocks, blocks_budget
-from lightning_bayes.structures.base import Problem
+from lightning_bayes.structures.base import Budget, Problem
 from lightning_bayes.structures.blocks import BlockCurvature
 from lightning_bayes.structures.blocks_sampled import SampledBlockCurvature
 from tests.cases import make_case
@@ -92,7 +91,7 @@ def log_det(matrices):
     return torch.linalg.slogdet(torch.eye(len(total)).to(total) + total).logabsdet.item()
 
 
-def test_the_estimate_has_no_bias_and_its_error_is_calibrated(read, monkeypatch):
+def test_the_estimate_has_no_bias_and_its_error_is_calibrated(read):
     """Against the sum over all blocks outside the base, each given the base, from dense autograd."""
     found, problem, dense = read
     differences, errors = [], []
@@ -113,38 +112,34 @@ def test_the_estimate_has_no_bias_and_its_error_is_calibrated(read, monkeypatch)
     assert 0.75 < spread / math.sqrt(statistics.mean(error**2 for error in errors)) < 1.33
 
 
-def test_a_base_that_is_not_kept_whole_has_wider_bounds(read, monkeypatch):
+def test_a_base_that_is_not_kept_whole_has_wider_bounds(read):
     found, problem, dense = read
     sample = draw_blocks(BATCHES, 8)
     chosen, bounds = sample.base | sample.held, []
     for capacity in (1000, 12):
-        monkeypatch.setattr(
-            "lightning_bayes.structures.blocks_sampled.capacity_of", lambda *_, capacity=capacity: capacity
-        )
-        curvature = SampledBlockCurvature(replace(problem, block_sample=sample))
+        budget = Budget(least_kept=capacity, kept_flop=0.0)
+        curvature = SampledBlockCurvature(replace(problem, block_sample=sample, budget=budget))
         bounds.append(answer(curvature, found, chosen).bounds)
     assert bounds[1][0] < bounds[0][0] < log_det(dense)
     assert bounds[0][1] < bounds[1][1]
 
 
-def test_what_goes_is_estimated_without_bias(read, monkeypatch):
+def test_what_goes_is_estimated_without_bias(read):
     """The priority sample of the rows that are not kept, against all of them."""
     found, problem, _ = read
-    monkeypatch.setattr(blocks_budget, "POOL_ROWS", 8)
-    monkeypatch.setattr(blocks, "NUM_SAMPLED", 1000)
     precision = dict.fromkeys(problem.shapes, PRECISION)
 
-    def rest(seed):
-        curvature = BlockCurvature(problem, seed, capacity=12)
+    def rest(seed, sampled):
+        budget = Budget(pool_rows=8, sampled_rows=sampled)
+        curvature = BlockCurvature(replace(problem, budget=budget), seed, capacity=12)
         answer(curvature, found)
         return curvature.part(precision)
 
-    whole = rest(0)
+    whole = rest(0, 1000)
     assert 0.0 < whole.added[0] < whole.beyond
     assert whole.added[1] == 0.0
-    monkeypatch.setattr(blocks, "NUM_SAMPLED", 6)
     for name in ("added", "added_gamma"):
-        some = [getattr(rest(seed), name) for seed in range(80)]
+        some = [getattr(rest(seed, 6), name) for seed in range(80)]
         spread = statistics.stdev(value for value, _ in some)
         mean = statistics.mean(value for value, _ in some)
         assert abs(mean - getattr(whole, name)[0]) < 4 * spread / math.sqrt(len(some))

@@ -9,11 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_bayes.structures import registry
-from lightning_bayes.structures.base import Problem
+from lightning_bayes.structures.base import Budget, Problem
 from lightning_bayes.structures.dual import DualCurvature
-from lightning_bayes.structures.full import full_cost, full_curvature
 from lightning_bayes.structures.primal import PrimalCurvature
-from lightning_bayes.structures.registry import STRUCTURES, choose_structure
+from lightning_bayes.structures.registry import STRUCTURES, choose_structure, full_cost, full_curvature
 from tests.cases import LOSSES, make_case
 
 networks = st.sampled_from(["linear", "mlp", "batch_norm", "called_twice"])
@@ -128,11 +127,9 @@ def test_what_does_not_fit_is_refused(monkeypatch):
         choose_structure("full", problem(10**9, 10**4))
 
 
-def test_auto_falls_back_in_the_evidence_itself(monkeypatch):
-    monkeypatch.setattr(registry, "AUTO_MEMORY", 1.0)
-    assert make_case().evidence().structure == "kron"
-    monkeypatch.setattr(registry, "AUTO_MEMORY", math.inf)
-    assert make_case().evidence().structure == "full"
+def test_auto_falls_back_in_the_evidence_itself():
+    assert make_case().evidence(Budget(memory=1.0)).structure == "kron"
+    assert make_case().evidence(Budget(memory=math.inf)).structure == "full"
 
 
 def test_sampled_columns_have_no_exact_matrix():

@@ -151,7 +151,7 @@ class Evaluation:
         same = rehearsed.sizes == (list(prior.strengths), examples.num_examples)
         method = rehearsed.chosen if same else rehearsed.asked
         totals = read_all(reader.network, forwards(), captured.likelihood, prior, method, *sizes)
-        return evidence_of(totals, captured.likelihood, prior, loss_scale, _start(before, prior))
+        return evidence_of(totals, loss_scale, _start(before, prior))
 
     def _choose(
         self,

@@ -30,20 +30,16 @@ from lightning_bayes.structures.base import CurvatureSummary, Problem
 from lightning_bayes.structures.bracket.factor import SplitFactor, factor_of
 from lightning_bayes.structures.bracket.selection import Selection, operations, select
 from lightning_bayes.structures.dual import DualCurvature
-from lightning_bayes.structures.dual_system import SMALL, inverse_on
+from lightning_bayes.structures.dual_system import inverse_on
 
 NUM_PROBES = 64
 """Random vectors of the trace over S."""
-EXACT_TRACE_LIMIT = 1024
-"""Size of S up to which that trace is exact."""
 NUM_SAMPLES = 32
 """Rows outside S that the point estimate looks at."""
 ROUNDING_SHARE = 0.05
 """Of the bracket that the allowance may take before everything is done in float64."""
-WORTHWHILE = 0.8
-"""Share of the exact operations from which on the exact answer is given instead..."""
 IN_FLOAT64 = 2.0
-"""... where those of a bracket for which float32 is not good enough take so many times as long."""
+"""Times that the operations of a bracket take for which float32 is not good enough."""
 DECREMENT_TOLERANCE = 5e-3
 """Relative rise of the Newton decrement at which its refinement ends: about so much is missing at most."""
 
@@ -51,8 +47,11 @@ DECREMENT_TOLERANCE = 5e-3
 class BracketCurvature(DualCurvature):
     """ln det(I + K) to within twice `Problem.tolerance`, since the evidence has half of it."""
 
+    chooses_rows = True
+
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
+        self.searches_by_spectrum = False  # the rows that are chosen may
         self._exact_at: set[tuple[float, ...]] = set()
 
     @override
@@ -71,13 +70,13 @@ class BracketCurvature(DualCurvature):
         selection = self._select(precision)
         if selection is None:
             return super().at(precision, gradient)
-        selection, factor = factor_of(selection, precision, self._accurate)
+        selection, factor = factor_of(selection, precision, self._accurate, self._small)
         rows = selection.rows
         # Of the type of the rows, which the residuals are of as well, also where the factor is of a better one.
         log_det, slack = factor.log_det, _allowance(rows.eigenvalues, rows.layers[0].rows.dtype)
         above = selection.residual.log1p().sum().item()
         lower, upper = max(log_det - slack, 0.0), log_det + above + slack
-        gamma, gamma_error = factor.trace_of_shrinkage(NUM_PROBES, EXACT_TRACE_LIMIT)
+        gamma, gamma_error = factor.trace_of_shrinkage(NUM_PROBES, self.problem.budget.bracket_trace)
         added, added_gamma = _sampled_rest(selection, factor, precision)
         precondition = woodbury(rows.layers, inverse_on(selection.chosen, factor.solve), precision)
         return CurvatureSummary(
@@ -89,8 +88,8 @@ class BracketCurvature(DualCurvature):
             effective_parameters_stderr=(gamma_error**2 + _standard_error(added_gamma) ** 2) ** 0.5,
         )
 
-    def of_kept_rows(self, precision: Mapping[str, float]) -> DualCurvature:
-        """The exact structure of S at a prior, or of all rows where that costs hardly more.
+    def of_chosen_rows(self, precision: Mapping[str, float]) -> DualCurvature:
+        """Return the exact structure of S at a prior, or of all rows where that costs hardly more.
 
         Its log-determinant lies below by no more than twice the tolerance, at this prior and at any that is not
         smaller for some tensor: the difference falls with each λ, since γ of a tensor falls when rows are left out.
@@ -115,11 +114,11 @@ class BracketCurvature(DualCurvature):
         grams = example_grams(layers, precision)
         width, slowness = 2.0 * (self.problem.tolerance or 0.0), 1.0
         diagonal = grams.diagonal(dim1=1, dim2=2)
-        most = WORTHWHILE * operations(diagonal.numel(), product)
+        most = self.problem.budget.bracket_share * operations(diagonal.numel(), product)
         allowance = _allowance(diagonal, layers[0].rows.dtype)
         if allowance > ROUNDING_SHARE * width:
             # A small exact problem that rounds too much is done in float64 as well.
-            if diagonal.numel() > SMALL or allowance <= SMALL_ROUNDING:
+            if diagonal.numel() > self._small or allowance <= SMALL_ROUNDING:
                 slowness = IN_FLOAT64
             roughly = torch.linalg.eigvalsh(grams.to(self._accurate)).clamp_(min=0.0).flatten()
             if slowness * operations(len(smallest_set(roughly, width)), product) > most:
@@ -129,7 +128,9 @@ class BracketCurvature(DualCurvature):
             grams = example_grams(layers, precision)
             allowance = _allowance(diagonal, self._accurate)
         width -= 2.0 * allowance
-        selection = select(principal_rows(layers, grams.to(self._accurate)), width, precision, product)
+        selection = select(
+            principal_rows(layers, grams.to(self._accurate)), width, precision, product, self.problem.budget
+        )
         return None if slowness * operations(len(selection.chosen), product) > most else selection
 
 
@@ -151,23 +152,16 @@ def _allowance(diagonal: Tensor, dtype: torch.dtype) -> float:
 def _sampled_rest(
     selection: Selection, factor: SplitFactor, precision: Mapping[str, float]
 ) -> tuple[Tensor, Tensor]:
-    """Samples whose means estimate Σ_{i∉S} ln(1 + R_ii), and what those rows add to γ.
-
-    With k = K_Si and A = I + K_SS: R_ii = K_ii − kᵀA⁻¹k. γ is the derivative of ln det(I + tK) at t = 1, so
-    row i adds (R_ii − kᵀA⁻²k)/(1 + R_ii) to it.
-    """
+    """Samples whose means estimate Σ_{i∉S} ln(1 + R_ii), and what those rows add to γ."""
     weights = selection.residual.log1p()
     if not weights.sum() > 0.0:
         return weights.new_zeros(1), weights.new_zeros(1)
     generator = torch.Generator(device=weights.device).manual_seed(0)
     drawn = torch.multinomial(weights, NUM_SAMPLES, replacement=True, generator=generator)
     cross = cross_all(selection.rows.pick(selection.chosen), selection.rows.pick(drawn), precision)
-    half = factor.whiten(cross.to(factor.tail))
-    whole = factor.unwhiten(half)
-    schur = (selection.rows.eigenvalues[drawn] - half.square().sum(0)).clamp(min=0.0)
-    growth = ((schur - whole.square().sum(0)) / (1.0 + schur)).clamp(min=0.0)
+    added, added_gamma = factor.added_by_each(selection.rows.eigenvalues[drawn], cross)
     scale = weights.sum() / weights[drawn]
-    return scale * schur.log1p(), scale * growth
+    return scale * added, scale * added_gamma
 
 
 def _standard_error(samples: Tensor) -> float:

@@ -6,20 +6,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.numerics.cholesky import log_det_of
 from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.row_storage.stored import KeptDense
 from lightning_bayes.structures.bracket.selection import Selection
-from lightning_bayes.structures.dual_system import estimated_shrinkage, factorise
+from lightning_bayes.structures.dual_system import Factor, estimated_shrinkage, factorise
 
 HEAD = ".head"
 """A name that no parameter can have."""
 
 
 @dataclass(frozen=True)
-class SplitFactor:
+class SplitFactor(Factor):
     """L with L Lᵀ = I + K_SS: ((A, 0), (B, C)) as its first columns [A; B] and C."""
 
     head: Tensor  # [S, M]
@@ -30,15 +31,16 @@ class SplitFactor:
         """Of I + K_SS."""
         return log_det_of(self.head) + log_det_of(self.tail)
 
+    @override
     def whiten(self, vectors: Tensor) -> Tensor:
-        """L⁻¹ times vectors [S, ...]."""
+        vectors = vectors.to(self.tail)
         above, below = self._halves()
         first = torch.linalg.solve_triangular(above, vectors[: len(above)], upper=False)
         rest = vectors[len(above) :] - below @ first
         return torch.cat([first, torch.linalg.solve_triangular(self.tail, rest, upper=False)])
 
+    @override
     def unwhiten(self, vectors: Tensor) -> Tensor:
-        """L⁻ᵀ times vectors [S, ...]."""
         above, below = self._halves()
         rest = torch.linalg.solve_triangular(self.tail.mT, vectors[len(above) :], upper=True)
         first = vectors[: len(above)] - below.mT @ rest
@@ -46,7 +48,7 @@ class SplitFactor:
 
     def solve(self, coefficients: Tensor) -> Tensor:
         """(I + K_SS)⁻¹ times coefficients [1, S], in their type."""
-        return self.unwhiten(self.whiten(coefficients.mT.to(self.tail))).mT.to(coefficients)
+        return self.unwhiten(self.whiten(coefficients.mT)).mT.to(coefficients)
 
     def trace_of_shrinkage(self, num_probes: int, exact_limit: int) -> tuple[float, float]:
         """Trace of K_SS(I + K_SS)⁻¹, see `trace_of_shrinkage`."""
@@ -62,7 +64,7 @@ class SplitFactor:
 
 
 def factor_of(
-    selection: Selection, precision: Mapping[str, float], accurate: torch.dtype
+    selection: Selection, precision: Mapping[str, float], accurate: torch.dtype, small: int
 ) -> tuple[Selection, SplitFactor]:
     """The factor, and the selection that it belongs to: without a head where its rounding spoils the rest.
 
@@ -76,9 +78,9 @@ def factor_of(
         below = head[head.shape[1] :]
         taken = KeptDense(below.unsqueeze(0), HEAD, below.shape[1:])
         try:
-            system = factorise([*tail, taken], {**precision, HEAD: -1.0}, (head.dtype,), math.inf)
+            system = factorise([*tail, taken], {**precision, HEAD: -1.0}, (head.dtype,), small, math.inf)
         except EvidenceUnavailableError:
-            return factor_of(selection.headless(), precision, accurate)
+            return factor_of(selection.headless(), precision, accurate, small)
     else:
-        system = factorise(tail, precision, (head.dtype, accurate), math.inf)
+        system = factorise(tail, precision, (head.dtype, accurate), small, math.inf)
     return selection, SplitFactor(head.to(system.factor), system.factor)

@@ -15,11 +15,10 @@ from lightning_bayes.numerics.cholesky import ROUNDING_TOLERANCE, keeps_the_iden
 from lightning_bayes.row_storage.collector import cross_all
 from lightning_bayes.row_storage.per_example_basis import PrincipalRows, smallest_set
 from lightning_bayes.row_storage.stored import KeptRows
+from lightning_bayes.structures.base import Budget
 
-BLOCK = 256
-"""Columns of the factor that are computed at a time."""
-MAX_MARKED, SHARE = 512, 4
-"""Columns that are computed at most, and the part that they may be of S as it was before."""
+MAX_MARKED = 512
+"""Columns of the factor that are computed at most."""
 NEGLIGIBLE = 0.05
 """Share of the bracket's width that the smallest rows, which nothing is subtracted from, take together."""
 
@@ -67,7 +66,7 @@ class _Deflation:
         self.residual = rows.eigenvalues[numbers]
         self.marked = numbers.new_zeros(0)  # indices into `numbers`, in the order of the columns
         self._precision = precision
-        self._columns: list[Tensor] = []  # [numbers, BLOCK] each
+        self._columns: list[Tensor] = []  # [numbers, marked] each
 
     @cached_property
     def _layers(self) -> list[KeptRows]:
@@ -111,6 +110,7 @@ def select(
     width: float,
     precision: Mapping[str, float],
     product: int,
+    budget: Budget,
 ) -> Selection:
     """S as small as it may be, marking blocks of the largest rows for as long as that saves operations.
 
@@ -121,7 +121,9 @@ def select(
         width: Of the bracket about the log-determinant, nats.
         precision: λ of each parameter tensor.
         product: Multiplications of the inner product of two rows.
+        budget: How many rows are marked.
     """
+    size = budget.marked_rows
     ascending, order = rows.eigenvalues.sort()
     added = ascending.log1p().cumsum(0)
     negligible = min(int((added <= NEGLIGIBLE * width).sum()), len(order) - 1)
@@ -129,10 +131,12 @@ def select(
     deflation = _Deflation(rows, order[negligible:], precision)
     kept = deflation.keep(width)
     most = MAX_MARKED if keeps_the_identity(rows.eigenvalues.to(rows.layers[0].rows)) else 0
-    while len(deflation.marked) + BLOCK <= min(len(kept) // SHARE, most) and deflation.mark(BLOCK):
+    while len(deflation.marked) + size <= min(len(kept) // budget.marked_share, most) and deflation.mark(
+        size
+    ):
         before, kept = len(kept), deflation.keep(width)
         # What is computed for other rows of S is needed anyhow, and half of what is computed for the block's own.
-        wasted = 2.0 * (len(deflation.numbers) - len(kept)) * BLOCK + BLOCK**2
+        wasted = 2.0 * (len(deflation.numbers) - len(kept)) * size + size**2
         if operations(before, product) - operations(len(kept), product) < wasted * (
             product + len(deflation.marked)
         ):

@@ -16,14 +16,15 @@ where all μ go up and down together one spectrum of G serves every λ.
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import minimize, root_scalar
 
+from lightning_bayes.evidence.totals import Totals
+from lightning_bayes.functional.evidence import effective_parameters, log_det_from_eigenvalues
 from lightning_bayes.numerics.mackay_fixed_point import mackay_fixed_point
-from lightning_bayes.priors.at_fixed_weights import FixedWeights, curve_of
-from lightning_bayes.priors.prior import Prior
+from lightning_bayes.structures.hessian import without_negative
 
 SEARCH_RANGE = 1e8
 """λ is sought this far below and above p/‖ω‖², which no maximum exceeds; and φ about its estimate."""
@@ -33,6 +34,8 @@ EXACT, COARSE = 1e-12, 1e-6
 """In ln φ or ln λ, where a search of one number ends: by a spectrum, or by a factorisation for each that is tried."""
 ACCEPTED_GRADIENT = 0.1
 """In nats per unit of ln λ, beyond which the search has failed: the maximum is some 0.01 nats away."""
+MOST_SELECTIONS = 6
+"""Times that the rows of a bracket are chosen anew because the λ that was found lies below that of the choice."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,18 @@ class Optimum:
     precision: dict[str, float]
     dispersion: float
 
+    @property
+    def scaled(self) -> dict[str, float]:
+        """φλ: the prior in units of the dispersion, which the curvature is in."""
+        return {name: self.dispersion * value for name, value in self.precision.items()}
 
-def maximize_evidence(weights: FixedWeights, prior: Prior) -> Optimum:
-    """Find the λ of `prior.optimized`, and φ where the likelihood optimizes it.
+
+def maximize_evidence(totals: Totals) -> Optimum:
+    """Find the λ of `Prior.optimized`, and φ where the likelihood optimizes it.
+
+    A structure that chooses its rows maximises the log-evidence that these alone would have. At the λ of their choice
+    and at any above it, what they leave out is at most the tolerance, since γ of each tensor falls when rows are left
+    out: the rows are chosen anew until that holds at the λ that is found.
 
     Warns:
         UserWarning: If a λ ends at the end of the range searched: the maximum is at 0 or at infinity.
@@ -52,54 +64,84 @@ def maximize_evidence(weights: FixedWeights, prior: Prior) -> Optimum:
     Raises:
         EvidenceUnavailableError: If the residuals are all zero and φ is to be found.
     """
-    if not prior.optimized and not weights.likelihood.optimizes_dispersion:
-        dispersion = weights.likelihood.estimate_dispersion(weights.unit_loss, weights.num_terms)
-        return Optimum(weights.precision_at(dispersion), dispersion)
-    search = _Search(weights, prior)
-    start, low, high = search.box()
-    if search.size == 1:
-        at = np.array([search.root(low[0], start[0], high[0])])
-    else:
-        result = minimize(
-            lambda x: tuple(-part for part in search(x)),
-            start,
-            jac=True,
-            method="L-BFGS-B",
-            bounds=list(zip(low, high, strict=True)),
-            options={"ftol": 1e-15, "gtol": GRADIENT_TOLERANCE, "maxiter": 200, "maxcor": 20},
-        )
-        at = search.settled(result.x, low, high)
-    search.warn_of_ends(at, low, high)
-    return search.optimum(at)
-
-
-def uppermost(weights: FixedWeights, prior: Prior) -> Optimum:
-    """The λ of `prior.optimized` that no maximum exceeds, p/‖ω‖², and the φ that none falls below."""
-    search = _Search(weights, prior, lazily=True)
-    _, low, high = search.ends()
-    return search.optimum(0.5 * (low + high))
-
-
-def mackay_step(weights: FixedWeights, prior: Prior, optimum: Optimum) -> Optimum:
-    """λ ← γ/‖ω‖² for each λ of `prior.optimized`, from an optimum or what may be one."""
-    return _Search(weights, prior).step(optimum)
+    if not totals.prior.optimized and not totals.likelihood.optimizes_dispersion:
+        return Optimum(totals.precision_at(totals.dispersion), totals.dispersion)
+    if not totals.curved.chooses_rows:
+        return _Search(totals).maximum()
+    chosen = _Search(totals).uppermost()
+    # From above, and with rows left out, a step ends below the maximum.
+    chosen = _Search(replace(totals, curved=totals.curved.of_chosen_rows(chosen.scaled))).step(chosen)
+    for _ in range(MOST_SELECTIONS):
+        optimum = _Search(replace(totals, curved=totals.curved.of_chosen_rows(chosen.scaled))).maximum()
+        ratios = [optimum.scaled[name] / value for name, value in chosen.scaled.items()]
+        if min(ratios) >= 1.0 - 1e-6:
+            return optimum
+        chosen = optimum
+    return optimum
 
 
 class _Search:
     """The log-evidence and its gradient in x = (ln λ of each group, then ln φ where it is sought)."""
 
-    def __init__(self, weights: FixedWeights, prior: Prior, lazily: bool = False) -> None:
-        self._weights = weights
-        self._groups = prior.optimized
-        self._seeks_noise = weights.likelihood.optimizes_dispersion
-        self._estimate = weights.likelihood.estimate_dispersion(weights.unit_loss, weights.num_terms)
+    def __init__(self, totals: Totals) -> None:
+        self._totals = totals
+        self._norms = totals.squared_norms
+        self._sizes = {name: weight.numel() for name, weight in totals.weights.items()}
+        self._groups = totals.prior.optimized
+        self._seeks_noise = totals.likelihood.optimizes_dispersion
+        self._estimate = totals.dispersion
         in_groups = {name for group in self._groups for name in group}
-        self._rest = tuple(name for name in weights.sizes if name not in in_groups)
         # A prior in proportion to weight decay stays what it is in units of the noise: φλ is given.
-        self._tied = self._rest if prior.per_example else ()
-        self._by_spectrum = prior.rises_together and weights.total is None
-        if not lazily:
-            self._curve = curve_of(weights, prior.rises_together)
+        per_example = totals.prior.per_example
+        self._tied = {name for name in self._sizes if name not in in_groups} if per_example else set()
+        self._together = totals.prior.rises_together
+        self._by_spectrum = self._together and totals.curved.searches_by_spectrum
+        self._shape = totals.precision_at(1.0)
+        values = totals.curved.spectrum(self._shape) if self._by_spectrum else None
+        self._values = None if values is None else without_negative(values)
+        self._known: dict[tuple[float, ...], tuple[float, dict[str, float]]] = {}
+
+    def maximum(self) -> Optimum:
+        """Where the log-evidence is largest."""
+        start, low, high = self.box()
+        if self.size == 1:
+            at = np.array([self.root(low[0], start[0], high[0])])
+        else:
+            result = minimize(
+                lambda x: tuple(-part for part in self(x)),
+                start,
+                jac=True,
+                method="L-BFGS-B",
+                bounds=list(zip(low, high, strict=True)),
+                options={"ftol": 1e-15, "gtol": GRADIENT_TOLERANCE, "maxiter": 200, "maxcor": 20},
+            )
+            at = self.settled(result.x, low, high)
+        self.warn_of_ends(at, low, high)
+        return self.optimum(at)
+
+    def uppermost(self) -> Optimum:
+        """The λ that no maximum exceeds, p/‖ω‖², and the φ that none falls below."""
+        _, low, high = self.ends()
+        return self.optimum(0.5 * (low + high))
+
+    def _log_det_and_traces(self, optimum: Optimum) -> tuple[float, dict[str, float]]:
+        """Log-determinant and γ of each tensor; where all λ rise together the sum stands with the first."""
+        key = tuple(optimum.scaled.values())
+        if key not in self._known:
+            self._known[key] = self._answer(optimum.scaled)
+        return self._known[key]
+
+    def _answer(self, scaled: dict[str, float]) -> tuple[float, dict[str, float]]:
+        if not self._together:
+            return self._totals.curved.log_det_and_traces(scaled)
+        first, *others = self._sizes
+        if self._values is None:
+            log_det, gamma = self._totals.curved.log_det_and_gamma(scaled)
+        else:
+            scale = scaled[first] / self._shape[first]
+            log_det = log_det_from_eigenvalues(self._values, scale).item()
+            gamma = effective_parameters(self._values, scale).item()
+        return log_det, {first: gamma} | dict.fromkeys(others, 0.0)
 
     @property
     def size(self) -> int:
@@ -108,17 +150,17 @@ class _Search:
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         """Log-evidence without terms that do not change, and its gradient."""
-        weights, optimum = self._weights, self.optimum(x)
+        totals, optimum = self._totals, self.optimum(x)
         phi, precision = optimum.dispersion, optimum.precision
-        log_det, traces = self._curve({name: phi * value for name, value in precision.items()})
-        penalties = {name: precision[name] * norm for name, norm in weights.squared_norms.items()}
-        value = weights.likelihood.log_likelihood(weights.unit_loss, phi, weights.num_terms)
+        log_det, traces = self._log_det_and_traces(optimum)
+        penalties = {name: precision[name] * norm for name, norm in self._norms.items()}
+        value = totals.likelihood.log_likelihood(totals.unit_loss, phi, totals.num_terms)
         value -= 0.5 * (sum(penalties.values()) + log_det)
         slopes = [0.5 * sum(traces[name] - penalties[name] for name in group) for group in self._groups]
         if self._seeks_noise:
             determined = sum(traces[name] for name in precision if name not in self._tied)
             held = sum(penalties[name] for name in self._tied)
-            slopes.append(weights.unit_loss / phi - 0.5 * (weights.num_terms - determined - held))
+            slopes.append(totals.unit_loss / phi - 0.5 * (totals.num_terms - determined - held))
         return value, np.array(slopes)
 
     def root(self, low: float, start: float, high: float) -> float:
@@ -129,12 +171,9 @@ class _Search:
                 return high
             if not self._by_spectrum:
                 return mackay_fixed_point(self._determined, norm, start, low, high)
-        slopes: dict[float, float] = {}
 
         def slope(x: float) -> float:
-            if x not in slopes:
-                slopes[x] = float(self(np.array([x]))[1][0])
-            return slopes[x]
+            return float(self(np.array([x]))[1][0])
 
         least, most = self._bracket(slope, low, start, high)
         if slope(least) <= 0.0 or slope(most) >= 0.0:  # within rounding of one end
@@ -160,15 +199,12 @@ class _Search:
         return least, most
 
     def _norm(self, group: Sequence[str]) -> float:
-        return sum(self._weights.squared_norms[name] for name in group)
+        return sum(self._norms[name] for name in group)
 
     def _determined(self, x: float) -> float:
         """γ of the one group at ln λ = x."""
-        traces = self._traces(self.optimum(np.array([x])))
+        _, traces = self._log_det_and_traces(self.optimum(np.array([x])))
         return sum(traces[name] for name in self._groups[0])
-
-    def _traces(self, optimum: Optimum) -> dict[str, float]:
-        return self._curve({name: optimum.dispersion * value for name, value in optimum.precision.items()})[1]
 
     def _log_ratio(self, x: float, norm: float, low: float) -> float:
         """ln(γ/‖ω‖²) at ln λ = x, or `low` where γ is nothing."""
@@ -179,7 +215,7 @@ class _Search:
         """MacKay's λ = γ/‖ω‖² of each group, from γ at the present optimum."""
         if not self._groups:
             return optimum
-        traces, precision = self._traces(optimum), dict(optimum.precision)
+        traces, precision = self._log_det_and_traces(optimum)[1], dict(optimum.precision)
         for group in self._groups:
             determined, norm = sum(traces[name] for name in group), self._norm(group)
             if determined > GRADIENT_TOLERANCE and norm > 0.0:
@@ -189,7 +225,7 @@ class _Search:
     def optimum(self, x: np.ndarray) -> Optimum:
         """What x stands for."""
         phi = math.exp(x[-1]) if self._seeks_noise else self._estimate
-        precision = self._weights.precision_at(phi)
+        precision = self._totals.precision_at(phi)
         for group, log_precision in zip(self._groups, x, strict=False):
             precision |= dict.fromkeys(group, math.exp(log_precision))
         return Optimum(precision, phi)
@@ -199,36 +235,35 @@ class _Search:
         scales = [self._scale(group) for group in self._groups]
         centre = np.log([*scales, *([self._estimate] if self._seeks_noise else [])])
         reach, start = math.log(SEARCH_RANGE), centre.copy()
-        if self._weights.start is not None and not self._by_spectrum:
+        if self._totals.start is not None and not self._by_spectrum:
             for i, group in enumerate(self._groups):
-                start[i] = math.log(self._weights.start[group[0]])
+                start[i] = math.log(self._totals.start[group[0]])
         return start, centre - reach, centre + reach
 
     def box(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Start, lower and upper ends. The first start of several is MacKay's step λ ← γ/‖ω‖² from λ = p/‖ω‖²."""
         start, low, high = self.ends()
-        if self.size > 1 and self._groups and self._weights.start is None:
-            optimum = self.optimum(start)
-            traces = self._traces(optimum)
+        if self.size > 1 and self._groups and self._totals.start is None:
+            _, traces = self._log_det_and_traces(self.optimum(start))
             for i, group in enumerate(self._groups):
                 determined = sum(traces[name] for name in group)
-                share = determined / sum(self._weights.sizes[name] for name in group)
+                share = determined / sum(self._sizes[name] for name in group)
                 start[i] += math.log(max(share, 1.0 / SEARCH_RANGE))
         return np.clip(start, low, high), low, high
 
     def _scale(self, names: Sequence[str]) -> float:
         """p/‖ω‖²: as γ ≤ p, no maximum lies above. Of all parameters where these are zero."""
-        for those in (names, list(self._weights.sizes)):
-            norm = sum(self._weights.squared_norms[name] for name in those)
+        for those in (names, list(self._sizes)):
+            norm = self._norm(those)
             if norm > 0.0:
-                return sum(self._weights.sizes[name] for name in those) / norm
+                return sum(self._sizes[name] for name in those) / norm
         return 1.0
 
     def settled(self, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """Take to their ends the λ that the log-evidence no longer tells apart, and check the others."""
-        traces, kept = self._traces(self.optimum(x)), x.copy()
+        traces, kept = self._log_det_and_traces(self.optimum(x))[1], x.copy()
         for i, group in enumerate(self._groups):
-            if all(self._weights.squared_norms[name] == 0.0 for name in group):
+            if self._norm(group) == 0.0:
                 kept[i] = high[i]
             elif sum(traces[name] for name in group) < 10 * GRADIENT_TOLERANCE:
                 kept[i] = low[i]
@@ -239,7 +274,7 @@ class _Search:
                 f"The search for the prior precision ended where the log-evidence still changes by {steepest:.2g} "
                 "nats per unit of ln λ: the structure's numbers are not smooth enough. A float64 model, or one λ "
                 'for all parameters (prior_precision="optimize"), avoids this.',
-                stacklevel=4,
+                stacklevel=5,
             )
         return kept
 
@@ -259,5 +294,5 @@ class _Search:
                 f"The log-evidence still rises at the end of the range of prior precisions that is searched, "
                 f"{math.exp(value):.3g} for {whose}: {why}. There is no maximum to take; give these parameters a "
                 "prior precision of their own.",
-                stacklevel=4,
+                stacklevel=5,
             )
