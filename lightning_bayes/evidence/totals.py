@@ -33,33 +33,36 @@ def mean_loss(terms_per_example: float, dispersion: float) -> float:
 
 @dataclass(frozen=True)
 class Totals:
-    """What one pass over the data adds up to, in units of the dispersion: all that the evidence is made of."""
+    """What one pass over the data adds up to, in units of the dispersion: all that the evidence is made of.
+
+    Attributes:
+        method: As it was carried out: with the structure that was chosen.
+        weights: The parameters that carry a prior.
+        squared_norms: ‖ω‖² of each of these.
+        gradient: Of the summed unit loss.
+        held: Parameters that are conditioned on.
+        dispersion: φ, as given or estimated from the unit loss alone.
+        started: By `time.perf_counter`.
+        loss_scale: Of the training loss, for a prior from weight decay.
+        start: λ of each parameter of a search that ended near, at earlier weights say.
+    """
 
     curved: Curvature
     method: Method
-    """As it was carried out: with the structure that was chosen."""
     likelihood: Likelihood
     prior: Prior
     weights: dict[str, Tensor]
-    """The parameters that carry a prior."""
     squared_norms: dict[str, float]
-    """‖ω‖² of each of these."""
     gradient: dict[str, Tensor]
-    """Of the summed unit loss."""
     held: tuple[str, ...]
-    """Parameters that are conditioned on."""
     unit_loss: float
     null_loss: float | None
     num_examples: int
     num_terms: float
     dispersion: float
-    """φ, as given or estimated from the unit loss alone."""
     started: float
-    """By `time.perf_counter`."""
     loss_scale: LossScale = mean_loss
-    """Of the training loss, for a prior from weight decay."""
     start: Mapping[str, float] | None = None
-    """λ of each parameter of a search that ended near, at earlier weights say."""
 
     def precision_at(self, dispersion: float) -> dict[str, float]:
         """λ of each parameter tensor for a dispersion φ; that of an optimized one stands for nothing."""
@@ -69,16 +72,19 @@ class Totals:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one batch says about an evaluation before it is made."""
+    """What one batch says about an evaluation before it is made.
+
+    Attributes:
+        method: With the structure that is taken.
+        reason: A sentence that says why.
+        split: A sentence that says by which derivatives the rows are read.
+        seconds: That the whole will take, within a factor of about three; without the loading of the data.
+    """
 
     method: Method
-    """With the structure that is taken."""
     reason: str
-    """A sentence that says why."""
     split: str
-    """A sentence that says by which derivatives the rows are read."""
     seconds: float
-    """That the whole will take, within a factor of about three; without the loading of the data."""
 
 
 def read_all(

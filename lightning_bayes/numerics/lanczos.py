@@ -21,17 +21,20 @@ SYMMETRY = 10.0
 
 @dataclass(frozen=True)
 class Eigenpair:
-    """The largest eigenvalue that was found, and how well it is known."""
+    """The largest eigenvalue that was found, and how well it is known.
+
+    Attributes:
+        value: θ = vᵀAv, at most the largest eigenvalue.
+        error: ‖Av − θv‖: some eigenvalue lies within so much of θ.
+        vector: v, [p], of norm 1.
+        converged: Whether the error met the tolerance within the products that were allowed.
+    """
 
     value: float
-    """θ = vᵀAv, at most the largest eigenvalue."""
     error: float
-    """‖Av − θv‖: some eigenvalue lies within so much of θ."""
     vector: Tensor
-    """v, [p], of norm 1."""
     num_products: int
     converged: bool
-    """Whether the error met the tolerance within the products that were allowed."""
 
 
 def largest_eigenpair(

@@ -13,14 +13,17 @@ BASE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class BlockSample:
-    """Which batches of a pass have their rows read, by their numbers."""
+    """Which batches of a pass have their rows read, by their numbers.
+
+    Attributes:
+        num_batches: Of the pass.
+        base: Whose rows are kept together.
+        held: A random sample of the others.
+    """
 
     num_batches: int
-    """Of the pass."""
     base: frozenset[int]
-    """Whose rows are kept together."""
     held: frozenset[int]
-    """A random sample of the others."""
 
     def role(self, index: int) -> bool | None:
         """Whether a batch is of the base; None for one that is not read."""

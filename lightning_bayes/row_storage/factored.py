@@ -23,16 +23,19 @@ PART_NUMBERS = 2**25
 
 @dataclass(frozen=True)
 class KeptOuter(KeptRows):
-    """A linear map at T positions, kept as its factors."""
+    """A linear map at T positions, kept as its factors.
+
+    Attributes:
+        paired: Whether inner products go by pairs of positions.
+        owners: [N] into `inputs` where single rows were selected; None where the examples are those of `inputs`.
+    """
 
     inputs: Tensor  # [n, T, in]
     weight: str | None
     bias: str | None
     weight_shape: torch.Size
     paired: bool
-    """Whether inner products go by pairs of positions."""
     owners: Tensor | None = None
-    """[N] into `inputs` where single rows were selected; None where the examples are those of `inputs`."""
 
     @property
     @override

@@ -13,12 +13,15 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True)
 class RowSet:
-    """Single rows of every layer, each with numbers of its own."""
+    """Single rows of every layer, each with numbers of its own.
+
+    Attributes:
+        layers: Of each layer [1, R, ...], by its parameters' names.
+        values: [R, k].
+    """
 
     layers: Mapping[Names, KeptRows]
-    """Of each layer [1, R, ...], by its parameters' names."""
     values: Tensor
-    """[R, k]."""
 
     def __len__(self) -> int:
         return len(self.values)

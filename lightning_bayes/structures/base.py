@@ -13,54 +13,67 @@ from lightning_bayes.rows.rows import RowBlock
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be taken of time and memory: where each structure trades them for accuracy, or for one another."""
+    """What may be taken of time and memory: where each structure trades them for accuracy, or for one another.
+
+    Attributes:
+        memory: Bytes that "auto" lets the exact matrix and its rows take.
+        flop: Operations that "auto" lets the exact matrix take: about fifteen seconds on two CPU cores.
+        columns: Outputs per example up to which "auto" reads all columns of the loss Hessian's root, whatever
+            they cost.
+        hessian_memory: Bytes that the true Hessian, scaled, and its eigenvectors may take: 7,905 parameters.
+        searched_spectrum: Rows or parameters of an exact matrix up to which a search for one λ takes all its
+            eigenvalues. (On two cores the eigenvalues cost ten factorisations and more, of which a search needs
+            four.)
+        common_spectrum: Parameters of an exact matrix up to which all its eigenvalues are taken for the best
+            prior alone: of G they cost about a tenth of the evaluation. Those of K may be three times that: rows
+            have `searched_spectrum`.
+        small: Rows of K up to which its trace is exact, and float64 so cheap that it is taken without a word.
+        probes: Random vectors of the trace of more rows than that.
+        left_out_share: Share of so many rows of K that must be negligible for them to be left out: turning them
+            costs something.
+        primal_rows: Rows that are kept to form G at once, in units of p; more become a sum in float64: twice as
+            long.
+        bracket_share: Share of the exact operations from which on the exact answer is given instead of a bracket
+            about it.
+        bracket_trace: Rows of a bracket up to which its trace is exact.
+        marked_rows: Columns of a bracket's factor that are computed at a time to choose its rows by.
+        marked_share: The part that these may be of the rows that were chosen before: one in so many.
+        kept_flop: Operations that K_SS of "blocks" and its factor may take at each prior that is tried: how large
+            S is.
+        kept_bytes: Memory of that matrix and of the rows of S.
+        least_kept: Rows of S that are kept whatever they take.
+        landmarks: Landmark rows of "blocks" where the data are few; halved until the pass fits its operations.
+        pool_rows: Rows of the first batches that are held back to choose the landmarks from, where they are
+            short.
+        sampled_rows: Rows outside S that are held back as a random sample.
+        kronecker_exact: Parameters up to which a tensor without a Kronecker form keeps its exact block, larger
+            ones its diagonal.
+        kronecker_left_out: Entries of a second moment up to which it is decomposed again for each group of
+            sampled columns.
+    """
 
     memory: float = 2e9
-    """Bytes that "auto" lets the exact matrix and its rows take."""
     flop: float = 1.5e12
-    """Operations that "auto" lets the exact matrix take: about fifteen seconds on two CPU cores."""
     columns: int = 512
-    """Outputs per example up to which "auto" reads all columns of the loss Hessian's root, whatever they cost."""
     hessian_memory: float = 2e9
-    """Bytes that the true Hessian, scaled, and its eigenvectors may take: 7,905 parameters."""
     searched_spectrum: int = 1024
-    """Rows or parameters of an exact matrix up to which a search for one λ takes all its eigenvalues. (On two cores
-    the eigenvalues cost ten factorisations and more, of which a search needs four.)"""
     common_spectrum: int = 2048
-    """Parameters of an exact matrix up to which all its eigenvalues are taken for the best prior alone: of G they
-    cost about a tenth of the evaluation. Those of K may be three times that: rows have `searched_spectrum`."""
     small: int = 4096
-    """Rows of K up to which its trace is exact, and float64 so cheap that it is taken without a word."""
     probes: int = 256
-    """Random vectors of the trace of more rows than that."""
     left_out_share: float = 0.15
-    """Share of so many rows of K that must be negligible for them to be left out: turning them costs something."""
     primal_rows: int = 6
-    """Rows that are kept to form G at once, in units of p; more become a sum in float64: twice as long."""
     bracket_share: float = 0.8
-    """Share of the exact operations from which on the exact answer is given instead of a bracket about it."""
     bracket_trace: int = 1024
-    """Rows of a bracket up to which its trace is exact."""
     marked_rows: int = 256
-    """Columns of a bracket's factor that are computed at a time to choose its rows by."""
     marked_share: int = 4
-    """The part that these may be of the rows that were chosen before: one in so many."""
     kept_flop: float = 3e11
-    """Operations that K_SS of "blocks" and its factor may take at each prior that is tried: how large S is."""
     kept_bytes: float = 6e8
-    """Memory of that matrix and of the rows of S."""
     least_kept: int = 64
-    """Rows of S that are kept whatever they take."""
     landmarks: int = 1024
-    """Landmark rows of "blocks" where the data are few; halved until the pass fits its operations."""
     pool_rows: int = 8192
-    """Rows of the first batches that are held back to choose the landmarks from, where they are short."""
     sampled_rows: int = 256
-    """Rows outside S that are held back as a random sample."""
     kronecker_exact: int = 1024
-    """Parameters up to which a tensor without a Kronecker form keeps its exact block, larger ones its diagonal."""
     kronecker_left_out: int = 1024
-    """Entries of a second moment up to which it is decomposed again for each group of sampled columns."""
 
 
 DEFAULT_BUDGET = Budget()
@@ -68,38 +81,41 @@ DEFAULT_BUDGET = Budget()
 
 @dataclass(frozen=True)
 class Problem:
-    """The sizes that a structure can plan with before it has seen a row."""
+    """The sizes that a structure can plan with before it has seen a row.
+
+    Attributes:
+        shapes: Of the parameters that carry a prior.
+        num_examples: Examples expected; an estimate is enough.
+        rank: Rows per example.
+        batch_size: Examples whose rows exist at one time before a structure has taken them in.
+        kept_width: Numbers that a row is kept as beyond its batch, see `kept_widths`.
+        gram_width: Multiplications of the inner product of two kept rows.
+        tolerance: Width in nats of the bracket about the log-evidence that is accepted; None for exact.
+        sampled: Whether the columns of a batch are samples, of which G is the mean in expectation.
+        strengths: Λ of each parameter tensor up to one factor, where that is known beforehand.
+        scale: The factor of `strengths` that is expected; an estimate is enough.
+        block_sample: Batches whose rows are read, None for all.
+        sought: Whether prior precisions are to be found.
+        rises_together: Whether every Λ that will be asked for is `strengths` times one number.
+        curvature: Of which matrix: "ggn", or the true Hessian as "hessian" or "hessian_positive".
+    """
 
     shapes: Mapping[str, torch.Size]
-    """Of the parameters that carry a prior."""
     num_examples: int
-    """Examples expected; an estimate is enough."""
     rank: int
-    """Rows per example."""
     batch_size: int
-    """Examples whose rows exist at one time before a structure has taken them in."""
     kept_width: int
-    """Numbers that a row is kept as beyond its batch, see `kept_widths`."""
     gram_width: int
-    """Multiplications of the inner product of two kept rows."""
     dtype: torch.dtype
     device: torch.device
     tolerance: float | None = None
-    """Width in nats of the bracket about the log-evidence that is accepted; None for exact."""
     sampled: bool = False
-    """Whether the columns of a batch are samples, of which G is the mean in expectation."""
     strengths: Mapping[str, float] | None = None
-    """Λ of each parameter tensor up to one factor, where that is known beforehand."""
     scale: float = 1.0
-    """The factor of `strengths` that is expected; an estimate is enough."""
     block_sample: BlockSample | None = None
-    """Batches whose rows are read, None for all."""
     sought: bool = False
-    """Whether prior precisions are to be found."""
     rises_together: bool = True
-    """Whether every Λ that will be asked for is `strengths` times one number."""
     curvature: str = "ggn"
-    """Of which matrix: "ggn", or the true Hessian as "hessian" or "hessian_positive"."""
     budget: Budget = DEFAULT_BUDGET
 
     @property
@@ -120,26 +136,30 @@ class Problem:
 
 @dataclass(frozen=True)
 class CurvatureSummary:
-    """Numbers of G at one prior Λ, each from the structure's own factor, estimates with standard errors."""
+    """Numbers of G at one prior Λ, each from the structure's own factor, estimates with standard errors.
+
+    Attributes:
+        log_det: ln det(I + Λ⁻¹ᐟ² G Λ⁻¹ᐟ²) as the structure has it, nats.
+        bounds: Certified bounds on the log-determinant of the *whole* G: equal where the structure is exact.
+        effective_parameters: tr G(G + Λ)⁻¹.
+        quadratic: gᵀ(G + Λ)⁻¹g for the gradient g that was given.
+        log_det_stderr: 0 where nothing is sampled.
+        effective_parameters_stderr: 0 where the trace is exact.
+        upper_stderr: Of the upper bound where it is an estimate from sampled blocks; 0 where it is certain.
+        num_below_prior: Eigenvalues of the true Hessian of the whitened cost below 1, which is λᵢ < λ; None for
+            the GGN.
+        num_negative: Those at or below 0: the cost has no minimum there.
+    """
 
     log_det: float
-    """ln det(I + Λ⁻¹ᐟ² G Λ⁻¹ᐟ²) as the structure has it, nats."""
     bounds: tuple[float, float]
-    """Certified bounds on the log-determinant of the *whole* G: equal where the structure is exact."""
     effective_parameters: float
-    """tr G(G + Λ)⁻¹."""
     quadratic: float
-    """gᵀ(G + Λ)⁻¹g for the gradient g that was given."""
     log_det_stderr: float = 0.0
-    """0 where nothing is sampled."""
     effective_parameters_stderr: float = 0.0
-    """0 where the trace is exact."""
     upper_stderr: float = 0.0
-    """Of the upper bound where it is an estimate from sampled blocks; 0 where it is certain."""
     num_below_prior: int | None = None
-    """Eigenvalues of the true Hessian of the whitened cost below 1, which is λᵢ < λ; None for the GGN."""
     num_negative: int | None = None
-    """Those at or below 0: the cost has no minimum there."""
 
 
 class Curvature(ABC):

@@ -45,18 +45,22 @@ ROUNDING_FACTOR = 64
 
 @dataclass(frozen=True)
 class KeptPart:
-    """S at one prior, and what is known of the rows outside."""
+    """S at one prior, and what is known of the rows outside.
+
+    Attributes:
+        log_det: ln det(I + K_SS).
+        beyond: Σ_{i∉S} ln(1 + R_ii) with the Schur complement of the landmarks.
+        added: The same with that of all of S, estimated, and its standard error; both 0 where nothing is left
+            out.
+        added_gamma: Its part of γ, minus its derivative in ln s, and the standard error.
+    """
 
     layers: list[KeptRows]
     system: System
     log_det: float
-    """ln det(I + K_SS)."""
     beyond: float
-    """Σ_{i∉S} ln(1 + R_ii) with the Schur complement of the landmarks."""
     added: tuple[float, float]
-    """The same with that of all of S, estimated, and its standard error; both 0 where nothing is left out."""
     added_gamma: tuple[float, float]
-    """Its part of γ, minus its derivative in ln s, and the standard error."""
     budget: Budget
 
     def gamma(self) -> tuple[float, float]:

@@ -146,17 +146,20 @@ class DualCurvature(Curvature):
 
 @dataclass(frozen=True)
 class _Factorised:
-    """What a factor of I + K answers."""
+    """What a factor of I + K answers.
+
+    Attributes:
+        layers: V, in the order and the basis of the factor.
+        solve: (I + K)⁻¹ times coefficients [C, N].
+        rounding: Allowance for rounding in `log_det`, nats.
+    """
 
     layers: Sequence[KeptRows]
-    """V, in the order and the basis of the factor."""
     solve: Callable[[Tensor], Tensor]
-    """(I + K)⁻¹ times coefficients [C, N]."""
     log_det: float
     gamma: float
     gamma_stderr: float
     rounding: float
-    """Allowance for rounding in `log_det`, nats."""
 
 
 @dataclass(frozen=True)

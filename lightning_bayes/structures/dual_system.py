@@ -86,12 +86,15 @@ class Factor(ABC):
 
 @dataclass(frozen=True)
 class System(Factor):
-    """A factor of I + K in one piece, and the order in which its rows stand."""
+    """A factor of I + K in one piece, and the order in which its rows stand.
+
+    Attributes:
+        rounding: Allowance for rounding in the log-determinant, nats.
+    """
 
     factor: Tensor  # [rows, rows], lower
     tiles: list[slice]
     rounding: float = 0.0
-    """Allowance for rounding in the log-determinant, nats."""
 
     @override
     def whiten(self, vectors: Tensor) -> Tensor:

@@ -27,11 +27,14 @@ ROWS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class HessianBlock(RowBlock):
-    """The Hessian of the unit loss of one batch, whose p rows are no rows of a root."""
+    """The Hessian of the unit loss of one batch, whose p rows are no rows of a root.
+
+    Attributes:
+        rounding: Relative, of the type that it was computed in.
+    """
 
     matrix: Tensor  # [p, p]
     rounding: float
-    """Relative, of the type that it was computed in."""
 
 
 class HessianReader:
