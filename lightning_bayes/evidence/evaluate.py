@@ -131,16 +131,15 @@ def _best_common_precision(eigenvalues: Tensor, squared_norm: float) -> float | 
     if rank == 0 or not squared_norm > 0.0:
         return None
 
-    def determined(x: float) -> float:
-        return float(terms.effective_parameters(eigenvalues, math.exp(x)))
-
     def slope(x: float) -> float:
-        return determined(x) - math.exp(x) * squared_norm
+        return float(terms.slope_in_log_precision(eigenvalues, math.exp(x), squared_norm))
 
     most = math.log(rank / squared_norm)
-    if determined(most) <= NEGLIGIBLE:
+    above = slope(most)
+    determined = terms.effective_parameters(eigenvalues, math.exp(most)).item()
+    if determined <= NEGLIGIBLE:
         return None
-    least = math.log(determined(most) / squared_norm)
-    if slope(least) <= 0.0 or slope(most) >= 0.0:  # within rounding of one end
-        return math.exp(least if abs(slope(least)) < abs(slope(most)) else most)
+    least = math.log(determined / squared_norm)
+    if slope(least) <= 0.0 or above >= 0.0:  # within rounding of one end
+        return math.exp(least if abs(slope(least)) < abs(above) else most)
     return math.exp(float(root_scalar(slope, bracket=(least, most), method="brentq", xtol=TOLERANCE).root))

@@ -27,7 +27,6 @@ from lightning_bayes.priors.prior import (
     trainable_names,
 )
 from lightning_bayes.priors.subset import Subset, last_layer, matching
-from lightning_bayes.structures.base import DEFAULT_BUDGET, Budget
 
 _Result = TypeVar("_Result")
 
@@ -122,26 +121,18 @@ def laplace_evidence(
 
 
 @dataclass(frozen=True)
-class Computation:
+class Computation(Method):
     """Arguments of `laplace_evidence`, checked; `run` reads the data once and concludes from the totals."""
 
     likelihood: str | Likelihood = "classification"
-    structure: str = "auto"
-    subset_of_weights: Subset = "all"
-    curvature: str = "ggn"
     prior_precision: PriorPrecision = 1.0
-    backend: str = "auto"
     batch_size: int | None = None
     max_examples: int | None = None
-    tolerance: float | None = None
-    num_samples: int | None = None
-    num_blocks: int | None = None
     device: torch.device | str | None = None
     progress: bool = False
-    budget: Budget = DEFAULT_BUDGET
 
     def __post_init__(self) -> None:
-        self._method()
+        super().__post_init__()
         check_options(self.batch_size, self.max_examples)
         require_prior_precision(self.prior_precision)
         resolve_likelihood(self.likelihood)
@@ -181,18 +172,6 @@ class Computation:
             totals = read_all(network, forwards, likelihood, prior, method, *sizes, announce)
             return conclude(totals)
 
-    def _method(self) -> Method:
-        return Method(
-            self.structure,
-            self.curvature,
-            self.backend,
-            self.tolerance,
-            self.num_samples,
-            self.subset_of_weights,
-            self.num_blocks,
-            self.budget,
-        )
-
     def _named_subset(self, network: nn.Module) -> list[str] | None:
         if isinstance(self.subset_of_weights, str):
             return None
@@ -202,9 +181,9 @@ class Computation:
         self, network: nn.Module, first: Any, device: torch.device, examples: Examples
     ) -> tuple[Method, list[str] | None]:
         """What only outputs can tell: how many there are, and which layer comes last."""
-        method, subset = self._method(), self._named_subset(network)
-        if first is None or (method.structure != "auto" and self.subset_of_weights != "last_layer"):
-            return method, subset
+        subset = self._named_subset(network)
+        if first is None or (self.structure != "auto" and self.subset_of_weights != "last_layer"):
+            return self, subset
         few = forward_of_pair(network, _first_examples(first), device)
         if self.subset_of_weights == "last_layer":
             subset = last_layer(network, lambda: few()[0])
@@ -213,10 +192,11 @@ class Computation:
         if isinstance(outputs, Tensor):
             number, batches = examples.num_examples, examples.num_batches
             size = sum(p.numel() for p in network.parameters() if p.requires_grad)
-            method, changed = sampling_if_many_columns(method, outputs, number, size, -(-number // batches))
+            method, changed = sampling_if_many_columns(self, outputs, number, size, -(-number // batches))
             if changed is not None:
                 warnings.warn(changed, stacklevel=4)
-        return method, subset
+            return method, subset
+        return self, subset
 
 
 def _first_examples(batch: Any) -> Any:

@@ -39,59 +39,50 @@ class Method:
         _one_of("backend", self.backend, BACKENDS)
         if self.tolerance is not None:
             positive("tolerance", self.tolerance)
-            if self.structure not in ("auto", "full"):
-                raise ValueError(
-                    f"Expected argument `tolerance` to be None beside structure={self.structure!r}, got "
-                    f"{self.tolerance!r}: it is the width of a bracket about the exact log-evidence, which "
-                    'structure="full" and "auto" give.'
-                )
         if self.num_samples is not None:
             count("num_samples", self.num_samples)
-            self._check_sampling()
-        if self.num_blocks is not None:
-            if count("num_blocks", self.num_blocks) < FEWEST_BLOCKS:
+        if self.num_blocks is not None and count("num_blocks", self.num_blocks) < FEWEST_BLOCKS:
+            raise ValueError(
+                f"Expected argument `num_blocks` to be {FEWEST_BLOCKS} or more, got {self.num_blocks!r}: half of "
+                "the batches tell how far off the other half may be, and the standard error of fewer does not "
+                f"hold what it says. Use num_blocks={FEWEST_BLOCKS}, or None for all batches."
+            )
+        if self.is_hessian and self.structure not in ("auto", "full"):
+            raise ValueError(
+                f"Expected argument `structure` to be 'auto' or 'full' beside curvature={self.curvature!r}, got "
+                f'{self.structure!r}: the others are views of the rows of the GGN. Use curvature="ggn".'
+            )
+        for name, usual, excluded, beside, why in self._combinations():
+            value = getattr(self, name)
+            if excluded and value != usual:
                 raise ValueError(
-                    f"Expected argument `num_blocks` to be {FEWEST_BLOCKS} or more, got {self.num_blocks!r}: half of "
-                    "the batches tell how far off the other half may be, and the standard error of fewer does not "
-                    f"hold what it says. Use num_blocks={FEWEST_BLOCKS}, or None for all batches."
+                    f"Expected argument `{name}` to be {usual!r} beside {beside}, got {value!r}: {why}"
                 )
-            if self.structure != "blocks":
-                raise ValueError(
-                    f"Expected argument `num_blocks` to be None beside structure={self.structure!r}, got "
-                    f'{self.num_blocks!r}: it is the number of batches whose rows structure="blocks" reads.'
-                )
-        if self.is_hessian:
-            self._check_hessian()
+
+    def _combinations(self) -> list[tuple[str, str | None, bool, str, str]]:
+        """Options with the one value that some others leave them: whether these do, which they are, and why."""
+        structure, curvature = f"structure={self.structure!r}", f"curvature={self.curvature!r}"
+        no_samples = self.structure in ("full", "blocks") or self.tolerance is not None
+        of_exact = 'it is the width of a bracket about the exact log-evidence, which structure="full" and "auto" give.'
+        on_average = (
+            "with sampled columns the matrix is right on average only, and neither exact nor bracketed. Use "
+            'structure="kron" or "diag".'
+        )
+        of_blocks = 'it is the number of batches whose rows structure="blocks" reads.'
+        by_autograd = 'the Hessian is formed by autograd, whole and exact. Use curvature="ggn".'
+        return [
+            ("tolerance", None, self.structure not in ("auto", "full"), structure, of_exact),
+            ("num_samples", None, no_samples, f"{structure} and tolerance={self.tolerance!r}", on_average),
+            ("num_blocks", None, self.structure != "blocks", structure, of_blocks),
+            ("tolerance", None, self.is_hessian, curvature, by_autograd),
+            ("num_samples", None, self.is_hessian, curvature, by_autograd),
+            ("backend", "auto", self.is_hessian, curvature, by_autograd),
+        ]
 
     @property
     def is_hessian(self) -> bool:
         """Whether the matrix is the true Hessian rather than the generalized Gauss-Newton matrix."""
         return self.curvature != "ggn"
-
-    def _check_sampling(self) -> None:
-        if self.structure in ("full", "blocks") or self.tolerance is not None:
-            raise ValueError(
-                f"Expected argument `num_samples` to be None beside structure={self.structure!r} and tolerance="
-                f"{self.tolerance!r}, got {self.num_samples!r}: with sampled columns the matrix is right on average "
-                'only, and neither exact nor bracketed. Use structure="kron" or "diag".'
-            )
-
-    def _check_hessian(self) -> None:
-        if self.structure not in ("auto", "full"):
-            raise ValueError(
-                f"Expected argument `structure` to be 'auto' or 'full' beside curvature={self.curvature!r}, got "
-                f'{self.structure!r}: the others are views of the rows of the GGN. Use curvature="ggn".'
-            )
-        for name, value, usual in (
-            ("tolerance", self.tolerance, None),
-            ("num_samples", self.num_samples, None),
-            ("backend", self.backend, "auto"),
-        ):
-            if value != usual:
-                raise ValueError(
-                    f"Expected argument `{name}` to be {usual!r} beside curvature={self.curvature!r}, got "
-                    f'{value!r}: the Hessian is formed by autograd, whole and exact. Use curvature="ggn".'
-                )
 
 
 def sampling_if_many_columns(

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lightning_bayes.capture.forward import Forward
 from lightning_bayes.errors import EvidenceUnavailableError, check_finite
-from lightning_bayes.evidence.duration import evaluation_seconds
 from lightning_bayes.evidence.options import Method
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.numerics.devices import accumulation_dtype
@@ -20,7 +19,7 @@ from lightning_bayes.rows.reader import RowReader
 from lightning_bayes.rows.rows import RowBlock
 from lightning_bayes.structures.base import Curvature, Problem
 from lightning_bayes.structures.hessian_reader import HessianReader
-from lightning_bayes.structures.registry import STRUCTURES, choose_structure
+from lightning_bayes.structures.registry import STRUCTURES, choose_structure, evaluation_seconds
 
 LossScale = Callable[[float, float], float]
 """From the loss's terms per example and the dispersion to s of `Prior.precision`."""

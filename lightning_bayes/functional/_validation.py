@@ -6,6 +6,7 @@ Every error is a ValueError that names the argument, what was required and what 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Real
 
 ROUNDING = 1e-12
@@ -43,27 +44,22 @@ def finite(name: str, value: object, requirement: str = "a finite number") -> fl
 
 def positive(name: str, value: object) -> float:
     """Returns `value` as a finite float above zero, or raises a ValueError that names it."""
-    requirement = "a finite number above 0"
-    number = finite(name, value, requirement)
-    if number <= 0:
-        raise ValueError(f"Expected argument `{name}` to be {requirement}, but got {value!r}.")
-    return number
+    return _where(lambda number: number > 0, name, value, "a finite number above 0")
 
 
 def non_negative(name: str, value: object) -> float:
     """Returns `value` as a finite float of at least zero, or raises a ValueError that names it."""
-    requirement = "a finite number of at least 0"
-    number = finite(name, value, requirement)
-    if number < 0:
-        raise ValueError(f"Expected argument `{name}` to be {requirement}, but got {value!r}.")
-    return number
+    return _where(lambda number: number >= 0, name, value, "a finite number of at least 0")
 
 
 def fraction(name: str, value: object) -> float:
     """Returns `value` as a float in [0, 1), or raises a ValueError that names it."""
-    requirement = "a number in [0, 1)"
+    return _where(lambda number: 0 <= number < 1, name, value, "a number in [0, 1)")
+
+
+def _where(holds: Callable[[float], bool], name: str, value: object, requirement: str) -> float:
     number = finite(name, value, requirement)
-    if not 0 <= number < 1:
+    if not holds(number):
         raise ValueError(f"Expected argument `{name}` to be {requirement}, but got {value!r}.")
     return number
 

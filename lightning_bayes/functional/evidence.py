@@ -57,6 +57,24 @@ def effective_parameters(eigenvalues: Tensor, prior_precision: Tensor | float) -
     return (eigenvalues / (eigenvalues + prior_precision)).sum()
 
 
+def slope_in_log_precision(
+    eigenvalues: Tensor, prior_precision: Tensor | float, squared_norm: float
+) -> Tensor:
+    """Twice the derivative of the log-evidence in ln λ at fixed weights; it vanishes at MacKay's fixed point.
+
+    2 ∂ ln P(y|x; M) / ∂ ln λ = γ − λ‖ω‖²
+
+    Args:
+        eigenvalues: γᵢ ≥ 0 of G (without the prior), any shape.
+        prior_precision: λ > 0, one number.
+        squared_norm: ‖ω‖² of all parameters.
+
+    Returns:
+        A scalar in nats.
+    """
+    return effective_parameters(eigenvalues, prior_precision) - prior_precision * squared_norm
+
+
 def log_occam_factor(log_det: float) -> float:
     """Log of the share of the prior volume that the posterior keeps.
 

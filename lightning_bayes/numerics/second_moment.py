@@ -97,27 +97,28 @@ class SecondMoment:
             dtype: Type to decompose in.
             scale: Factors [n] of the entries of every vector, None for 1.
         """
-        if self._matrix is None:
+        if self._matrix is not None:
+            matrix, active = self._active_matrix(self._matrix, dtype, scale)
+            values, basis = torch.linalg.eigh(matrix, UPLO="U")
+        else:
             vectors, active = self._active_vectors(dtype, scale)
             if len(vectors) < vectors.shape[1]:
                 # Orthonormal to rounding also where eigenvalues are, as those of the small matrix are not.
                 basis, triangle = torch.linalg.qr(vectors.mT)
                 values, rotation = torch.linalg.eigh(triangle @ triangle.mT)
-                return Spectrum(values.clamp(min=0), basis @ rotation, active)
-            values, basis = torch.linalg.eigh(vectors.mT @ vectors)
-            return Spectrum(values.clamp(min=0), basis, active)
-        matrix, active = self._active_matrix(dtype, scale)
-        values, basis = torch.linalg.eigh(matrix, UPLO="U")
+                basis = basis @ rotation
+            else:
+                values, basis = torch.linalg.eigh(vectors.mT @ vectors)
         return Spectrum(values.clamp(min=0), basis, active)
 
     def eigenvalues(self, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
         """Eigenvalues alone; see `spectrum`."""
-        if self._matrix is None:
+        if self._matrix is not None:
+            matrix, _ = self._active_matrix(self._matrix, dtype, scale)
+        else:
             vectors, _ = self._active_vectors(dtype, scale)
             few = len(vectors) < vectors.shape[1]
             matrix = vectors @ vectors.mT if few else vectors.mT @ vectors
-        else:
-            matrix, _ = self._active_matrix(dtype, scale)
         values: Tensor = torch.linalg.eigvalsh(matrix, UPLO="U")
         return values.clamp(min=0)
 
@@ -143,10 +144,10 @@ class SecondMoment:
         active = _indices((vectors != 0).any(0))
         return (vectors if active is None else vectors[:, active]), active
 
-    def _active_matrix(self, dtype: torch.dtype, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        matrix = self._matrix
-        if matrix is None:
-            raise ValueError("A second moment of no vectors has no matrix.")
+    @staticmethod
+    def _active_matrix(
+        matrix: Tensor, dtype: torch.dtype, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         active = _indices(matrix.diagonal() != 0)
         matrix = matrix.to(dtype)
         if active is not None:

@@ -1,7 +1,7 @@
 """Gaussian priors p(ω) = N(0, λ⁻¹), one precision λ for each parameter tensor, given or to be found."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from numbers import Real
@@ -123,18 +123,15 @@ def prior_from(
     """
     if isinstance(prior_precision, str):
         names = trainable_names(network, trained)
-        prior = _prior_of_word(names, prior_precision)
+        groups = dict.fromkeys(names, "all")
+        if prior_precision == "optimize_per_layer":
+            groups = {name: name.rpartition(".")[0] for name in names}
+        elif prior_precision == "optimize_per_parameter":
+            groups = {name: name for name in names}
+        prior = optimized_prior(groups)
     else:
         prior = fixed_prior(network, prior_precision, trained, subset)
     return prior if subset is None else prior.restricted(subset)
-
-
-def _prior_of_word(names: Sequence[str], prior_precision: str) -> Prior:
-    if prior_precision == "optimize_per_layer":
-        return optimized_prior({name: name.rpartition(".")[0] for name in names})
-    if prior_precision == "optimize_per_parameter":
-        return optimized_prior({name: name for name in names})
-    return optimized_prior(dict.fromkeys(names, "all"))
 
 
 def optimized_prior(groups: Mapping[str, object]) -> Prior:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -71,7 +70,7 @@ def last_layer(network: nn.Module, run: Callable[[], Tensor]) -> list[str]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-    layer = next((call.module for call in reversed(calls) if not reached.isdisjoint(call.nodes)), None)
+    layer = next((module for module, nodes in reversed(calls) if not reached.isdisjoint(nodes)), None)
     if layer is None:
         raise ValueError(
             f'subset_of_weights="last_layer": no layer of {type(network).__name__} with parameters leads to '
@@ -87,28 +86,23 @@ def last_layer(network: nn.Module, run: Callable[[], Tensor]) -> list[str]:
     return [name for name in names if name in trainable]
 
 
-@dataclass
-class _Call:
-    """One call of a module that holds parameters, and the graph nodes that its outputs came from."""
-
-    module: nn.Module
-    nodes: list[object] = field(default_factory=list)
-
-
 @contextmanager
-def _noted_calls(network: nn.Module) -> Iterator[list[_Call]]:
-    """Note calls in the order in which they begin, so that a head comes after the network that holds it."""
-    calls: list[_Call] = []
-    open_calls: list[_Call] = []
+def _noted_calls(network: nn.Module) -> Iterator[list[tuple[nn.Module, list[object]]]]:
+    """Note calls of modules with parameters, each with the graph nodes that its outputs came from.
+
+    The order is that in which they begin, so that a head comes after the network that holds it.
+    """
+    calls: list[tuple[nn.Module, list[object]]] = []
+    open_calls: list[list[object]] = []
 
     def begin(module: nn.Module, args: Any) -> None:
-        open_calls.append(_Call(module))
-        calls.append(open_calls[-1])
+        open_calls.append([])
+        calls.append((module, open_calls[-1]))
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
         parts = output if isinstance(output, tuple | list) else [output]
         tensors = (part for part in parts if isinstance(part, Tensor) and part.grad_fn is not None)
-        open_calls.pop().nodes.extend(tensor.grad_fn for tensor in tensors)
+        open_calls.pop().extend(tensor.grad_fn for tensor in tensors)
 
     holders = [module for module in network.modules() if any(True for _ in module.parameters(recurse=False))]
     handles = [

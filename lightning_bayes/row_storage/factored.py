@@ -104,7 +104,11 @@ class KeptOuter(KeptRows):
         step = max(1, PART_NUMBERS // numbers)
         for start in range(0, n, step):
             some = self.examples(slice(start, start + step))
-            pieces.append(some._paired_grams(precision) if self.paired else some._formed_grams(precision))
+            pieces.append(
+                some._paired_grams(precision)
+                if self.paired
+                else _sum(part.example_grams(precision) for part in some.parts(some.num_rows))
+            )
         return torch.cat(pieces)
 
     def _paired_grams(self, precision: Mapping[str, float]) -> Tensor:
@@ -116,9 +120,6 @@ class KeptOuter(KeptRows):
             inputs = self._own_inputs()
             factor = factor + (inputs @ inputs.mT / precision[self.weight]).view(n, 1, t, 1, t)
         return (share * factor).sum((2, 4))
-
-    def _formed_grams(self, precision: Mapping[str, float]) -> Tensor:
-        return _sum(part.example_grams(precision) for part in self.parts(self.num_rows))
 
     @override
     def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:

@@ -23,10 +23,15 @@ from typing_extensions import override
 
 from lightning_bayes.numerics.cholesky import log_det_of, rounding_of_log_det
 from lightning_bayes.numerics.devices import accumulation_dtype
-from lightning_bayes.row_storage.collector import RowKeeper, cross_all, example_grams
+from lightning_bayes.row_storage.collector import (
+    PrincipalRows,
+    RowKeeper,
+    cross_all,
+    example_grams,
+    principal_rows,
+)
 from lightning_bayes.row_storage.largest_rows import PrioritySample, RowReservoir, RowSet
 from lightning_bayes.row_storage.newton_decrement import quadratic_form, woodbury
-from lightning_bayes.row_storage.per_example_basis import PrincipalRows, principal_rows
 from lightning_bayes.row_storage.stored import KeptRows
 from lightning_bayes.rows.rows import RowBlock
 from lightning_bayes.structures.base import Budget, Curvature, CurvatureSummary, Problem

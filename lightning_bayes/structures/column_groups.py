@@ -6,9 +6,10 @@ the log-determinant of the expectation.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from lightning_bayes.rows.rows import OuterRows, RowBlock, Rows
@@ -37,6 +38,25 @@ class ColumnGroups:
         """What makes the sum over all other groups an estimate of the whole."""
         size = len(range(group, self._num_samples, self.number))
         return self._num_samples / (self._num_samples - size)
+
+    def jackknifed(
+        self, log_det: float, gamma: float, without: Callable[[int, float], Iterable[Tensor]]
+    ) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Log-determinant and effective parameters, each corrected and with its standard error.
+
+        Args:
+            log_det: From all columns.
+            gamma: The same.
+            without: Whitened eigenvalues from all columns but one group's, times a scale.
+        """
+        left_out = []
+        for group in range(self.number if self.number > 1 else 0):
+            values = list(without(group, self.scale_without(group)))
+            shrinkage = sum((value / (1 + value)).sum().item() for value in values)
+            left_out.append((sum(torch.log1p(value).sum().item() for value in values), shrinkage))
+        return jackknife(log_det, [one for one, _ in left_out]), jackknife(
+            gamma, [one for _, one in left_out]
+        )
 
 
 def squares_by_group(layer: Rows, groups: Sequence[Sequence[int]]) -> list[dict[str, Tensor]]:

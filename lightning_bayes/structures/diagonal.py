@@ -1,7 +1,7 @@
 """The diagonal of the generalized Gauss-Newton matrix."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from lightning_bayes.functional.evidence import effective_parameters, log_det_fr
 from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.rows.rows import RowBlock
 from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
-from lightning_bayes.structures.column_groups import ColumnGroups, jackknife, squares_by_group
+from lightning_bayes.structures.column_groups import ColumnGroups, squares_by_group
 
 
 class DiagonalCurvature(Curvature):
@@ -55,12 +55,14 @@ class DiagonalCurvature(Curvature):
             quadratic += torch.dot(squares, inverse).item() / precision[name]
             log_det += values.log1p_().sum().item()
         if self.problem.sampled:
-            number = self._groups.number
-            left_out = [
-                self._without(group, whole, precision) for group in range(number if number > 1 else 0)
-            ]
-            log_det, log_det_stderr = jackknife(log_det, [value for value, _ in left_out])
-            gamma, gamma_stderr = jackknife(gamma, [value for _, value in left_out])
+
+            def without(group: int, scale: float) -> Iterator[Tensor]:
+                for name, diagonal in whole.items():
+                    yield (diagonal - self._diagonals[group][name]).clamp(min=0) * (scale / precision[name])
+
+            (log_det, log_det_stderr), (gamma, gamma_stderr) = self._groups.jackknifed(
+                log_det, gamma, without
+            )
         # Hadamard: ln det(I + G/λ) ≤ Σ ln(1 + d/λ), for the whole diagonal
         upper = math.inf if self.problem.sampled else log_det
         return CurvatureSummary(log_det, (0.0, upper), gamma, quadratic, log_det_stderr, gamma_stderr)
@@ -69,17 +71,6 @@ class DiagonalCurvature(Curvature):
         if len(self._diagonals) == 1:
             return self._diagonals[0]
         return {name: torch.stack([d[name] for d in self._diagonals]).sum(0) for name in self.problem.shapes}
-
-    def _without(
-        self, group: int, whole: Mapping[str, Tensor], precision: Mapping[str, float]
-    ) -> tuple[float, float]:
-        """Log-determinant and effective parameters from all columns but one group's."""
-        scale, log_det, gamma = self._groups.scale_without(group), 0.0, 0.0
-        for name, diagonal in whole.items():
-            values = (diagonal - self._diagonals[group][name]).clamp(min=0) * (scale / precision[name])
-            log_det += torch.log1p(values).sum().item()
-            gamma += (values / (1 + values)).sum().item()
-        return log_det, gamma
 
     @override
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:

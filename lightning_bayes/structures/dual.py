@@ -20,9 +20,8 @@ from lightning_bayes.numerics.cholesky import (
     rounding_of_log_det,
 )
 from lightning_bayes.numerics.devices import accumulation_dtype
-from lightning_bayes.row_storage.collector import RowKeeper
+from lightning_bayes.row_storage.collector import RowKeeper, selected
 from lightning_bayes.row_storage.newton_decrement import quadratic_form, woodbury
-from lightning_bayes.row_storage.per_example_basis import selected
 from lightning_bayes.row_storage.stored import KeptRows
 from lightning_bayes.rows.rows import RowBlock
 from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
@@ -42,14 +41,20 @@ class DualCurvature(Curvature):
     """K from rows that are kept in their factored form where that is cheaper.
 
     Memory: one rows × rows matrix, factorised in place, beside the rows' factors.
+
+    Args:
+        problem: Sizes.
+        layers: Rows that are there already.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, layers: list[KeptRows] | None = None) -> None:
         super().__init__(problem)
         self.searches_by_spectrum = problem.is_small
         self._small = problem.budget.small
         self._keeper = RowKeeper()
-        self._known: _Known | None = None
+        self._given = layers
+        # At one prior: for a multiple s of it K and its eigenvalues are these over s.
+        self._known: tuple[dict[str, float], Tensor, Tensor] | None = None
         self._last: tuple[tuple[float, ...], _Factorised] | None = None
 
     @override
@@ -76,16 +81,22 @@ class DualCurvature(Curvature):
         return factorised.log_det, factorised.gamma
 
     def _rescaled(self, precision: Mapping[str, float]) -> "_Factorised | None":
-        """From the spectrum, where there is one of a multiple of the prior."""
-        known = None if self._known is None else self._known.at(precision)
-        if known is None:
+        """From the spectrum, where there is one of a multiple of the prior: a search for one λ asks for it first."""
+        if self._known is None:
+            return None
+        before, gram, eigenvalues = self._known
+        scales = [value / before[name] for name, value in precision.items()]
+        if max(scales) > min(scales) * (1.0 + 1e-12):
+            return None
+        factor, values = cholesky_in_place(gram / scales[0]), eigenvalues / scales[0]
+        if factor is None:
             return None
         layers = self._layers(precision)
-        log_det = log_det_from_eigenvalues(known[1], 1.0).item()
-        gamma = effective_parameters(known[1], 1.0).item()
-        rounding = rounding_of_log_det(len(known[1]) + known[1].sum().item(), known[1].dtype)
+        log_det = log_det_from_eigenvalues(values, 1.0).item()
+        gamma = effective_parameters(values, 1.0).item()
+        rounding = rounding_of_log_det(len(values) + values.sum().item(), values.dtype)
         return _Factorised(
-            layers, System(known[0], tiles_of_system(layers)).solve, log_det, gamma, 0.0, rounding
+            layers, System(factor, tiles_of_system(layers)).solve, log_det, gamma, 0.0, rounding
         )
 
     def _factorised(self, precision: Mapping[str, float]) -> "_Factorised":
@@ -114,7 +125,7 @@ class DualCurvature(Curvature):
         gram = gram_of([layer.to(self._accurate) for layer in layers], precision)
         eigenvalues = eigenvalues_of(gram)
         if len(gram) <= self._small:
-            self._known = _Known(dict(precision), gram, eigenvalues)
+            self._known = dict(precision), gram, eigenvalues
         return eigenvalues
 
     @override
@@ -137,7 +148,7 @@ class DualCurvature(Curvature):
         return log_det, traces
 
     def _layers(self, precision: Mapping[str, float]) -> list[KeptRows]:
-        return self._keeper.layers()
+        return self._keeper.layers() if self._given is None else self._given
 
     @property
     def _accurate(self) -> torch.dtype:
@@ -160,23 +171,3 @@ class _Factorised:
     gamma: float
     gamma_stderr: float
     rounding: float
-
-
-@dataclass(frozen=True)
-class _Known:
-    """K and its eigenvalues at one prior: for a multiple s of it they are K/s and its eigenvalues over s.
-
-    A search for one λ asks for the spectrum first and then for everything at the λ that it has found.
-    """
-
-    precision: Mapping[str, float]
-    gram: Tensor  # the upper triangle of K
-    eigenvalues: Tensor
-
-    def at(self, precision: Mapping[str, float]) -> tuple[Tensor, Tensor] | None:
-        """Factor of I + K and eigenvalues of K, None for no multiple or where rounding has spoilt the factor."""
-        scales = [value / self.precision[name] for name, value in precision.items()]
-        if max(scales) > min(scales) * (1.0 + 1e-12):
-            return None
-        factor = cholesky_in_place(self.gram / scales[0])
-        return None if factor is None else (factor, self.eigenvalues / scales[0])

@@ -24,8 +24,13 @@ from lightning_bayes.numerics.cholesky import (
     spoilt,
 )
 from lightning_bayes.numerics.devices import accumulation_dtype, total_memory
-from lightning_bayes.row_storage.collector import example_grams, fill_gram, tiles_of
-from lightning_bayes.row_storage.per_example_basis import principal_rows, smallest_set
+from lightning_bayes.row_storage.collector import (
+    example_grams,
+    fill_gram,
+    principal_rows,
+    smallest_set,
+    tiles_of,
+)
 from lightning_bayes.row_storage.stored import KeptRows
 
 NEGLIGIBLE = 1e-3

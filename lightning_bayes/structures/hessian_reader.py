@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from lightning_bayes.capture.double_backward import check_differentiable, gradient_to_differentiate
 from lightning_bayes.errors import check_finite
@@ -19,7 +21,6 @@ from lightning_bayes.rows.reader import BatchRows, forward_of
 from lightning_bayes.rows.regrouping import check_apart
 from lightning_bayes.rows.rows import RowBlock
 from lightning_bayes.structures.base import DEFAULT_BUDGET, Budget
-from lightning_bayes.structures.float64 import InFloat64
 
 ROWS_AT_ONCE = 64
 """Rows of the Hessian that one batched backward pass gives."""
@@ -185,3 +186,45 @@ def _twice_differentiable() -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
+
+
+class InFloat64(TorchFunctionMode):
+    """Turns every float32 tensor, and every request for one, into float64.
+
+    The parameters and buffers of the network are to be float64 themselves; this takes care of the batch, of plain
+    tensors that a module holds or makes, and of casts. One tensor has one double for as long as the mode lasts, so
+    that what is written in place, or through a view, is read again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._doubles: dict[int, tuple[Tensor, Tensor]] = {}  # keeps the tensors, so that no id is used again
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if getattr(func, "__name__", "") == "__get__":  # shape, device and the like
+            return func(*args, **(kwargs or {}))
+        if func is Tensor.float:
+            func = Tensor.double
+        return self._widened(func(*self._widened(args), **self._widened(kwargs or {})))
+
+    def _widened(self, thing: Any) -> Any:
+        if isinstance(thing, Tensor):
+            return self._double_of(thing) if thing.dtype == torch.float32 else thing
+        if thing is torch.float32:
+            return torch.float64
+        if type(thing) in (list, tuple):
+            return type(thing)(self._widened(part) for part in thing)
+        if type(thing) is dict:
+            return {key: self._widened(part) for key, part in thing.items()}
+        return thing
+
+    def _double_of(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self._doubles:
+            self._doubles[id(tensor)] = tensor, tensor.to(torch.float64)
+        return self._doubles[id(tensor)][1]

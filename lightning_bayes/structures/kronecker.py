@@ -7,7 +7,7 @@ output factor that KFLR takes. Scales as BackPACK and laplace-torch have them.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_bayes.rows.rows import OuterRows, RowBlock, Rows
 from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
-from lightning_bayes.structures.column_groups import ColumnGroups, jackknife
+from lightning_bayes.structures.column_groups import ColumnGroups
 from lightning_bayes.structures.kronecker_blocks import Block, DiagonalBlock, ExactBlock, LinearBlock
 
 UNCORRECTED = (
@@ -72,18 +72,15 @@ class KroneckerCurvature(Curvature):
         if layer.names not in self._blocks:
             if any(set(layer.names) & set(names) for names in self._blocks):
                 raise ValueError(_changing(layer))
-            number = self._groups.number
             if isinstance(layer, OuterRows):
-                self._blocks[layer.names] = LinearBlock(
-                    layer, self._joint, number, self.problem, self._expand
-                )
+                self._blocks[layer.names] = LinearBlock(layer, self._joint, self.problem, self._expand)
             else:
                 block = (
                     ExactBlock
                     if layer.shape.numel() <= self.problem.budget.kronecker_exact
                     else DiagonalBlock
                 )
-                self._blocks[layer.names] = block(layer.name, number, self.problem)
+                self._blocks[layer.names] = block(layer.name, self.problem)
         return self._blocks[layer.names]
 
     @override
@@ -99,11 +96,15 @@ class KroneckerCurvature(Curvature):
             quadratic += gradient[name].square().sum().item() / precision[name]
         log_det_stderr = gamma_stderr = 0.0
         if self.problem.sampled:
-            left_out = self._without_each_group(precision)
-            corrected, log_det_stderr = jackknife(log_det, [value for value, _ in left_out])
-            corrected_gamma, gamma_stderr = jackknife(gamma, [value for _, value in left_out])
+
+            def without(group: int, scale: float) -> Iterator[Tensor]:
+                for block in self._blocks.values():
+                    yield block.eigenvalues(precision, group, scale)
+
+            corrected, corrected_gamma = self._groups.jackknifed(log_det, gamma, without)
+            log_det_stderr, gamma_stderr = corrected[1], corrected_gamma[1]
             if all(block.leaves_out_exactly for block in self._blocks.values()):
-                log_det, gamma = corrected, corrected_gamma
+                log_det, gamma = corrected[0], corrected_gamma[0]
             else:
                 _LOGGER.info(UNCORRECTED)
         return CurvatureSummary(log_det, (0.0, math.inf), gamma, quadratic, log_det_stderr, gamma_stderr)
@@ -120,16 +121,6 @@ class KroneckerCurvature(Curvature):
             log_det += summary.log_det
             traces |= summary.effective
         return log_det, traces
-
-    def _without_each_group(self, precision: Mapping[str, float]) -> list[tuple[float, float]]:
-        """Log-determinant and effective parameters from all columns but one group's."""
-        totals = []
-        for group in range(self._groups.number if self._groups.number > 1 else 0):
-            scale = self._groups.scale_without(group)
-            values = [block.eigenvalues(precision, group, scale) for block in self._blocks.values()]
-            log_det = sum(torch.log1p(value).sum().item() for value in values)
-            totals.append((log_det, sum((value / (1 + value)).sum().item() for value in values)))
-        return totals
 
 
 def _changing(layer: Rows) -> str:

@@ -17,7 +17,7 @@ from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.numerics.second_moment import SecondMoment, Spectrum
 from lightning_bayes.rows.rows import DenseRows, OuterRows
 from lightning_bayes.structures.base import Problem
-from lightning_bayes.structures.column_groups import squares_by_group
+from lightning_bayes.structures.column_groups import ColumnGroups, squares_by_group
 
 
 @dataclass
@@ -33,12 +33,10 @@ class Block(ABC):
     """The part of the matrix that belongs to one parameter tensor, or to a layer's two.
 
     Args:
-        num_groups: Groups of columns whose sums stay apart.
         problem: Sizes; its type is the one to decompose in.
     """
 
-    def __init__(self, num_groups: int, problem: Problem) -> None:
-        self.num_groups = num_groups
+    def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.accurate = accumulation_dtype(problem.device)
 
@@ -61,10 +59,10 @@ class Block(ABC):
 class ExactBlock(Block):
     """Σ v vᵀ [p, p], nothing approximated within the tensor."""
 
-    def __init__(self, name: str, num_groups: int, problem: Problem) -> None:
-        super().__init__(num_groups, problem)
+    def __init__(self, name: str, problem: Problem) -> None:
+        super().__init__(problem)
         self.name = name
-        self._moments = _Moments(num_groups, problem)
+        self._moments = _Moments(problem)
 
     def add(self, layer: DenseRows, groups: Sequence[Sequence[int]]) -> None:
         """Add the rows of one batch."""
@@ -85,11 +83,11 @@ class ExactBlock(Block):
 class DiagonalBlock(Block):
     """Σ v² [p]."""
 
-    def __init__(self, name: str, num_groups: int, problem: Problem) -> None:
-        super().__init__(num_groups, problem)
+    def __init__(self, name: str, problem: Problem) -> None:
+        super().__init__(problem)
         self.name = name
         self._sums = torch.zeros(
-            num_groups, *problem.shapes[name], dtype=self.accurate, device=problem.device
+            ColumnGroups(problem).number, *problem.shapes[name], dtype=self.accurate, device=problem.device
         )
 
     def add(self, layer: DenseRows, groups: Sequence[Sequence[int]]) -> None:
@@ -108,13 +106,8 @@ class DiagonalBlock(Block):
     @override
     def summary(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor] | None) -> BlockSummary:
         values = self.eigenvalues(precision)
-        inverse = 1 / (1 + values)
-        quadratic = 0.0
-        if gradient is not None:
-            squares = gradient[self.name].flatten().to(inverse).square()
-            quadratic = (squares * inverse).sum().item() / precision[self.name]
-        gamma = (values * inverse).sum().item()
-        return BlockSummary(torch.log1p(values).sum().item(), {self.name: gamma}, quadratic)
+        slope = None if gradient is None else gradient[self.name].flatten().to(values)
+        return _summary(self.name, values, slope, 0.0, precision[self.name])
 
 
 class LinearBlock(Block):
@@ -126,18 +119,16 @@ class LinearBlock(Block):
     a Kronecker product when weight and bias have different λ.
     """
 
-    def __init__(
-        self, layer: OuterRows, joint: bool, num_groups: int, problem: Problem, expand: bool = False
-    ) -> None:
-        super().__init__(num_groups, problem)
+    def __init__(self, layer: OuterRows, joint: bool, problem: Problem, expand: bool = False) -> None:
+        super().__init__(problem)
         self.weight, self.bias = layer.weight, layer.bias
         modules = {id(use.module) for use in layer.uses}
         self.joint = joint and self.weight is not None and self.bias is not None and len(modules) == 1
         self._inputs = SecondMoment()
         self._expand = expand
-        self._grads = _Moments(num_groups, problem)
+        self._grads = _Moments(problem)
         # Of a bias alone, whose exact block sums the positions of an example.
-        self._sums = _Moments(num_groups, problem) if expand else self._grads
+        self._sums = _Moments(problem) if expand else self._grads
         self._num_inputs = 0
         self._input_spectra: dict[float, Spectrum] = {}
 
@@ -239,8 +230,8 @@ class _Moments:
     longer than the number whose error it is for.
     """
 
-    def __init__(self, num_groups: int, problem: Problem) -> None:
-        self._groups = [SecondMoment() for _ in range(num_groups)]
+    def __init__(self, problem: Problem) -> None:
+        self._groups = [SecondMoment() for _ in range(ColumnGroups(problem).number)]
         self._dtype = problem.dtype
         self._largest_left_out = problem.budget.kronecker_left_out
         self._width = 0
@@ -285,11 +276,17 @@ def _tensor_summary(
     accurate: torch.dtype,
 ) -> BlockSummary:
     """Of one tensor with a matrix of its own."""
-    values = spectrum.values.to(accurate) / precision
-    inverse = 1 / (1 + values)
-    quadratic = 0.0
+    rotated, rest = None, 0.0
     if gradient is not None:
         rotated, rest = spectrum.coordinates(gradient[name].reshape(1, -1))
-        quadratic = ((rotated.square() * inverse).sum().item() + rest) / precision
+    return _summary(name, spectrum.values.to(accurate) / precision, rotated, rest, precision)
+
+
+def _summary(
+    name: str, values: Tensor, rotated: Tensor | None, rest: float, precision: float
+) -> BlockSummary:
+    """Of whitened eigenvalues, and a gradient in their eigenvectors' coordinates with what these leave out of it."""
+    inverse = 1 / (1 + values)
+    quadratic = 0.0 if rotated is None else (rotated.square() * inverse).sum().item() + rest
     gamma = (values * inverse).sum().item()
-    return BlockSummary(torch.log1p(values).sum().item(), {name: gamma}, quadratic)
+    return BlockSummary(torch.log1p(values).sum().item(), {name: gamma}, quadratic / precision)

@@ -1,5 +1,6 @@
-"""The structures by name, and the choice between them."""
+"""The structures by name, the choice between them, and what they take."""
 
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +24,12 @@ DEFAULT_SAMPLES = 64
 """Columns that "auto" samples of more outputs than `Budget.columns`, where all are beyond its budget."""
 ROOT_COPIES = 3.0
 """Of the root of one batch, while it is formed."""
+CALIBRATION_SIZE = 768
+"""Rows of the square matrices whose product is timed."""
+EIGEN = 12.0
+"""Multiplications of a product that an eigendecomposition of equal size takes as long as, in units of n³."""
+SEARCH = 4.0
+"""Factorisations that a search for the prior takes."""
 BACKWARD_FLOP = 1e8
 """Operations that one call of a backward pass counts as, however little it does: about a millisecond."""
 
@@ -192,3 +199,45 @@ def _dual_cost(problem: Problem) -> tuple[float, float]:
     kept = rows * problem.kept_width * (2 * itemsize + 8)
     cubes = 1.0 if rows <= problem.budget.small else 1 / 3  # the same
     return float(rows) ** 2 * matrix + kept, float(rows) ** 2 * problem.gram_width + cubes * rows**3
+
+
+def evaluation_seconds(problem: Problem, structure: str, read: float) -> float:
+    """Seconds of a pass and of the structure's answers.
+
+    Args:
+        problem: Sizes.
+        structure: That is taken.
+        read: Seconds of reading one batch.
+    """
+    batches = problem.num_examples / problem.batch_size
+    return batches * read + _structure_flop(problem, structure) / _rate(problem.dtype, problem.device)
+
+
+def _structure_flop(problem: Problem, structure: str) -> float:
+    if problem.curvature != "ggn":  # all eigenvalues, twice
+        return 2.0 * EIGEN * problem.num_parameters**3
+    if structure == "full":
+        return full_cost(problem)[1] * (SEARCH if problem.sought else 1.0)
+    if structure == "blocks":
+        return blocks_cost(problem)[1]
+    if structure == "diag":
+        return float(problem.num_rows) * problem.num_parameters
+    flop = 0.0
+    for shape in problem.shapes.values():
+        out, width = (shape[0], shape[1:].numel()) if len(shape) > 1 else (shape.numel(), 1)
+        flop += problem.num_rows * float(out) ** 2 + problem.num_examples * float(width) ** 2
+        flop += EIGEN * (
+            float(min(out, problem.num_rows)) ** 3 + float(min(width, problem.num_examples)) ** 3
+        )
+    return flop
+
+
+def _rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Multiplications a second of a matrix product; random state is left alone."""
+    matrix = torch.full((CALIBRATION_SIZE, CALIBRATION_SIZE), 0.5, dtype=dtype, device=device)
+    times = []
+    for _ in range(2):  # the first wakes threads up
+        start = time.perf_counter()
+        (matrix @ matrix).sum().item()
+        times.append(time.perf_counter() - start)
+    return CALIBRATION_SIZE**3 / max(min(times), 1e-9)

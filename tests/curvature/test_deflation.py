@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_bayes.errors import EvidenceUnavailableError
-from lightning_bayes.row_storage.per_example_basis import principal_rows, smallest_set
+from lightning_bayes.row_storage.collector import principal_rows, smallest_set
 from lightning_bayes.row_storage.stored import KeptDense
 from lightning_bayes.structures.base import Budget
 from lightning_bayes.structures.bracket import factor as bracket_factor

@@ -21,10 +21,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_bayes.numerics.cholesky import SMALL_ROUNDING, rounding_of_log_det
-from lightning_bayes.row_storage.collector import cross_all, example_grams
+from lightning_bayes.row_storage.collector import cross_all, example_grams, principal_rows, smallest_set
 from lightning_bayes.row_storage.newton_decrement import quadratic_form, woodbury
-from lightning_bayes.row_storage.per_example_basis import principal_rows, smallest_set
-from lightning_bayes.row_storage.stored import KeptRows
 from lightning_bayes.rows.rows import RowBlock
 from lightning_bayes.structures.base import CurvatureSummary, Problem
 from lightning_bayes.structures.bracket.factor import SplitFactor, factor_of
@@ -88,6 +86,7 @@ class BracketCurvature(DualCurvature):
             effective_parameters_stderr=(gamma_error**2 + _standard_error(added_gamma) ** 2) ** 0.5,
         )
 
+    @override
     def of_chosen_rows(self, precision: Mapping[str, float]) -> DualCurvature:
         """Return the exact structure of S at a prior, or of all rows where that costs hardly more.
 
@@ -96,9 +95,9 @@ class BracketCurvature(DualCurvature):
         """
         selection = self._select(precision)
         if selection is None:
-            return _OfRows(self.problem, self._layers(precision))
+            return DualCurvature(self.problem, self._layers(precision))
         kept = replace(self.problem, num_examples=len(selection.chosen), rank=1)
-        return _OfRows(kept, selection.rows.pick(selection.chosen))
+        return DualCurvature(kept, selection.rows.pick(selection.chosen))
 
     def _select(self, precision: Mapping[str, float]) -> Selection | None:
         """S for a prior, None where the exact answer costs hardly more."""
@@ -132,17 +131,6 @@ class BracketCurvature(DualCurvature):
             principal_rows(layers, grams.to(self._accurate)), width, precision, product, self.problem.budget
         )
         return None if slowness * operations(len(selection.chosen), product) > most else selection
-
-
-class _OfRows(DualCurvature):
-    """K of rows that are there already."""
-
-    def __init__(self, problem: Problem, layers: list[KeptRows]) -> None:
-        super().__init__(problem)
-        self._rows = layers
-
-    def _layers(self, precision: Mapping[str, float]) -> list[KeptRows]:
-        return self._rows
 
 
 def _allowance(diagonal: Tensor, dtype: torch.dtype) -> float:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_bayes.numerics.cholesky import ROUNDING_TOLERANCE, keeps_the_identity
-from lightning_bayes.row_storage.collector import cross_all
-from lightning_bayes.row_storage.per_example_basis import PrincipalRows, smallest_set
+from lightning_bayes.row_storage.collector import PrincipalRows, cross_all, smallest_set
 from lightning_bayes.row_storage.stored import KeptRows
 from lightning_bayes.structures.base import Budget
 
