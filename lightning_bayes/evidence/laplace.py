@@ -189,14 +189,14 @@ class Computation(Method):
             subset = last_layer(network, lambda: few()[0])
         with torch.no_grad():
             outputs = few()[0]
+        method: Method = self
         if isinstance(outputs, Tensor):
             number, batches = examples.num_examples, examples.num_batches
             size = sum(p.numel() for p in network.parameters() if p.requires_grad)
             method, changed = sampling_if_many_columns(self, outputs, number, size, -(-number // batches))
             if changed is not None:
                 warnings.warn(changed, stacklevel=4)
-            return method, subset
-        return self, subset
+        return method, subset
 
 
 def _first_examples(batch: Any) -> Any:

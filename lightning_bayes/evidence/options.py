@@ -63,7 +63,10 @@ class Method:
         """Options with the one value that some others leave them: whether these do, which they are, and why."""
         structure, curvature = f"structure={self.structure!r}", f"curvature={self.curvature!r}"
         no_samples = self.structure in ("full", "blocks") or self.tolerance is not None
-        of_exact = 'it is the width of a bracket about the exact log-evidence, which structure="full" and "auto" give.'
+        of_exact = (
+            "it is the width of a bracket about the exact log-evidence, which "
+            'structure="full" and "auto" give.'
+        )
         on_average = (
             "with sampled columns the matrix is right on average only, and neither exact nor bracketed. Use "
             'structure="kron" or "diag".'

@@ -14,7 +14,7 @@ from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.numerics.sampling_estimates import draw_blocks
 from lightning_bayes.priors.prior import Prior
-from lightning_bayes.row_storage.format import kept_widths
+from lightning_bayes.row_storage.collector import kept_widths
 from lightning_bayes.rows.reader import RowReader
 from lightning_bayes.rows.rows import RowBlock
 from lightning_bayes.structures.base import Curvature, Problem

@@ -1,4 +1,4 @@
-"""All layers of the kept rows together: V, tiles of K = V Λ⁻¹ Vᵀ, and the rows in the eigenbasis of each example."""
+"""All layers of the kept rows together: the forms that they are kept in, tiles of K = V Λ⁻¹ Vᵀ, principal rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,9 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_bayes.row_storage.format import Form, keep_block
-from lightning_bayes.row_storage.stored import KeptRows
-from lightning_bayes.rows.rows import RowBlock
+from lightning_bayes.row_storage.factored import KeptOuter
+from lightning_bayes.row_storage.stored import KeptDense, KeptRows
+from lightning_bayes.rows.rows import OuterRows, RowBlock, Rows
+
+PAIR_OVERHEAD = 16
+"""Multiplications that one product of two position-wise inner products counts as: it is bound by memory."""
+
+Form = tuple[bool, bool]
+"""Of a linear map's rows: whether inner products go by pairs of positions, and whether factors are kept."""
 
 
 class RowKeeper:
@@ -35,7 +41,7 @@ class RowKeeper:
         if block.columns.start == 0:
             self._sizes.append(block.num_examples)
             self._columns = max(self._columns, block.num_columns)
-        layers = keep_block(block, self._forms)
+        layers = [kept for layer in block.layers for kept in keep(layer, block.num_columns, self._forms)]
         if not any(_is_seen(layer.rows) for layer in layers):  # saturated or ignored: as if it were not there
             self._idle = layers
             return
@@ -91,6 +97,51 @@ def _is_seen(rows: Tensor) -> bool:
 
 def _merged(pieces: Sequence[KeptRows], dim: int) -> KeptRows:
     return pieces[0] if len(pieces) == 1 else pieces[0].merge(pieces[1:], dim)
+
+
+def keep(layer: Rows, num_columns: int, forms: dict[tuple[str, ...], Form]) -> list[KeptRows]:
+    """Keep a layer's rows beyond their batch: factored where that takes fewer operations or less memory.
+
+    Args:
+        layer: Rows of some columns of a batch.
+        num_columns: C of the whole root, which decides.
+        forms: Of the layers seen before, by their names: later batches, of other lengths, keep to the first's.
+    """
+    if not isinstance(layer, OuterRows):
+        return [KeptDense(rows, name, layer.shape) for name, rows in layer.dense().items()]
+    # Not the views that a convolution's factors come as: every product would copy them.
+    inputs, grads = layer.inputs().contiguous(), layer.grads().contiguous()
+    plan = _plan(layer, grads.shape[2], grads.shape[3], inputs.shape[2], num_columns)
+    paired, factored = forms.setdefault(layer.names, plan[:2])
+    if factored:
+        return [KeptOuter(grads, inputs, layer.weight, layer.bias, layer.weight_shape, paired)]
+    shapes = {layer.weight: layer.weight_shape, layer.bias: layer.weight_shape[:1]}
+    return [KeptDense(rows, name, shapes[name]) for name, rows in layer.dense().items()]
+
+
+def kept_widths(block: RowBlock) -> tuple[int, int]:
+    """Numbers that a row is kept as, and multiplications of an inner product of two rows; both rounded up."""
+    kept, product = 0, 0
+    for layer in block.layers:
+        if isinstance(layer, OuterRows):
+            positions, out = layer.grads().shape[2:]
+            width = layer.inputs().shape[2]
+            _, _, numbers, operations = _plan(layer, positions, out, width, block.num_columns)
+            kept, product = kept + numbers, product + operations
+        else:
+            kept, product = kept + layer.shape.numel(), product + layer.shape.numel()
+    return kept, product
+
+
+def _plan(layer: OuterRows, t: int, out: int, width: int, columns: int) -> tuple[bool, bool, int, int]:
+    """Whether to pair positions, whether to keep factors, numbers of a row, operations of a pair of rows."""
+    length = out * (width * (layer.weight is not None) + (layer.bias is not None))
+    by_pairs = t**2 * (out + -(-width // columns**2)) + (t**2 * PAIR_OVERHEAD if t > 1 else 0)
+    factors = t * (out + -(-width // columns))
+    paired = t == 1 or by_pairs < length
+    if paired:
+        return True, True, factors, by_pairs
+    return False, factors < length, min(factors, length), length
 
 
 def tiles_of(num_examples: int, columns: int, tile_rows: int) -> list[slice]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_bayes.numerics.cholesky import solve
 from lightning_bayes.row_storage.stored import KeptRows
 
 Vector = Mapping[str, Tensor]
@@ -89,6 +90,26 @@ def _climb(
         stacklevel=2,
     )
     return value
+
+
+def by_factor(
+    factor: Tensor, scale: Tensor, shapes: Mapping[str, torch.Size]
+) -> Callable[[Vector], dict[str, Tensor]]:
+    """(G + Λ)⁻¹ = Λ⁻¹ᐟ²(I + Λ⁻¹ᐟ² G Λ⁻¹ᐟ²)⁻¹Λ⁻¹ᐟ² as a function of vectors.
+
+    Args:
+        factor: Lower, of the matrix in brackets [p, p].
+        scale: Λ⁻¹ᐟ² [p].
+        shapes: Of the parameter tensors.
+    """
+
+    def precondition(vector: Vector) -> dict[str, Tensor]:
+        whole = torch.cat([vector[name].flatten() for name in shapes]).to(scale) * scale
+        solved = solve(factor, whole.unsqueeze(1)).squeeze(1) * scale
+        parts = solved.split([shape.numel() for shape in shapes.values()])
+        return {name: part.reshape(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+
+    return precondition
 
 
 def woodbury(

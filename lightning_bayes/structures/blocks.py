@@ -37,7 +37,7 @@ from lightning_bayes.rows.rows import RowBlock
 from lightning_bayes.structures.base import Budget, Curvature, CurvatureSummary, Problem
 from lightning_bayes.structures.blocks_budget import capacity_of, num_landmarks, pool_rows
 from lightning_bayes.structures.diagonal import DiagonalCurvature
-from lightning_bayes.structures.dual_system import System, factorise, trace_of_shrinkage
+from lightning_bayes.structures.dual_system import System, factorise
 
 SEED = 0
 """Of that sample, a stream of its own."""
@@ -70,7 +70,7 @@ class KeptPart:
 
     def gamma(self) -> tuple[float, float]:
         """Trace of K_SS(I + K_SS)⁻¹, and its standard error."""
-        return trace_of_shrinkage(self.system.factor, self.budget.probes, self.budget.small)
+        return self.system.trace_of_shrinkage(self.budget.probes, self.budget.small)
 
     def quadratic(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> float:
         """gᵀ(G_S + Λ)⁻¹g with the matrix of S alone, an upper bound: the other directions count as flat."""

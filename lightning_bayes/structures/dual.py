@@ -32,7 +32,6 @@ from lightning_bayes.structures.dual_system import (
     inverse_on,
     tiles_of_system,
     trace_of_product,
-    trace_of_shrinkage,
     without_negligible,
 )
 
@@ -112,7 +111,7 @@ class DualCurvature(Curvature):
         system = factorise(
             layers if chosen is None else selected(layers, chosen), precision, types, self._small
         )
-        gamma, stderr = trace_of_shrinkage(system.factor, self.problem.budget.probes, self._small)
+        gamma, stderr = system.trace_of_shrinkage(self.problem.budget.probes, self._small)
         solve = system.solve if chosen is None else inverse_on(chosen, system.solve)
         log_det = log_det_of(system.factor)
         self._last = key, _Factorised(layers, solve, log_det, gamma, stderr, system.rounding)

@@ -56,6 +56,30 @@ class Factor(ABC):
     def unwhiten(self, vectors: Tensor) -> Tensor:
         """L⁻ᵀ times vectors [S, ...]."""
 
+    @property
+    @abstractmethod
+    def rows(self) -> Tensor:
+        """L, or some of its columns: as many rows, of its type and on its device."""
+
+    def trace_of_inverse(self) -> float:
+        """Trace of A⁻¹."""
+        identity = torch.eye(len(self.rows), dtype=self.rows.dtype, device=self.rows.device)
+        return self.whiten(identity).square_().sum(dtype=accumulation_dtype(identity.device)).item()
+
+    def trace_of_shrinkage(self, num_probes: int, exact_limit: int) -> tuple[float, float]:
+        """Trace of K(I + K)⁻¹ = rows − tr (I + K)⁻¹, and its standard error.
+
+        Exact up to a size; beyond it Hutchinson's estimate with random signs z: E zᵀ(I + K)⁻¹z = tr (I + K)⁻¹.
+        """
+        like, size = self.rows, len(self.rows)
+        if size <= exact_limit:
+            return size - self.trace_of_inverse(), 0.0
+        generator = torch.Generator(device=like.device).manual_seed(0)
+        signs = torch.randint(0, 2, (size, num_probes), generator=generator, device=like.device).to(like)
+        squares = self.whiten(signs.mul_(2).sub_(1)).square()
+        samples = size - squares.sum(0, dtype=accumulation_dtype(like.device))
+        return samples.mean().item(), (samples.std() / num_probes**0.5).item()
+
     def added_by_each(self, diagonal: Tensor, cross: Tensor | None) -> tuple[Tensor, Tensor]:
         """Ln(1 + R_ii) of each row by itself, and (R_ii − kᵀA⁻²k)/(1 + R_ii), its part of γ.
 
@@ -100,6 +124,15 @@ class System(Factor):
     factor: Tensor  # [rows, rows], lower
     tiles: list[slice]
     rounding: float = 0.0
+
+    @property
+    @override
+    def rows(self) -> Tensor:
+        return self.factor
+
+    @override
+    def trace_of_inverse(self) -> float:
+        return diagonal_of_inverse(self.factor).sum().item()
 
     @override
     def whiten(self, vectors: Tensor) -> Tensor:
@@ -242,36 +275,6 @@ def gram_of(layers: Sequence[KeptRows], precision: Mapping[str, float]) -> Tenso
     buffer = layers[0].rows.new_empty(size, size)
     fill_gram(buffer, layers, tiles_of_system(layers), precision)
     return buffer
-
-
-def trace_of_shrinkage(factor: Tensor, num_probes: int, exact_limit: int) -> tuple[float, float]:
-    """Trace of K(I + K)⁻¹ = rows − tr (I + K)⁻¹, and its standard error.
-
-    Exact up to a size, from (I + K)⁻¹; beyond it Hutchinson's estimate with random signs z:
-    E zᵀ(I + K)⁻¹z = tr (I + K)⁻¹.
-    """
-    if len(factor) <= exact_limit:
-        return len(factor) - diagonal_of_inverse(factor).sum().item(), 0.0
-    return estimated_shrinkage(
-        lambda vectors: torch.linalg.solve_triangular(factor, vectors, upper=False), factor[0], num_probes
-    )
-
-
-def estimated_shrinkage(
-    whiten: Callable[[Tensor], Tensor], like: Tensor, num_probes: int
-) -> tuple[float, float]:
-    """Hutchinson's estimate and its standard error from L⁻¹ as a function of vectors [rows, ...].
-
-    Args:
-        whiten: L⁻¹ times vectors.
-        like: [rows], for the type and the device.
-        num_probes: Random vectors.
-    """
-    size, accurate = len(like), accumulation_dtype(like.device)
-    generator = torch.Generator(device=like.device).manual_seed(0)
-    signs = torch.randint(0, 2, (size, num_probes), generator=generator, device=like.device).to(like)
-    samples = size - whiten(signs.mul_(2).sub_(1)).square().sum(0, dtype=accurate)
-    return samples.mean().item(), (samples.std() / num_probes**0.5).item()
 
 
 def trace_of_product(

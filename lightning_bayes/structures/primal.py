@@ -14,14 +14,13 @@ from lightning_bayes.numerics.cholesky import (
     log_det_of,
     rounding_of_log_det,
     shrinkage_of,
-    solve,
     spoilt,
     whitened,
     whitening,
 )
 from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.numerics.second_moment import add_products
-from lightning_bayes.row_storage.newton_decrement import quadratic_form
+from lightning_bayes.row_storage.newton_decrement import by_factor, quadratic_form
 from lightning_bayes.row_storage.stored import KeptDense
 from lightning_bayes.rows.rows import RowBlock
 from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
@@ -128,13 +127,7 @@ class PrimalCurvature(Curvature):
         self, factor: Tensor, precision: Mapping[str, float], gradient: Mapping[str, Tensor]
     ) -> float:
         scale, sizes = whitening(precision, self._sizes, factor), list(self._sizes.values())
-
-        def precondition(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            whole = torch.cat([vector[name].flatten() for name in self.problem.shapes]).to(scale) * scale
-            solved = solve(factor, whole.unsqueeze(1)).squeeze(1) * scale
-            parts = zip(self.problem.shapes.items(), solved.split(sizes), strict=True)
-            return {name: part.reshape(shape) for (name, shape), part in parts}
-
+        precondition = by_factor(factor, scale, self.problem.shapes)
         if factor.dtype == accumulation_dtype(self.problem.device):
             step = precondition(gradient)
             return sum((gradient[name].to(scale) * part).sum().item() for name, part in step.items())

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from lightning_bayes.likelihoods import resolve_likelihood
 from lightning_bayes.numerics.cholesky import log_det_of
 from lightning_bayes.row_storage import factored
-from lightning_bayes.row_storage.collector import RowKeeper, cross_all
+from lightning_bayes.row_storage.collector import RowKeeper, cross_all, keep, kept_widths
 from lightning_bayes.row_storage.factored import KeptOuter
-from lightning_bayes.row_storage.format import keep, kept_widths
 from lightning_bayes.row_storage.stored import KeptDense
 from lightning_bayes.rows.reader import RowReader
-from lightning_bayes.structures.dual_system import trace_of_shrinkage
+from lightning_bayes.structures.dual_system import System
 from tests.cases import make_case
 
 sizes = st.integers(1, 4)
@@ -111,9 +110,9 @@ def test_columns_of_zeros_leave_the_determinant_and_the_trace(paired):
     factor, padded_factor = (torch.linalg.cholesky(torch.eye(len(k)).to(k) + k) for k in (gram, padded))
     assert log_det_of(padded_factor) == pytest.approx(log_det_of(factor), rel=1e-12)
     expected = torch.linalg.solve(torch.eye(6).to(gram) + gram, gram).trace().item()
-    exact, _ = trace_of_shrinkage(padded_factor, 4, 15)
+    exact, _ = System(padded_factor, []).trace_of_shrinkage(4, 15)
     assert exact == pytest.approx(expected, rel=1e-10)
-    estimates = [trace_of_shrinkage(one, 10_000, 0) for one in (factor, padded_factor)]
+    estimates = [System(one, []).trace_of_shrinkage(10_000, 0) for one in (factor, padded_factor)]
     for estimate, stderr in estimates:
         assert abs(estimate - expected) < 4 * stderr
     assert estimates[1][1] == pytest.approx(estimates[0][1], rel=0.1)  # rows of zeros add no variance

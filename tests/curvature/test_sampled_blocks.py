@@ -14,7 +14,7 @@ from lightning_bayes import laplace_evidence
 from lightning_bayes.likelihoods import resolve_likelihood
 from lightning_bayes.numerics import sampling_estimates
 from lightning_bayes.numerics.sampling_estimates import BlockSample, draw_blocks, estimated_total
-from lightning_bayes.row_storage import format
+from lightning_bayes.row_storage import collector
 from lightning_bayes.rows.reader import RowReader
 from lightning_bayes.structures.base import Budget, Problem
 from lightning_bayes.structures.blocks import BlockCurvature
@@ -240,8 +240,8 @@ def test_how_rows_are_kept_changes_nothing(monkeypatch):
         monkeypatch.setattr(sampling_estimates, "SEED", seed)
         return laplace_evidence(model, loader, prior_precision=0.3, structure="blocks", num_blocks=8)
 
-    freely, plan = [found(seed) for seed in range(3)], format._plan
-    monkeypatch.setattr(format, "_plan", lambda *sizes: (True, True, *plan(*sizes)[2:]))
+    freely, plan = [found(seed) for seed in range(3)], collector._plan
+    monkeypatch.setattr(collector, "_plan", lambda *sizes: (True, True, *plan(*sizes)[2:]))
     for seed, evidence in enumerate(freely):
         paired = found(seed)
         assert evidence.lower == pytest.approx(paired.lower, rel=1e-9)

@@ -10,10 +10,9 @@ from typing_extensions import override
 
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.numerics.cholesky import log_det_of
-from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.row_storage.stored import KeptDense
 from lightning_bayes.structures.bracket.selection import Selection
-from lightning_bayes.structures.dual_system import Factor, estimated_shrinkage, factorise
+from lightning_bayes.structures.dual_system import Factor, factorise
 
 HEAD = ".head"
 """A name that no parameter can have."""
@@ -30,6 +29,11 @@ class SplitFactor(Factor):
     def log_det(self) -> float:
         """Of I + K_SS."""
         return log_det_of(self.head) + log_det_of(self.tail)
+
+    @property
+    @override
+    def rows(self) -> Tensor:
+        return self.head
 
     @override
     def whiten(self, vectors: Tensor) -> Tensor:
@@ -49,15 +53,6 @@ class SplitFactor(Factor):
     def solve(self, coefficients: Tensor) -> Tensor:
         """(I + K_SS)⁻¹ times coefficients [1, S], in their type."""
         return self.unwhiten(self.whiten(coefficients.mT)).mT.to(coefficients)
-
-    def trace_of_shrinkage(self, num_probes: int, exact_limit: int) -> tuple[float, float]:
-        """Trace of K_SS(I + K_SS)⁻¹, see `trace_of_shrinkage`."""
-        size = len(self.head)
-        if size > exact_limit:
-            return estimated_shrinkage(self.whiten, self.head.new_empty(size), num_probes)
-        identity = torch.eye(size, dtype=self.head.dtype, device=self.head.device)
-        squares = self.whiten(identity).square_()
-        return size - squares.sum(dtype=accumulation_dtype(self.head.device)).item(), 0.0
 
     def _halves(self) -> tuple[Tensor, Tensor]:
         return self.head[: self.head.shape[1]], self.head[self.head.shape[1] :]
