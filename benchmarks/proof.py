@@ -19,15 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.columns import LENGTH, WORDS, Transformer
-from lightning_bayes.capture.forward import BatchForward
-from lightning_bayes.capture.isolation import isolated, throw_away_copy
-from lightning_bayes.capture.module_calls import recorded_calls
+from lightning_bayes.capture.as_written import throw_away_copy
+from lightning_bayes.capture.forward import BatchForward, check_apart
+from lightning_bayes.capture.isolation import isolated
+from lightning_bayes.capture.module_calls import plain_kernels, recorded_calls
 from lightning_bayes.likelihoods import Categorical
 from lightning_bayes.rows.backward import Batch, gradients
 from lightning_bayes.rows.find_routes import make_plan
-from lightning_bayes.rows.per_example import plain_kernels
 from lightning_bayes.rows.proof import proof_of, wrong_parameters
-from lightning_bayes.rows.regrouping import check_apart
 from lightning_bayes.rows.rows import DenseRows
 
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "proof.csv"

@@ -1,13 +1,13 @@
 """Notes the calls of modules during a forward pass: arguments, and outputs with their place in the graph."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-
-from lightning_bayes.capture.example_layout import mapped, tensors_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,18 @@ class Call:
 
 
 @contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Attention and recurrent layers by ordinary operations: fused ones bypass hooks and cannot be vmapped."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
 def recorded_calls(modules: Iterable[nn.Module]) -> Iterator[list[Call]]:
     """Note the calls of some modules, in the order in which they return."""
     calls: list[Call] = []
@@ -54,3 +66,27 @@ def recorded_calls(modules: Iterable[nn.Module]) -> Iterator[list[Call]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Apply a function to the tensors of a nest of tuples, lists and mappings, which keeps its form."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(mapped(function, item) for item in tree))
+    if type(tree) in (tuple, list):
+        return type(tree)(mapped(function, item) for item in tree)
+    if isinstance(tree, dict):
+        items = {key: mapped(function, item) for key, item in tree.items()}
+        return items if type(tree) is dict else type(tree)(**items)
+    return tree
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """The tensors of a nest, in the order in which `mapped` comes to them."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    items = tuple(tree.values()) if isinstance(tree, dict) else tree
+    if type(items) in (tuple, list) or (isinstance(items, tuple) and hasattr(items, "_fields")):
+        return [tensor for item in items for tensor in tensors_of(item)]
+    return []

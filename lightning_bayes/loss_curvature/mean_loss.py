@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_bayes.capture.double_backward import check_differentiable, gradient_to_differentiate
+from lightning_bayes.capture.autograd_graph import check_differentiable, gradient_to_differentiate
 from lightning_bayes.capture.loss import CapturedLoss
+from lightning_bayes.capture.module_calls import plain_kernels
 from lightning_bayes.errors import check_finite
-from lightning_bayes.rows.per_example import plain_kernels
 
 NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),

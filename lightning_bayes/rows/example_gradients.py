@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_bayes.capture.module_calls import Call, recorded_calls
+from lightning_bayes.capture.module_calls import Call, plain_kernels, recorded_calls
 from lightning_bayes.errors import check_finite
 from lightning_bayes.rows.backward import Batch
-from lightning_bayes.rows.per_example import plain_kernels
 from lightning_bayes.rows.reader import RowReader
 from lightning_bayes.rows.routes import Plan
 from lightning_bayes.rows.rows import DenseRows, OuterRows, Rows

@@ -6,7 +6,7 @@ example in turn.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,28 +15,15 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
-from lightning_bayes.capture.example_layout import Layout, mapped, tensors_of
+from lightning_bayes.capture.example_layout import Layout
+from lightning_bayes.capture.module_calls import mapped, plain_kernels, tensors_of
 from lightning_bayes.rows.backward import BATCHED_BYTES, one_column, quiet_loops
 from lightning_bayes.rows.uses import CHUNK, Use
 
 _ONE_BY_ONE: "WeakSet[nn.Module]" = WeakSet()
 """Modules whose backward pass cannot be vmapped over columns as well as over examples."""
-
-
-@contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Attention and recurrent layers by ordinary operations: fused ones bypass hooks and cannot be vmapped."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @dataclass(frozen=True)

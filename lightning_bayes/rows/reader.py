@@ -12,15 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_bayes.capture.module_calls import Call, recorded_calls
+from lightning_bayes.capture.forward import check_apart, forward_of
+from lightning_bayes.capture.module_calls import Call, plain_kernels, recorded_calls
 from lightning_bayes.errors import check_finite
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.rows.backward import Batch, ColumnPasses
 from lightning_bayes.rows.find_routes import make_plan
 from lightning_bayes.rows.layers import CONVOLUTIONS, pad_beforehand
-from lightning_bayes.rows.per_example import plain_kernels
 from lightning_bayes.rows.proof import proof_of, wrong_parameters
-from lightning_bayes.rows.regrouping import check_apart
 from lightning_bayes.rows.routes import Plan, PlanMismatch
 from lightning_bayes.rows.rows import RowBlock, Rows
 
@@ -202,31 +201,3 @@ class RowReader:
         except PlanMismatch:
             return None
         return layers
-
-
-def forward_of(
-    forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Prepared outputs, with their graph, targets, and the summed unit loss of one batch.
-
-    Raises:
-        EvidenceUnavailableError: If outputs or targets are not finite.
-        ValueError: If they do not fit the likelihood, or carry no graph.
-    """
-    outputs, targets = forward()
-    if not isinstance(outputs, Tensor):
-        raise ValueError(
-            f"The network returned {type(outputs).__name__}; the evidence needs one tensor of logits or "
-            "means, [N, C] or [N]. Wrap it in a module that returns that tensor."
-        )
-    check_finite(outputs, "the network's outputs")
-    if isinstance(targets, Tensor) and targets.is_floating_point():  # else they have been prepared
-        check_finite(targets, "the targets")
-    outputs, targets = likelihood.prepare(outputs, targets)
-    unit_loss = likelihood.unit_loss(outputs, targets)
-    if not unit_loss.requires_grad:
-        raise ValueError(
-            "The network's outputs carry no graph back to its parameters: they were detached or computed "
-            "under no_grad."
-        )
-    return outputs, targets, unit_loss

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_bayes.capture.example_layout import Layout, tensors_of
-from lightning_bayes.capture.module_calls import Call
+from lightning_bayes.capture.example_layout import Layout
+from lightning_bayes.capture.module_calls import Call, tensors_of
 from lightning_bayes.rows.per_example import ModuleUse
 
 MAX_ARGUMENT_LAYOUTS = 64

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_bayes.capture.double_backward import check_differentiable, gradient_to_differentiate
+from lightning_bayes.capture.autograd_graph import check_differentiable, gradient_to_differentiate
+from lightning_bayes.capture.forward import check_apart, forward_of
 from lightning_bayes.errors import check_finite
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.numerics.devices import accumulation_dtype
-from lightning_bayes.rows.reader import forward_of
-from lightning_bayes.rows.regrouping import check_apart
 from lightning_bayes.structures.float64 import InFloat64
 
 MAX_MEMORY = 2e9

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_bayes.capture.as_written import throw_away_copy
 from lightning_bayes.capture.example_layout import Layout, example_weights, find_layout, mixes_examples
-from lightning_bayes.capture.isolation import throw_away_copy
+from lightning_bayes.capture.module_calls import plain_kernels
 from lightning_bayes.likelihoods import Gaussian
 from lightning_bayes.rows import find_routes
 from lightning_bayes.rows import reader as reader_module
-from lightning_bayes.rows.per_example import plain_kernels
 from lightning_bayes.rows.reader import RowReader
 from lightning_bayes.rows.routes import GRAPH, LAYER
 from lightning_bayes.rows.rows import OuterRows

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_bayes.capture.isolation import throw_away_copy
+from lightning_bayes.capture.as_written import throw_away_copy
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.evidence.laplace import laplace_evidence
 from lightning_bayes.likelihoods import Gaussian
