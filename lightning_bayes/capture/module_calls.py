@@ -17,20 +17,16 @@ class Call:
     Attributes:
         module: The module.
         arguments: (args, kwargs), their tensors detached.
+        input: The first argument, whatever it is called.
         outputs: Those tensors that it returned and that carry a gradient, as it made them.
         places: Where these stand among all tensors that it returned.
     """
 
     module: nn.Module
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    input: Any
     outputs: tuple[Tensor, ...]
     places: tuple[int, ...]
-
-    @property
-    def input(self) -> Any:
-        """The first argument, whatever it is called."""
-        args, kwargs = self.arguments
-        return args[0] if args else next(iter(kwargs.values()), None)
 
 
 @contextmanager
@@ -55,8 +51,9 @@ def recorded_calls(modules: Iterable[nn.Module]) -> Iterator[list[Call]]:
         places = tuple(i for i, tensor in enumerate(tensors) if tensor.requires_grad)
         if not places:  # under no_grad, for a metric
             return None
-        arguments = mapped(Tensor.detach, (args, kwargs))
-        calls.append(Call(module, arguments, tuple(tensors[i] for i in places), places))
+        args, kwargs = arguments = mapped(Tensor.detach, (args, kwargs))
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        calls.append(Call(module, arguments, first, tuple(tensors[i] for i in places), places))
         # In-place operations behind the module then change the clone, and `outputs` keep their gradient.
         return mapped(Tensor.clone, output)
 

@@ -100,7 +100,7 @@ class _RowIntake:
         return reason, rows_seconds(problem, self.method.structure, time.perf_counter() - start)
 
     def split(self) -> str:
-        return self._reader.split()
+        return self._reader.split
 
     def _settle(self, block: RowBlock) -> tuple[Problem, str]:
         first = next(iter(self.parameters.values()))
