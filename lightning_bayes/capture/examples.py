@@ -6,6 +6,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,16 +123,15 @@ def examples_from_loader(
             indices = [indices[i] for i in order.tolist()]
         batches = BatchSampler(indices, size, drop_last=False)
 
-    def read() -> "DataLoader[Any]":
-        return DataLoader(
-            dataset,
-            batch_sampler=batches,
-            collate_fn=loader.collate_fn,
-            num_workers=loader.num_workers,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context if loader.num_workers else None,
-        )
-
+    read = partial(
+        DataLoader,
+        dataset,
+        batch_sampler=batches,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context if loader.num_workers else None,
+    )
     return Examples(len(indices), read, len(batches), _notes(loader))
 
 

@@ -99,8 +99,9 @@ def capture_loss(
     """
     with LossCalls() as recorder:
         loss = loss_of(step())
-    call = _call_of(recorder.calls, loss)
-    reading = _reading_of(call, grouping_of)
+    call = _readable_call(recorder.calls, loss)
+    rows = _one_row_each if grouping_of is None else grouping_of(call.arguments["input"])
+    reading = READERS[call.function](call, rows)
     read = reading.likelihood
     outputs, targets = read.prepare(reading.outputs, reading.targets)
     num_terms = read.num_terms(outputs.detach(), targets)
@@ -156,26 +157,39 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(function)
 
 
-def _call_of(calls: list[LossCall], loss: Tensor) -> LossCall:
-    """The one noted call that the loss depends on."""
+def _readable_call(calls: list[LossCall], loss: Tensor) -> LossCall:
+    """The one noted call that the loss depends on, which some likelihood stands behind."""
     by_node = {call.result.grad_fn: call for call in calls}
     # What lies behind a loss is the network: no need to walk it.
     reachable = [by_node[node] for node in graph_nodes([loss], ends=by_node) if node in by_node]
-    if len(reachable) == 1:
-        return reachable[0]
-    names = [call.name for call in reachable]
-    if reachable:
+    if len(reachable) > 1:
+        names = [call.name for call in reachable]
         raise ValueError(
             f"The loss of training_step is made of {len(names)} losses ({', '.join(names)}), so it is not the "
             f"negative log-likelihood of one output. {WAY_OUT}"
         )
-    unused = sorted({call.name for call in calls})
-    remark = f" {', '.join(unused)} was called, but the loss does not depend on it." if unused else ""
-    listed = ", ".join(f"F.{function.__name__}" for function in READERS)
-    raise ValueError(
-        f"No loss that can be read was found in training_step.{remark} Losses that can be read, as functions or "
-        f"modules: {listed}. Losses written out by hand leave nothing to read. {NO_LIKELIHOOD} {WAY_OUT}"
-    )
+    if not reachable:
+        unused = sorted({call.name for call in calls})
+        remark = f" {', '.join(unused)} was called, but the loss does not depend on it." if unused else ""
+        listed = ", ".join(f"F.{function.__name__}" for function in READERS)
+        raise ValueError(
+            f"No loss that can be read was found in training_step.{remark} Losses that can be read, as functions or "
+            f"modules: {listed}. Losses written out by hand leave nothing to read. {NO_LIKELIHOOD} {WAY_OUT}"
+        )
+    (call,) = reachable
+    if call.function in OF_NO_LIKELIHOOD:
+        raise ValueError(
+            f"training_step uses {call.name}, which is not the negative log-likelihood of anything: there is no "
+            "evidence of it. Leave LaplaceEvidence out of this run."
+        )
+    if call.function not in READERS:
+        raise ValueError(f"training_step uses {call.name}, which is not supported yet. {WAY_OUT}")
+    legacy = [name for name in ("size_average", "reduce") if call.arguments.get(name) is not None]
+    if legacy:
+        raise ValueError(
+            f"training_step calls {call.name} with {legacy[0]}=, which PyTorch has deprecated. Give reduction=."
+        )
+    return call
 
 
 def loss_of(returned: object) -> Tensor:
@@ -192,23 +206,6 @@ def loss_of(returned: object) -> Tensor:
             f"'loss', can be read. {WAY_OUT}"
         )
     return loss
-
-
-def _reading_of(call: LossCall, grouping_of: Callable[[Tensor], Grouping] | None) -> Reading:
-    if call.function in OF_NO_LIKELIHOOD:
-        raise ValueError(
-            f"training_step uses {call.name}, which is not the negative log-likelihood of anything: there is no "
-            "evidence of it. Leave LaplaceEvidence out of this run."
-        )
-    if call.function not in READERS:
-        raise ValueError(f"training_step uses {call.name}, which is not supported yet. {WAY_OUT}")
-    legacy = [name for name in ("size_average", "reduce") if call.arguments.get(name) is not None]
-    if legacy:
-        raise ValueError(
-            f"training_step calls {call.name} with {legacy[0]}=, which PyTorch has deprecated. Give reduction=."
-        )
-    rows = _one_row_each if grouping_of is None else grouping_of(call.arguments["input"])
-    return READERS[call.function](call, rows)
 
 
 def _one_row_each(tensor: Tensor) -> Tensor:

@@ -209,14 +209,12 @@ def _without_ones(tensor: Tensor) -> list[int]:
     return [*tensor.shape[:1], *(size for size in tensor.shape[1:] if size != 1)]
 
 
-def weights_of(name: str, weights: object) -> Tensor | None:
+def weights_of(name: str, weights: object) -> Tensor:
     """Weights of a loss as a tensor.
 
     Raises:
         ValueError: If one is negative or not finite.
     """
-    if weights is None:
-        return None
     tensor = torch.as_tensor(weights).detach()
     if not tensor.is_floating_point():
         tensor = tensor.to(torch.get_default_dtype())

@@ -35,8 +35,8 @@ class Bernoulli(DiagonalLikelihood):
     name = "binary"
 
     def __init__(self, weight: Tensor | None = None, pos_weight: Tensor | None = None) -> None:
-        self.weight = weights_of("weight", weight)
-        self.pos_weight = weights_of("pos_weight", pos_weight)
+        self.weight = None if weight is None else weights_of("weight", weight)
+        self.pos_weight = None if pos_weight is None else weights_of("pos_weight", pos_weight)
 
     @override
     def prepare(self, outputs: Tensor, targets: Tensor | BinaryTargets) -> tuple[Tensor, BinaryTargets]:

@@ -53,7 +53,7 @@ class Categorical(Likelihood):
         ignore_index: int = -100,
         class_dim: int | None = None,
     ) -> None:
-        self.weight = weights_of("weight", weight)
+        self.weight = None if weight is None else weights_of("weight", weight)
         self.label_smoothing = finite("label_smoothing", label_smoothing, "a number in [0, 1]")
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"Expected argument `label_smoothing` to be in [0, 1], got {label_smoothing!r}.")

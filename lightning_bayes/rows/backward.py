@@ -1,4 +1,4 @@
-"""One batch after its backward passes, and where its examples stand in what each call returned."""
+"""One batch after its backward passes: where its examples stand in what each call returned, and what proves rows."""
 
 import itertools
 import logging
@@ -114,14 +114,12 @@ def vectorised() -> Iterator[None]:
 
 def find_layouts(batch: Batch) -> dict[nn.Module, tuple[Layout | None, ...]]:
     """Layouts of the outputs of each module that counts; None where its calls differ, or there is none."""
-    pairs = iter(example_gradients(batch))
+    num_examples, pairs = batch.num_examples, iter(example_gradients(batch))
     layouts: dict[nn.Module, tuple[Layout | None, ...]] = {}
     for module, calls in batch.by_module.items():
         of_calls = [
             tuple(
-                None
-                if plain is None or weighted is None
-                else find_layout(plain, weighted, batch.num_examples)
+                None if plain is None or weighted is None else find_layout(plain, weighted, num_examples)
                 for plain, weighted in itertools.islice(pairs, len(call.outputs))
             )
             for call, _ in calls
@@ -140,6 +138,63 @@ def example_gradients(batch: Batch) -> list[tuple[Tensor | None, Tensor | None]]
     weights = example_weights(len(seed), seed).reshape(-1, *[1] * (seed.dim() - 1))
     plain = gradients(batch.outputs, tensors, seed)
     return list(zip(plain, gradients(batch.outputs, tensors, weights * seed), strict=True))
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One column that stands for all of a batch, and a weight for each example, to try rows on.
+
+    Attributes:
+        source: The batch after the backward passes of some or all columns.
+        column: Σ_c ρ_c R[c, n], [1, N, ...].
+        weights: wₙ, [N].
+        columns: ρ_c, [C].
+    """
+
+    source: Batch
+    column: Tensor
+    weights: Tensor
+    columns: Tensor
+
+    @cached_property
+    def batch(self) -> Batch:
+        """The batch with the one column."""
+        source = self.source
+        if len(source.roots) == len(self.columns):
+            grads = [
+                None if grad is None else one_column(self.columns, grad)
+                for of_call in source.grads
+                for grad in of_call
+            ]
+        else:  # of the columns that follow nothing is known yet
+            parts = gradients(source.outputs, outputs_of(source.calls), self.column[0])
+            grads = [None if part is None else part.unsqueeze(0) for part in parts]
+        return Batch.of(source.calls, source.outputs, self.column, grads)
+
+
+def proof_of(batch: Batch, roots: Tensor) -> Proof | None:
+    """What rows are tried on, None where no example has one.
+
+    Args:
+        batch: After the backward passes of some or all columns.
+        roots: All columns, [C, N, ...].
+    """
+    roots = roots.detach()
+    if not len(roots):
+        return None
+    generator = torch.Generator().manual_seed(len(roots) + batch.num_examples)
+    columns = random_signed(len(roots), roots, generator)
+    column = one_column(columns, roots)
+    if not bool(column.any()):  # as are all roots then
+        return None
+    return Proof(batch, column, random_signed(batch.num_examples, roots, generator), columns)
+
+
+def random_signed(size: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers of either sign between a half and three halves in size."""
+    sizes = torch.rand(size, generator=generator, dtype=torch.float64) + 0.5
+    signs = torch.randint(2, (size,), generator=generator) * 2 - 1
+    return (sizes * signs).to(like)
 
 
 def refuse_mixing(batch: Batch, name: str) -> None:

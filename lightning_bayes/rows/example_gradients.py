@@ -87,10 +87,10 @@ class ExampleGradientReader(RowReader):
         def again() -> Batch:
             return _batch(*self._forward(forward, None))
 
-        sums: dict[str, _Sums] = {}
-        for rows in self._layers(batch, again, batch.roots):
-            sums |= _sums(rows, keep_totals, batch.num_examples)
-        zero = batch.outputs.new_zeros(())  # of parameters that have not taken part in this batch
+        size, sums = batch.num_examples, dict[str, _Sums]()
+        for rows in self._layers(lambda: batch, again, batch.roots):
+            sums |= _sums(rows, keep_totals, size)
+        zero = outputs.new_zeros(())  # of parameters that have not taken part in this batch
         ordered = [sums.get(name, _Sums(zero, zero)) for name in self.parameters]
         both = torch.stack([its.squares for its in ordered] + [its.squared_total for its in ordered])
         totals = [
@@ -98,7 +98,7 @@ class ExampleGradientReader(RowReader):
             for parameter, its in zip(self.parameters.values(), ordered, strict=True)
             if keep_totals
         ]
-        numbers, size = both.tolist(), batch.num_examples  # one wait for the device
+        numbers = both.tolist()  # one wait for the device
         squares, squared_totals = numbers[: len(ordered)], numbers[len(ordered) :]
         return GradientSums(size, float(size), squares, squared_totals, totals if keep_totals else None)
 

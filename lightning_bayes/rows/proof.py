@@ -8,13 +8,13 @@ wrong in a matrix shows along a random direction u vᵀ of it, for which a linea
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from operator import methodcaller
 
 import torch
 from torch import Tensor
 
-from lightning_bayes.rows.backward import Batch, gradients, one_column, outputs_of
+from lightning_bayes.rows.backward import Proof, gradients, random_signed
 from lightning_bayes.rows.rows import DenseRows, Rows
 
 ROUNDING = 3e3
@@ -26,56 +26,6 @@ SMALLEST_SCALE = 0.1
 
 FLAT = 2**16
 """Parameters up to which truths are compared in one go, where calls take longer than what they do."""
-
-
-@dataclass(frozen=True)
-class Proof:
-    """One column that stands for all of a batch, and a weight for each example.
-
-    Attributes:
-        source: The batch after the backward passes of some or all columns.
-        column: Σ_c ρ_c R[c, n], [1, N, ...].
-        weights: wₙ, [N].
-        columns: ρ_c, [C].
-    """
-
-    source: Batch
-    column: Tensor
-    weights: Tensor
-    columns: Tensor
-
-    @cached_property
-    def batch(self) -> Batch:
-        """The batch with the one column."""
-        source = self.source
-        if len(source.roots) == len(self.columns):
-            grads = [
-                None if grad is None else one_column(self.columns, grad)
-                for of_call in source.grads
-                for grad in of_call
-            ]
-        else:  # of the columns that follow nothing is known yet
-            parts = gradients(source.outputs, outputs_of(source.calls), self.column[0])
-            grads = [None if part is None else part.unsqueeze(0) for part in parts]
-        return Batch.of(source.calls, source.outputs, self.column, grads)
-
-
-def proof_of(batch: Batch, roots: Tensor) -> Proof | None:
-    """What rows are tried on, None where no example has one.
-
-    Args:
-        batch: After the backward passes of some or all columns.
-        roots: All columns, [C, N, ...].
-    """
-    roots = roots.detach()
-    if not len(roots):
-        return None
-    generator = torch.Generator().manual_seed(len(roots) + batch.num_examples)
-    columns = _random(len(roots), roots, generator)
-    column = one_column(columns, roots)
-    if not bool(column.any()):  # as are all roots then
-        return None
-    return Proof(batch, column, _random(batch.num_examples, roots, generator), columns)
 
 
 def wrong_parameters(
@@ -137,8 +87,8 @@ class Directions:
         for name, parameter in parameters.items():
             first = parameter.shape[0] if parameter.dim() else 1
             others = parameter.numel() // first
-            right = _random(others, like, generator) if others > 1 else like.new_ones(1)
-            pairs[name] = _random(first, like, generator), right
+            right = random_signed(others, like, generator) if others > 1 else like.new_ones(1)
+            pairs[name] = random_signed(first, like, generator), right
         sizes = torch.tensor([parameter.numel() for parameter in parameters.values()])
         if int(sizes.sum()) > FLAT:
             return cls(pairs, None, None)
@@ -180,10 +130,3 @@ def _different(
 
 def _is_within(difference: Tensor, size: Tensor) -> Tensor:
     return difference <= ROUNDING * torch.finfo(size.dtype).eps * size.clamp(min=SMALLEST_SCALE * size.max())
-
-
-def _random(size: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    """Numbers of either sign between a half and three halves in size."""
-    sizes = torch.rand(size, generator=generator, dtype=torch.float64) + 0.5
-    signs = torch.randint(2, (size,), generator=generator) * 2 - 1
-    return (sizes * signs).to(like)

@@ -8,6 +8,7 @@ be a throw-away copy all the same: BackPACK reads `input0` and `output` off the 
 
 from collections.abc import Callable, Collection, Container, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from lightning_bayes.capture.forward import check_apart, forward_of
 from lightning_bayes.capture.module_calls import Call, plain_kernels, recorded_calls
 from lightning_bayes.errors import check_finite
 from lightning_bayes.likelihoods import Likelihood
-from lightning_bayes.rows.backward import Batch, ColumnPasses, outputs_of
+from lightning_bayes.rows.backward import Batch, ColumnPasses
 from lightning_bayes.rows.layers import CONVOLUTIONS, pad_beforehand
 from lightning_bayes.rows.routes import Plan, make_plan
 from lightning_bayes.rows.rows import RowBlock, Rows
@@ -145,11 +146,11 @@ class RowReader:
         run_again: Callable[[], tuple[Tensor, Tensor, Tensor, list[Call]]],
     ) -> Iterator[RowBlock]:
         """The rows, as many columns at a time as `CHUNK_BYTES` hold gradients of."""
-        width = sum(tensor.numel() * tensor.element_size() for tensor in outputs_of(calls))
+        width = sum(tensor.numel() * tensor.element_size() for call in calls for tensor in call.outputs)
         step = max(1, int(CHUNK_BYTES // max(width, 1)))
         for start in range(0, len(roots), step):
             columns = slice(start, min(start + step, len(roots)))
-            batch = self._passes.back(calls, outputs, roots[columns])
+            make = partial(self._passes.back, calls, outputs, roots[columns])
 
             def again(columns: slice = columns) -> Batch:
                 nonlocal outputs, calls  # which the columns that follow need too
@@ -158,17 +159,20 @@ class RowReader:
 
             # What holds for all columns together is tried once, with the first of them.
             proved = roots if start == 0 else None
-            yield RowBlock(len(outputs), columns, len(roots), self._layers(batch, again, proved))
+            yield RowBlock(len(outputs), columns, len(roots), self._layers(make, again, proved))
 
-    def _layers(self, batch: Batch, again: Callable[[], Batch], roots: Tensor | None) -> list[Rows]:
+    def _layers(
+        self, make: Callable[[], Batch], again: Callable[[], Batch], roots: Tensor | None
+    ) -> list[Rows]:
         """The rows of a batch, by the plan, or by a new one where there is none or it is not right.
 
         Args:
-            batch: With the calls that the plan wants, or all of them.
-            again: The same with all calls.
+            make: Takes the columns back, to the calls that the plan wants, or all of them.
+            again: Runs the batch once more and takes the columns back to all calls.
             roots: All columns of the batch where these are the first of them; None where the plan has been tried.
         """
         self._read += roots is not None
+        batch = make()
         if self._plan is not None:
             is_due = self._proofs is None or self._read in self._proofs
             layers = self._plan.proved_layers(batch, roots if is_due else None)

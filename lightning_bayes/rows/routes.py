@@ -6,7 +6,6 @@ not the batch's. What fails goes to the next larger module that is called, and i
 """
 
 import warnings
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 
 from lightning_bayes.capture.example_layout import Layout
 from lightning_bayes.capture.module_calls import Call
-from lightning_bayes.rows.backward import Batch, find_layouts, refuse_mixing
+from lightning_bayes.rows.backward import Batch, Proof, find_layouts, proof_of, refuse_mixing
 from lightning_bayes.rows.layers import AXIS_FREE, derivatives_of
 from lightning_bayes.rows.per_example import ArgumentLayouts, ModuleUse, replayed_call
-from lightning_bayes.rows.proof import Directions, Proof, proof_of, wrong_parameters
+from lightning_bayes.rows.proof import Directions, wrong_parameters
 from lightning_bayes.rows.rows import LayerUse, Rows, joined
 from lightning_bayes.rows.uses import GraphUse, Use
 
@@ -70,36 +69,30 @@ class Plan:
         )
 
     def layers(self, batch: Batch) -> list[Rows]:
-        """The rows of one batch.
-
-        Raises:
-            PlanMismatch: If it cannot be read by this plan.
-        """
+        """The rows of one batch; raises a `PlanMismatch` if it cannot be read by this plan."""
         if not batch.by_module.keys() <= self.layouts.keys():  # a head, an expert for the first time
             layouts = find_layouts(batch)
             self.layouts.update({new: layouts[new] for new in layouts.keys() - self.layouts.keys()})
-        uses: dict[str, list[tuple[str, Use]]] = defaultdict(list)
-        for module, names in self._layers.items():
-            for call, grads in batch.by_module.get(module, ()):
-                layer_use = self._layer_use(call, grads, batch.num_examples)
-                for local_name, name in names.items():
-                    uses[name].append((local_name, layer_use))
+        layers, hosts = self._layers, self._hosts
+        every = range(batch.num_examples)
+        made: list[tuple[dict[str, str], Use]] = []
+        for module, names in layers.items():
+            calls = batch.by_module.get(module, ())
+            made += [(names, self._layer_use(call, grads, len(every))) for call, grads in calls]
         for name, way in self.ways.items():
             if way == GRAPH:
-                every = range(batch.num_examples)
-                uses[name] = [("", GraphUse(self.parameters[name], batch.outputs, batch.roots, every))]
-        for host, names in self._hosts.items():
+                made.append(({"": name}, GraphUse(self.parameters[name], batch.outputs, batch.roots, every)))
+        for host, names in hosts.items():
             for call, grads in batch.by_module.get(self.network.get_submodule(host), ()):
-                use = self.module_use(names, call, grads, batch.num_examples)
+                use = self.module_use(names, call, grads, len(every))
                 if use is None:
                     where = f"{host or 'The network'} ({type(call.module).__name__})"
                     raise PlanMismatch(
                         f"{where} cannot be replayed on single examples for the arguments of a later batch. "
                         f"Hold {sorted(names.values())} fixed (requires_grad=False)."
                     )
-                for local_name, name in names.items():
-                    uses[name].append((local_name, use))
-        return joined(uses, {name: self.parameters[name].shape for name in uses})
+                made.append((names, use))
+        return joined(made, self.parameters)
 
     def proved_layers(self, batch: Batch, roots: Tensor | None) -> list[Rows] | None:
         """The rows of one batch, tried with all columns of its root if given; None if the plan is not right for it.
@@ -109,17 +102,20 @@ class Plan:
         try:
             layers = self.layers(batch)
             proof = None if roots is None else proof_of(batch, roots)
-            formed = layers if roots is not None and len(batch.roots) == len(roots) else None
-            return layers if proof is None or not self.wrong(proof, formed) else None
+            if proof is not None:
+                of_all_columns = len(batch.roots) == len(proof.columns)
+                tried = layers if of_all_columns else self.layers(proof.batch)
+                if self.wrong(proof, tried, of_all_columns):
+                    return None
         except PlanMismatch:
             return None
+        return layers
 
-    def wrong(self, proof: Proof, formed: list[Rows] | None = None) -> list[str]:
-        """Parameters whose rows are not autograd's, as those of all columns are, which may be at hand, or of one."""
-        if not self._tried:
+    def wrong(self, proof: Proof, layers: list[Rows], of_all_columns: bool = False) -> list[str]:
+        """Parameters whose rows are not autograd's; see `wrong_parameters`."""
+        if not self._tried:  # what goes by the graph is autograd's by definition
             return []
-        layers = self.layers(proof.batch) if formed is None else formed
-        return wrong_parameters(proof, self._tried, self._directions, layers, formed is not None)
+        return wrong_parameters(proof, self._tried, self._directions, layers, of_all_columns)
 
     def module_use(
         self, names: Mapping[str, str], call: Call, grads: list[Tensor | None], num_examples: int
@@ -212,8 +208,10 @@ def make_plan(
     Raises:
         ValueError: If examples depend on each other, or if `backend` does not have the way that is needed.
     """
-    plan = Plan(network, parameters, {}, find_layouts(batch), batch.num_examples)
     proof = proof_of(batch, roots)
+    if proof is not None:  # one column tells as much as all
+        batch = proof.batch
+    plan = Plan(network, parameters, {}, find_layouts(batch), batch.num_examples)
     next_way = partial(_next_way, plan, batch, backend, apart)
     ways = {
         name: LAYER if backend != "autograd" and _is_readable(plan, name, batch) else next_way(name, LAYER)
@@ -221,7 +219,7 @@ def make_plan(
     }
     plan = replace(plan, ways=ways)
     if proof is not None:
-        while wrong := plan.wrong(proof):
+        while wrong := plan.wrong(proof, plan.layers(batch)):
             ways |= {name: next_way(name, ways[name]) for name in wrong}
             plan = replace(plan, ways=dict(ways))
         plan = _gathered(plan, proof)
@@ -286,7 +284,7 @@ def _gathered(plan: Plan, proof: Proof) -> Plan:
     if ways == plan.ways:
         return plan
     gathered = replace(plan, ways=ways)
-    return plan if gathered.wrong(proof) else gathered
+    return plan if gathered.wrong(proof, gathered.layers(proof.batch)) else gathered
 
 
 def _ancestors(name: str) -> list[str]:

@@ -202,7 +202,7 @@ class DenseRows:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The parameter's name, as a tuple of one."""
+        """The one parameter."""
         return (self.name,)
 
     def with_uses(self, change: Callable[[Any], Any]) -> "DenseRows":
@@ -217,12 +217,7 @@ class DenseRows:
     def projected(
         self, weights: Tensor, directions: Mapping[str, tuple[Tensor, Tensor]]
     ) -> dict[str, Tensor]:
-        """⟨u vᵀ, Σₙ wₙ v₍ₙ,₀₎⟩ over the rows of the first column, or of all: nothing where they cannot be formed.
-
-        Args:
-            weights: wₙ, [N]; or w₍ₙ,c₎ of the rows of all columns, [N, C].
-            directions: u and v for each parameter.
-        """
+        """⟨u vᵀ, Σₙ wₙ v₍ₙ,₀₎⟩ for wₙ [N], or of all columns for w₍ₙ,c₎ [N, C]; nothing where they cannot be made."""
         left, right = directions[self.name]
         try:
             if weights.dim() == 1:
@@ -281,8 +276,12 @@ class RowBlock:
     layers: list[Rows]
 
 
-def joined(uses: Mapping[str, list[tuple[str, Use]]], shapes: Mapping[str, torch.Size]) -> list[Rows]:
-    """Rows by the uses (local name, use) of parameters: of weight and bias together if always used together."""
+def joined(made: list[tuple[dict[str, str], Use]], parameters: Mapping[str, nn.Parameter]) -> list[Rows]:
+    """Rows by the uses of parameters {local name: name}: of weight and bias together if always used together."""
+    uses: dict[str, list[tuple[str, Use]]] = defaultdict(list)
+    for names, use in made:
+        for local_name, name in names.items():
+            uses[name].append((local_name, use))
     linear: dict[tuple[LayerUse, ...], dict[str, str]] = defaultdict(dict)
     dense: list[Rows] = []
     for name, its in uses.items():
@@ -291,8 +290,8 @@ def joined(uses: Mapping[str, list[tuple[str, Use]]], shapes: Mapping[str, torch
         if len(maps) == len(its) and len(local_names) == 1:
             linear[maps][local_names.pop()] = name
         else:
-            dense.append(DenseRows(name, shapes[name], tuple(its)))
-    outer = [OuterRows(names.get("weight"), names.get("bias"), maps) for maps, names in linear.items()]
+            dense.append(DenseRows(name, parameters[name].shape, tuple(its)))
+    outer = [OuterRows(held.get("weight"), held.get("bias"), maps) for maps, held in linear.items()]
     return [*outer, *dense]
 
 
