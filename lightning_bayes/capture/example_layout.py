@@ -39,21 +39,13 @@ class Layout:
         """Entries of each example, k."""
         return tensor.shape[self.axis] // num_examples
 
-    def examples_first(self, tensor: Tensor, num_examples: int) -> Tensor:
-        """The tensor as [N·k, ...], the entries of an example together."""
-        moved = tensor.movedim(self.axis, 0) if self.axis else tensor
-        if self.major or moved.shape[0] == num_examples:
+    def examples_first(self, tensor: Tensor, num_examples: int, behind: int = 0) -> Tensor:
+        """The tensor as [N·k, ...], the entries of an example together; `behind` one dimension as [C, N·k, ...]."""
+        moved = tensor.movedim(self.axis + behind, behind) if self.axis else tensor
+        if self.major or moved.shape[behind] == num_examples:
             return moved
-        grouped: Tensor = moved.unflatten(0, (-1, num_examples))
-        return grouped.transpose(0, 1).flatten(0, 1)
-
-    def columns_first(self, tensor: Tensor, num_examples: int) -> Tensor:
-        """`examples_first` of each column of a tensor [C, ...]: [C, N·k, ...]."""
-        moved = tensor.movedim(self.axis + 1, 1) if self.axis else tensor
-        if self.major or moved.shape[1] == num_examples:
-            return moved
-        grouped: Tensor = moved.unflatten(1, (-1, num_examples))
-        return grouped.transpose(1, 2).flatten(1, 2)
+        grouped: Tensor = moved.unflatten(behind, (-1, num_examples))
+        return grouped.transpose(behind, behind + 1).flatten(behind, behind + 1)
 
     def apart(self, tensor: Tensor, num_examples: int) -> Tensor:
         """The tensor as [N, ...] in which each [...] has the original's dimensions, of one example."""

@@ -55,16 +55,22 @@ def isolated(*holders: object) -> Iterator[None]:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if num_devices:
                 stack.enter_context(torch.random.fork_rng(devices=range(num_devices)))
-                torch.cuda.manual_seed_all(0)
-            # Not by `torch.manual_seed`, which without a GPU formats a stack trace, for later, at each call.
-            torch.default_generator.manual_seed(0)
-            np.random.seed(0)
-            random.seed(0)
+            seed_streams()
             stack.enter_context(plain_operations())
             yield
     finally:
         for restore in restores:
             restore()
+
+
+def seed_streams() -> None:
+    """Seed the random streams of torch, NumPy and Python by 0."""
+    # Not by `torch.manual_seed`, which without a GPU formats a stack trace, for later, at each call.
+    torch.default_generator.manual_seed(0)
+    if _num_cuda_devices():
+        torch.cuda.manual_seed_all(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
 @cache

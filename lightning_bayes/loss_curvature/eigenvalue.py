@@ -109,8 +109,8 @@ def largest_eigenvalue(
         batches = [_batch(network, batch, loss, examples.num_examples) for batch in examples.read()]
         function = MeanLoss(network, trainable_names(network), batches)
         _refuse_sum(function)
-        product = function.hessian_product if curvature == "hessian" else function.gauss_newton_product
-        pair = largest_eigenpair(product, function.flat(), tolerance=tolerance, max_products=max_products)
+        product, start = function.product(curvature), function.flat()
+        pair = largest_eigenpair(product, start, tolerance=tolerance, max_products=max_products)
     return Eigenvalue(
         value=pair.value,
         error=pair.error,

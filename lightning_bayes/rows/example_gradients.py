@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_bayes.capture.module_calls import Call, plain_kernels, recorded_calls
 from lightning_bayes.errors import check_finite
 from lightning_bayes.rows.backward import Batch, outputs_of
-from lightning_bayes.rows.layers import CHUNK
+from lightning_bayes.rows.layers import MAX_TEMPORARY
 from lightning_bayes.rows.reader import RowReader
 from lightning_bayes.rows.routes import Plan
 from lightning_bayes.rows.rows import DenseRows, LayerUse, OuterRows, Rows
@@ -179,7 +179,7 @@ def _outer_squares(inputs: Tensor, grads: Tensor) -> Tensor:
         return grads.square().sum(2).flatten().dot(inputs.square().sum(2).flatten())
     by_pairs = positions * (width + height) < 2 * width * height
     size = positions * positions if by_pairs else width * height
-    step = max(1, CHUNK // size)
+    step = max(1, MAX_TEMPORARY // size)
     total = inputs.new_zeros(())
     for start in range(0, num_examples, step):
         a, g = inputs[start : start + step], grads[start : start + step]

@@ -16,7 +16,7 @@ from backpack.core.derivatives.linear import LinearDerivatives
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHUNK = 2**24
+MAX_TEMPORARY = 2**24
 """Numbers that a temporary of per-example gradients may hold where it can be made in pieces."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -44,29 +44,24 @@ class _Backpack:
     derivatives: BaseParameterDerivatives
 
     def rows(
-        self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor
-    ) -> Tensor:
-        """Rows [C, N, *parameter] of one parameter, from the gradients [C, N, …] of its module's output."""
-        return self._pulled_back(module, local_name, inputs, output, grads, sum_batch=False)
-
-    def total(
-        self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor
-    ) -> Tensor:
-        """Σ over examples and columns of `rows`, in the parameter's shape."""
-        return self._pulled_back(module, local_name, inputs, output, grads, sum_batch=True).sum(0)
-
-    def _pulled_back(
         self,
         module: nn.Module,
         local_name: str,
         inputs: Tensor,
         output: Tensor,
         grads: Tensor,
-        sum_batch: bool,
+        sum_batch: bool = False,
     ) -> Tensor:
+        """Rows [C, N, *parameter] of one parameter, or their sum over examples [C, *parameter]."""
         module.input0, module.output = inputs, output
         rows: Tensor = self.derivatives.param_mjp(local_name, module, (), (), grads, sum_batch=sum_batch)
         return rows
+
+    def total(
+        self, module: nn.Module, local_name: str, inputs: Tensor, output: Tensor, grads: Tensor
+    ) -> Tensor:
+        """Σ over examples and columns of `rows`, in the parameter's shape."""
+        return self.rows(module, local_name, inputs, output, grads, sum_batch=True).sum(0)
 
 
 @dataclass(frozen=True)
@@ -236,14 +231,14 @@ def outer_squares(inputs: Tensor, grads: Tensor) -> Tensor:
     if positions < 2 * len(grads):
         left, right = torch.triu_indices(positions, positions, device=inputs.device)
         twice = torch.where(left == right, 1.0, 2.0).to(inputs).unsqueeze(1)
-        step = max(1, CHUNK // (len(left) * max(grads.shape[3] * len(grads), inputs.shape[2])))
+        step = max(1, MAX_TEMPORARY // (len(left) * max(grads.shape[3] * len(grads), inputs.shape[2])))
         for start in range(0, len(inputs), step):
             some = slice(start, start + step)
             g = (grads[:, some, left] * grads[:, some, right]).sum(0) * twice
             a = inputs[some, left] * inputs[some, right]
             total.addmm_(g.flatten(0, 1).mT, a.flatten(0, 1))
         return total
-    step = max(1, CHUNK // total.numel())
+    step = max(1, MAX_TEMPORARY // total.numel())
     for column in grads:
         for start in range(0, len(inputs), step):
             some = slice(start, start + step)

@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_bayes.capture.example_layout import Layout
 from lightning_bayes.capture.module_calls import Call, mapped, plain_kernels, tensors_of
 from lightning_bayes.rows.backward import BATCHED_BYTES, one_column, vectorised
-from lightning_bayes.rows.layers import CHUNK
+from lightning_bayes.rows.layers import MAX_TEMPORARY
 from lightning_bayes.rows.uses import Use
 
 MAX_ARGUMENT_LAYOUTS = 64
@@ -76,7 +76,7 @@ class ModuleUse(Use):
     def kept_when_formed(self) -> bool:
         # Where they are few, and cost little more than those of one column.
         numbers = self.num_columns * self.num_examples * self._size
-        return self.weights is None and self._are_together(slice(None)) and numbers <= CHUNK
+        return self.weights is None and self._are_together(slice(None)) and numbers <= MAX_TEMPORARY
 
     @override
     def rows(self, local_name: str, columns: slice) -> Tensor:
@@ -113,7 +113,7 @@ class ModuleUse(Use):
     def _weighted_totals(self, weights: Tensor) -> dict[str, Tensor]:
         """Σₙ wₙ v₍ₙ,₀₎ of each parameter, some examples at a time."""
         sums = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
-        for some in torch.arange(self.num_examples).split(max(1, 4 * CHUNK // max(self._size, 1))):
+        for some in torch.arange(self.num_examples).split(max(1, 4 * MAX_TEMPORARY // max(self._size, 1))):
             chosen = dict(zip(some.tolist(), weights[some.to(weights.device)].tolist(), strict=True))
             for name, rows in replace(self, weights=chosen)._pull_back(slice(0, 1)).items():
                 sums[name] += rows.sum((0, 1))
@@ -162,7 +162,7 @@ class ModuleUse(Use):
             rows = [pull([grad[column] for grad in grads])[0] for column in range(len(grads[0]))]
             return {name: torch.stack([row[name] for row in rows]) for name in self.parameters}
 
-        chunk = max(1, 4 * CHUNK // max(len(grads[0][0]) * self._size, 1))
+        chunk = max(1, 4 * MAX_TEMPORARY // max(len(grads[0][0]) * self._size, 1))
         # All columns in one pass where they are small, as in `ColumnPasses`.
         together = self._are_together(columns)
         with plain_kernels(), vectorised():

@@ -179,7 +179,7 @@ class Plan:
             derivatives=derivatives,
             inputs=layout.examples_first(call.input, num_examples),
             output=layout.examples_first(output.detach(), num_examples),
-            grads=layout.columns_first(grad, num_examples),
+            grads=layout.examples_first(grad, num_examples, behind=1),
             entries=layout.entries(output, num_examples),
         )
 
