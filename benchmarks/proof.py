@@ -19,15 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.columns import LENGTH, WORDS, Transformer
-from lightning_bayes.capture.forward import BatchForward
-from lightning_bayes.capture.isolation import isolated, throw_away_copy
-from lightning_bayes.capture.module_calls import recorded_calls
+from lightning_bayes.capture.as_written import throw_away_copy
+from lightning_bayes.capture.forward import BatchForward, check_apart
+from lightning_bayes.capture.isolation import isolated
+from lightning_bayes.capture.module_calls import plain_kernels, recorded_calls
 from lightning_bayes.likelihoods import Categorical
-from lightning_bayes.rows.backward import Batch, gradients
-from lightning_bayes.rows.find_routes import make_plan
-from lightning_bayes.rows.per_example import plain_kernels
-from lightning_bayes.rows.proof import proof_of, wrong_parameters
-from lightning_bayes.rows.regrouping import check_apart
+from lightning_bayes.rows.backward import ColumnPasses, gradients
+from lightning_bayes.rows.proof import proof_of
+from lightning_bayes.rows.routes import make_plan
 from lightning_bayes.rows.rows import DenseRows
 
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "proof.csv"
@@ -87,11 +86,11 @@ def measure(make: Callable[[], tuple[nn.Module, Tensor, Tensor]], repeats: int) 
     with plain_kernels(), recorded_calls(modules) as calls:
         outputs, targets = likelihood.prepare(network(x), y)
     roots = likelihood.sqrt_hessian(outputs, targets)
-    batch = Batch.backward(calls, outputs, roots)
-    plan = make_plan(network, parameters, batch, "auto", proof_of(batch, roots), apart=True)
+    batch = ColumnPasses().back(calls, outputs, roots)
+    plan, _ = make_plan(network, parameters, batch, roots, "auto", apart=True)
     with plain_kernels(), recorded_calls(plan.modules) as calls:  # as every batch that follows
         outputs, targets = likelihood.prepare(network(x), y)
-    batch = Batch.backward(calls, outputs, roots)
+    batch = ColumnPasses().back(calls, outputs, roots)
     layers = plan.layers(batch)
     for rows in layers:
         if isinstance(rows, DenseRows) and rows.kept_when_formed:
@@ -99,7 +98,7 @@ def measure(make: Callable[[], tuple[nn.Module, Tensor, Tensor]], repeats: int) 
 
     def proof() -> None:
         made = proof_of(batch, roots)
-        if made is None or wrong_parameters(plan, made, layers):
+        if made is None or plan.wrong(made, layers):
             raise RuntimeError("the rows are wrong")
 
     def truth() -> None:

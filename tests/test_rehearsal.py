@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_bayes import laplace_evidence
-from lightning_bayes.capture.isolation import throw_away_copy
+from lightning_bayes.capture.as_written import throw_away_copy
 from lightning_bayes.evidence.options import Method
 from lightning_bayes.evidence.totals import rehearse
 from lightning_bayes.likelihoods import resolve_likelihood

@@ -5,16 +5,20 @@ properties of the copy; activation checkpointing and autocast belong to code tha
 A complex parameter of the copy is its real and imaginary part: two real numbers, each with its prior.
 """
 
+import copy
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 TOOLS = (
     *("lightning.", "pytorch_lightning.", "lightning_fabric.", "torchmetrics."),
@@ -27,8 +31,53 @@ COMPILED = "_torchdynamo_orig_callable"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def memo_of_tools(module: nn.Module) -> dict[int, Any]:
-    """What `copy.deepcopy` is to put in the place of things that tools have hung on a module, by id."""
+def throw_away_copy(module: _Module, shared: Sequence[object] = ()) -> _Module:
+    """Deep copy of a module as it is written, in eval mode, in float32 at least, without gradients.
+
+    What tools hang on a module is taken off, and complex parameters are their real and imaginary parts.
+
+    Args:
+        module: Left as it is.
+        shared: Objects that the copy shares with the original, such as the Trainer.
+
+    Raises:
+        ValueError: If something that the module holds cannot be copied.
+    """
+    try:
+        with _DetachOnCopy():
+            memo = _memo_of_tools(module) | {id(thing): thing for thing in shared}
+            duplicate = copy.deepcopy(module, memo)
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"{type(module).__name__} holds something that copy.deepcopy cannot copy ({error}); the evidence "
+            "is computed on a copy so that training is not disturbed. Keep it out of the module, or name the "
+            "part that can be copied: network=."
+        ) from error
+    duplicate.eval()
+    _take_off_tools(module, duplicate)
+    for part in duplicate.modules():  # they log or alter gradients of training; there is no public way
+        part._backward_hooks.clear()
+        part._backward_pre_hooks.clear()
+    for parameter in duplicate.parameters():
+        parameter.grad = None
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in duplicate.parameters()):
+        duplicate.float()
+    return duplicate
+
+
+class _DetachOnCopy(TorchFunctionMode):
+    """Lets `copy.deepcopy` meet tensors with a graph, such as losses that a module has kept in a list."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+def _memo_of_tools(module: nn.Module) -> dict[int, Any]:
+    """What `copy.deepcopy` puts in the place of things that tools have hung on a module, by id."""
     memo: dict[int, Any] = {}
     for part in module.modules():
         compiled = vars(part).get("_compiled_call_impl")
@@ -39,13 +88,8 @@ def memo_of_tools(module: nn.Module) -> dict[int, Any]:
     return memo
 
 
-def take_off_tools(original: nn.Module, duplicate: nn.Module) -> None:
-    """Make a deep copy of a module what is written: nothing compiled, gradients the derivatives, parameters real.
-
-    Args:
-        original: Left as it is.
-        duplicate: Its copy.
-    """
+def _take_off_tools(original: nn.Module, duplicate: nn.Module) -> None:
+    """Make a deep copy of a module what is written: nothing compiled, gradients the derivatives, parameters real."""
     pairs = list(zip(original.modules(), duplicate.modules(), strict=True))
     copies = {id(theirs): mine for theirs, mine in pairs}
     for theirs, mine in pairs:
@@ -68,15 +112,19 @@ def plain_operations() -> Iterator[None]:
 
     They have no switch in torch: their entry points are exchanged, whatever name they are imported by.
     """
+    without_reentrance = "_checkpoint_without_reentrant_generator"
+    exchanged: list[tuple[Any, str, Callable[[Any], Any]]] = [
+        (torch.amp.autocast_mode.autocast, "__enter__", _disabled),
+        (checkpointing.CheckpointFunction, "apply", _called),
+        (checkpointing, without_reentrance, _nothing_around),
+        (checkpointing, f"{without_reentrance}_impl", _nothing_around),  # newer than torch 2.4
+        (torch, "embedding", partial(_unscaled, places=(3, 4))),
+        (torch, "embedding_bag", partial(_unscaled, places=(3, 5))),
+    ]
     with ExitStack() as stack:
-        stack.enter_context(_exchanged(torch.amp.autocast_mode.autocast, "__enter__", _disabled))
-        stack.enter_context(_exchanged(checkpointing.CheckpointFunction, "apply", _called))
-        name = "_checkpoint_without_reentrant_generator"
-        for generator in (name, f"{name}_impl"):  # the latter is newer than torch 2.4
-            if hasattr(checkpointing, generator):
-                stack.enter_context(_exchanged(checkpointing, generator, _nothing_around))
-        stack.enter_context(_exchanged(torch, "embedding", partial(_unscaled, places=(3, 4))))
-        stack.enter_context(_exchanged(torch, "embedding_bag", partial(_unscaled, places=(3, 5))))
+        for owner, name, make in exchanged:
+            if hasattr(owner, name):
+                stack.enter_context(_exchanged(owner, name, make))
         yield
 
 
@@ -95,7 +143,7 @@ def _exchanged(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[No
 
 
 def _disabled(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Of autocast's `__enter__`: the same for one that is not enabled."""
+    """Make autocast's `__enter__` that of one that is not enabled."""
 
     def disabled(context: Any) -> Any:
         enabled, context._enabled = context._enabled, False
@@ -108,12 +156,12 @@ def _disabled(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _called(apply: object) -> object:
-    """Of reentrant checkpointing: the function itself, within the graph."""
+    """Make reentrant checkpointing call the function itself, within the graph."""
     return staticmethod(lambda function, preserve, *args: function(*args))
 
 
 def _nothing_around(generator: object) -> Callable[..., Generator[None, None, None]]:
-    """Of checkpointing without reentrance, which is what happens before and after a call: nothing."""
+    """Make checkpointing without reentrance, which is what happens before and after a call, do nothing."""
 
     def nothing(*args: object, **kwargs: object) -> Generator[None, None, None]:
         yield
@@ -122,11 +170,11 @@ def _nothing_around(generator: object) -> Callable[..., Generator[None, None, No
 
 
 def _unscaled(function: Callable[..., Any], places: tuple[int, int]) -> Callable[..., Any]:
-    """Of torch.embedding and its like: with a gradient that is the derivative, and dense.
+    """Make the gradient of torch.embedding and its like the derivative, and dense.
 
     Args:
         function: The operation.
-        places: Of `scale_grad_by_freq` and `sparse` among its arguments.
+        places: Where `scale_grad_by_freq` and `sparse` stand among its arguments.
     """
 
     def unscaled(*args: Any, **kwargs: Any) -> Any:
@@ -172,9 +220,8 @@ def _uncompile(theirs: nn.Module, mine: nn.Module, copies: dict[int, nn.Module])
 
 def _make_real(network: nn.Module) -> None:
     """Exchange each complex parameter for its two parts, of which its module still sees the complex number."""
-    real: dict[
-        int, tuple[Tensor, nn.Parameter]
-    ] = {}  # keeps what is exchanged, so that no other takes over its id
+    # With what is exchanged, so that no other takes over its id.
+    real: dict[int, tuple[Tensor, nn.Parameter]] = {}
     for module in network.modules():
         names = [name for name, p in module._parameters.items() if p is not None and p.is_complex()]
         for name in names:

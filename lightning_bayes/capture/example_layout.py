@@ -6,10 +6,16 @@ is wₙ times that of Σₙ ⟨sₙ, f(xₙ)⟩ wherever the tensor belongs to e
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from lightning_bayes.capture.autograd_graph import graph_nodes
+
+DEEPEST = 64
+"""Steps of the graph, those farthest from the outputs, in which the order of flattened rows is looked for."""
 
 
 @dataclass(frozen=True)
@@ -33,21 +39,13 @@ class Layout:
         """Entries of each example, k."""
         return tensor.shape[self.axis] // num_examples
 
-    def examples_first(self, tensor: Tensor, num_examples: int) -> Tensor:
-        """The tensor as [N·k, ...], the entries of an example together."""
-        moved = tensor.movedim(self.axis, 0) if self.axis else tensor
-        if self.major or moved.shape[0] == num_examples:
+    def examples_first(self, tensor: Tensor, num_examples: int, behind: int = 0) -> Tensor:
+        """The tensor as [N·k, ...], the entries of an example together; `behind` one dimension as [C, N·k, ...]."""
+        moved = tensor.movedim(self.axis + behind, behind) if self.axis else tensor
+        if self.major or moved.shape[behind] == num_examples:
             return moved
-        grouped: Tensor = moved.unflatten(0, (-1, num_examples))
-        return grouped.transpose(0, 1).flatten(0, 1)
-
-    def columns_first(self, tensor: Tensor, num_examples: int) -> Tensor:
-        """`examples_first` of each column of a tensor [C, ...]: [C, N·k, ...]."""
-        moved = tensor.movedim(self.axis + 1, 1) if self.axis else tensor
-        if self.major or moved.shape[1] == num_examples:
-            return moved
-        grouped: Tensor = moved.unflatten(1, (-1, num_examples))
-        return grouped.transpose(1, 2).flatten(1, 2)
+        grouped: Tensor = moved.unflatten(behind, (-1, num_examples))
+        return grouped.transpose(behind, behind + 1).flatten(behind, behind + 1)
 
     def apart(self, tensor: Tensor, num_examples: int) -> Tensor:
         """The tensor as [N, ...] in which each [...] has the original's dimensions, of one example."""
@@ -99,26 +97,42 @@ def _rounding(tensor: Tensor) -> float:
     return 1e3 * torch.finfo(tensor.dtype).eps
 
 
-def mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
-    """The same nest of tuples, lists and mappings with the function applied to its tensors."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(mapped(function, item) for item in tree))
-    if type(tree) in (tuple, list):
-        return type(tree)(mapped(function, item) for item in tree)
-    if isinstance(tree, dict):
-        items = {key: mapped(function, item) for key, item in tree.items()}
-        return items if type(tree) is dict else type(tree)(**items)
-    return tree
+def rows_of_examples(layout: Layout, num_examples: int) -> Callable[[Tensor], Tensor]:
+    """What brings rows [N·k, ...] in a layout to examples [N, k, ...]."""
+    return partial(layout.apart, num_examples=num_examples)
 
 
-def tensors_of(tree: Any) -> list[Tensor]:
-    """The tensors of a nest, in order."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        return [tensor for item in tree.values() for tensor in tensors_of(item)]
-    if (isinstance(tree, tuple) and hasattr(tree, "_fields")) or type(tree) in (tuple, list):
-        return [tensor for item in tree for tensor in tensors_of(item)]
-    return []
+def layout_of_rows(outputs: Tensor, num_examples: int) -> Layout:
+    """Whether the k rows of an example follow each other, [N, k] flattened, or each other's examples, [k, N].
+
+    With rows grouped rightly, the gradient of Σₙ wₙ ⟨sₙ, f(xₙ)⟩ in every step of the graph that knows examples
+    is wₙ times that of Σₙ ⟨sₙ, f(xₙ)⟩ wherever it belongs to example n; grouped wrongly, in fewer steps.
+
+    Args:
+        outputs: [N·k, ...], with their graph.
+        num_examples: N.
+
+    Returns:
+        [N, k] unless [k, N] fits more steps. A network in which neither is right mixes its examples, which the
+        pass over the rows reports.
+    """
+    generator = torch.Generator(device=outputs.device).manual_seed(0)
+    seed = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+    nodes = [
+        node for node in graph_nodes([outputs]) if not hasattr(node, "variable")
+    ]  # without the parameters
+    steps = [GradientEdge(node, 0) for node in nodes[-DEEPEST:]]
+    gradients = partial(torch.autograd.grad, outputs, steps, retain_graph=True, allow_unused=True)
+    plain = gradients(seed)
+    weights, entries = example_weights(num_examples, outputs), len(outputs) // num_examples
+
+    def num_fitting(layout: Layout) -> int:
+        each = weights.repeat_interleave(entries) if layout.major else weights.repeat(entries)
+        weighted = gradients(seed * each.reshape(-1, *[1] * (outputs.dim() - 1)))
+        return sum(
+            find_layout(a, b, num_examples) is not None
+            for a, b in zip(plain, weighted, strict=True)
+            if a is not None and b is not None and bool(a.any())
+        )
+
+    return max(Layout(0, major=True), Layout(0, major=False), key=num_fitting)

@@ -6,6 +6,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,39 +102,37 @@ def examples_from_loader(
         )
     own_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     size = int(batch_size or max(SMALLEST_DEFAULT_BATCH, own_size or 0))
-    arguments: dict[str, Any] = {
-        "batch_size": size,
-        "collate_fn": loader.collate_fn,
-        "num_workers": loader.num_workers,
-        "worker_init_fn": loader.worker_init_fn,
-        "multiprocessing_context": loader.multiprocessing_context if loader.num_workers else None,
-    }
     if isinstance(dataset, IterableDataset):
-        return _of_stream(
-            loader, size, max_examples, None if num_batches is None else num_batches * (own_size or 1)
-        )
-    if batch_size is None and (own := _own_batches(loader)) is not None:
-        examples = sorted(index for batch in own for index in batch)
-        chosen = set(examples if max_examples is None else _subset(examples, max_examples))
-        own = [kept for batch in own if (kept := [index for index in batch if index in chosen])]
-        num_examples = len(chosen)
-        del arguments["batch_size"]
-        arguments["batch_sampler"] = own
+        trained_on = None if num_batches is None else num_batches * (own_size or 1)
+        return _of_stream(loader, size, max_examples, trained_on)
+    own = _own_batches(loader)
+    keeps_own = own is not None and batch_size is None
+    indices = _training_indices(loader, own)
+    if num_batches is not None and own_size and _keeps_order(loader) and not keeps_own:
+        indices = indices[: num_batches * own_size]
+    indices = _subset(indices, max_examples)
+    if not indices:
+        raise ValueError("The training DataLoader is empty: there is nothing to take the evidence of.")
+    if own is not None and keeps_own:
+        chosen = set(indices)
+        within = [[index for index in batch if index in chosen] for batch in own]
+        batches: list[list[int]] | BatchSampler = [batch for batch in within if batch]
     else:
-        indices = _training_indices(loader)
-        if num_batches is not None and own_size and _keeps_order(loader):
-            indices = indices[: num_batches * own_size]
-        if max_examples is not None and max_examples < len(indices):
-            indices = _subset(indices, max_examples)
         if mixed:
             order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
             indices = [indices[i] for i in order.tolist()]
-        num_examples = len(indices)
-        arguments["sampler"] = indices
-    if num_examples == 0:
-        raise ValueError("The training DataLoader is empty: there is nothing to take the evidence of.")
-    reads = len(arguments["batch_sampler"]) if "batch_sampler" in arguments else -(-num_examples // size)
-    return Examples(num_examples, lambda: DataLoader(dataset, **arguments), reads, _notes(loader))
+        batches = BatchSampler(indices, size, drop_last=False)
+
+    read = partial(
+        DataLoader,
+        dataset,
+        batch_sampler=batches,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context if loader.num_workers else None,
+    )
+    return Examples(len(indices), read, len(batches), _notes(loader))
 
 
 def _notes(loader: "DataLoader[Any]") -> tuple[str, ...]:
@@ -237,15 +236,14 @@ def _length(dataset: Dataset[Any]) -> int:
         ) from error
 
 
-def _training_indices(loader: "DataLoader[Any]") -> Sequence[int]:
-    """Indices that the loader can draw, each once."""
+def _training_indices(loader: "DataLoader[Any]", own: list[list[int]] | None) -> Sequence[int]:
+    """Indices that the loader can draw, each once; `own` are its batches where they are of the user's own."""
+    if own is not None:
+        return sorted(itertools.chain.from_iterable(own))
     dataset, batches = loader.dataset, loader.batch_sampler
     size = _length(dataset)
     # A loader that was given a batch sampler keeps an idle sampler beside it; the batch sampler's counts.
     sampler = getattr(batches, "sampler", None)
-    own = _own_batches(loader)
-    if own is not None:
-        return sorted(index for batch in own for index in batch)
     if isinstance(sampler, SubsetRandomSampler):
         return list(dict.fromkeys(map(int, sampler.indices)))
     if isinstance(sampler, WeightedRandomSampler):  # repeats examples: the likelihood counts each once
@@ -276,6 +274,9 @@ def _copied(sampler: Any, dataset: Dataset[Any]) -> Any:
     return copy.deepcopy(sampler, {id(dataset): dataset})
 
 
-def _subset(indices: Sequence[int], size: int) -> list[int]:
+def _subset(indices: Sequence[int], size: int | None) -> Sequence[int]:
+    """So many of some examples, at random and in their order; all if there are no more, or no size is given."""
+    if size is None or size >= len(indices):
+        return indices
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[: int(size)]
     return [indices[i] for i in sorted(order.tolist())]

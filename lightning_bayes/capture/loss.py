@@ -7,17 +7,28 @@ training loss something else than a negative log-likelihood, and that is an erro
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from lightning_bayes.capture.loss_calls import OF_NO_LIKELIHOOD, LossCall, LossCalls, call_of
-from lightning_bayes.capture.pytorch_losses import READERS, WAY_OUT, Reading, Rows
+from lightning_bayes.capture.autograd_graph import graph_nodes
+from lightning_bayes.capture.pytorch_losses import (
+    KNOWN,
+    OF_NO_LIKELIHOOD,
+    READERS,
+    WAY_OUT,
+    Grouping,
+    LossCall,
+    Reading,
+)
 from lightning_bayes.likelihoods import Categorical, Likelihood
 
 __all__ = ["WAY_OUT", "CapturedLoss", "Reduction", "capture_loss", "loss_of"]
@@ -34,6 +45,12 @@ RELATIVE_TOLERANCE = {
 """Between the loss returned and the likelihood's own value, by the type of the outputs.
 
 A small regulariser must not pass: once the loss has fallen it is no longer small."""
+
+SIGMOIDS = (torch.sigmoid, Tensor.sigmoid, torch.special.expit)
+NO_LIKELIHOOD = (
+    "A loss that is no likelihood of targets, one factor an example (Dice, contrastive, ranking), has no evidence: "
+    "then leave LaplaceEvidence out of this run. Otherwise:"
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +82,7 @@ class CapturedLoss:
 def capture_loss(
     step: Callable[[], object],
     likelihood: Likelihood | None = None,
-    rows_of: Callable[[Tensor], Rows] | None = None,
+    grouping_of: Callable[[Tensor], Grouping] | None = None,
 ) -> CapturedLoss:
     """Run a training step and read the likelihood from the loss that it returns.
 
@@ -73,7 +90,7 @@ def capture_loss(
         step: Returns the loss, or a mapping that holds it under "loss".
         likelihood: Overrides the likelihood of the loss found, e.g. a Gaussian with its own noise; it must
             be of the same kind, and its own parameters count, not those of the call.
-        rows_of: Finds from the outputs that the loss saw how their rows make examples; None where each row is
+        grouping_of: Finds from the outputs that the loss saw how their rows make examples; None where each row is
             one.
 
     Raises:
@@ -82,18 +99,97 @@ def capture_loss(
     """
     with LossCalls() as recorder:
         loss = loss_of(step())
-    call = call_of(recorder.calls, loss)
-    reading = _reading_of(call, rows_of)
+    call = _readable_call(recorder.calls, loss)
+    rows = _one_row_each if grouping_of is None else grouping_of(call.arguments["input"])
+    reading = READERS[call.function](call, rows)
     read = reading.likelihood
     outputs, targets = read.prepare(reading.outputs, reading.targets)
-    unit_loss, value = read.unit_loss(outputs, targets), loss.item()
     num_terms = read.num_terms(outputs.detach(), targets)
+    unit_loss, value = read.unit_loss(outputs, targets), loss.item()
     reduction = _reduction(call, reading, outputs.detach(), num_terms, unit_loss.item(), value)
     if likelihood is not None:
         read = _overridden(call, reading, likelihood)
         outputs, targets = read.prepare(reading.outputs, reading.targets)
         unit_loss = read.unit_loss(outputs, targets)
     return CapturedLoss(outputs, targets, read, unit_loss, reduction, value)
+
+
+class LossCalls(TorchFunctionMode):
+    """Notes every call of a loss in `KNOWN`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[LossCall] = []
+        self._sigmoids: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in SIGMOIDS and result.grad_fn is not None:
+            self._sigmoids[result.grad_fn] = (args[0] if args else kwargs["input"], result)
+        if func in KNOWN and isinstance(result, Tensor) and result.grad_fn is not None:
+            bound = _signature(func).bind(*args, **kwargs)
+            bound.apply_defaults()
+            if func is F.binary_cross_entropy:
+                bound.arguments["logits"] = self._logits_of(bound.arguments["input"])
+            self.calls.append(LossCall(func, bound.arguments, result))
+        return result
+
+    def _logits_of(self, probabilities: Tensor) -> Tensor | None:
+        """Logits in the shape of their sigmoid, None if something else was made of it."""
+        # Whatever lies between (a view, a clone, a cast) shows in the values, which are compared below.
+        node = probabilities.grad_fn
+        while node is not None and node not in self._sigmoids:
+            parents = [parent for parent, _ in node.next_functions if parent is not None]
+            node = parents[0] if len(parents) == 1 else None
+        logits, result = self._sigmoids.get(node, (None, None))
+        if logits is None or result is None or result.numel() != probabilities.numel():
+            return None
+        again = logits.detach().sigmoid().reshape(probabilities.shape).to(probabilities.dtype)
+        same = torch.equal(again, probabilities.detach())
+        return logits.reshape(probabilities.shape) if same else None
+
+
+@cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def _readable_call(calls: list[LossCall], loss: Tensor) -> LossCall:
+    """The one noted call that the loss depends on, which some likelihood stands behind."""
+    by_node = {call.result.grad_fn: call for call in calls}
+    # What lies behind a loss is the network: no need to walk it.
+    reachable = [by_node[node] for node in graph_nodes([loss], ends=by_node) if node in by_node]
+    if len(reachable) > 1:
+        names = [call.name for call in reachable]
+        raise ValueError(
+            f"The loss of training_step is made of {len(names)} losses ({', '.join(names)}), so it is not the "
+            f"negative log-likelihood of one output. {WAY_OUT}"
+        )
+    if not reachable:
+        unused = sorted({call.name for call in calls})
+        remark = f" {', '.join(unused)} was called, but the loss does not depend on it." if unused else ""
+        listed = ", ".join(f"F.{function.__name__}" for function in READERS)
+        raise ValueError(
+            f"No loss that can be read was found in training_step.{remark} Losses that can be read, as functions or "
+            f"modules: {listed}. Losses written out by hand leave nothing to read. {NO_LIKELIHOOD} {WAY_OUT}"
+        )
+    (call,) = reachable
+    if call.function in OF_NO_LIKELIHOOD:
+        raise ValueError(
+            f"training_step uses {call.name}, which is not the negative log-likelihood of anything: there is no "
+            "evidence of it. Leave LaplaceEvidence out of this run."
+        )
+    if call.function not in READERS:
+        raise ValueError(f"training_step uses {call.name}, which is not supported yet. {WAY_OUT}")
+    legacy = [name for name in ("size_average", "reduce") if call.arguments.get(name) is not None]
+    if legacy:
+        raise ValueError(
+            f"training_step calls {call.name} with {legacy[0]}=, which PyTorch has deprecated. Give reduction=."
+        )
+    return call
 
 
 def loss_of(returned: object) -> Tensor:
@@ -110,23 +206,6 @@ def loss_of(returned: object) -> Tensor:
             f"'loss', can be read. {WAY_OUT}"
         )
     return loss
-
-
-def _reading_of(call: LossCall, rows_of: Callable[[Tensor], Rows] | None) -> Reading:
-    if call.function in OF_NO_LIKELIHOOD:
-        raise ValueError(
-            f"training_step uses {call.name}, which is not the negative log-likelihood of anything: there is no "
-            "evidence of it. Leave LaplaceEvidence out of this run."
-        )
-    if call.function not in READERS:
-        raise ValueError(f"training_step uses {call.name}, which is not supported yet. {WAY_OUT}")
-    legacy = [name for name in ("size_average", "reduce") if call.arguments.get(name) is not None]
-    if legacy:
-        raise ValueError(
-            f"training_step calls {call.name} with {legacy[0]}=, which PyTorch has deprecated. Give reduction=."
-        )
-    rows = _one_row_each if rows_of is None else rows_of(call.arguments["input"])
-    return READERS[call.function](call.name, call.arguments, rows)
 
 
 def _one_row_each(tensor: Tensor) -> Tensor:
@@ -156,8 +235,10 @@ def _reduction(
     # As in PyTorch, the mean over no token at all is not a number.
     values: dict[Reduction, float] = {"mean": total / num_terms if num_terms else math.nan, "sum": total}
     declared = cast(Reduction, call.arguments.get("reduction", "mean"))
+    if not all(map(math.isfinite, (value, *values.values()))):  # the pass over the data reports it
+        return declared if declared in values else "mean"
     relative = RELATIVE_TOLERANCE[outputs.dtype]
-    if declared in values and _close(values[declared], value, relative, 0.0):
+    if declared in values and math.isclose(values[declared], value, rel_tol=relative):
         return declared
     # Of one term; log-softmax outputs are rounded at the size of the logits, however small the loss.
     eps = min(torch.finfo(outputs.dtype).eps, torch.finfo(torch.float32).eps)
@@ -165,7 +246,7 @@ def _reduction(
     terms = {"mean": 1, "sum": num_terms}
     # With one term both agree: the declared one is meant.
     for reduction in sorted(values, key=lambda name: name != declared):
-        if _close(values[reduction], value, relative, terms[reduction] * rounding):
+        if math.isclose(values[reduction], value, rel_tol=relative, abs_tol=terms[reduction] * rounding):
             return reduction
     remark = (
         " F.nll_loss expects log-probabilities: are its inputs the outputs of log_softmax?"
@@ -178,10 +259,3 @@ def _reduction(
         f"log-likelihood.{remark} Regularise through the optimizer's weight_decay, or score the likelihood alone: "
         f"{WAY_OUT}"
     )
-
-
-def _close(expected: float, got: float, relative: float, absolute: float) -> bool:
-    # Values that are not finite are not this function's business: the pass over the data reports them.
-    if not math.isfinite(expected) or not math.isfinite(got):
-        return True
-    return math.isclose(expected, got, rel_tol=relative, abs_tol=absolute)

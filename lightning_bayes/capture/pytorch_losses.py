@@ -1,9 +1,9 @@
-"""From the arguments of one of PyTorch's losses to a likelihood with the outputs and targets that it takes.
+"""From a call of one of PyTorch's losses to a likelihood with the outputs and targets that it takes.
 
 Weights are data of the call: those of classes are the same in every batch, those of examples are not.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +25,22 @@ WAY_OUT = (
     "(module, batch) -> (outputs, targets)."
 )
 
-Rows = Callable[[Tensor], Tensor]
+Grouping = Callable[[Tensor], Tensor]
 """Brings a tensor with a row for each row of the outputs to one with a row for each example."""
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """One call of a loss, its arguments by name and what it returned."""
+
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+    result: Tensor
+
+    @property
+    def name(self) -> str:
+        """The function as users write it."""
+        return f"F.{self.function.__name__}"
 
 
 @dataclass(frozen=True)
@@ -40,75 +54,77 @@ class Reading:
     """PyTorch's sum of the loss where that is not the likelihood's: by a constant, or by its rounding."""
 
 
-def _cross_entropy(name: str, arguments: Mapping[str, Any], rows: Rows) -> Reading:
-    outputs, targets = arguments["input"], arguments["target"]
+def _cross_entropy(call: LossCall, rows: Grouping) -> Reading:
+    outputs, targets = call.arguments["input"], call.arguments["target"]
     if outputs.dim() > 1:  # PyTorch's classes are in dimension 1; behind `rows` that may be a token's
         outputs = outputs.movedim(1, -1)
         targets = targets.movedim(1, -1) if targets.is_floating_point() else targets
     likelihood = Categorical(
-        weight=arguments["weight"],
-        label_smoothing=arguments.get("label_smoothing", 0.0),
-        ignore_index=arguments["ignore_index"],
+        weight=call.arguments["weight"],
+        label_smoothing=call.arguments.get("label_smoothing", 0.0),
+        ignore_index=call.arguments["ignore_index"],
         class_dim=-1,
     )
     return Reading(likelihood, rows(outputs), rows(targets))
 
 
-def _binary_cross_entropy(name: str, arguments: Mapping[str, Any], rows: Rows) -> Reading:
-    outputs, targets = arguments["input"], arguments["target"]
-    _one_shape(name, outputs, targets)
+def _binary_cross_entropy(call: LossCall, rows: Grouping) -> Reading:
+    outputs, targets = call.arguments["input"], call.arguments["target"]
+    _one_shape(call.name, outputs, targets)
     # Broadcast before the rows are put together: [K] goes with the last dimension of what the loss saw.
     weights = {
-        key: rows(arguments[key].broadcast_to(outputs.shape))
+        key: rows(call.arguments[key].broadcast_to(outputs.shape))
         for key in ("weight", "pos_weight")
-        if arguments.get(key) is not None
+        if call.arguments.get(key) is not None
     }
     return Reading(Bernoulli(**weights), rows(outputs), rows(targets))
 
 
-def _binary_cross_entropy_of_probabilities(name: str, arguments: Mapping[str, Any], rows: Rows) -> Reading:
-    logits = arguments["logits"]
+def _binary_cross_entropy_of_probabilities(call: LossCall, rows: Grouping) -> Reading:
+    logits = call.arguments["logits"]
     if logits is None:
         raise ValueError(
-            f"training_step calls {name} on probabilities that are not the sigmoid of logits, or no longer just "
-            f"that. Use F.binary_cross_entropy_with_logits on the logits, which is more exact as well. {WAY_OUT}"
+            f"training_step calls {call.name} on probabilities that are not the sigmoid of logits, or no longer "
+            f"just that. Use F.binary_cross_entropy_with_logits on the logits, which is more exact as well. {WAY_OUT}"
         )
-    reading = _binary_cross_entropy(name, {**arguments, "input": logits}, rows)
+    reading = _binary_cross_entropy(replace(call, arguments={**call.arguments, "input": logits}), rows)
     # 1 - p has lost the digits that the logits still have, and PyTorch cuts logarithms off at -100.
-    probabilities, targets, weight = (arguments[key] for key in ("input", "target", "weight"))
+    probabilities, targets, weight = (call.arguments[key] for key in ("input", "target", "weight"))
     total = F.binary_cross_entropy(probabilities.detach(), targets, weight, reduction="sum")
     return replace(reading, total=total.item())
 
 
-def _mse(name: str, arguments: Mapping[str, Any], rows: Rows) -> Reading:
-    outputs, targets = arguments["input"], arguments["target"]
-    _one_shape(name, outputs, targets)
-    if arguments.get("weight") is not None:  # an argument of newer PyTorch
+def _mse(call: LossCall, rows: Grouping) -> Reading:
+    outputs, targets = call.arguments["input"], call.arguments["target"]
+    _one_shape(call.name, outputs, targets)
+    if call.arguments.get("weight") is not None:  # an argument of newer PyTorch
         raise ValueError(
-            f"training_step calls {name} with weight=a tensor, which the likelihood does not express. Noise that "
-            f"differs between examples is that of F.gaussian_nll_loss; or score the plain likelihood: {WAY_OUT}"
+            f"training_step calls {call.name} with weight=a tensor, which the likelihood does not express. Noise "
+            f"that differs between examples is that of F.gaussian_nll_loss; or score the plain likelihood: {WAY_OUT}"
         )
     return Reading(Gaussian(), rows(outputs), rows(targets))
 
 
-def _gaussian_nll(name: str, arguments: Mapping[str, Any], rows: Rows) -> Reading:
-    mean, targets, variance = (arguments[key] for key in ("input", "target", "var"))
-    _one_shape(name, mean, targets)
+def _gaussian_nll(call: LossCall, rows: Grouping) -> Reading:
+    names = ("input", "target", "var", "full", "eps")
+    mean, targets, variance, in_full, eps = (call.arguments[name] for name in names)
+    _one_shape(call.name, mean, targets)
     if not isinstance(variance, Tensor):
         variance = torch.full_like(mean, variance, requires_grad=False)
     elif variance.dim() < mean.dim():
         variance = variance.unsqueeze(-1)
     # A variance without a graph is noise that is known: its columns of the root then meet no parameter.
     both = [rows(part).reshape(len(rows(mean)), -1) for part in (mean, variance.expand_as(mean))]
-    targets = rows(targets).reshape(both[0].shape)
-    total = F.gaussian_nll_loss(
-        mean.detach(), arguments["target"], variance.detach(), arguments["full"], arguments["eps"], "sum"
+    total = F.gaussian_nll_loss(mean.detach(), targets, variance.detach(), in_full, eps, "sum")
+    return Reading(
+        HeteroscedasticGaussian(eps),
+        torch.cat(both, dim=1),
+        rows(targets).reshape(both[0].shape),
+        total.item() if in_full else None,
     )
-    likelihood = HeteroscedasticGaussian(arguments["eps"])
-    return Reading(likelihood, torch.cat(both, dim=1), targets, total.item() if arguments["full"] else None)
 
 
-READERS: dict[Callable[..., Any], Callable[[str, Mapping[str, Any], Rows], Reading]] = {
+READERS: dict[Callable[..., Any], Callable[[LossCall, Grouping], Reading]] = {
     F.cross_entropy: _cross_entropy,
     # On log-softmax outputs. Log-probabilities serve as logits: the softmax of them is itself.
     F.nll_loss: _cross_entropy,
@@ -118,6 +134,33 @@ READERS: dict[Callable[..., Any], Callable[[str, Mapping[str, Any], Rows], Readi
     F.gaussian_nll_loss: _gaussian_nll,
 }
 """Losses that can be read, as functions; their module forms end in them."""
+KNOWN = (
+    *READERS,
+    F.cosine_embedding_loss,
+    F.ctc_loss,
+    F.hinge_embedding_loss,
+    F.huber_loss,
+    F.kl_div,
+    F.l1_loss,
+    F.margin_ranking_loss,
+    F.multi_margin_loss,
+    F.multilabel_margin_loss,
+    F.multilabel_soft_margin_loss,
+    F.poisson_nll_loss,
+    F.smooth_l1_loss,
+    F.soft_margin_loss,
+    F.triplet_margin_loss,
+)
+"""Losses whose calls are noted."""
+OF_NO_LIKELIHOOD = (
+    F.cosine_embedding_loss,
+    F.hinge_embedding_loss,
+    F.margin_ranking_loss,
+    F.multi_margin_loss,
+    F.multilabel_margin_loss,
+    F.triplet_margin_loss,
+)
+"""Losses of `KNOWN` that no density stands behind."""
 
 
 def _one_shape(name: str, outputs: Tensor, targets: Tensor) -> None:

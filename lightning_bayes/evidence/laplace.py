@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_bayes.capture.as_written import throw_away_copy
 from lightning_bayes.capture.examples import Examples
 from lightning_bayes.capture.inputs_and_targets import examples_of_data, forward_of_pair, require_device
-from lightning_bayes.capture.isolation import isolated, throw_away_copy
+from lightning_bayes.capture.isolation import isolated
 from lightning_bayes.evidence.evaluate import evidence_of
 from lightning_bayes.evidence.options import Method, sampling_if_many_columns
 from lightning_bayes.evidence.result import Evidence

@@ -132,7 +132,7 @@ def read_all(
                     block, reader.parameters, likelihood, prior, method, num_examples
                 )
                 curved = STRUCTURES[method.structure](replace(problem, block_sample=sample))
-                announce(reader.split())
+                announce(reader.split)
             curved.update(block)
         seen, batches = seen + batch.num_examples, batches + 1
         unit_loss += batch.unit_loss
@@ -194,7 +194,7 @@ def rehearse(
         for block in reader.read(forward, likelihood).blocks:
             kept_widths(block)  # looks at all of it
     seconds = evaluation_seconds(problem, method.structure, time.perf_counter() - start)
-    return Rehearsal(method, reason, reader.split(), seconds)
+    return Rehearsal(method, reason, reader.split, seconds)
 
 
 def _reader_of(network: nn.Module, prior: Prior, method: Method) -> RowReader | HessianReader:

@@ -6,14 +6,14 @@ likelihoods and the noise variance for the Gaussian. Square roots belong to `uni
 is estimated from the same pass over the data then needs no second pass.
 """
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-
-from lightning_bayes.numerics.devices import accumulation_dtype
+from typing_extensions import override
 
 MAX_ROOT_BYTES = 8e9
 """Of the square root of one batch; a larger one is refused rather than left to the operating system."""
@@ -124,7 +124,14 @@ class Likelihood(ABC):
         return None
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+        """The call that makes it, without what is left at its default."""
+        given = []
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value = getattr(self, name, parameter.default)
+            shown = value.tolist() if isinstance(value, Tensor) else value
+            if shown != parameter.default:
+                given.append(f"{name}={shown!r}")
+        return f"{type(self).__name__}({', '.join(given)})"
 
 
 WEIGHTED = (
@@ -140,24 +147,26 @@ class DiagonalLikelihood(Likelihood):
     def sqrt_diagonal(self, outputs: Tensor, targets: Any) -> Tensor:
         """Square root of the Hessian's diagonal, [N, K], detached."""
 
+    @override
     def sqrt_hessian(self, outputs: Tensor, targets: Any) -> Tensor:
-        """See `Likelihood.sqrt_hessian`: [K, N, K] with output k alone in column k."""
+        """Columns [K, N, K], output k alone in column k."""
         check_root_fits(outputs.shape[1], outputs)
         return torch.diag_embed(self.sqrt_diagonal(outputs, targets)).transpose(0, 1)
 
+    @override
     def sample_columns(
         self, outputs: Tensor, targets: Any, num_columns: int, generator: torch.Generator
     ) -> Tensor:
-        """See `Likelihood.sample_columns`; random signs ±1 in the place of normal draws spare variance."""
+        # Random signs in the place of normal draws spare variance.
         root = self.sqrt_diagonal(outputs, targets)
         size = (num_columns, *root.shape)
         draws = torch.randint(2, size, generator=generator, dtype=root.dtype, device=root.device)
         return (2 * draws - 1) * root / math.sqrt(num_columns)
 
-
-def total(terms: Tensor) -> Tensor:
-    """Sum of all entries, in float64 where the device has it."""
-    return terms.sum(dtype=accumulation_dtype(terms.device))
+    @override
+    def num_terms(self, outputs: Tensor, targets: Any) -> float:
+        """N K, whatever the weights: PyTorch's mean does not divide by them."""
+        return outputs.numel()
 
 
 def flatten_alike(outputs: Tensor, targets: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -169,8 +178,8 @@ def flatten_alike(outputs: Tensor, targets: Tensor, name: str) -> tuple[Tensor, 
     # [N] beside [N, 1] is one output; [N, 2, 3] beside [N, 3, 2] would pair the wrong numbers.
     if outputs.dim() == 0 or _without_ones(outputs) != _without_ones(targets):
         raise ValueError(
-            f"A {name} likelihood needs targets of the outputs' shape, got outputs {shape_of(outputs)} and "
-            f"targets {shape_of(targets)} of {targets.dtype}.{_mismatch(outputs, targets, name)}"
+            f"A {name} likelihood needs targets of the outputs' shape, got outputs {list(outputs.shape)} and "
+            f"targets {list(targets.shape)} of {targets.dtype}.{_mismatch(outputs, targets, name)}"
         )
     return outputs.reshape(len(outputs), -1), targets.reshape(len(outputs), -1).to(outputs.dtype)
 
@@ -185,7 +194,7 @@ def _mismatch(outputs: Tensor, targets: Tensor, name: str) -> str:
 
 
 def kind_of(targets: Tensor) -> str:
-    """What targets of a wrong kind look like, and the likelihood for them, as a sentence."""
+    """The likelihood for targets of a wrong kind, by what they look like; a sentence."""
     if not targets.is_floating_point():
         return 'Integers that name classes belong to likelihood="classification", with logits [N, C].'
     if targets.numel() and bool(((targets == 0) | (targets == 1)).all()):
@@ -200,14 +209,12 @@ def _without_ones(tensor: Tensor) -> list[int]:
     return [*tensor.shape[:1], *(size for size in tensor.shape[1:] if size != 1)]
 
 
-def weights_of(name: str, weights: object) -> Tensor | None:
+def weights_of(name: str, weights: object) -> Tensor:
     """Weights of a loss as a tensor.
 
     Raises:
         ValueError: If one is negative or not finite.
     """
-    if weights is None:
-        return None
     tensor = torch.as_tensor(weights).detach()
     if not tensor.is_floating_point():
         tensor = tensor.to(torch.get_default_dtype())
@@ -225,17 +232,6 @@ def check_root_fits(rank: int, outputs: Tensor) -> None:
     if size > MAX_ROOT_BYTES:
         raise ValueError(
             f"The square root of the loss Hessian has {rank:,} columns an example and takes {size / 1e9:.3g} GB for "
-            f"outputs {shape_of(outputs)}: read fewer examples at a time (batch_size=), or sample its columns "
+            f"outputs {list(outputs.shape)}: read fewer examples at a time (batch_size=), or sample its columns "
             '(num_samples=64 with structure="kron" or "diag").'
         )
-
-
-def check(condition: bool, message: str) -> None:
-    """Raise a ValueError with this message unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
-
-
-def shape_of(tensor: Tensor) -> list[int]:
-    """A tensor's shape as messages show it."""
-    return list(tensor.shape)

@@ -7,15 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_bayes.likelihoods.base import (
-    WEIGHTED,
-    DiagonalLikelihood,
-    check,
-    flatten_alike,
-    shape_of,
-    total,
-    weights_of,
-)
+from lightning_bayes.likelihoods.base import WEIGHTED, DiagonalLikelihood, flatten_alike, weights_of
+from lightning_bayes.numerics.devices import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -42,20 +35,21 @@ class Bernoulli(DiagonalLikelihood):
     name = "binary"
 
     def __init__(self, weight: Tensor | None = None, pos_weight: Tensor | None = None) -> None:
-        self.weight = weights_of("weight", weight)
-        self.pos_weight = weights_of("pos_weight", pos_weight)
+        self.weight = None if weight is None else weights_of("weight", weight)
+        self.pos_weight = None if pos_weight is None else weights_of("pos_weight", pos_weight)
 
+    @override
     def prepare(self, outputs: Tensor, targets: Tensor | BinaryTargets) -> tuple[Tensor, BinaryTargets]:
-        """See `Likelihood.prepare`: outputs become [N, K]."""
+        """Outputs become [N, K]."""
         if isinstance(targets, BinaryTargets):
             return outputs, targets
         flat, y = flatten_alike(outputs, targets, self.name)
         low, high = y.min().item(), y.max().item()
-        check(
-            low >= 0.0 and high <= 1.0,
-            f"Binary targets must lie in [0, 1], got {low:g} .. {high:g}. Class indices belong to "
-            'likelihood="classification", real values to likelihood="regression".',
-        )
+        if not (low >= 0.0 and high <= 1.0):
+            raise ValueError(
+                f"Binary targets must lie in [0, 1], got {low:g} .. {high:g}. Class indices belong to "
+                'likelihood="classification", real values to likelihood="regression".'
+            )
         positive, negative = y, 1 - y
         if self.pos_weight is not None:
             positive = positive * _broadcast("pos_weight", self.pos_weight, outputs)
@@ -64,21 +58,20 @@ class Bernoulli(DiagonalLikelihood):
             positive, negative = positive * weight, negative * weight
         return flat, BinaryTargets(positive, negative)
 
+    @override
     def unit_loss(self, outputs: Tensor, targets: BinaryTargets) -> Tensor:
         """−Σ w (p y ln σ(f) + (1 − y) ln σ(−f)) over examples and outputs."""
         losses = targets.positive * F.logsigmoid(outputs) + targets.negative * F.logsigmoid(-outputs)
-        return -total(losses)
+        return -losses.sum(dtype=accumulation_dtype(losses.device))
 
+    @override
     def sqrt_diagonal(self, outputs: Tensor, targets: BinaryTargets) -> Tensor:
         """√(w (p y + 1 − y) σ(f) σ(−f))."""
         outputs = outputs.detach()
         root = (0.5 * (F.logsigmoid(outputs) + F.logsigmoid(-outputs))).exp()
         return root * (targets.positive + targets.negative).sqrt()
 
-    def num_terms(self, outputs: Tensor, targets: BinaryTargets) -> float:
-        """N K, whatever the weights: PyTorch's mean does not divide by them."""
-        return outputs.numel()
-
+    @override
     def null_loss(self, outputs: Tensor, targets: BinaryTargets) -> float:
         """Summed weights times ln 2; N K ln 2 without any."""
         return math.log(2) * (targets.positive + targets.negative).double().sum().item()
@@ -88,11 +81,6 @@ class Bernoulli(DiagonalLikelihood):
     def note(self) -> str | None:
         return None if self.weight is None and self.pos_weight is None else WEIGHTED
 
-    def __repr__(self) -> str:
-        given = {"weight": self.weight, "pos_weight": self.pos_weight}
-        shown = (f"{name}={value.tolist()}" for name, value in given.items() if value is not None)
-        return f"Bernoulli({', '.join(shown)})"
-
 
 def _broadcast(name: str, weights: Tensor, outputs: Tensor) -> Tensor:
     """Weights as PyTorch broadcasts them against the outputs, then flattened as those are."""
@@ -100,7 +88,7 @@ def _broadcast(name: str, weights: Tensor, outputs: Tensor) -> Tensor:
         spread = weights.to(outputs).broadcast_to(outputs.shape)
     except RuntimeError as error:
         raise ValueError(
-            f"Expected argument `{name}` to broadcast against the outputs {shape_of(outputs)}, got "
-            f"{shape_of(weights)}. Weights of single examples are data: read them from a training_step."
+            f"Expected argument `{name}` to broadcast against the outputs {list(outputs.shape)}, got "
+            f"{list(weights.shape)}. Weights of single examples are data: read them from a training_step."
         ) from error
     return spread.reshape(len(outputs), -1)

@@ -9,16 +9,8 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_bayes.functional._validation import finite
-from lightning_bayes.likelihoods.base import (
-    WEIGHTED,
-    Likelihood,
-    check,
-    check_root_fits,
-    kind_of,
-    shape_of,
-    total,
-    weights_of,
-)
+from lightning_bayes.likelihoods.base import WEIGHTED, Likelihood, check_root_fits, kind_of, weights_of
+from lightning_bayes.numerics.devices import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -30,11 +22,6 @@ class ClassTargets:
     classes: Tensor
     """The one class that carries `total` where integers, [N] or [N, T]; otherwise q itself, [..., C]."""
     num_terms: float
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether several classes of a token may carry weight."""
-        return self.classes.is_floating_point()
 
 
 class Categorical(Likelihood):
@@ -66,7 +53,7 @@ class Categorical(Likelihood):
         ignore_index: int = -100,
         class_dim: int | None = None,
     ) -> None:
-        self.weight = weights_of("weight", weight)
+        self.weight = None if weight is None else weights_of("weight", weight)
         self.label_smoothing = finite("label_smoothing", label_smoothing, "a number in [0, 1]")
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"Expected argument `label_smoothing` to be in [0, 1], got {label_smoothing!r}.")
@@ -75,8 +62,9 @@ class Categorical(Likelihood):
         self.ignore_index = ignore_index
         self.class_dim = class_dim
 
+    @override
     def prepare(self, outputs: Tensor, targets: Tensor | ClassTargets) -> tuple[Tensor, ClassTargets]:
-        """See `Likelihood.prepare`: outputs become [N, C] or [N, T, C]."""
+        """Outputs become [N, C] or [N, T, C]."""
         if isinstance(targets, ClassTargets):
             return outputs, targets
         dim = self._class_dim(outputs, targets)
@@ -87,13 +75,13 @@ class Categorical(Likelihood):
             logits, classes = logits.flatten(1, -2), classes.flatten(1, -2 if soft else -1)
         if logits.shape[-1] < 2:
             raise ValueError(
-                f"A categorical likelihood needs logits of at least 2 classes, C >= 2, got {shape_of(outputs)}; "
+                f"A categorical likelihood needs logits of at least 2 classes, C >= 2, got {list(outputs.shape)}; "
                 'for one logit per output use likelihood="binary".'
             )
         if self.weight is not None and self.weight.shape != logits.shape[-1:]:
             raise ValueError(
                 f"Expected argument `weight` to hold one number for each of {logits.shape[-1]} classes, got shape "
-                f"{shape_of(self.weight)}."
+                f"{list(self.weight.shape)}."
             )
         return logits, (self._soft if soft else self._hard)(logits, classes)
 
@@ -101,14 +89,14 @@ class Categorical(Likelihood):
         if outputs.dim() < 2:
             raise ValueError(
                 f"A categorical likelihood needs logits of shape [N, C], [N, C, T] or [N, T, C], got "
-                f'{shape_of(outputs)}. For one logit per output use likelihood="binary".'
+                f'{list(outputs.shape)}. For one logit per output use likelihood="binary".'
             )
         choices = (1, -1) if self.class_dim is None and outputs.dim() > 2 else (self.class_dim or 1,)
         fitting = [dim for dim in choices if _fits(outputs, targets, dim)]
         if not fitting:
             raise ValueError(
                 f"Targets of a categorical likelihood are class indices [N] or [N, T] (integers), or class "
-                f"probabilities of the logits' shape, beside logits {shape_of(outputs)}; got {shape_of(targets)} "
+                f"probabilities of the logits' shape, beside logits {list(outputs.shape)}; got {list(targets.shape)} "
                 f"of {targets.dtype}. {_way_out(outputs, targets)}"
             )
         if len(fitting) > 1 and targets.is_floating_point():
@@ -116,8 +104,9 @@ class Categorical(Likelihood):
             fitting = normalised or fitting[:1]
         if len(fitting) > 1:
             raise ValueError(
-                f"Logits {shape_of(outputs)} beside targets {shape_of(targets)} hold their classes in dimension 1 "
-                "or in the last one: say which, likelihood=Categorical(class_dim=1) or Categorical(class_dim=-1)."
+                f"Logits {list(outputs.shape)} beside targets {list(targets.shape)} hold their classes in "
+                "dimension 1 or in the last one: say which, likelihood=Categorical(class_dim=1) or "
+                "Categorical(class_dim=-1)."
             )
         return fitting[0]
 
@@ -145,17 +134,17 @@ class Categorical(Likelihood):
         return ClassTargets(q.sum(-1), q, num_terms)
 
     def _soft(self, logits: Tensor, targets: Tensor) -> ClassTargets:
-        check(
-            bool((targets >= 0).all()),
-            'Class probabilities must not be negative. For real-valued targets use likelihood="regression".',
-        )
+        if not bool((targets >= 0).all()):
+            raise ValueError(
+                'Class probabilities must not be negative. For real-valued targets use likelihood="regression".'
+            )
         sums = targets.sum(-1)
-        check(
-            _sum_to_one(sums),
-            f"Class probabilities must sum to 1 in each row, got sums between "
-            f"{sums.min().item():.6g} and {sums.max().item():.6g}. Several labels an example belong to "
-            'likelihood="binary", real values to likelihood="regression".',
-        )
+        if not _sum_to_one(sums):
+            raise ValueError(
+                f"Class probabilities must sum to 1 in each row, got sums between "
+                f"{sums.min().item():.6g} and {sums.max().item():.6g}. Several labels an example belong to "
+                'likelihood="binary", real values to likelihood="regression".'
+            )
         q = targets.detach().to(logits.dtype)
         if self.label_smoothing > 0.0:
             q = (1 - self.label_smoothing) * q + self.label_smoothing / logits.shape[-1]
@@ -164,13 +153,16 @@ class Categorical(Likelihood):
         # PyTorch's mean counts tokens here, not their weights.
         return ClassTargets(q.sum(-1), q, sums.numel())
 
+    @override
     def unit_loss(self, outputs: Tensor, targets: ClassTargets) -> Tensor:
         """−Σ q_c ln softmax(f)_c over examples, tokens and classes."""
-        if targets.is_dense:
-            return -total(targets.classes * F.log_softmax(outputs, dim=-1))
+        accurate = accumulation_dtype(outputs.device)
+        if targets.classes.is_floating_point():
+            return -(targets.classes * F.log_softmax(outputs, dim=-1)).sum(dtype=accurate)
         losses = F.cross_entropy(outputs.flatten(0, -2), targets.classes.flatten(), reduction="none")
-        return total(losses * targets.total.flatten())
+        return (losses * targets.total.flatten()).sum(dtype=accurate)
 
+    @override
     def sqrt_hessian(self, outputs: Tensor, targets: ClassTargets) -> Tensor:
         """Columns [C-1, N, C] or [T(C-1), N, T, C]: each token's square root, zero on the other tokens."""
         check_root_fits((outputs.shape[-1] - 1) * outputs[0].numel() // outputs.shape[-1], outputs)
@@ -184,10 +176,11 @@ class Categorical(Likelihood):
         of_own_token.copy_(root.unflatten(1, (num_examples, num_tokens)).transpose(2, 3))
         return columns.flatten(0, 1)
 
+    @override
     def sample_columns(
         self, outputs: Tensor, targets: ClassTargets, num_columns: int, generator: torch.Generator
     ) -> Tensor:
-        """See `Likelihood.sample_columns`: √(W/S) (e_y − p) with labels y drawn from p, for each token.
+        """Columns √(W/S) (e_y − p) with labels y drawn from p, for each token.
 
         The covariance of a one-hot label is diag(p) − p pᵀ; draws of different tokens are independent and of
         mean zero, so these do not correlate. No [C, N, C] is formed.
@@ -199,10 +192,12 @@ class Categorical(Likelihood):
         columns = columns.scatter_add(-1, labels, torch.ones_like(labels, dtype=p.dtype))
         return columns * (targets.total / num_columns).sqrt().unsqueeze(-1)
 
+    @override
     def num_terms(self, outputs: Tensor, targets: ClassTargets) -> float:
         """Σ w_y over class indices that are not ignored, N T for class probabilities."""
         return targets.num_terms
 
+    @override
     def null_loss(self, outputs: Tensor, targets: ClassTargets) -> float:
         """Summed weights times ln C; N ln C for N plain examples."""
         return math.log(outputs.shape[-1]) * targets.total.double().sum().item()
@@ -213,16 +208,6 @@ class Categorical(Likelihood):
         if self.weight is None:
             return None
         return f"{WEIGHTED}; PyTorch's mean divides by the weights of each batch, which the sum does not"
-
-    def __repr__(self) -> str:
-        plain = Categorical.__init__.__defaults__ or ()
-        names = ("weight", "label_smoothing", "ignore_index", "class_dim")
-        values = (
-            None if self.weight is None else self.weight.tolist(),
-            *(getattr(self, n) for n in names[1:]),
-        )
-        given = zip(names, values, plain, strict=True)
-        return f"Categorical({', '.join(f'{n}={v!r}' for n, v, default in given if v != default)})"
 
 
 def _way_out(outputs: Tensor, targets: Tensor) -> str:
@@ -242,9 +227,9 @@ def _way_out(outputs: Tensor, targets: Tensor) -> str:
 
 def _fits(outputs: Tensor, targets: Tensor, class_dim: int) -> bool:
     """Whether the shapes are those of logits with their classes in this dimension, and of targets."""
-    tokens = shape_of(outputs)
+    tokens = list(outputs.shape)
     tokens.pop(class_dim)
-    return shape_of(targets) == (shape_of(outputs) if targets.is_floating_point() else tokens)
+    return list(targets.shape) == (list(outputs.shape) if targets.is_floating_point() else tokens)
 
 
 def _sum_to_one(sums: Tensor) -> bool:

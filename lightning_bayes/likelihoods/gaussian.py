@@ -5,16 +5,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.functional._validation import positive
-from lightning_bayes.likelihoods.base import (
-    DiagonalLikelihood,
-    check,
-    flatten_alike,
-    shape_of,
-    total,
-)
+from lightning_bayes.likelihoods.base import DiagonalLikelihood, flatten_alike
+from lightning_bayes.numerics.devices import accumulation_dtype
 
 
 class Gaussian(DiagonalLikelihood):
@@ -30,26 +26,26 @@ class Gaussian(DiagonalLikelihood):
     _torch_terms = 2.0
 
     def __init__(self, sigma: float | Literal["optimize"] | None = None) -> None:
+        self.sigma = sigma
         self.optimizes_dispersion = sigma == "optimize"
         estimated = sigma is None or sigma == "optimize"
         self.dispersion = None if estimated else positive("sigma", sigma) ** 2
 
+    @override
     def prepare(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Likelihood.prepare`: both become [N, K]."""
+        """Both become [N, K]."""
         return flatten_alike(outputs, targets, self.name)
 
+    @override
     def unit_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """½ Σ (f − y)² over examples and outputs."""
-        return 0.5 * total((outputs - targets).square())
+        return 0.5 * (outputs - targets).square().sum(dtype=accumulation_dtype(outputs.device))
 
+    @override
     def sqrt_diagonal(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """One for each output."""
         return torch.ones_like(outputs, requires_grad=False)
 
-    def num_terms(self, outputs: Tensor, targets: Tensor) -> float:
-        """N K."""
-        return outputs.numel()
-
+    @override
     def estimate_dispersion(self, unit_loss: float, num_terms: float) -> float:
         """σ², the mean squared residual unless it was given."""
         if self.dispersion is not None:
@@ -62,14 +58,10 @@ class Gaussian(DiagonalLikelihood):
             )
         return variance
 
+    @override
     def log_likelihood(self, unit_loss: float, dispersion: float, num_terms: float) -> float:
         """−Σ (f − y)²/(2σ²) − ½ N K ln(2πσ²)."""
         return -unit_loss / dispersion - 0.5 * num_terms * math.log(2 * math.pi * dispersion)
-
-    def __repr__(self) -> str:
-        if self.optimizes_dispersion:
-            return "Gaussian(sigma='optimize')"
-        return f"Gaussian(sigma={None if self.dispersion is None else math.sqrt(self.dispersion)!r})"
 
 
 class HeteroscedasticGaussian(DiagonalLikelihood):
@@ -91,42 +83,45 @@ class HeteroscedasticGaussian(DiagonalLikelihood):
     def __init__(self, eps: float = 1e-6) -> None:
         self.eps = positive("eps", eps)
 
+    @override
     def prepare(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Likelihood.prepare`: targets become [N, K]; variances are at least `eps`."""
+        """Targets become [N, K]; variances are at least `eps`."""
         if outputs.dim() != 2 or outputs.shape[1] % 2 or targets.numel() * 2 != outputs.numel():
             raise ValueError(
                 "A gaussian_nll likelihood needs outputs [N, 2K], K means and then K variances, beside targets "
-                f"[N, K], got outputs {shape_of(outputs)} and targets {shape_of(targets)}."
+                f"[N, K], got outputs {list(outputs.shape)} and targets {list(targets.shape)}."
             )
         mean, variance = outputs.chunk(2, dim=1)
         mean, targets = flatten_alike(mean, targets.reshape(len(targets), -1), self.name)
         lowest = variance.detach().min().item()
-        check(
-            not lowest < 0.0,
-            f"Expected predicted variances to be at least 0, got {lowest:g}. If the network gives their logarithm, "
-            "let it end in exp().",
-        )
+        if lowest < 0.0:
+            raise ValueError(
+                f"Expected predicted variances to be at least 0, got {lowest:g}. If the network gives their "
+                "logarithm, let it end in exp()."
+            )
         # The value is clamped and the gradient is not, as PyTorch has it.
         raised = (self.eps - variance.detach()).clamp(min=0.0)
         return torch.cat([mean, variance + raised], dim=1), targets
 
+    @override
     def unit_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """½ Σ ln v + (μ − y)²/v over examples and outputs."""
         mean, variance = outputs.chunk(2, dim=1)
-        return 0.5 * total(variance.log() + (mean - targets).square() / variance)
+        losses = variance.log() + (mean - targets).square() / variance
+        return 0.5 * losses.sum(dtype=accumulation_dtype(outputs.device))
 
+    @override
     def sqrt_diagonal(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """1/√v for the means, 1/(√2 v) for the variances."""
         variance = outputs.detach().chunk(2, dim=1)[1]
         return torch.cat([variance.rsqrt(), math.sqrt(0.5) / variance], dim=1)
 
+    @override
     def num_terms(self, outputs: Tensor, targets: Tensor) -> float:
-        """N K."""
+        """N K, of 2K outputs an example."""
         return targets.numel()
 
+    @override
     def log_likelihood(self, unit_loss: float, dispersion: float, num_terms: float) -> float:
         """−½ Σ ln(2πv) + (μ − y)²/v."""
         return -unit_loss - 0.5 * num_terms * math.log(2 * math.pi)
-
-    def __repr__(self) -> str:
-        return f"HeteroscedasticGaussian(eps={self.eps!r})"

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from lightning_bayes.capture.as_written import throw_away_copy
 from lightning_bayes.capture.inputs_and_targets import examples_of_data, forward_of_pair, require_device
-from lightning_bayes.capture.isolation import isolated, throw_away_copy
+from lightning_bayes.capture.isolation import isolated
 from lightning_bayes.capture.loss import capture_loss, loss_of
 from lightning_bayes.functional._validation import check_options, count, positive
 from lightning_bayes.loss_curvature.mean_loss import BatchLoss, MeanLoss, norms_as_in
@@ -108,8 +109,8 @@ def largest_eigenvalue(
         batches = [_batch(network, batch, loss, examples.num_examples) for batch in examples.read()]
         function = MeanLoss(network, trainable_names(network), batches)
         _refuse_sum(function)
-        product = function.hessian_product if curvature == "hessian" else function.gauss_newton_product
-        pair = largest_eigenpair(product, function.flat(), tolerance=tolerance, max_products=max_products)
+        product, start = function.product(curvature), function.flat()
+        pair = largest_eigenpair(product, start, tolerance=tolerance, max_products=max_products)
     return Eigenvalue(
         value=pair.value,
         error=pair.error,

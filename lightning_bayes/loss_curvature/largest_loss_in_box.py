@@ -1,7 +1,5 @@
 """The largest loss in a small box about the weights, as far as a few steps of L-BFGS-B find it."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from scipy.optimize import Bounds, minimize
@@ -15,15 +13,7 @@ ITERATIONS = 10
 """Of L-BFGS-B, as theirs."""
 
 
-@dataclass(frozen=True)
-class Rise:
-    """The loss at the weights, and the largest that was found near them."""
-
-    loss: float
-    largest: float
-
-
-def largest_loss_in_box(function: MeanLoss, direction: Tensor, box: float = BOX) -> Rise:
+def largest_loss_in_box(function: MeanLoss, direction: Tensor, box: float = BOX) -> tuple[float, float]:
     """Maximise f(x + y) over |yᵢ| ≤ ε (|xᵢ| + 1), in all p coordinates (A = I), by 10 iterations of L-BFGS-B.
 
     A minimum is a stationary point, from which no ascent starts, and a well trained network is nearly at one. The
@@ -67,7 +57,7 @@ def largest_loss_in_box(function: MeanLoss, direction: Tensor, box: float = BOX)
         bounds=Bounds(-ends, ends),
         options={"maxiter": ITERATIONS},
     )
-    return Rise(loss, best)
+    return loss, best
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

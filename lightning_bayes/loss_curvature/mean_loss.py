@@ -3,19 +3,18 @@
 Each batch is run again for each product, on the same random draws, so that memory is that of one batch.
 """
 
-import random
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_bayes.capture.double_backward import check_differentiable, gradient_to_differentiate
+from lightning_bayes.capture.autograd_graph import check_differentiable, gradient_to_differentiate
+from lightning_bayes.capture.isolation import seed_streams
 from lightning_bayes.capture.loss import CapturedLoss
+from lightning_bayes.capture.module_calls import plain_kernels
 from lightning_bayes.errors import check_finite
-from lightning_bayes.rows.per_example import plain_kernels
 
 NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
@@ -59,7 +58,7 @@ class MeanLoss:
 
     def first(self) -> Tensor:
         """The loss of the first batch, with its graph."""
-        with torch.enable_grad(), self._kernels():
+        with self._differentiable():
             return self._batches[0].loss()
 
     def first_captured(self) -> CapturedLoss:
@@ -68,7 +67,7 @@ class MeanLoss:
         Raises:
             ValueError: If that cannot be read.
         """
-        with torch.enable_grad(), self._kernels():
+        with self._differentiable():
             return self._batches[0].captured()
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
@@ -79,7 +78,7 @@ class MeanLoss:
         """
         total, gradient = 0.0, torch.zeros_like(self.flat())
         for batch in self._passed():
-            with torch.enable_grad(), self._kernels():
+            with self._differentiable():
                 loss = batch.loss()
                 parts = torch.autograd.grad(loss, self._weights, materialize_grads=True)
             total += batch.weight * loss.item()
@@ -87,6 +86,10 @@ class MeanLoss:
         check_finite(torch.tensor(total), "the loss")
         check_finite(gradient, "the gradient of the loss")
         return total, gradient
+
+    def product(self, curvature: str) -> Callable[[Tensor], Tensor]:
+        """Products with the "hessian", or with the "ggn"."""
+        return self.hessian_product if curvature == "hessian" else self.gauss_newton_product
 
     def hessian_product(self, vector: Tensor) -> Tensor:
         """∇²f(x) v, by differentiating ⟨∇f(x), v⟩ (Pearlmutter 1994).
@@ -97,7 +100,7 @@ class MeanLoss:
         total = torch.zeros_like(vector)
         direction = self._apart(vector)
         for batch in self._passed():
-            with torch.enable_grad(), self._kernels():
+            with self._differentiable():
                 loss = batch.loss()
                 gradient = gradient_to_differentiate(loss, self._weights)
                 slope = torch.stack([(g * v).sum() for g, v in zip(gradient, direction, strict=True)]).sum()
@@ -122,7 +125,7 @@ class MeanLoss:
         total = torch.zeros_like(vector)
         direction = self._apart(vector)
         for batch in self._passed():
-            with torch.enable_grad(), self._kernels():
+            with self._differentiable():
                 captured = batch.captured()
                 dummy = torch.zeros_like(captured.outputs, requires_grad=True)
                 pulled = torch.autograd.grad(
@@ -155,23 +158,22 @@ class MeanLoss:
             self._set(before)
 
     def _check_differentiable(self, gradient: Sequence[Tensor]) -> None:
-        """Once: the batches go through the same operations."""
-        if self._checked:
-            return
-        check_differentiable(gradient)
-        self._checked = True
+        if not self._checked:  # once: the batches go through the same operations
+            check_differentiable(gradient)
+            self._checked = True
 
     def _passed(self) -> Iterator[BatchLoss]:
-        _seed()
+        seed_streams()  # each pass sees the same random numbers; the caller restores the streams
         yield from self._batches
 
     @contextmanager
-    def _kernels(self) -> Iterator[None]:
-        """Kernels whose backward pass has a backward pass: cuDNN's of recurrent layers have none."""
-        with ExitStack() as stack:
-            stack.enter_context(plain_kernels())
-            if self._recurrent:
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+    def _differentiable(self) -> Iterator[None]:
+        """With a graph, by kernels whose backward pass has a backward pass: cuDNN's of recurrent layers have none."""
+        with (
+            torch.enable_grad(),
+            plain_kernels(),
+            torch.backends.cudnn.flags(enabled=False) if self._recurrent else nullcontext(),
+        ):
             yield
 
     def _set(self, values: Sequence[Tensor]) -> None:
@@ -188,13 +190,6 @@ class MeanLoss:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.detach().flatten() for part in parts])
-
-
-def _seed() -> None:
-    """Let each pass see the same random numbers; the caller restores the streams."""
-    torch.manual_seed(0)
-    np.random.seed(0)
-    random.seed(0)
 
 
 def normalises_by_batch(network: nn.Module) -> bool:

@@ -148,7 +148,7 @@ def measure_stability(
         ValueError: If the curvature cannot be computed.
     """
     started = time.perf_counter()
-    product = _product(function, curvature)
+    product = function.product(curvature)
     pair = _find(product, function)
     pairs = [pair]
     edge = None
@@ -157,8 +157,7 @@ def measure_stability(
         pairs += edge.pairs
     keskar = None
     if sharpness:
-        rise = largest_loss_in_box(function, pair.vector)
-        keskar = keskar_sharpness(rise.loss, rise.largest)
+        keskar = keskar_sharpness(*largest_loss_in_box(function, pair.vector))
     return StabilityReading(
         largest_eigenvalue=pair.value,
         largest_eigenvalue_error=pair.error,
@@ -183,11 +182,7 @@ def rehearse(function: MeanLoss, curvature: str) -> None:
         EvidenceUnavailableError: If weights, loss or curvature are not finite.
         ValueError: If the curvature cannot be computed.
     """
-    largest_eigenpair(_product(function, curvature), function.flat(), tolerance=TOLERANCE, max_products=3)
-
-
-def _product(function: MeanLoss, curvature: str) -> Callable[[Tensor], Tensor]:
-    return function.hessian_product if curvature == "hessian" else function.gauss_newton_product
+    largest_eigenpair(function.product(curvature), function.flat(), tolerance=TOLERANCE, max_products=3)
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,21 @@ gₙ = Σₜ gₙₜ aₙₜᵀ, hence
 which for T = 1 is ‖gₙ‖²‖aₙ‖²: less work than the backward pass of the layer's weight.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from operator import methodcaller
 
 import torch
 from torch import Tensor
 
-from lightning_bayes.capture.module_calls import Call, recorded_calls
+from lightning_bayes.capture.module_calls import Call, plain_kernels, recorded_calls
 from lightning_bayes.errors import check_finite
-from lightning_bayes.rows.backward import Batch
-from lightning_bayes.rows.per_example import plain_kernels
+from lightning_bayes.rows.backward import Batch, outputs_of
+from lightning_bayes.rows.layers import MAX_TEMPORARY
 from lightning_bayes.rows.reader import RowReader
 from lightning_bayes.rows.routes import Plan
-from lightning_bayes.rows.rows import DenseRows, OuterRows, Rows
-from lightning_bayes.rows.uses import CHUNK, LayerUse
+from lightning_bayes.rows.rows import DenseRows, LayerUse, OuterRows, Rows
 
 MAX_ROWS = 2**27
 """Numbers in the gradients of one parameter that are held at one time; beyond, one example after the other."""
@@ -55,7 +55,12 @@ class GradientSums:
 
 
 class ExampleGradientReader(RowReader):
-    """Reads per-example gradients of a loss, one batch at a time; see `RowReader`."""
+    """Reads per-example gradients of a loss, one batch at a time; see `RowReader`.
+
+    Proved less often than in a pass over the data: one batch is read in every few steps of training.
+    """
+
+    _proofs = PROOFS
 
     def sums(
         self,
@@ -82,10 +87,20 @@ class ExampleGradientReader(RowReader):
         def again() -> Batch:
             return _batch(*self._forward(forward, None))
 
-        sums: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
-        for rows in self._layers(batch, again, batch.roots):
-            sums |= _sums(rows, keep_totals)
-        return self._collected(sums, batch, keep_totals)
+        size, sums = batch.num_examples, dict[str, _Sums]()
+        for rows in self._layers(lambda: batch, again, batch.roots):
+            sums |= _sums(rows, keep_totals, size)
+        zero = outputs.new_zeros(())  # of parameters that have not taken part in this batch
+        ordered = [sums.get(name, _Sums(zero, zero)) for name in self.parameters]
+        both = torch.stack([its.squares for its in ordered] + [its.squared_total for its in ordered])
+        totals = [
+            torch.zeros_like(parameter).flatten() if its.total is None else its.total
+            for parameter, its in zip(self.parameters.values(), ordered, strict=True)
+            if keep_totals
+        ]
+        numbers = both.tolist()  # one wait for the device
+        squares, squared_totals = numbers[: len(ordered)], numbers[len(ordered) :]
+        return GradientSums(size, float(size), squares, squared_totals, totals if keep_totals else None)
 
     def _forward(
         self, forward: Callable[[], tuple[Tensor, Tensor]], plan: Plan | None
@@ -97,48 +112,31 @@ class ExampleGradientReader(RowReader):
         check_finite(loss.detach(), "the loss")
         return outputs, loss, calls
 
-    def _is_proof_due(self, read: int) -> bool:
-        """Less often than for a pass over the data, where one batch is read in every few steps of training."""
-        return read in PROOFS
 
-    def _collected(
-        self,
-        sums: dict[str, tuple[Tensor, Tensor, Tensor | None]],
-        batch: Batch,
-        keep_totals: bool,
-    ) -> GradientSums:
-        zero = batch.outputs.new_zeros(())
-        totals = []
-        for name, parameter in self.parameters.items():  # some may not have taken part in this batch
-            _, _, total = sums.setdefault(name, (zero, zero, None))
-            if keep_totals:
-                totals.append(torch.zeros_like(parameter).flatten() if total is None else total)
-        ordered = [sums[name] for name in self.parameters]
-        both = torch.stack([squares for squares, _, _ in ordered] + [squared for _, squared, _ in ordered])
-        numbers, size = both.tolist(), batch.num_examples
-        return GradientSums(
-            size,
-            float(size),
-            numbers[: len(ordered)],
-            numbers[len(ordered) :],
-            totals if keep_totals else None,
-        )
+@dataclass(frozen=True)
+class _Sums:
+    """Of one parameter: Σ ‖gₙ‖², ‖Σ gₙ‖² and, where it was formed, Σ gₙ, flat."""
+
+    squares: Tensor
+    squared_total: Tensor
+    total: Tensor | None = None
 
 
 def _batch(outputs: Tensor, loss: Tensor, calls: list[Call]) -> Batch:
     """The batch after the one backward pass, whose column is the loss's gradient in the outputs."""
-    tensors = [tensor for call in calls for tensor in call.outputs]
-    root, *grads = torch.autograd.grad(loss, [outputs, *tensors], retain_graph=True, allow_unused=True)
-    sums = iter([None if grad is None else grad.unsqueeze(0) for grad in grads])
-    return Batch(calls, outputs, root.unsqueeze(0), [[next(sums) for _ in call.outputs] for call in calls])
+    root, *grads = torch.autograd.grad(
+        loss, [outputs, *outputs_of(calls)], retain_graph=True, allow_unused=True
+    )
+    columns = (None if grad is None else grad.unsqueeze(0) for grad in grads)
+    return Batch.of(calls, outputs, root.unsqueeze(0), columns)
 
 
-def _sums(rows: Rows, keep_total: bool) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
-    """For each parameter Σ ‖gₙ‖², ‖Σ gₙ‖² and, if asked for, Σ gₙ."""
+def _sums(rows: Rows, keep_total: bool, num_examples: int) -> dict[str, _Sums]:
+    """The sums of each parameter of a layer."""
     if isinstance(rows, DenseRows):
-        squares, total = _dense_sums(rows)
-        return {rows.name: (squares, _squared(total), total if keep_total else None)}
-    sums: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+        squares, total = _dense_sums(rows, num_examples)
+        return {rows.name: _Sums(squares, _squared(total), total if keep_total else None)}
+    sums: dict[str, _Sums] = {}
     inputs, grads = rows.inputs(), rows.grads()[0]
     sizes, entries = inputs.shape[2] + grads.shape[2], inputs.shape[2] * grads.shape[2]
     positions = inputs.shape[:2].numel()
@@ -146,33 +144,30 @@ def _sums(rows: Rows, keep_total: bool) -> dict[str, tuple[Tensor, Tensor, Tenso
     if by_pairs and inputs.shape[1] == 1:
         return _sums_by_pairs(rows, inputs.squeeze(1), grads.squeeze(1))
     if rows.weight is not None:
-        squares, found_total = _outer_squares(inputs, grads), None
+        squares = _outer_squares(inputs, grads)
         a, g = inputs.flatten(0, 1), grads.flatten(0, 1)
         if by_pairs:
-            squared = _inner(a @ a.mT, g @ g.mT)
+            sums[rows.weight] = _Sums(squares, _inner(a @ a.mT, g @ g.mT))
         else:
-            found_total = (g.mT @ a).flatten()
-            squared = _squared(found_total)
-        sums[rows.weight] = squares, squared, found_total
+            total = (g.mT @ a).flatten()
+            sums[rows.weight] = _Sums(squares, _squared(total), total if keep_total else None)
     if rows.bias is not None:
         summed = grads.sum(1)
         total = summed.sum(0)
-        sums[rows.bias] = _squared(summed), _squared(total), total if keep_total else None
+        sums[rows.bias] = _Sums(_squared(summed), _squared(total), total)
     return sums
 
 
-def _sums_by_pairs(
-    rows: OuterRows, inputs: Tensor, grads: Tensor
-) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
-    """The same for one position of few examples: all of it is in the two [N, N] matrices of inner products."""
+def _sums_by_pairs(rows: OuterRows, inputs: Tensor, grads: Tensor) -> dict[str, _Sums]:
+    """The sums for one position of few examples: all of it is in the two [N, N] matrices of inner products."""
     of_inputs, of_grads = inputs @ inputs.mT, grads @ grads.mT
     squared_grads = of_grads.diagonal()
-    sums: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+    sums: dict[str, _Sums] = {}
     if rows.weight is not None:
         squares = of_inputs.diagonal().dot(squared_grads)
-        sums[rows.weight] = squares, _inner(of_inputs, of_grads), None
+        sums[rows.weight] = _Sums(squares, _inner(of_inputs, of_grads))
     if rows.bias is not None:
-        sums[rows.bias] = squared_grads.sum(), of_grads.sum(), None
+        sums[rows.bias] = _Sums(squared_grads.sum(), of_grads.sum())
     return sums
 
 
@@ -184,7 +179,7 @@ def _outer_squares(inputs: Tensor, grads: Tensor) -> Tensor:
         return grads.square().sum(2).flatten().dot(inputs.square().sum(2).flatten())
     by_pairs = positions * (width + height) < 2 * width * height
     size = positions * positions if by_pairs else width * height
-    step = max(1, CHUNK // size)
+    step = max(1, MAX_TEMPORARY // size)
     total = inputs.new_zeros(())
     for start in range(0, num_examples, step):
         a, g = inputs[start : start + step], grads[start : start + step]
@@ -192,38 +187,23 @@ def _outer_squares(inputs: Tensor, grads: Tensor) -> Tensor:
     return total
 
 
-def _dense_sums(rows: DenseRows) -> tuple[Tensor, Tensor]:
+def _dense_sums(rows: DenseRows, num_examples: int) -> tuple[Tensor, Tensor]:
     """Σ ‖gₙ‖² and Σ gₙ of a parameter of any other kind."""
     local_name, use = rows.uses[0]
     alone = len(rows.uses) == 1 and isinstance(use, LayerUse) and use.entries == 1
     if alone and isinstance(use, LayerUse) and hasattr(use.derivatives, "sum_squares"):
         # An embedding: no gradient as long as its vocabulary for each example.
-        ones = use.grads.new_ones(use.grads.shape[1])
+        ones = use.grads.new_ones(num_examples)
         return use.sum_squares(local_name).sum(), use.weighted_total(local_name, ones).flatten()
-    squares, total = None, None
-    for part in _pieces(rows):
-        squares = _squared(part) if squares is None else squares + _squared(part)
-        total = part.sum(0) if total is None else total + part.sum(0)
-    if squares is None or total is None:
-        raise ValueError(f"The parameter {rows.name!r} has no gradients: the batch is empty.")
-    return squares, total
-
-
-def _pieces(rows: DenseRows) -> Iterator[Tensor]:
-    """The gradients [N, p], all at once or one example at a time."""
-    num_examples = _num_examples(rows)
-    if num_examples is None or num_examples * rows.shape.numel() <= MAX_ROWS:
-        yield from rows.columns()
-        return
+    if num_examples * rows.shape.numel() <= MAX_ROWS:
+        (gradients,) = rows.columns()  # the one that a loss has
+        return _squared(gradients), gradients.sum(0)
+    squares, total = [], torch.zeros(())
     for example in range(num_examples):
-        yield from rows.combined({example: 1.0}).columns()  # of the one column that a loss has
-
-
-def _num_examples(rows: DenseRows) -> int | None:
-    use = rows.uses[0][1]
-    if isinstance(use, LayerUse):
-        return use.grads.shape[1] // use.entries
-    return getattr(use, "num_examples", None)
+        (gradient,) = rows.with_uses(methodcaller("example", example)).columns()
+        squares.append(_squared(gradient))
+        total = total.to(gradient) + gradient[0]
+    return torch.stack(squares).sum(), total
 
 
 def _squared(tensor: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
 """Per-example gradients of modules whose derivatives nobody has written down: attention, LSTM, bare parameters.
 
 The smallest module whose call holds every use of a parameter is run again on each example by itself, under
-`torch.func.vmap`, and pulled back. Where no module call does, autograd goes back from each output of each
-example in turn.
+`torch.func.vmap`, and pulled back.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,31 +14,24 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
-from lightning_bayes.capture.example_layout import Layout, mapped, tensors_of
-from lightning_bayes.rows.backward import BATCHED_BYTES, one_column, quiet_loops
-from lightning_bayes.rows.uses import CHUNK, Use
+from lightning_bayes.capture.example_layout import Layout
+from lightning_bayes.capture.module_calls import Call, mapped, plain_kernels, tensors_of
+from lightning_bayes.rows.backward import BATCHED_BYTES, one_column, vectorised
+from lightning_bayes.rows.layers import MAX_TEMPORARY
+from lightning_bayes.rows.uses import Use
+
+MAX_ARGUMENT_LAYOUTS = 64
+"""Combinations of layouts that are tried for the arguments of one call."""
+ArgumentLayouts = dict[tuple[nn.Module, tuple[int, ...]], tuple[Layout | None, ...] | None]
+"""Of the calls of a module with arguments of these dimensions; None where there are none that are right."""
 
 _ONE_BY_ONE: "WeakSet[nn.Module]" = WeakSet()
 """Modules whose backward pass cannot be vmapped over columns as well as over examples."""
 
 
-@contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Attention and recurrent layers by ordinary operations: fused ones bypass hooks and cannot be vmapped."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModuleUse(Use):
     """One call of a module, replayed example by example.
 
@@ -64,8 +56,9 @@ class ModuleUse(Use):
     grads: tuple[Tensor, ...]
     num_examples: int
     weights: Mapping[int, float] | None = None
-    _cache: dict[object, dict[str, Tensor]] = field(default_factory=dict, compare=False)
-    _combined: dict[object, "ModuleUse"] = field(default_factory=dict, compare=False)
+    _last: dict[object, dict[str, Tensor]] = field(default_factory=dict, init=False)
+    """What was asked for last, of all parameters: whoever asks for one of them asks for the others next."""
+    _examples: dict[int, "ModuleUse"] = field(default_factory=dict, init=False)
 
     @property
     @override
@@ -73,60 +66,63 @@ class ModuleUse(Use):
         return len(self.grads[0])
 
     @override
-    def combined(self, weights: Mapping[int, float]) -> "ModuleUse":
-        key = tuple(weights.items())
-        if key not in self._combined:  # one use for all parameters, which share its cache
-            grads = tuple(grad.sum(0, keepdim=True) for grad in self.grads)
-            self._combined[key] = replace(self, grads=grads, weights=weights, _cache={}, _combined={})
-        return self._combined[key]
+    def example(self, index: int) -> "ModuleUse":
+        if index not in self._examples:  # one use for all parameters
+            self._examples[index] = replace(self, weights={index: 1.0})
+        return self._examples[index]
 
     @cached_property
+    @override
     def kept_when_formed(self) -> bool:
-        """See `Use`: where they are few, and cost little more than those of one column."""
-        numbers = self.num_columns * self.num_examples * sum(p.numel() for p in self.parameters.values())
-        return self.weights is None and self._are_together(slice(None)) and numbers <= CHUNK
+        # Where they are few, and cost little more than those of one column.
+        numbers = self.num_columns * self.num_examples * self._size
+        return self.weights is None and self._are_together(slice(None)) and numbers <= MAX_TEMPORARY
 
+    @override
     def rows(self, local_name: str, columns: slice) -> Tensor:
-        """See `Use`. All parameters are done in one go, and kept for those that are asked for next."""
         key = (columns.start, columns.stop)
-        if key not in self._cache:
-            self._cache.clear()
-            self._cache[key] = self._pull_back(columns)
-        return self._cache[key][local_name]
+        return self._of_all(key, lambda: self._pull_back(columns))[local_name]
 
     @override
     def sum_squares(self, local_name: str) -> Tensor:
-        if (None, None) in self._cache:  # for the proof
-            return self._cache[None, None][local_name].square().sum((0, 1))
-        if "squares" not in self._cache:
-            sums: dict[str, Tensor] = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-            for column in range(self.num_columns):
-                for name, rows in self._pull_back(slice(column, column + 1)).items():
-                    sums[name] += rows.square().sum((0, 1))
-            self._cache["squares"] = sums
-        return self._cache["squares"][local_name]
+        if (None, None) in self._last:  # for the proof
+            return self._last[None, None][local_name].square().sum((0, 1))
+        return self._of_all("squares", self._squares)[local_name]
 
     @override
     def one_column(self, columns: Tensor) -> "ModuleUse":
-        grads = tuple(one_column(columns, grad) for grad in self.grads)
-        return replace(self, grads=grads, _cache={}, _combined={})
+        return replace(self, grads=tuple(one_column(columns, grad) for grad in self.grads))
 
+    @override
     def weighted_total(self, local_name: str, weights: Tensor) -> Tensor:
-        """See `Use`. All parameters are done in one go, some examples at a time."""
-        if "total" not in self._cache:
-            size = sum(p.numel() for p in self.parameters.values())
-            sums: dict[str, Tensor] = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-            for some in torch.arange(self.num_examples).split(max(1, 4 * CHUNK // max(size, 1))):
-                chosen = dict(zip(some.tolist(), weights[some.to(weights.device)].tolist(), strict=True))
-                part = replace(self, weights=chosen, _cache={}, _combined={})
-                for name, rows in part._pull_back(slice(0, 1)).items():
-                    sums[name] += rows.sum((0, 1))
-            self._cache["total"] = sums
-        return self._cache["total"][local_name]
+        return self._of_all(weights, lambda: self._weighted_totals(weights))[local_name]
 
-    def with_layouts(self, layouts: Sequence[Layout | None]) -> "ModuleUse":
-        """The same call with these layouts of its arguments."""
-        return replace(self, layouts=tuple(layouts), _cache={}, _combined={})
+    def _of_all(self, key: object, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if key not in self._last:
+            self._last.clear()
+            self._last[key] = make()
+        return self._last[key]
+
+    def _squares(self) -> dict[str, Tensor]:
+        sums = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
+        for column in range(self.num_columns):
+            for name, rows in self._pull_back(slice(column, column + 1)).items():
+                sums[name] += rows.square().sum((0, 1))
+        return sums
+
+    def _weighted_totals(self, weights: Tensor) -> dict[str, Tensor]:
+        """Σₙ wₙ v₍ₙ,₀₎ of each parameter, some examples at a time."""
+        sums = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
+        for some in torch.arange(self.num_examples).split(max(1, 4 * MAX_TEMPORARY // max(self._size, 1))):
+            chosen = dict(zip(some.tolist(), weights[some.to(weights.device)].tolist(), strict=True))
+            for name, rows in replace(self, weights=chosen)._pull_back(slice(0, 1)).items():
+                sums[name] += rows.sum((0, 1))
+        return sums
+
+    @property
+    def _size(self) -> int:
+        """Numbers in one row of all parameters."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
 
     def replayed(self) -> list[Tensor]:
         """The outputs again, each example by itself, as [N, ...]: to be held against the recorded ones."""
@@ -141,7 +137,7 @@ class ModuleUse(Use):
             )[0]
             return made
 
-        with plain_kernels(), _vectorised():
+        with plain_kernels(), vectorised():
             made: list[Tensor] = vmap(of_one, randomness="same")(*tensors)
         return [tensor.detach() for tensor in made]
 
@@ -166,11 +162,10 @@ class ModuleUse(Use):
             rows = [pull([grad[column] for grad in grads])[0] for column in range(len(grads[0]))]
             return {name: torch.stack([row[name] for row in rows]) for name in self.parameters}
 
-        width = len(grads[0][0]) * sum(p.numel() for p in self.parameters.values())
-        chunk = max(1, 4 * CHUNK // max(width, 1))
+        chunk = max(1, 4 * MAX_TEMPORARY // max(len(grads[0][0]) * self._size, 1))
         # All columns in one pass where they are small, as in `ColumnPasses`.
         together = self._are_together(columns)
-        with plain_kernels(), _vectorised():
+        with plain_kernels(), vectorised():
             try:
                 rows = vmap(of_one, randomness="same", chunk_size=chunk)(grads, *tensors)
             except RuntimeError:
@@ -187,10 +182,8 @@ class ModuleUse(Use):
         return several and size <= BATCHED_BYTES and self.module not in _ONE_BY_ONE
 
     def _apart(self) -> list[tuple[Tensor, Layout | None]]:
-        pairs = []
-        for tensor, layout in zip(tensors_of(self.arguments), self.layouts, strict=True):
-            pairs.append((tensor if layout is None else self._of_chosen(tensor, layout), layout))
-        return pairs
+        pairs = zip(tensors_of(self.arguments), self.layouts, strict=True)
+        return [(t if layout is None else self._of_chosen(t, layout), layout) for t, layout in pairs]
 
     def _of_chosen(self, tensor: Tensor, layout: Layout) -> Tensor:
         apart = layout.apart(tensor, self.num_examples)
@@ -214,62 +207,91 @@ class ModuleUse(Use):
         return outputs
 
 
-@contextmanager
-def _vectorised() -> Iterator[None]:
-    """Recurrent layers by operations that vmap knows, and loops inside vmap without its remark on them."""
-    onednn: Any = torch.backends.mkldnn
-    enabled = onednn.enabled
-    onednn.enabled = False  # `onednn.flags` sets TF32 along with it, on which torch remarks
+def replayed_call(
+    call: Call,
+    grads: Sequence[Tensor | None],
+    layouts: Sequence[Layout | None],
+    parameters: Mapping[str, Tensor],
+    num_examples: int,
+    known: ArgumentLayouts,
+) -> ModuleUse | None:
+    """One call of a module, None if it cannot be replayed.
+
+    Args:
+        call: The call.
+        grads: Gradients in its outputs, [C, *shape], None without influence.
+        layouts: Of these outputs.
+        parameters: Those that are wanted, by their names within the module.
+        num_examples: N.
+        known: Layouts of arguments, to which those of this call are added: those with which each example by itself
+            gives its own output.
+    """
+    chosen = [i for i, grad in enumerate(grads) if grad is not None]
+    if any(layouts[i] is None for i in chosen):
+        return None
+    use = ModuleUse(
+        module=call.module,
+        parameters=parameters,
+        arguments=_with_state(call),
+        layouts=(),
+        outputs=tuple(call.places[i] for i in chosen),
+        output_layouts=tuple(layouts[i] for i in chosen),  # type: ignore[misc]
+        grads=tuple(grads[i] for i in chosen),  # type: ignore[misc]
+        num_examples=num_examples,
+    )
+    tensors = tensors_of(use.arguments)
+    key = (use.module, tuple(tensor.dim() for tensor in tensors))
+    if key in known and num_examples > 1:
+        its = known[key]
+    else:
+        candidates = itertools.product(*(_candidates(tensor, num_examples) for tensor in tensors))
+        recorded = [call.outputs[i] for i in chosen]
+        tried = itertools.islice(candidates, MAX_ARGUMENT_LAYOUTS)
+        its = next((its for its in tried if _replays(replace(use, layouts=its), recorded)), None)
+        if num_examples > 1:  # one example does not tell, and a larger batch may follow
+            known[key] = its
+    return None if its is None else replace(use, layouts=its)
+
+
+def _candidates(tensor: Tensor, num_examples: int) -> list[Layout | None]:
+    layouts: list[Layout | None] = [
+        Layout(axis) for axis in range(tensor.dim()) if tensor.shape[axis] == num_examples
+    ]
+    layouts.append(None)
+    if tensor.dim() > 0 and tensor.shape[0] % num_examples == 0 and tensor.shape[0] != num_examples:
+        layouts += [Layout(0, True), Layout(0, False)]
+    return layouts
+
+
+def _replays(use: ModuleUse, recorded: list[Tensor]) -> bool:
+    """Whether each example by itself gives what it gave in the batch."""
     try:
-        with quiet_loops():
-            yield
-    finally:
-        onednn.enabled = enabled
+        made = use.replayed()
+    except Exception:
+        # Somebody's module was given other shapes than it expects, or does what vmap cannot: anything may come.
+        return False
+    for layout, again, tensor in zip(use.output_layouts, made, recorded, strict=True):
+        expected = layout.apart(tensor.detach(), use.num_examples)
+        if again.shape != expected.shape:
+            return False
+        tolerance = 1e3 * torch.finfo(tensor.dtype).eps * expected.abs().max()
+        if not bool(((again - expected).abs() <= tolerance).all()):
+            return False
+    return True
 
 
-@dataclass(frozen=True)
-class GraphUse(Use):
-    """A parameter's whole way to the outputs, by one backward pass for each row: right for anything, and slow."""
+def _with_state(call: Call) -> tuple[tuple[object, ...], dict[str, object]]:
+    """The arguments of a call; recurrent layers get the zero state that they would make themselves.
 
-    parameter: Tensor
-    outputs: Tensor
-    roots: Tensor  # [C, N, ...]
-    chosen: Sequence[int]
-
-    @property
-    @override
-    def num_columns(self) -> int:
-        return len(self.roots)
-
-    @override
-    def combined(self, weights: Mapping[int, float]) -> "GraphUse":
-        roots = self.roots.sum(0, keepdim=True)
-        for example, weight in weights.items():
-            roots[:, example] *= weight
-        return replace(self, roots=roots, chosen=list(weights))
-
-    @override
-    def rows(self, local_name: str, columns: slice) -> Tensor:
-        return torch.stack(
-            [torch.stack([self._row(root, n) for n in self.chosen]) for root in self.roots[columns]]
-        )
-
-    @override
-    def one_column(self, columns: Tensor) -> "GraphUse":
-        return replace(self, roots=one_column(columns, self.roots))
-
-    @override
-    def weighted_total(self, local_name: str, weights: Tensor) -> Tensor:
-        seed = weights.reshape(-1, *[1] * (self.roots.dim() - 2)).to(self.roots) * self.roots[0]
-        (total,) = torch.autograd.grad(
-            self.outputs, self.parameter, seed, retain_graph=True, materialize_grads=True
-        )
-        return total
-
-    def _row(self, root: Tensor, example: int) -> Tensor:
-        seed = torch.zeros_like(self.outputs)
-        seed[example] = root[example]
-        (row,) = torch.autograd.grad(
-            self.outputs, self.parameter, seed, retain_graph=True, materialize_grads=True
-        )
-        return row
+    One that they make under vmap belongs to no example, and their in-place sums then fail.
+    """
+    module, inputs = call.module, call.input
+    without_state = sum(map(len, call.arguments)) == 1 and isinstance(inputs, Tensor)
+    if not isinstance(module, nn.RNNBase) or not without_state:
+        return call.arguments
+    batched = inputs.shape[0 if module.batch_first else 1 : 1 if module.batch_first else 2]
+    layers = module.num_layers * (2 if module.bidirectional else 1)
+    hidden = inputs.new_zeros(layers, *batched, getattr(module, "proj_size", 0) or module.hidden_size)
+    if not isinstance(module, nn.LSTM):
+        return (inputs, hidden), {}
+    return (inputs, (hidden, inputs.new_zeros(layers, *batched, module.hidden_size))), {}

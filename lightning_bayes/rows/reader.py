@@ -6,22 +6,20 @@ output and hands a clone on, so `x += y`, `relu_` and modules called twice are o
 be a throw-away copy all the same: BackPACK reads `input0` and `output` off the module.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lightning_bayes.capture.module_calls import Call, recorded_calls
+from lightning_bayes.capture.forward import check_apart, forward_of
+from lightning_bayes.capture.module_calls import Call, plain_kernels, recorded_calls
 from lightning_bayes.errors import check_finite
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.rows.backward import Batch, ColumnPasses
-from lightning_bayes.rows.find_routes import make_plan
 from lightning_bayes.rows.layers import CONVOLUTIONS, pad_beforehand
-from lightning_bayes.rows.per_example import plain_kernels
-from lightning_bayes.rows.proof import proof_of, wrong_parameters
-from lightning_bayes.rows.regrouping import check_apart
-from lightning_bayes.rows.routes import Plan, PlanMismatch
+from lightning_bayes.rows.routes import Plan, make_plan
 from lightning_bayes.rows.rows import RowBlock, Rows
 
 CHUNK_BYTES = 5e8
@@ -54,7 +52,14 @@ class RowReader:
         num_samples: Columns of the root to sample, None for all of it.
         backend: "auto" takes the derivatives of layers where they are known and torch.func elsewhere;
             "backpack" the former alone, "autograd" the latter.
+
+    Attributes:
+        parameters: Those that carry a prior.
+        split: What is read in which way, after the first batch; one line.
     """
+
+    _proofs: Container[int] | None = None
+    """Numbers of the batches at which the plan is tried; None for all."""
 
     def __init__(
         self,
@@ -63,6 +68,7 @@ class RowReader:
         num_samples: int | None = None,
         backend: str = "auto",
     ) -> None:
+        self.split = ""
         named = dict(network.named_parameters())
         self.parameters: dict[str, nn.Parameter] = {name: named[name] for name in parameters}
         self._network = network
@@ -70,7 +76,6 @@ class RowReader:
         self._backend = backend
         self._generator: torch.Generator | None = None
         self._plan: Plan | None = None
-        self._split = ""
         self._passes = ColumnPasses()
         self._read = 0  # batches
         self._apart = False  # whether examples have been seen not to influence each other
@@ -83,10 +88,6 @@ class RowReader:
                 pad_beforehand(module)
             elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 module.sparse = False  # gradients are compared entry by entry
-
-    def split(self) -> str:
-        """What is read in which way, after the first batch; one line."""
-        return self._split
 
     def read(self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood) -> BatchRows:
         """Run one batch through the network and return its rows.
@@ -102,13 +103,19 @@ class RowReader:
                 not independent.
         """
         outputs, targets, unit_loss, calls = self._run(forward, likelihood, self._plan)
-        names = list(self.parameters)
         gradient = torch.autograd.grad(
             unit_loss, list(self.parameters.values()), retain_graph=True, materialize_grads=True
         )
-        for name, part in zip(names, gradient, strict=True):
+        for name, part in zip(self.parameters, gradient, strict=True):
             check_finite(part, f"the gradient of the parameter {name!r}")
-        roots = self._roots(outputs, targets, likelihood)
+        if self._num_samples is None:
+            roots = likelihood.sqrt_hessian(outputs, targets)
+        else:
+            if self._generator is None:  # one stream for all batches of a pass
+                self._generator = torch.Generator(device=outputs.device).manual_seed(0)
+            roots = likelihood.sample_columns(outputs, targets, self._num_samples, self._generator)
+        num_terms = likelihood.num_terms(outputs.detach(), targets)
+        null_loss = likelihood.null_loss(outputs.detach(), targets)
         with plain_kernels():
             self._apart = check_apart(forward, outputs, likelihood, self._network, self.parameters)
         if self._plan is not None and not self._plan.fits(calls, len(outputs)):
@@ -116,10 +123,10 @@ class RowReader:
             outputs, _, _, calls = self._run(forward, likelihood, None)
         return BatchRows(
             num_examples=len(outputs),
-            num_terms=likelihood.num_terms(outputs.detach(), targets),
+            num_terms=num_terms,
             unit_loss=unit_loss.item(),
-            null_loss=likelihood.null_loss(outputs.detach(), targets),
-            gradient=dict(zip(names, gradient, strict=True)),
+            null_loss=null_loss,
+            gradient=dict(zip(self.parameters, gradient, strict=True)),
             blocks=self._blocks(calls, outputs, roots, lambda: self._run(forward, likelihood, None)),
         )
 
@@ -131,17 +138,6 @@ class RowReader:
             outputs, targets, unit_loss = forward_of(forward, likelihood)
         return outputs, targets, unit_loss, calls
 
-    def _is_proof_due(self, read: int) -> bool:
-        """Whether the plan is tried at this batch: at every one."""
-        return True
-
-    def _roots(self, outputs: Tensor, targets: Tensor, likelihood: Likelihood) -> Tensor:
-        if self._num_samples is None:
-            return likelihood.sqrt_hessian(outputs, targets)
-        if self._generator is None:  # one stream for all batches of a pass
-            self._generator = torch.Generator(device=outputs.device).manual_seed(0)
-        return likelihood.sample_columns(outputs, targets, self._num_samples, self._generator)
-
     def _blocks(
         self,
         calls: list[Call],
@@ -150,83 +146,40 @@ class RowReader:
         run_again: Callable[[], tuple[Tensor, Tensor, Tensor, list[Call]]],
     ) -> Iterator[RowBlock]:
         """The rows, as many columns at a time as `CHUNK_BYTES` hold gradients of."""
-        width = sum(t.numel() * t.element_size() for call in calls for t in call.outputs)
+        width = sum(tensor.numel() * tensor.element_size() for call in calls for tensor in call.outputs)
         step = max(1, int(CHUNK_BYTES // max(width, 1)))
         for start in range(0, len(roots), step):
             columns = slice(start, min(start + step, len(roots)))
-            batch = Batch.backward(calls, outputs, roots[columns], self._passes)
+            make = partial(self._passes.back, calls, outputs, roots[columns])
 
             def again(columns: slice = columns) -> Batch:
                 nonlocal outputs, calls  # which the columns that follow need too
                 outputs, _, _, calls = run_again()  # with all calls
-                return Batch.backward(calls, outputs, roots[columns], self._passes)
+                return self._passes.back(calls, outputs, roots[columns])
 
             # What holds for all columns together is tried once, with the first of them.
             proved = roots if start == 0 else None
-            yield RowBlock(len(outputs), columns, len(roots), self._layers(batch, again, proved))
+            yield RowBlock(len(outputs), columns, len(roots), self._layers(make, again, proved))
 
-    def _layers(self, batch: Batch, again: Callable[[], Batch], roots: Tensor | None) -> list[Rows]:
+    def _layers(
+        self, make: Callable[[], Batch], again: Callable[[], Batch], roots: Tensor | None
+    ) -> list[Rows]:
         """The rows of a batch, by the plan, or by a new one where there is none or it is not right.
 
         Args:
-            batch: With the calls that the plan wants, or all of them.
-            again: The same with all calls.
+            make: Takes the columns back, to the calls that the plan wants, or all of them.
+            again: Runs the batch once more and takes the columns back to all calls.
             roots: All columns of the batch where these are the first of them; None where the plan has been tried.
         """
+        self._read += roots is not None
+        batch = make()
         if self._plan is not None:
-            layers = self._by_plan(self._plan, batch, roots)
+            is_due = self._proofs is None or self._read in self._proofs
+            layers = self._plan.proved_layers(batch, roots if is_due else None)
             if layers is not None:
                 return layers
             batch = again()
-        elif roots is not None:
-            self._read += 1
-        proof = proof_of(batch, batch.roots if roots is None else roots)
-        plan = make_plan(self._network, self.parameters, batch, self._backend, proof, self._apart)
-        self._plan, self._split = plan if plan.proved else None, plan.summary()
+        every = batch.roots if roots is None else roots
+        plan, proved = make_plan(self._network, self.parameters, batch, every, self._backend, self._apart)
+        self._plan, self.split = plan if proved else None, plan.summary()
         return plan.layers(batch)
-
-    def _by_plan(self, plan: Plan, batch: Batch, roots: Tensor | None) -> list[Rows] | None:
-        """The rows by a plan; None if it does not fit, or if what it makes of all examples is not autograd's.
-
-        A network that sorts or routes its examples, or takes another way for some of them, may not have done so
-        in the batches before.
-        """
-        self._read += roots is not None
-        try:
-            layers = plan.layers(batch)
-            if roots is not None and self._is_proof_due(self._read):
-                proof = proof_of(batch, roots)
-                formed = layers if len(batch.roots) == len(roots) else None
-                if proof is not None and wrong_parameters(plan, proof, formed):
-                    return None
-        except PlanMismatch:
-            return None
-        return layers
-
-
-def forward_of(
-    forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Prepared outputs, with their graph, targets, and the summed unit loss of one batch.
-
-    Raises:
-        EvidenceUnavailableError: If outputs or targets are not finite.
-        ValueError: If they do not fit the likelihood, or carry no graph.
-    """
-    outputs, targets = forward()
-    if not isinstance(outputs, Tensor):
-        raise ValueError(
-            f"The network returned {type(outputs).__name__}; the evidence needs one tensor of logits or "
-            "means, [N, C] or [N]. Wrap it in a module that returns that tensor."
-        )
-    check_finite(outputs, "the network's outputs")
-    if isinstance(targets, Tensor) and targets.is_floating_point():  # else they have been prepared
-        check_finite(targets, "the targets")
-    outputs, targets = likelihood.prepare(outputs, targets)
-    unit_loss = likelihood.unit_loss(outputs, targets)
-    if not unit_loss.requires_grad:
-        raise ValueError(
-            "The network's outputs carry no graph back to its parameters: they were detached or computed "
-            "under no_grad."
-        )
-    return outputs, targets, unit_loss

@@ -1,20 +1,25 @@
-"""Which way each parameter's rows are read: by its layer's derivatives, by torch.func, or from the graph."""
+"""Which way each parameter's rows are read: by its layer's derivatives, by torch.func, or from the graph.
 
-from collections import defaultdict
+A plan is made on the first batch and proved there: the rows of all examples must be autograd's. That finds what no
+table of layers can: a weight that a functional call uses too, a forward of somebody's own, a first dimension that is
+not the batch's. What fails goes to the next larger module that is called, and in the end to the graph itself.
+"""
+
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 from torch import Tensor, nn
 
 from lightning_bayes.capture.example_layout import Layout
 from lightning_bayes.capture.module_calls import Call
-from lightning_bayes.rows.backward import Batch, counts, find_layouts
-from lightning_bayes.rows.layers import derivatives_of
-from lightning_bayes.rows.per_example import GraphUse, ModuleUse
-from lightning_bayes.rows.replay import Replays
-from lightning_bayes.rows.rows import DenseRows, OuterRows, Rows
-from lightning_bayes.rows.uses import LayerUse, Use
+from lightning_bayes.rows.backward import Batch, Proof, find_layouts, proof_of, refuse_mixing
+from lightning_bayes.rows.layers import AXIS_FREE, derivatives_of
+from lightning_bayes.rows.per_example import ArgumentLayouts, ModuleUse, replayed_call
+from lightning_bayes.rows.proof import Directions, wrong_parameters
+from lightning_bayes.rows.rows import LayerUse, Rows, joined
+from lightning_bayes.rows.uses import GraphUse, Use
 
 LAYER, GRAPH = "by the layer's derivatives", "from the graph"
 """Ways that are not the name of a module."""
@@ -24,149 +29,148 @@ class PlanMismatch(ValueError):
     """A batch cannot be read by the plan that was made on others."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
     """The way of each parameter, and where the examples stand in what the modules return."""
 
     network: nn.Module
     parameters: Mapping[str, nn.Parameter]
-    ways: dict[str, str]
+    ways: Mapping[str, str]
     layouts: dict[nn.Module, tuple[Layout | None, ...]]
     """Of the outputs that carry a gradient, by module; None where calls differ, or examples cannot be told."""
     num_examples: int
     """Of the batch that it was made for: one example does not tell where those of a batch stand."""
-    proved: bool = False
-    """Whether that batch had an example with rows, on which the plan could be tried."""
-    replays: Replays = field(default_factory=Replays)
-    cache: dict[str, Any] = field(default_factory=dict, repr=False)
-    """What whoever tries the plan keeps from batch to batch."""
-    _found: tuple[object, dict[nn.Module, dict[str, str]], list[nn.Module]] = field(
-        default=(None, {}, []), repr=False
-    )
-    """The layers and modules of some ways: they are asked for at every batch."""
+    argument_layouts: ArgumentLayouts = field(default_factory=dict)
+    """Of the calls that are replayed, as far as they have been found."""
 
-    @property
+    @cached_property
     def is_of_layers(self) -> bool:
         """Whether nothing is run again, nor gone back through row by row: any kernel will do."""
         return all(way == LAYER for way in self.ways.values())
 
-    @property
+    @cached_property
     def modules(self) -> list[nn.Module]:
         """Modules whose calls have to be recorded."""
-        return self._known()[1]
+        hosts = {self.network.get_submodule(host) for host in self._hosts}
+        return [module for module in self.network.modules() if module in hosts or module in self._layers]
 
     def fits(self, calls: list[Call], num_examples: int) -> bool:
         """Whether the calls of a batch can be what the plan was made for."""
         if self.num_examples == 1 < num_examples:
             return False
-        for call in calls:
-            if call.module not in self.layouts:  # not on the way to the outputs so far
-                continue
-            layouts = self.layouts[call.module]
-            if len(layouts) != len(call.outputs):
-                return False
-            for layout, tensor in zip(layouts, call.outputs, strict=True):
-                if layout is not None and tensor.numel() > 0 and not layout.fits(tensor, num_examples):
-                    return False
-        return True
+        known = [call for call in calls if call.module in self.layouts]  # on the way to the outputs so far
+        return all(
+            len(self.layouts[call.module]) == len(call.outputs)
+            and all(
+                layout is None or tensor.numel() == 0 or layout.fits(tensor, num_examples)
+                for layout, tensor in zip(self.layouts[call.module], call.outputs, strict=True)
+            )
+            for call in known
+        )
 
     def layers(self, batch: Batch) -> list[Rows]:
-        """The rows of one batch."""
-        self._learn(batch)
-        uses: dict[str, list[tuple[str, Use]]] = defaultdict(list)
-        for module, local in self._layers().items():
-            for call, grads in batch.of(module):
-                use = self._layer_use(call, grads, batch.num_examples)
-                for local_name, name in local.items():
-                    uses[name].append((local_name, use))
-        linear = _joined_linear(uses)
-        taken = {name for rows in linear for name in rows.names}
-        for name in self.parameters:
-            if self.ways[name] == GRAPH:
-                rows = GraphUse(self.parameters[name], batch.outputs, batch.roots, range(batch.num_examples))
-                uses[name].append(("", rows))
-        for host in dict.fromkeys(way for way in self.ways.values() if way not in (LAYER, GRAPH)):
-            for local_name, name, its in self._module_uses(host, batch):
-                uses[name].append((local_name, its))
-        dense = [
-            DenseRows(name, self.parameters[name].shape, tuple(its))
-            for name, its in uses.items()
-            if name not in taken
-        ]
-        return [*linear, *dense]
-
-    def _learn(self, batch: Batch) -> None:
-        """Find the layouts of modules that the outputs depend on for the first time: experts, heads."""
-        new = {
-            call.module
-            for call, grads in zip(batch.calls, batch.grads, strict=True)
-            if call.module not in self.layouts and counts(grads)
-        }
-        if new:
+        """The rows of one batch; raises a `PlanMismatch` if it cannot be read by this plan."""
+        if not batch.by_module.keys() <= self.layouts.keys():  # a head, an expert for the first time
             layouts = find_layouts(batch)
-            self.layouts |= {module: layouts[module] for module in new}
+            self.layouts.update({new: layouts[new] for new in layouts.keys() - self.layouts.keys()})
+        layers, hosts = self._layers, self._hosts
+        every = range(batch.num_examples)
+        made: list[tuple[dict[str, str], Use]] = []
+        for module, names in layers.items():
+            calls = batch.by_module.get(module, ())
+            made += [(names, self._layer_use(call, grads, len(every))) for call, grads in calls]
+        for name, way in self.ways.items():
+            if way == GRAPH:
+                made.append(({"": name}, GraphUse(self.parameters[name], batch.outputs, batch.roots, every)))
+        for host, names in hosts.items():
+            for call, grads in batch.by_module.get(self.network.get_submodule(host), ()):
+                use = self.module_use(names, call, grads, len(every))
+                if use is None:
+                    where = f"{host or 'The network'} ({type(call.module).__name__})"
+                    raise PlanMismatch(
+                        f"{where} cannot be replayed on single examples for the arguments of a later batch. "
+                        f"Hold {sorted(names.values())} fixed (requires_grad=False)."
+                    )
+                made.append((names, use))
+        return joined(made, self.parameters)
+
+    def proved_layers(self, batch: Batch, roots: Tensor | None) -> list[Rows] | None:
+        """The rows of one batch, tried with all columns of its root if given; None if the plan is not right for it.
+
+        A network that takes another way for some examples may not have done so in the batches before.
+        """
+        try:
+            layers = self.layers(batch)
+            proof = None if roots is None else proof_of(batch, roots)
+            if proof is not None:
+                of_all_columns = len(batch.roots) == len(proof.columns)
+                tried = layers if of_all_columns else self.layers(proof.batch)
+                if self.wrong(proof, tried, of_all_columns):
+                    return None
+        except PlanMismatch:
+            return None
+        return layers
+
+    def wrong(self, proof: Proof, layers: list[Rows], of_all_columns: bool = False) -> list[str]:
+        """Parameters whose rows are not autograd's; see `wrong_parameters`."""
+        if not self._tried:  # what goes by the graph is autograd's by definition
+            return []
+        return wrong_parameters(proof, self._tried, self._directions, layers, of_all_columns)
 
     def module_use(
-        self,
-        names: Mapping[str, str],
-        call: Call,
-        grads: list[Tensor | None],
-        num_examples: int,
+        self, names: Mapping[str, str], call: Call, grads: list[Tensor | None], num_examples: int
     ) -> ModuleUse | None:
         """One call for torch.func, of parameters {local name: name}; None if it cannot be replayed."""
         parameters = {local: self.parameters[name].detach() for local, name in names.items()}
         layouts = self.layouts.get(call.module, (None,) * len(grads))
-        return self.replays.of(call, grads, layouts, parameters, num_examples)
+        return replayed_call(call, grads, layouts, parameters, num_examples, self.argument_layouts)
 
     def summary(self) -> str:
         """How many parameters go which way; one line."""
-        ways: dict[str, list[str]] = defaultdict(list)
-        for name, way in self.ways.items():
-            ways[way].append(name)
-        layers = {name.rpartition(".")[0] for name in ways.pop(LAYER, [])}
+        layers = {name.rpartition(".")[0] for name, way in self.ways.items() if way == LAYER}
         parts = [f"{len(layers)} layers by their derivatives"] if layers else []
-        graph = ways.pop(GRAPH, [])
-        for host, names in ways.items():
-            kind = type(self.network.get_submodule(host)).__name__
-            parts.append(f"{', '.join(names)} by torch.func in {host or 'the network'} ({kind})")
-        if graph:
-            parts.append(f"{', '.join(graph)} by one backward pass for each row")
+        for host, names in self._hosts.items():
+            where = f"{host or 'the network'} ({type(self.network.get_submodule(host)).__name__})"
+            parts.append(f"{', '.join(names.values())} by torch.func in {where}")
+        slow = [name for name, way in self.ways.items() if way == GRAPH]
+        if slow:
+            parts.append(f"{', '.join(slow)} by one backward pass for each row")
         return "; ".join(parts)
 
+    @cached_property
     def _layers(self) -> dict[nn.Module, dict[str, str]]:
         """Modules whose derivatives are used, with the parameters that they hold: {local name: name}."""
-        return self._known()[0]
-
-    def _known(self) -> tuple[dict[nn.Module, dict[str, str]], list[nn.Module]]:
-        ways = tuple(self.ways.items())
-        if self._found[0] != ways:
-            layers = self._find_layers()
-            hosts = {
-                self.network.get_submodule(way) for way in self.ways.values() if way not in (LAYER, GRAPH)
-            }
-            modules = [module for module in self.network.modules() if module in hosts or layers.get(module)]
-            self._found = ways, layers, modules
-        return self._found[1:]
-
-    def _find_layers(self) -> dict[nn.Module, dict[str, str]]:
         wanted = {id(p): name for name, p in self.parameters.items() if self.ways[name] == LAYER}
-        layers = {}
+        layers: dict[nn.Module, dict[str, str]] = {}
         for module in self.network.modules():
-            local = {
-                local_name: wanted[id(p)]
-                for local_name, p in module.named_parameters(recurse=False)
-                if id(p) in wanted
-            }
-            if local:
-                layers[module] = local
+            for local, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in wanted:
+                    layers.setdefault(module, {})[local] = wanted[id(parameter)]
         return layers
+
+    @cached_property
+    def _hosts(self) -> dict[str, dict[str, str]]:
+        """Names of the modules that are replayed, with the parameters: {local name: name}."""
+        hosts: dict[str, dict[str, str]] = {}
+        for name, way in self.ways.items():
+            if way not in (LAYER, GRAPH):
+                hosts.setdefault(way, {})[_local_name(name, way)] = name
+        return hosts
+
+    @cached_property
+    def _tried(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.parameters.items() if self.ways[n] != GRAPH and p.numel()}
+
+    @cached_property
+    def _directions(self) -> Directions:
+        return Directions.draw(self._tried)
 
     def _layer_use(self, call: Call, grads: list[Tensor | None], num_examples: int) -> LayerUse:
         layout, output, (grad,) = self.layouts[call.module][0], call.outputs[0], grads
         derivatives = derivatives_of(call.module)
         if layout is None or grad is None or derivatives is None:
             raise PlanMismatch(
-                f"{type(call.module).__name__} with parameters {sorted(self._layers()[call.module].values())} is "
+                f"{type(call.module).__name__} with parameters {sorted(self._layers[call.module].values())} is "
                 "used by a later batch in a way that does not tell its examples apart. Hold these parameters fixed "
                 "(requires_grad=False), or give batches that take the same way through the network."
             )
@@ -175,38 +179,120 @@ class Plan:
             derivatives=derivatives,
             inputs=layout.examples_first(call.input, num_examples),
             output=layout.examples_first(output.detach(), num_examples),
-            grads=layout.columns_first(grad, num_examples),
+            grads=layout.examples_first(grad, num_examples, behind=1),
             entries=layout.entries(output, num_examples),
         )
 
-    def _module_uses(self, host: str, batch: Batch) -> list[tuple[str, str, Use]]:
-        module = self.network.get_submodule(host)
-        names = {local_name(name, host): name for name, way in self.ways.items() if way == host}
-        uses: list[tuple[str, str, Use]] = []
-        for call, grads in batch.of(module):
-            use = self.module_use(names, call, grads, batch.num_examples)
-            if use is None:
-                raise PlanMismatch(
-                    f"{host or 'The network'} ({type(module).__name__}) cannot be replayed on single examples for "
-                    f"the arguments of a later batch. Hold {sorted(names.values())} fixed (requires_grad=False)."
-                )
-            uses += [(local, name, use) for local, name in names.items()]
-        return uses
+
+def make_plan(
+    network: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    batch: Batch,
+    roots: Tensor,
+    backend: str,
+    apart: bool = False,
+) -> tuple[Plan, bool]:
+    """Find a way for each parameter and prove it on all examples.
+
+    Args:
+        network: What holds the parameters.
+        parameters: Those whose rows are wanted.
+        batch: With all calls of modules that hold parameters, after the backward passes of some or all columns.
+        roots: All columns, [C, N, ...].
+        backend: See `RowReader`.
+        apart: Whether the examples are known not to influence each other.
+
+    Returns:
+        The plan, and whether it was proved: without rows (saturated, or targets ignored) every plan is right.
+
+    Raises:
+        ValueError: If examples depend on each other, or if `backend` does not have the way that is needed.
+    """
+    proof = proof_of(batch, roots)
+    if proof is not None:  # one column tells as much as all
+        batch = proof.batch
+    plan = Plan(network, parameters, {}, find_layouts(batch), batch.num_examples)
+    next_way = partial(_next_way, plan, batch, backend, apart)
+    ways = {
+        name: LAYER if backend != "autograd" and _is_readable(plan, name, batch) else next_way(name, LAYER)
+        for name in parameters
+    }
+    plan = replace(plan, ways=ways)
+    if proof is not None:
+        while wrong := plan.wrong(proof, plan.layers(batch)):
+            ways |= {name: next_way(name, ways[name]) for name in wrong}
+            plan = replace(plan, ways=dict(ways))
+        plan = _gathered(plan, proof)
+    slow = [name for name, way in plan.ways.items() if way == GRAPH]
+    if slow:
+        warnings.warn(
+            f"The per-example gradients of {slow} take one backward pass for each row, which is slow: the "
+            "parameter is used outside any module's call that can be replayed on one example. Use it in a "
+            "submodule's forward, or hold it fixed (requires_grad=False).",
+            stacklevel=2,
+        )
+    return plan, proof is not None
 
 
-def local_name(name: str, host: str) -> str:
+def _is_readable(plan: Plan, name: str, batch: Batch) -> bool:
+    """Whether all modules that hold a parameter are called as layers whose derivatives are known."""
+    for module in plan.network.modules():
+        local = {key for key, p in module.named_parameters(recurse=False) if p is plan.parameters[name]}
+        if not local:
+            continue
+        if derivatives_of(module) is None or not local <= {"weight", "bias"}:
+            return False
+        for call, _ in batch.by_module.get(module, ()):
+            layout = plan.layouts[module][0]
+            if len(call.outputs) != 1 or layout is None or not isinstance(call.input, Tensor):
+                return False
+            any_axis = layout.axis == 0 or isinstance(module, AXIS_FREE)
+            if not any_axis or not layout.fits(call.input, batch.num_examples):
+                return False
+    return True
+
+
+def _next_way(plan: Plan, batch: Batch, backend: str, apart: bool, name: str, before: str) -> str:
+    """The next larger module that can be replayed, beginning with the one that holds the parameter."""
+    if backend == "backpack":
+        raise ValueError(
+            f'backend="backpack" has no derivatives for the parameter {name!r}: its layer is unknown, or it is '
+            'used outside its layer\'s forward. Use backend="auto", or hold it fixed (requires_grad=False).'
+        )
+    chain = _ancestors(name)
+    start = 0 if before == LAYER else chain.index(before) + 1
+    for host in chain[start:]:
+        module = plan.network.get_submodule(host)
+        calls = batch.by_module.get(module)
+        names = {_local_name(name, host): name}
+        if calls and all(
+            plan.module_use(names, call, grads, batch.num_examples) is not None for call, grads in calls
+        ):
+            return host
+    if not apart:
+        refuse_mixing(batch, name)
+    return GRAPH
+
+
+def _gathered(plan: Plan, proof: Proof) -> Plan:
+    """Let a module that is replayed within another that is replayed anyway go with it: one replay in place of two."""
+    hosts = set(plan.ways.values()) - {LAYER, GRAPH}
+    ways = {
+        name: [host for host in _ancestors(name) if host in hosts][-1] if way in hosts else way
+        for name, way in plan.ways.items()
+    }
+    if ways == plan.ways:
+        return plan
+    gathered = replace(plan, ways=ways)
+    return plan if gathered.wrong(proof, gathered.layers(proof.batch)) else gathered
+
+
+def _ancestors(name: str) -> list[str]:
+    """Names of the modules that hold a parameter, from the smallest to the network itself."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
+
+
+def _local_name(name: str, host: str) -> str:
     """A parameter's name as seen from a module that holds it."""
     return name[len(host) + 1 :] if host else name
-
-
-def _joined_linear(uses: Mapping[str, list[tuple[str, Use]]]) -> list[Rows]:
-    """Weights and biases of linear maps; the two together where they are always used together."""
-    groups: dict[tuple[int, ...], dict[str, str]] = defaultdict(dict)
-    its_uses: dict[tuple[int, ...], tuple[LayerUse, ...]] = {}
-    for name, pairs in uses.items():
-        linear = [use for _, use in pairs if isinstance(use, LayerUse) and use.is_linear]
-        if len(linear) == len(pairs) and len({local for local, _ in pairs}) == 1:
-            key = tuple(id(use) for use in linear)
-            groups[key][pairs[0][0]] = name
-            its_uses[key] = tuple(linear)
-    return [OuterRows(local.get("weight"), local.get("bias"), its_uses[key]) for key, local in groups.items()]

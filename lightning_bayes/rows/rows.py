@@ -1,24 +1,113 @@
 """The rows of the square root of the generalized Gauss-Newton matrix: G = VᵀV.
 
 With R[c, n] column c of a square root of the Hessian of the loss in output n, and Jₙ the Jacobian of that
-output, row (n, c) of V is v₍ₙ,c₎ = JₙᵀR[c, n] ∈ ℝᵖ. One backward pass of Σₙ ⟨f(xₙ), R[c, n]⟩ gives row c of
-every example at once: autograd takes it to the *output of each layer*, through whatever graph lies between,
-and the derivatives of that one layer take it from there to per-example gradients: those of `derivatives`, or
-torch.func's.
-
-This module knows the layers; `reader` runs the passes.
+output, row (n, c) of V is v₍ₙ,c₎ = JₙᵀR[c, n] ∈ ℝᵖ. One backward pass of Σₙ ⟨f(xₙ), R[c, n]⟩ gives row c of every
+example: autograd takes it to the *output of each layer*, and the layer's derivatives from there to its parameters.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from backpack.utils.conv import unfold_input
 from torch import Tensor, nn
-from torch.nn import functional as F
+from typing_extensions import override
 
-from lightning_bayes.rows.layers import CONVOLUTIONS
-from lightning_bayes.rows.uses import CHUNK, LayerUse, Use
+from lightning_bayes.rows.backward import one_column
+from lightning_bayes.rows.layers import CONVOLUTIONS, Derivatives, convolved, outer_squares
+from lightning_bayes.rows.uses import Use
+
+
+@dataclass(frozen=True, eq=False)
+class LayerUse(Use):
+    """One call of a layer whose derivatives are known.
+
+    An example may take several consecutive entries of the first dimension: windows of an image, or the
+    tokens of a sequence that was flattened into the batch.
+    """
+
+    module: nn.Module
+    derivatives: Derivatives
+    inputs: Tensor  # [N·k, ...]
+    output: Tensor  # [N·k, ...], as the layer made it
+    grads: Tensor  # [C, N·k, ...]: column c's gradient in the output
+    entries: int = 1  # k
+
+    @property
+    @override
+    def num_columns(self) -> int:
+        return len(self.grads)
+
+    @override
+    def rows(self, local_name: str, columns: slice) -> Tensor:
+        grads = self.grads[columns]
+        rows = self.derivatives.rows(self.module, local_name, self.inputs, self.output, grads)
+        if self.entries == 1:
+            return rows
+        grouped: Tensor = rows.unflatten(1, (-1, self.entries))
+        return grouped.sum(2)
+
+    @override
+    def example(self, index: int) -> "LayerUse":
+        its = slice(index * self.entries, (index + 1) * self.entries)
+        return replace(self, inputs=self.inputs[its], output=self.output[its], grads=self.grads[:, its])
+
+    @override
+    def one_column(self, columns: Tensor) -> "LayerUse":
+        return replace(self, grads=one_column(columns, self.grads))
+
+    @override
+    def weighted_total(self, local_name: str, weights: Tensor) -> Tensor:
+        along = weights.to(self.grads)
+        if self.entries > 1:
+            along = along.repeat_interleave(self.entries)
+        grads = self.grads[:1] * along.reshape(-1, *[1] * (self.grads.dim() - 2))
+        # Without forming rows where the derivatives can do without.
+        total_of: Callable[..., Tensor] | None = getattr(self.derivatives, "total", None)
+        if total_of is not None:
+            return total_of(self.module, local_name, self.inputs, self.output, grads)
+        return self.derivatives.rows(self.module, local_name, self.inputs, self.output, grads).sum((0, 1))
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the layer is one linear map, applied at each of T positions of an example."""
+        if isinstance(self.module, nn.Linear):
+            return True
+        return isinstance(self.module, CONVOLUTIONS) and self.module.groups == 1
+
+    @override
+    def sum_squares(self, local_name: str) -> Tensor:
+        sparse = getattr(self.derivatives, "sum_squares", None)
+        if sparse is None or self.entries != 1:
+            return super().sum_squares(local_name)
+        squares: Tensor = sparse(self.module, self.inputs, self.grads)
+        return squares
+
+    def linear_inputs(self) -> Tensor:
+        """What the linear map sees: [N, T, in]."""
+        if isinstance(self.module, CONVOLUTIONS):
+            inputs: Tensor = unfold_input(self.module, self.inputs).mT
+            return inputs.reshape(-1, self.entries * inputs.shape[1], inputs.shape[2])
+        return self.inputs.reshape(len(self.inputs) // self.entries, -1, self.inputs.shape[-1])
+
+    def linear_grads(self) -> Tensor:
+        """Gradients in what the linear map makes: [C, N, T, out]."""
+        grads = self.grads
+        if isinstance(self.module, CONVOLUTIONS):
+            grads = grads.flatten(3).mT
+        return grads.reshape(len(grads), grads.shape[1] // self.entries, -1, grads.shape[-1])
+
+    def along(self, left: Tensor, right: Tensor | None) -> Tensor:
+        """(g·u)(a·v) at each position of the first column, or g·u alone where there is no v: [N·k, positions]."""
+        is_convolution = isinstance(self.module, CONVOLUTIONS)
+        grads = self.grads[0]
+        of_grads = left @ grads.flatten(2) if is_convolution else grads @ left
+        if right is None:
+            return of_grads
+        of_inputs = convolved(self.module, self.inputs, right) if is_convolution else self.inputs @ right
+        return of_grads * of_inputs.view_as(of_grads)
 
 
 @dataclass(frozen=True)
@@ -52,18 +141,9 @@ class OuterRows:
         """The g: [C, N, T, out]."""
         return _joined([use.linear_grads() for use in self.uses], 2)
 
-    def combined(self, weights: Mapping[int, float]) -> "OuterRows":
-        """One row wₙ Σ_c v₍ₙ,c₎ for each of some examples."""
-        return replace(self, uses=tuple(use.combined(weights) for use in self.uses))
-
-    def total(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Σ over rows of v [p], of some of the parameters."""
-        grads, sums = self.grads().sum(0).flatten(0, 1), {}
-        if self.weight is not None and self.weight in names:
-            sums[self.weight] = (grads.mT @ self.inputs().flatten(0, 1)).flatten()
-        if self.bias is not None and self.bias in names:
-            sums[self.bias] = grads.sum(0)
-        return sums
+    def with_uses(self, change: Callable[[Any], Any]) -> "OuterRows":
+        """The rows of other uses, one in the place of each."""
+        return replace(self, uses=tuple(map(change, self.uses)))
 
     def projected(
         self, weights: Tensor, directions: Mapping[str, tuple[Tensor, Tensor]]
@@ -78,12 +158,7 @@ class OuterRows:
         for use in self.uses:
             for name in self.names:
                 left, right = directions[name]
-                along = _along(use, left).view(len(weights), -1)
-                along = (
-                    along.sum(1)
-                    if name == self.bias
-                    else (along * _inputs_along(use, right).view_as(along)).sum(1)
-                )
+                along = use.along(left, None if name == self.bias else right).reshape(len(weights), -1).sum(1)
                 part = weights.to(along).dot(along)
                 sums[name] = sums[name] + part if name in sums else part
         return sums
@@ -111,32 +186,10 @@ class OuterRows:
                 sums[self.bias] = squares.sum(0)
             return sums
         if self.weight is not None:
-            sums[self.weight] = self._weight_squares(self.inputs(), grads).reshape(self.weight_shape)
+            sums[self.weight] = outer_squares(self.inputs(), grads).reshape(self.weight_shape)
         if self.bias is not None:
             sums[self.bias] = grads.sum(2).square().sum((0, 1))
         return sums
-
-    @staticmethod
-    def _weight_squares(inputs: Tensor, grads: Tensor) -> Tensor:
-        """Σ (Σₜ gₜ aₜᵀ)², as Σ over pairs of positions of (gₜ ∘ gₛ)(aₜ ∘ aₛ)ᵀ while that is less work."""
-        positions = inputs.shape[1]
-        total = inputs.new_zeros(grads.shape[3], inputs.shape[2])
-        if positions < 2 * len(grads):
-            left, right = torch.triu_indices(positions, positions, device=inputs.device)
-            twice = torch.where(left == right, 1.0, 2.0).to(inputs).unsqueeze(1)
-            step = max(1, CHUNK // (len(left) * max(grads.shape[3] * len(grads), inputs.shape[2])))
-            for start in range(0, len(inputs), step):
-                some = slice(start, start + step)
-                g = (grads[:, some, left] * grads[:, some, right]).sum(0) * twice
-                a = inputs[some, left] * inputs[some, right]
-                total.addmm_(g.flatten(0, 1).mT, a.flatten(0, 1))
-            return total
-        step = max(1, CHUNK // total.numel())
-        for column in grads:
-            for start in range(0, len(inputs), step):
-                some = slice(start, start + step)
-                total += torch.bmm(column[some].mT, inputs[some]).square_().sum(0)
-        return total
 
 
 @dataclass(frozen=True)
@@ -149,26 +202,35 @@ class DenseRows:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The parameter's name, as a tuple of one."""
+        """The one parameter."""
         return (self.name,)
 
-    def combined(self, weights: Mapping[int, float]) -> "DenseRows":
-        """One row wₙ Σ_c v₍ₙ,c₎ for each of some examples."""
-        return replace(self, uses=tuple((name, use.combined(weights)) for name, use in self.uses))
-
-    def total(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Σ over rows of v [p], if the parameter is among some."""
-        return {self.name: self.dense()[self.name].sum((0, 1))} if self.name in names else {}
+    def with_uses(self, change: Callable[[Any], Any]) -> "DenseRows":
+        """The rows of other uses, one in the place of each."""
+        return replace(self, uses=tuple((local_name, change(use)) for local_name, use in self.uses))
 
     @property
     def kept_when_formed(self) -> bool:
         """Whether `dense` is kept, so that asking twice costs what asking once does."""
         return all(use.kept_when_formed for _, use in self.uses)
 
-    def weighted_total(self, weights: Tensor) -> dict[str, Tensor]:
-        """Σₙ wₙ v₍ₙ,₀₎ over the rows of the first column, flat, for weights [N]."""
-        totals = [use.weighted_total(local_name, weights) for local_name, use in self.uses]
-        return {self.name: torch.stack(totals).sum(0).flatten()}
+    def projected(
+        self, weights: Tensor, directions: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> dict[str, Tensor]:
+        """⟨u vᵀ, Σₙ wₙ v₍ₙ,₀₎⟩ for wₙ [N], or of all columns for w₍ₙ,c₎ [N, C]; nothing where they cannot be made."""
+        left, right = directions[self.name]
+        try:
+            if weights.dim() == 1:
+                totals = [use.weighted_total(local_name, weights) for local_name, use in self.uses]
+                total = torch.stack(totals).sum(0)
+            else:
+                rows = self.dense()[self.name].transpose(0, 1).flatten(0, 1)  # as they lie in memory
+                total = weights.to(rows).flatten() @ rows
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError:  # a backward pass that vmap does not know
+            return {}
+        return {self.name: left @ total.reshape(len(left), -1) @ right}
 
     def dense(self) -> dict[str, Tensor]:
         """Rows [C, N, p]."""
@@ -214,24 +276,23 @@ class RowBlock:
     layers: list[Rows]
 
 
-_CONVOLUTION = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-
-
-def _along(use: LayerUse, left: Tensor) -> Tensor:
-    """g·u at each position of the first column's gradients in what a linear layer makes."""
-    grads = use.grads[0]
-    return left @ grads.flatten(2) if isinstance(use.module, CONVOLUTIONS) else grads @ left
-
-
-def _inputs_along(use: LayerUse, right: Tensor) -> Tensor:
-    """a·v at each position of what a linear layer sees: what it would make with the one channel v."""
-    module: Any = use.module
-    for layer, convolution in _CONVOLUTION.items():
-        if isinstance(module, layer):
-            kernel = right.view(1, *module.weight.shape[1:])
-            made = convolution(use.inputs, kernel, None, module.stride, module.padding, module.dilation)
-            return made
-    return use.inputs @ right
+def joined(made: list[tuple[dict[str, str], Use]], parameters: Mapping[str, nn.Parameter]) -> list[Rows]:
+    """Rows by the uses of parameters {local name: name}: of weight and bias together if always used together."""
+    uses: dict[str, list[tuple[str, Use]]] = defaultdict(list)
+    for names, use in made:
+        for local_name, name in names.items():
+            uses[name].append((local_name, use))
+    linear: dict[tuple[LayerUse, ...], dict[str, str]] = defaultdict(dict)
+    dense: list[Rows] = []
+    for name, its in uses.items():
+        maps = tuple(use for _, use in its if isinstance(use, LayerUse) and use.is_linear)
+        local_names = {local_name for local_name, _ in its}
+        if len(maps) == len(its) and len(local_names) == 1:
+            linear[maps][local_names.pop()] = name
+        else:
+            dense.append(DenseRows(name, parameters[name].shape, tuple(its)))
+    outer = [OuterRows(held.get("weight"), held.get("bias"), maps) for maps, held in linear.items()]
+    return [*outer, *dense]
 
 
 def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from lightning_bayes.capture.double_backward import check_differentiable, gradient_to_differentiate
+from lightning_bayes.capture.autograd_graph import check_differentiable, gradient_to_differentiate
+from lightning_bayes.capture.forward import check_apart, forward_of
 from lightning_bayes.errors import check_finite
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.numerics.devices import accumulation_dtype
-from lightning_bayes.rows.reader import BatchRows, forward_of
-from lightning_bayes.rows.regrouping import check_apart
+from lightning_bayes.rows.reader import BatchRows
 from lightning_bayes.rows.rows import RowBlock
 from lightning_bayes.structures.base import DEFAULT_BUDGET, Budget
 
@@ -74,6 +74,7 @@ class HessianReader:
         if self._widened:
             network.double()
 
+    @property
     def split(self) -> str:
         """By which derivatives it is read; one line."""
         return "The Hessian is formed by autograd, twice"

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_bayes as lb
 from lightning_bayes import laplace_evidence
-from lightning_bayes.capture.isolation import isolated, throw_away_copy
+from lightning_bayes.capture.as_written import throw_away_copy
+from lightning_bayes.capture.isolation import isolated
 from tests.reference import SlowTwin, assert_agrees
 
 F64 = torch.float64

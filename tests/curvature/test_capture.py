@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_bayes.capture.loss import capture_loss
-from lightning_bayes.capture.loss_calls import KNOWN, OF_NO_LIKELIHOOD
-from lightning_bayes.capture.pytorch_losses import READERS
+from lightning_bayes.capture.pytorch_losses import KNOWN, OF_NO_LIKELIHOOD, READERS
 from lightning_bayes.likelihoods import (
     Bernoulli,
     Categorical,

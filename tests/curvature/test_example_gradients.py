@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_bayes.capture.isolation import throw_away_copy
+from lightning_bayes.capture.as_written import throw_away_copy
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.likelihoods import resolve_likelihood
 from lightning_bayes.rows import example_gradients

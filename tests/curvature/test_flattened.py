@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_bayes.capture.example_layout import Layout
-from lightning_bayes.capture.token_rows import layout_of_rows, rows_of_examples
+from lightning_bayes.capture.example_layout import Layout, layout_of_rows, rows_of_examples
 
 N, T = 6, 4
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bayes.capture.isolation import isolated, throw_away_copy
+from lightning_bayes.capture.as_written import throw_away_copy
+from lightning_bayes.capture.isolation import isolated
 from lightning_bayes.evidence.laplace import laplace_evidence
 from tests.cases import NETWORKS, make_case
 

@@ -566,7 +566,7 @@ def test_names_and_objects_resolve():
     assert repr(given_noise) == "Gaussian(sigma=0.5)"
     assert repr(resolve_likelihood("binary")) == "Bernoulli()"
     assert repr(resolve_likelihood("classification")) == "Categorical()"
-    assert repr(resolve_likelihood("gaussian_nll")) == "HeteroscedasticGaussian(eps=1e-06)"
+    assert repr(resolve_likelihood("gaussian_nll")) == "HeteroscedasticGaussian()"
     weighted = Categorical(weight=[1, 2], label_smoothing=0.1, class_dim=-1)
     assert repr(weighted) == "Categorical(weight=[1.0, 2.0], label_smoothing=0.1, class_dim=-1)"
     assert repr(Bernoulli(pos_weight=torch.tensor(3.0))) == "Bernoulli(pos_weight=3.0)"

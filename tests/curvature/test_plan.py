@@ -4,14 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_bayes.capture.as_written import throw_away_copy
 from lightning_bayes.capture.example_layout import Layout, example_weights, find_layout, mixes_examples
-from lightning_bayes.capture.isolation import throw_away_copy
+from lightning_bayes.capture.module_calls import plain_kernels
 from lightning_bayes.likelihoods import Gaussian
-from lightning_bayes.rows import find_routes
 from lightning_bayes.rows import reader as reader_module
-from lightning_bayes.rows.per_example import plain_kernels
 from lightning_bayes.rows.reader import RowReader
-from lightning_bayes.rows.routes import GRAPH, LAYER
+from lightning_bayes.rows.routes import GRAPH, LAYER, Plan
 from lightning_bayes.rows.rows import OuterRows
 from tests.cases import NETWORKS, make_case
 
@@ -74,8 +73,8 @@ def test_only_what_needs_torch_func_pays():
     by_layer = {name for name, way in reader._plan.ways.items() if way == LAYER}
     assert any("norm" in name for name in by_layer)
     assert any("linear1" in name for name in by_layer)
-    assert "MultiheadAttention" in reader.split()
-    assert "layers by their derivatives" in reader.split()
+    assert "MultiheadAttention" in reader.split
+    assert "layers by their derivatives" in reader.split
     assert not any("in_proj" in name for name in by_layer)
 
 
@@ -121,12 +120,12 @@ def test_a_module_within_one_that_is_replayed_anyway_goes_with_it(nested):
 def test_what_is_not_right_together_stays_apart(monkeypatch):
     torch.manual_seed(0)
     model, x = Positioned(False).double(), torch.randn(4, 3, 4, dtype=torch.float64)
-    proved = find_routes.wrong_parameters
+    proved = Plan.wrong
 
     def wrong_together(plan, *arguments):
         return ["places"] if plan.ways["attention.in_proj_weight"] == "" else proved(plan, *arguments)
 
-    monkeypatch.setattr(find_routes, "wrong_parameters", wrong_together)
+    monkeypatch.setattr(Plan, "wrong", wrong_together)
     _, reader = dense(model, lambda network: (network(x), torch.zeros(4, 2)))
     assert reader._plan.ways["places"] == ""
     assert reader._plan.ways["attention.in_proj_weight"] == "attention"
@@ -152,7 +151,7 @@ def test_masks_and_sequences_of_the_batch_size_are_told_apart(length):
     torch.manual_seed(0)
     model, x = OtherShapes().double(), torch.randn(4, length, 4, dtype=torch.float64)
     batch, reader = dense(model, lambda network: (network(x), torch.zeros(4, 2)))
-    assert "attention.in_proj_weight" in reader.split()
+    assert "attention.in_proj_weight" in reader.split
     for n in range(4):
         alone, _ = dense(model, lambda network, n=n: (network(x[n : n + 1]), torch.zeros(1, 2)))
         for name, rows in batch.items():

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_bayes import laplace_evidence
-from lightning_bayes.capture.isolation import throw_away_copy
+from lightning_bayes.capture.as_written import throw_away_copy
 from lightning_bayes.likelihoods import Gaussian
 from lightning_bayes.rows import reader as reader_module
 from lightning_bayes.rows.reader import RowReader

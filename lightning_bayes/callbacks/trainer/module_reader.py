@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_bayes.callbacks.trainer.read_only_trainer import ReadOnlyTrainer
-from lightning_bayes.capture.example_layout import Layout
-from lightning_bayes.capture.isolation import throw_away_copy
+from lightning_bayes.capture.as_written import throw_away_copy
+from lightning_bayes.capture.autograd_graph import graph_nodes
+from lightning_bayes.capture.example_layout import Layout, layout_of_rows, rows_of_examples
 from lightning_bayes.capture.loss import WAY_OUT, CapturedLoss, capture_loss, loss_of
-from lightning_bayes.capture.pytorch_losses import Rows
-from lightning_bayes.capture.token_rows import layout_of_rows, rows_of_examples
+from lightning_bayes.capture.pytorch_losses import Grouping
 from lightning_bayes.likelihoods import Likelihood
 
 NetworkOption = str | Callable[[LightningModule, Any], tuple[Tensor, Tensor]] | None
@@ -112,7 +112,7 @@ class ModuleReader:
 
         A closure, a lambda or a wrapper that the module holds goes on calling the original after a deep copy.
         """
-        leaves = {id(leaf) for leaf in _leaves(outputs)}
+        leaves = {id(node.variable) for node in graph_nodes([outputs]) if hasattr(node, "variable")}
         used = [name for name, parameter in self._original.named_parameters() if id(parameter) in leaves]
         if used:
             raise ValueError(
@@ -154,7 +154,7 @@ class ModuleReader:
             self._takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
         return step(batch, batch_idx) if self._takes_index else step(batch)
 
-    def _rows_of(self, num_examples: int | None, outputs: Tensor) -> Rows:
+    def _rows_of(self, num_examples: int | None, outputs: Tensor) -> Grouping:
         """How the rows that a loss sees make examples."""
         num_rows = len(outputs) if outputs.dim() else 1
         if num_examples in (None, num_rows):
@@ -249,20 +249,6 @@ def _silence(module: LightningModule) -> None:
         if is_lightning_module(part):
             for name in ("log", "log_dict", "print"):
                 object.__setattr__(part, name, _nothing)
-
-
-def _leaves(outputs: Tensor) -> list[Tensor]:
-    """The leaf tensors in the graph of `outputs`."""
-    leaves, visited, pending = [], set(), [outputs.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        pending.extend(parent for parent, _ in node.next_functions)
-    return leaves
 
 
 def _nothing(*args: object, **kwargs: object) -> None:

@@ -1,7 +1,8 @@
-"""Gradients that are to be differentiated once more, and the refusal of those that cannot be."""
+"""What a backward pass goes through: the nodes of a graph, and those that cannot be differentiated once more."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,23 @@ SAME_FUNCTION = {
 IN_ORDINARY_OPERATIONS = (
     "Write it in ordinary operations, for attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
 )
+
+
+def graph_nodes(tensors: Iterable[Tensor], ends: Collection[Any] = ()) -> Iterator[Any]:
+    """Walk through all nodes that a backward pass goes through, those nearest to the tensors first.
+
+    Args:
+        tensors: Where the backward pass begins.
+        ends: Nodes behind which nothing is of interest.
+    """
+    visited: set[Any] = {None}
+    pending = deque(tensor.grad_fn for tensor in tensors)
+    while pending:
+        node: Any = pending.popleft()
+        if node not in visited:
+            visited.add(node)
+            yield node
+            pending.extend(() if node in ends else (parent for parent, _ in node.next_functions))
 
 
 def gradient_to_differentiate(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -39,7 +57,9 @@ def check_differentiable(gradient: Sequence[Tensor], otherwise: str = "") -> Non
     Raises:
         ValueError: If there is such a part.
     """
-    ends = {node: type(node).__name__ for node in _nodes_of(gradient) if type(node).__name__ in NO_DERIVATIVE}
+    ends = {
+        node: type(node).__name__ for node in graph_nodes(gradient) if type(node).__name__ in NO_DERIVATIVE
+    }
     if ends:
         operations = sorted({_operation(node) for node in ends})
         same = [remedy for name, remedy in SAME_FUNCTION.items() if name in " ".join(operations)]
@@ -62,16 +82,3 @@ def _operation(node: Any) -> str:
         if "once_differentiable" in str(error):
             return "a torch.autograd.Function that is once_differentiable"
     return "some operation that is a fused kernel"
-
-
-def _nodes_of(tensors: Sequence[Tensor]) -> Iterator[Any]:
-    """All nodes that a backward pass goes through."""
-    visited: set[object] = set()
-    pending: list[Any] = [tensor.grad_fn for tensor in tensors]
-    while pending:
-        node = pending.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        yield node
-        pending.extend(parent for parent, _ in node.next_functions)
