@@ -9,8 +9,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError
+from lightning_bayes.callbacks.trainer.checks import (
+    check_arguments,
+    check_not_sharded,
+    check_step_runs_on_copy,
+)
+from lightning_bayes.callbacks.trainer.module_reader import NetworkOption
 from lightning_bayes.callbacks.trainer.restore import untouched
+from lightning_bayes.capture.loss import WAY_OUT
 from lightning_bayes.errors import EvidenceUnavailableError
+from lightning_bayes.functional._validation import check_options
+from lightning_bayes.likelihoods import Likelihood, resolve_likelihood
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -34,15 +43,40 @@ class EpochReadings(MeasuringCallback, Generic[Reading]):
     NOUN: ClassVar[str]
     """What warnings call it."""
 
-    def __init__(self, on_error: OnError) -> None:
-        super().__init__(on_error)
+    def __init__(
+        self,
+        *,
+        likelihood: str | Likelihood,
+        network: NetworkOption,
+        every_n_epochs: int,
+        batch_size: int | None,
+        max_examples: int | None,
+        log_key_prefix: str,
+        on_error: OnError,
+    ) -> None:
+        super().__init__(on_error, log_key_prefix)
+        check_options(batch_size, max_examples)
+        check_arguments(likelihood, network, every_n_epochs)
+        self.likelihood = None if likelihood == "auto" else resolve_likelihood(likelihood)
+        self.network = network
+        self.every_n_epochs = every_n_epochs
+        self.batch_size = batch_size
         self.history: list[tuple[int, Reading]] = []
         self._is_rehearsed = False
+        self._num_examples = max_examples or 200
 
     @property
     def latest(self) -> Reading | None:
         """The last reading, None before the first."""
         return self.history[-1][1] if self.history else None
+
+    @property
+    @override
+    def way_out(self) -> str:
+        kind = type(self).__name__
+        if self.network is not None:
+            return f"Mend what network={self.network!r} runs, or leave {kind} out of this run."
+        return WAY_OUT.replace("LaplaceEvidence", kind)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,7 +84,7 @@ class EpochReadings(MeasuringCallback, Generic[Reading]):
         self._is_rehearsed = False
         if trainer.global_step == 0:  # a new run, not one that goes on from a checkpoint
             self.history = []
-        self._prepare(trainer, lambda: self._check(trainer, pl_module))
+        self._prepare(trainer, lambda: self._check_untouched(trainer, pl_module))
 
     @override
     def on_train_batch_start(
@@ -70,7 +104,7 @@ class EpochReadings(MeasuringCallback, Generic[Reading]):
         self.history = [(epoch, self._from_fields(stored)) for epoch, stored in state_dict["history"]]
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise where this trainer or module does not allow the measurement."""
+        """Count the training examples; raise where this trainer or module does not allow the measurement."""
         raise NotImplementedError
 
     def _rehearse(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -95,6 +129,15 @@ class EpochReadings(MeasuringCallback, Generic[Reading]):
                 "check_finite=False.)"
             )
             return None
+
+    def _check_untouched(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_not_sharded(
+            trainer, type(self).__name__, "weights", "call laplace_evidence() on a gathered checkpoint"
+        )
+        if self.network is None:
+            check_step_runs_on_copy(pl_module)
+        with untouched(trainer):  # somebody's own sampler may draw to be counted
+            self._check(trainer, pl_module)
 
     def _rehearse_untouched(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -1,7 +1,5 @@
 """Growing the batch in place of decaying the learning rate: how far, how it is made up, what is left for ε."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -141,8 +139,7 @@ def learning_rate_gain(
     """
     present, grown = count("batch_size", batch_size), count("new_batch_size", new_batch_size)
     examples = count("dataset_size", dataset_size)
-    if rule not in RULES:
-        raise ValueError(f'Expected argument `rule` to be "linear", "exact" or "sqrt", but got {rule!r}.')
+    check_rule(rule)
     if grown == present:
         return 1.0
     if rule == "linear":
@@ -155,6 +152,12 @@ def learning_rate_gain(
             f" but got {present} and {grown}: at full batch the noise scale is 0 at every learning rate."
         )
     return ((examples - present) * grown) / ((examples - grown) * present)
+
+
+def check_rule(rule: object) -> None:
+    """Raise a ValueError for a rule that does not exist."""
+    if rule not in RULES:
+        raise ValueError(f'Expected argument `rule` to be "linear", "exact" or "sqrt", but got {rule!r}.')
 
 
 def schedule_steps(batches: int, epoch_batches: float, accumulation: int, frequency: int = 1) -> int:

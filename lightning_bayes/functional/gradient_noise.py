@@ -1,7 +1,5 @@
 """The gradient noise of McCandlish et al.: from per-example gradients, from sums of them, from two batch sizes."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Self

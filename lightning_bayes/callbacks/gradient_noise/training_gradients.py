@@ -6,8 +6,6 @@ last backward pass of a step holds the mean over processes of the sum over micro
 Lightning has divided by their nominal number.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -38,9 +36,10 @@ class TrainingGradients:
         self._handles: list[RemovableHandle] = []
         self._start(module.device)
 
-    def begin(self, batch: Any, loader_batch_size: int | None) -> None:
+    def begin(self, batch: Any, loader_batch_size: int | None, first: bool) -> None:
         """Before the training_step of a micro-batch: note its size, and watch its backward pass."""
-        if not self._handles:
+        if first:
+            self.stop()  # what was seen of a step that was not made
             self._start(self._parameters[0].device)
             self._handles = [
                 parameter.register_hook(partial(self._see, index))

@@ -1,7 +1,5 @@
 """Squared norms of gradients of two batch sizes, over all processes: what every way of measuring comes down to."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

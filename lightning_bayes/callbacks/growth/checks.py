@@ -1,20 +1,18 @@
 """What `BatchSizeScheduler` refuses and what it says."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_bayes.advice.optimizer_groups import is_adaptive
+from lightning_bayes.callbacks.trainer.checks import check_automatic_optimization, is_named
 from lightning_bayes.callbacks.trainer.restore import untouched
-from lightning_bayes.callbacks.trainer.settings import Sizes, is_adaptive
+from lightning_bayes.callbacks.trainer.settings import Sizes
 from lightning_bayes.callbacks.trainer.training_loss import TrainingLoss
-from lightning_bayes.capture.loss import CapturedLoss
-from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.functional import BatchGrowth
-from lightning_bayes.functional.batch_growth import METHODS, RULES
+from lightning_bayes.functional.batch_growth import METHODS, check_rule
 from lightning_bayes.functional.scaling import Rule
 
 
@@ -24,16 +22,14 @@ def check_choices(method: object, rule: object) -> None:
         raise ValueError(
             f'Expected argument `method` to be "auto", "accumulate" or "reload", but got {method!r}.'
         )
-    if rule not in RULES:
-        raise ValueError(f'Expected argument `rule` to be "linear", "exact" or "sqrt", but got {rule!r}.')
+    check_rule(rule)
 
 
 def check_alone(callback: Callback, trainer: Trainer) -> None:
     """Raise a ValueError for a second callback that sets how many batches a step takes."""
     for other in trainer.callbacks:  # type: ignore[attr-defined] # set without being declared
-        # By name: those of `lightning` and of `pytorch_lightning` are different classes.
-        names = {base.__name__ for base in type(other).__mro__}
-        if other is not callback and names & {"GradientAccumulationScheduler", "BatchSizeScheduler"}:
+        sets_it = is_named(other, "GradientAccumulationScheduler", "BatchSizeScheduler")
+        if sets_it and other is not callback:
             raise ValueError(
                 f"Expected BatchSizeScheduler to be alone in setting the batch size, but got {type(other).__name__}"
                 " beside it. Remove one of them; `Trainer(accumulate_grad_batches=...)` sets the batch size to start"
@@ -43,13 +39,8 @@ def check_alone(callback: Callback, trainer: Trainer) -> None:
 
 def check_trainer(trainer: Trainer, module: LightningModule) -> None:
     """Raise a ValueError for ways to train that leave BatchSizeScheduler no hold on the batch."""
-    if not module.automatic_optimization:
-        raise ValueError(
-            "BatchSizeScheduler needs automatic optimization, but the LightningModule sets"
-            " `automatic_optimization = False`: it alone knows when it steps. Remove the callback, and use"
-            " `lightning_bayes.functional.grow_batch` in `training_step`."
-        )
-    if any(base.__name__ == "DeepSpeedStrategy" for base in type(trainer.strategy).__mro__):
+    check_automatic_optimization(module, "BatchSizeScheduler", ".grow_batch")
+    if is_named(trainer.strategy, "DeepSpeedStrategy"):
         raise ValueError(
             f"BatchSizeScheduler cannot change how many batches {type(trainer.strategy).__name__} accumulates: its"
             " engine fixes that at the start. Use another strategy."
@@ -61,23 +52,19 @@ def check_mean_loss(trainer: Trainer, module: LightningModule) -> None:
 
     A loss that cannot be read is taken to be a mean.
     """
-    captured = _captured(trainer, module)
-    if captured is not None and captured.reduction == "sum":
+    loss = TrainingLoss(trainer, module, None, None, None, 1)
+    with untouched(trainer), torch.enable_grad():
+        try:
+            (batch, *_), _ = loss.batches()
+            reduction = loss.reader().read(batch, 0).reduction
+        except ValueError:
+            return
+    if reduction == "sum":
         raise ValueError(
             'Expected a loss that is a mean over the batch with method="reload", but got a sum: from a batch k times'
             " as large its gradient is k times as large, which undoes the growth. Use the mean, or"
             ' method="accumulate".'
         )
-
-
-def _captured(trainer: Trainer, module: LightningModule) -> CapturedLoss | None:
-    loss = TrainingLoss(trainer, module, None, None, None, 1)
-    with untouched(trainer), torch.enable_grad():
-        try:
-            (batch, *_), _ = loss.batches()
-            return loss.reader().read(batch, 0)
-        except (ValueError, EvidenceUnavailableError):
-            return None
 
 
 def check_schedulers(trainer: Trainer, reloads: bool) -> None:

@@ -3,16 +3,15 @@
 import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from lightning_bayes.callbacks.trainer.inputs import examples_of, step_batch_size, training_loader
 from lightning_bayes.callbacks.trainer.module_reader import ModuleReader, NetworkOption, original_network
-from lightning_bayes.capture.loss import CapturedLoss, Reduction
+from lightning_bayes.callbacks.trainer.training_examples import data_loader, examples_of, step_batch_size
+from lightning_bayes.capture.loss import Reduction
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.loss_curvature.mean_loss import BatchLoss, MeanLoss, normalises_by_batch, norms_as_in
 
@@ -41,7 +40,7 @@ class TrainingLoss:
     def reader(self) -> ModuleReader:
         """A new copy of the module at its present weights."""
         reader = ModuleReader(self.trainer, self.module, self.likelihood, self.network)
-        norms_as_in(original_network(self.module, self.network), reader.network)
+        norms_as_in(reader.original, reader.network)
         return reader
 
     def num_training_examples(self) -> int:
@@ -58,7 +57,7 @@ class TrainingLoss:
         Raises:
             ValueError: If they cannot be told from the Trainer's loader.
         """
-        loader: Any = training_loader(self.trainer)[0]
+        loader: Any = data_loader(self.trainer)[0]
         size = self.batch_size or loader.batch_size  # None for a batch sampler of the user's own
         at_most = self.max_examples
         network = original_network(self.module, self.network)
@@ -97,21 +96,8 @@ class TrainingLoss:
         total = sum(sizes)
         step = min(step_batch_size(self.trainer) or sizes[0], self.num_training_examples())
         weights = [(step if reduction == "sum" else size) / total for size in sizes]
-        return MeanLoss(
-            reader.network,
-            parameters,
-            [
-                _batch_loss(reader, batch, index, weight)
-                for index, (batch, weight) in enumerate(zip(batches, weights, strict=True))
-            ],
-        )
-
-
-def _batch_loss(reader: ModuleReader, batch: Any, index: int, weight: float) -> BatchLoss:
-    def fresh() -> Any:  # a training_step may work on its batch in place, and the batch is read again
-        return apply_to_collection(batch, Tensor, Tensor.clone)
-
-    def captured() -> CapturedLoss:
-        return reader.read(fresh(), index)
-
-    return BatchLoss(lambda: reader.loss(fresh(), index), captured, weight)
+        losses = [
+            BatchLoss(partial(reader.loss, batch, index), partial(reader.read, batch, index), weight)
+            for index, (batch, weight) in enumerate(zip(batches, weights, strict=True))
+        ]
+        return MeanLoss(reader.network, parameters, losses)

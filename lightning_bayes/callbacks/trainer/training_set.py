@@ -1,10 +1,8 @@
-"""Counts the examples that a Trainer draws from its training set, each once."""
+"""The training set of a Trainer: its loader, examples per batch, and how many examples it draws, each once."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +16,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_bayes.callbacks.trainer.inputs import num_batches
+from lightning_bayes.callbacks.trainer.training_examples import num_batches, replicas_of
 from lightning_bayes.capture.examples import examples_from_loader
 from lightning_bayes.capture.isolation import isolated
 
@@ -30,6 +28,69 @@ KNOWN_SAMPLERS = (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
+
+# Examples that a loader draws, each once, and how many of them the batches of an epoch reach; and what the count
+# depends on beside the loader. Counting can take a pass over a sampler, and the configuration is read at every step.
+_counts: WeakKeyDictionary[DataLoader[Any], tuple[tuple[object, ...], tuple[int, int] | None]] = (
+    WeakKeyDictionary()
+)
+
+
+def training_loader(trainer: Trainer) -> Any:
+    """The one training loader of a Trainer; a ValueError where there is none, or several."""
+    loaders = trainer.train_dataloader
+    if loaders is None:
+        raise ValueError(
+            "Expected a training dataloader, but the Trainer has none: noise scale and advice can be"
+            " read during `trainer.fit` only."
+        )
+    flat = list(flatten(loaders))
+    if len(flat) != 1:
+        raise ValueError(
+            f"Expected one training dataloader, but got a collection of {len(flat)}: examples per step"
+            " and size of the training set are then not one number each. Combine the data sets into one"
+            " DataLoader, or remove the callback."
+        )
+    return flat[0]
+
+
+def flatten(loaders: Any) -> Iterator[Any]:
+    """The loaders in the collections that a CombinedLoader accepts."""
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    if not isinstance(loaders, (list, tuple)):
+        yield loaders
+        return
+    for loader in loaders:
+        yield from flatten(loader)
+
+
+def loader_batch_size(loader: Any) -> int:
+    """Examples per batch of a loader, or a ValueError where it does not say."""
+    batch_size = getattr(loader, "batch_size", None)
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    if batch_size is None and batch_sampler is not None:
+        batch_size = getattr(batch_sampler, "batch_size", None)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or int(batch_size) < 1:
+        sampler = (
+            "" if batch_sampler is None else f" and a {type(batch_sampler).__name__} without `batch_size`"
+        )
+        remedy = (
+            "Pass `batch_size=` to the DataLoader in place of batching inside the dataset, or give its batch sampler"
+            " an attribute `batch_size` with the number of examples per batch."
+        )
+        if not isinstance(loader, DataLoader):
+            remedy = "Give a torch DataLoader, or remove the callback."
+            if hasattr(loader, "__dict__"):
+                remedy = (
+                    f"Give the {type(loader).__name__} attributes `batch_size`, the number of examples per batch, and"
+                    " `dataset`, whose length is that of the training set; or remove the callback."
+                )
+        raise ValueError(
+            "Expected the training dataloader to have a `batch_size`, but got"
+            f" {type(loader).__name__}(batch_size={batch_size!r}){sampler}. {remedy}"
+        )
+    return int(batch_size)
 
 
 def dataset_size_of(loader: Any, trainer: Trainer, given: int | None) -> tuple[int, list[str]]:
@@ -72,12 +133,17 @@ def dataset_size_of(loader: Any, trainer: Trainer, given: int | None) -> tuple[i
             " as `dataset_size=` where the callback takes it (SGDNoiseScale, BatchSizeScheduler)."
         )
     whole = _length(source)
-    examples = whole if counted is None else counted.reached
-    notes += _partial_draw(sampler, whole, examples)
-    if counted is not None and counted.reached < counted.drawn:
+    drawn, examples = counted or (whole, whole)
+    draws = known_length(sampler)
+    if not isinstance(sampler, KNOWN_SAMPLERS) and draws not in (None, whole):
+        notes.append(
+            f"{type(sampler).__name__} draws {draws} examples an epoch from a dataset of {whole}, of which {examples}"
+            " are taken as the training set; `SGDNoiseScale(dataset_size=...)` takes another size."
+        )
+    if examples < drawn:
         notes.append(
             f"An epoch stops after {trainer.num_training_batches} batches and does not shuffle: the"
-            f" {counted.reached} of {counted.drawn} examples that it reaches count as the training set."
+            f" {examples} of {drawn} examples that it reaches count as the training set."
         )
     # Lightning sets this attribute without declaring it.
     overfit_batches = getattr(trainer, "overfit_batches", 0)
@@ -94,36 +160,7 @@ def dataset_size_of(loader: Any, trainer: Trainer, given: int | None) -> tuple[i
     return examples, notes
 
 
-def _partial_draw(sampler: Any, whole: int, examples: int) -> list[str]:
-    """A note where somebody's own sampler draws another number of examples than the dataset holds."""
-    draws = known_length(sampler)
-    if isinstance(sampler, KNOWN_SAMPLERS) or draws is None or draws == whole:
-        return []
-    return [
-        f"{type(sampler).__name__} draws {draws} examples an epoch from a dataset of {whole}, of which {examples}"
-        " are taken as the training set; `SGDNoiseScale(dataset_size=...)` takes another size."
-    ]
-
-
-@dataclass(frozen=True)
-class _Counted:
-    """Examples that a loader draws, each once.
-
-    Attributes:
-        drawn: without a limit on the batches of an epoch.
-        reached: within that limit.
-    """
-
-    drawn: int
-    reached: int
-
-
-# What was counted for a loader, and what the count depends on beside it. Counting can take a pass over a
-# sampler, and the configuration is read at every step.
-_counts: WeakKeyDictionary[DataLoader[Any], tuple[tuple[object, ...], _Counted | None]] = WeakKeyDictionary()
-
-
-def _counted(loader: Any, sampler: Any, trainer: Trainer) -> _Counted | None:
+def _counted(loader: Any, sampler: Any, trainer: Trainer) -> tuple[int, int] | None:
     """The count that `LaplaceEvidence` takes; None for other loaders, and where it cannot be taken."""
     if not isinstance(loader, DataLoader):
         return None
@@ -140,7 +177,7 @@ def _counted(loader: Any, sampler: Any, trainer: Trainer) -> _Counted | None:
     return known[1]
 
 
-def _count(loader: DataLoader[Any], trainer: Trainer) -> _Counted | None:
+def _count(loader: DataLoader[Any], trainer: Trainer) -> tuple[int, int] | None:
     # Somebody's own sampler is read, and may draw random numbers, which training must not miss.
     known = isinstance(getattr(loader.batch_sampler, "sampler", None), KNOWN_SAMPLERS)
     with nullcontext() if known else isolated(loader.batch_sampler):
@@ -152,7 +189,7 @@ def _count(loader: DataLoader[Any], trainer: Trainer) -> _Counted | None:
                 reached = examples_from_loader(loader, None, None, limit).num_examples
         except Exception:  # whatever a sampler of somebody's own does when it is copied and read
             return None
-    return _Counted(drawn, reached)
+    return drawn, reached
 
 
 def _length(dataset: Any) -> int:
@@ -172,10 +209,3 @@ def known_length(collection: Any) -> int | None:
         return len(collection)
     except (TypeError, NotImplementedError):
         return None
-
-
-def replicas_of(trainer: Trainer) -> int:
-    """Data-parallel processes, each of which draws examples of its own."""
-    # Not the world size: under tensor parallelism several processes work on the same examples.
-    kwargs: Mapping[str, Any] = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
-    return max(1, int(kwargs.get("num_replicas", 1)))

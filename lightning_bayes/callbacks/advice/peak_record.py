@@ -1,7 +1,5 @@
 """What each parameter group did over a run, kept at its peak learning rate."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -42,7 +40,7 @@ class PeakRecord:
         }
 
     @staticmethod
-    def from_state_dict(state: Mapping[str, Any]) -> PeakRecord:
+    def from_state_dict(state: Mapping[str, Any]) -> "PeakRecord":
         """What `state_dict` gave."""
         return PeakRecord(peak_from(state), set(state["changed"]))
 

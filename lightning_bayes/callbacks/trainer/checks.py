@@ -1,0 +1,121 @@
+"""What callbacks refuse, or warn of: wrong arguments, and ways to train that they cannot read."""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+
+from lightning_bayes.capture.loss import WAY_OUT
+from lightning_bayes.functional._validation import count
+from lightning_bayes.likelihoods import resolve_likelihood
+from lightning_bayes.priors.prior import PriorPrecision
+from lightning_bayes.priors.subset import Subset
+
+AVERAGING = ("StochasticWeightAveraging", "WeightAveraging")
+"""Callbacks, by the names of their classes, that save other weights than those that are trained."""
+SHARDING_STRATEGIES = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
+
+
+def is_named(thing: object, *names: str) -> bool:
+    """Whether one of an object's classes has one of these names.
+
+    The classes of `lightning` and of the older `pytorch_lightning` are not related, and objects of the one come to
+    the Trainer of the other.
+    """
+    return any(base.__name__ in names for base in type(thing).__mro__)
+
+
+def with_way_out(error: Exception, way_out: str) -> str:
+    """The text of an error, with another way out than the one that `LaplaceEvidence` has."""
+    return str(error).replace(WAY_OUT, way_out).strip()
+
+
+def check_arguments(likelihood: object, network: object, every_n_epochs: object) -> None:
+    """Raise a ValueError for arguments of `LaplaceEvidence` or `Stability` that are wrong whatever the Trainer."""
+    if likelihood != "auto":
+        resolve_likelihood(likelihood)  # type: ignore[arg-type]
+    elif network is not None:
+        raise ValueError(
+            "Expected argument `likelihood` to be given beside `network`: without a training_step there is no loss "
+            "to read it from. Use likelihood='classification', 'binary', 'regression' or a Likelihood."
+        )
+    if network is not None and not isinstance(network, str) and not callable(network):
+        raise ValueError(
+            "Expected argument `network` to be None, the name of a submodule, or a function (module, batch) -> "
+            f"(outputs, targets), got {network!r}."
+        )
+    count("every_n_epochs", every_n_epochs)
+
+
+def check_named_parts(
+    network: nn.Module, subset_of_weights: Subset = "all", prior_precision: PriorPrecision = "auto"
+) -> None:
+    """Raise a ValueError for an argument that names parameters that the network does not have."""
+    names = [name for name, _ in network.named_parameters()]
+    if not names:  # they are built later, or there are none: the first batch tells
+        return
+    patterns = [] if isinstance(subset_of_weights, str) else list(subset_of_weights)
+    given = {"subset_of_weights": patterns}
+    given["prior_precision"] = list(prior_precision) if isinstance(prior_precision, Mapping) else []
+    for argument, those in given.items():
+        idle = [pattern for pattern in those if not any(fnmatchcase(name, pattern) for name in names)]
+        if idle:
+            raise ValueError(
+                f"Expected argument `{argument}` to name parameters of {type(network).__name__}, got {idle}, which "
+                f"match none. Its parameters are {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
+            )
+
+
+def check_not_sharded(trainer: Trainer, who: str, what: str, remedy: str) -> None:
+    """Raise a ValueError where no process has whole weights or gradients.
+
+    Args:
+        trainer: that is fitting.
+        who: the name of the callback.
+        what: it reads.
+        remedy: beside another strategy.
+    """
+    if is_named(trainer.strategy, *SHARDING_STRATEGIES):
+        raise ValueError(
+            f"{who} cannot read {what} that {type(trainer.strategy).__name__} shards. Use strategy='ddp' or a single "
+            f"device, or {remedy}."
+        )
+
+
+def check_automatic_optimization(module: LightningModule, who: str, function: str = "") -> None:
+    """Raise a ValueError for a module that steps its optimizers itself.
+
+    Args:
+        module: in training.
+        who: needs to know the steps.
+        function: of `lightning_bayes.functional`, that its training_step may call in place of the callback.
+    """
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{who} needs automatic optimization, but the LightningModule sets `automatic_optimization = False`: "
+            "when it steps, and on which gradients and how many examples, is then known to it alone. Remove the "
+            f"callback and use `lightning_bayes.functional{function}` inside `training_step`."
+        )
+
+
+def check_step_runs_on_copy(module: LightningModule) -> None:
+    """Raise a ValueError where running training_step would train."""
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{type(module).__name__} optimizes manually, so running its training_step would step. {WAY_OUT}"
+        )
+
+
+def warn_of_averages(trainer: Trainer) -> None:
+    """Say so where other weights are saved, or left at the end, than those that are scored."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined] # set without being declared
+    averaging = [type(callback).__name__ for callback in callbacks if is_named(callback, *AVERAGING)]
+    if averaging:
+        rank_zero_warn(
+            f"LaplaceEvidence: {averaging[0]} averages weights, and the evidence of each epoch is that of the "
+            "weights that are trained, not of the average that is saved or left at the end: a ModelCheckpoint on it "
+            "ranks other weights than it saves. For the evidence of the average call laplace_evidence() on it "
+            "after fit."
+        )
