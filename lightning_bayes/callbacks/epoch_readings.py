@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
@@ -84,7 +85,7 @@ class EpochReadings(MeasuringCallback, Generic[Reading]):
         self._is_rehearsed = False
         if trainer.global_step == 0:  # a new run, not one that goes on from a checkpoint
             self.history = []
-        self._prepare(trainer, lambda: self._check_untouched(trainer, pl_module))
+        self._prepare(trainer, untouched(trainer)(partial(self._check, trainer, pl_module)))
 
     @override
     def on_train_batch_start(
@@ -93,7 +94,8 @@ class EpochReadings(MeasuringCallback, Generic[Reading]):
         """Read the first batch before the first step, so that what cannot be read says so now."""
         if not self._is_rehearsed:
             self._is_rehearsed = True
-            self._prepare(trainer, lambda: self._rehearse_untouched(trainer, pl_module, batch, batch_idx))
+            rehearse = partial(self._rehearse, trainer, pl_module, batch, batch_idx)
+            self._prepare(trainer, untouched(trainer)(rehearse))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -104,8 +106,11 @@ class EpochReadings(MeasuringCallback, Generic[Reading]):
         self.history = [(epoch, self._from_fields(stored)) for epoch, stored in state_dict["history"]]
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the training examples; raise where this trainer or module does not allow the measurement."""
-        raise NotImplementedError
+        """Raise where this trainer or module does not allow the measurement."""
+        remedy = "call laplace_evidence() on a gathered checkpoint"
+        check_not_sharded(trainer, type(self).__name__, "weights", remedy)
+        if self.network is None:
+            check_step_runs_on_copy(pl_module)
 
     def _rehearse(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Take the first batch all the way; raise where that does not go."""
@@ -129,21 +134,6 @@ class EpochReadings(MeasuringCallback, Generic[Reading]):
                 "check_finite=False.)"
             )
             return None
-
-    def _check_untouched(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_not_sharded(
-            trainer, type(self).__name__, "weights", "call laplace_evidence() on a gathered checkpoint"
-        )
-        if self.network is None:
-            check_step_runs_on_copy(pl_module)
-        with untouched(trainer):  # somebody's own sampler may draw to be counted
-            self._check(trainer, pl_module)
-
-    def _rehearse_untouched(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        with untouched(trainer):
-            self._rehearse(trainer, pl_module, batch, batch_idx)
 
     def _from_fields(self, stored: Mapping[str, Any]) -> Reading:
         """A reading from the fields that a checkpoint of this or another version holds."""

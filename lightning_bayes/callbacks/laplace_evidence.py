@@ -15,6 +15,8 @@ from lightning_bayes.callbacks.evidence.evaluation import Evaluation, Rehearsed
 from lightning_bayes.callbacks.measuring import OnError, guarded
 from lightning_bayes.callbacks.trainer.checks import check_named_parts
 from lightning_bayes.callbacks.trainer.module_reader import NetworkOption, original_network
+from lightning_bayes.callbacks.trainer.optimizers import prior_of
+from lightning_bayes.callbacks.trainer.training_set import examples_of
 from lightning_bayes.evidence.options import Method
 from lightning_bayes.evidence.result import Evidence
 from lightning_bayes.functional._validation import positive
@@ -221,9 +223,11 @@ class LaplaceEvidence(EpochReadings[Evidence]):
 
     @override
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._num_examples = self._evaluation.examples(trainer).num_examples
-        if self.method.subset_of_weights != "last_layer":  # which layer that is, the first batch tells
-            self._evaluation.prior(trainer, original_network(pl_module, self.network), None)
+        super()._check(trainer, pl_module)
+        self._num_examples = examples_of(trainer, self.batch_size, self.max_examples).num_examples
+        subset = self.method.subset_of_weights
+        if subset != "last_layer":  # which layer that is, the first batch tells
+            prior_of(trainer, original_network(pl_module, self.network), self.prior_precision, subset, None)
 
     @override
     def _rehearse(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -142,6 +142,7 @@ class Stability(EpochReadings[StabilityReading]):
 
     @override
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super()._check(trainer, pl_module)
         self._num_examples = self._loss(trainer, pl_module).num_training_examples()
         names_of_groups(trainer, original_network(pl_module, self.network))
         reason = why_not_sgd(trainer)

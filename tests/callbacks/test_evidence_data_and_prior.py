@@ -19,7 +19,7 @@ from torch.utils.data import (
 )
 
 from lightning_bayes import LaplaceEvidence
-from lightning_bayes.callbacks.trainer.training_examples import check_stream
+from lightning_bayes.callbacks.trainer.training_set import check_stream
 
 from .evidence_models import (
     DECAY,

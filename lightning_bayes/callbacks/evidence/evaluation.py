@@ -9,13 +9,13 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_bayes.callbacks.evidence.progress import shown_in_bar
 from lightning_bayes.callbacks.trainer.checks import warn_of_averages
 from lightning_bayes.callbacks.trainer.module_reader import ModuleReader, NetworkOption
 from lightning_bayes.callbacks.trainer.optimizers import announce_prior, prior_of
-from lightning_bayes.callbacks.trainer.progress import shown_in_bar
-from lightning_bayes.callbacks.trainer.training_examples import examples_of, step_batch_size
+from lightning_bayes.callbacks.trainer.training_set import examples_of, step_batch_size
 from lightning_bayes.capture.examples import Examples
 from lightning_bayes.capture.forward import BatchForward
 from lightning_bayes.capture.loss import CapturedLoss
@@ -61,20 +61,6 @@ class Evaluation:
     batch_size: int | None
     max_examples: int | None
 
-    def examples(self, trainer: Trainer) -> Examples:
-        """The training data, to be read in batches."""
-        return examples_of(trainer, self.batch_size, self.max_examples)
-
-    def prior(self, trainer: Trainer, network: nn.Module, last_layer: list[str] | None) -> Prior:
-        """The prior of the parameters that take part.
-
-        Args:
-            trainer: Of the fit.
-            network: The user's, whose parameters the evidence is about.
-            last_layer: Names of the parameters of the last layer where that alone takes part.
-        """
-        return prior_of(trainer, network, self.prior_precision, self.method.subset_of_weights, last_layer)
-
     def rehearse(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> Rehearsed:
         """Read one batch all the way, choose the structure, and say how the evidence is computed.
 
@@ -85,15 +71,16 @@ class Evaluation:
         read = partial(reader.read, batch, batch_idx, transferred=True)
         captured, again = read(), read()
         reader.check_computed_by_copy(captured.outputs)
-        names: list[str] | None = None
+        asked, names = (self.prior_precision, self.method.subset_of_weights), None
         if self.method.subset_of_weights == "last_layer":
             names = last_layer(reader.network, lambda: read().outputs)
             rank_zero_info(f"LaplaceEvidence: the last layer is {names}; the rest is conditioned on.")
-        examples, prior = self.examples(trainer), self.prior(trainer, reader.original, names)
+        examples = examples_of(trainer, self.batch_size, self.max_examples)
+        prior = prior_of(trainer, reader.original, *asked, names)
         rehearsed = self._choose(reader, captured, examples, prior, names)
         # Now that it can be read: where it cannot, one warning says so, and no other.
         warn_of_averages(trainer)
-        announce_prior(trainer, reader.original, prior, self.prior_precision, self.method.subset_of_weights)
+        announce_prior(trainer, reader.original, *asked, prior)
         if captured.value != again.value and math.isfinite(captured.value):
             rank_zero_warn(
                 f"LaplaceEvidence: training_step gave {captured.value:.6g} and {again.value:.6g} for one batch in "
@@ -116,26 +103,30 @@ class Evaluation:
         Raises:
             EvidenceUnavailableError: If these weights have no evidence.
         """
-        examples, training_batch_size = self.examples(trainer), step_batch_size(trainer)
+        training_batch_size = step_batch_size(trainer) or rehearsed.batch_size
+        examples = examples_of(trainer, self.batch_size, self.max_examples)
         sizes = examples.num_examples, examples.num_batches
         batches = enumerate(shown_in_bar(trainer, examples.read(), examples.num_batches))
         first = next(batches)
         reader = ModuleReader(trainer, module, self.likelihood, self.network)
         # The kind of the likelihood is that of the first batch; the rest must be of the same kind.
         captured = reader.read(first[1], first[0])
-        prior = self.prior(trainer, reader.original, rehearsed.last_layer)
+        asked = self.prior_precision, self.method.subset_of_weights
+        prior = prior_of(trainer, reader.original, *asked, rehearsed.last_layer)
         start = _start(before, prior)
 
         def loss_scale(terms_per_example: float, dispersion: float) -> float:
-            step_size = training_batch_size or rehearsed.batch_size
             return captured.likelihood.loss_scale(
-                captured.reduction, terms_per_example, step_size, dispersion
+                captured.reduction, terms_per_example, training_batch_size, dispersion
             )
 
         # Parameters are unfrozen and datasets grow during a run: then the choice is made again.
         same = rehearsed.sizes == (list(prior.strengths), examples.num_examples)
         method = (rehearsed.chosen if same else None) or rehearsed.asked
-        forwards = (_forward(reader, *numbered) for numbered in chain([first], batches))
+        forwards = (
+            BatchForward(partial(_outputs_and_targets, reader, index), batch)
+            for index, batch in chain([first], batches)
+        )
         totals = read_all(reader.network, forwards, captured.likelihood, prior, method, *sizes)
         return evidence_of(totals, captured.likelihood, prior, loss_scale, start)
 
@@ -156,7 +147,7 @@ class Evaluation:
         if changed is not None:
             rank_zero_warn(f"LaplaceEvidence: {changed}")
         # The evidence has a loader of its own: what cannot be read from that one must fail now as well.
-        own = _forward(reader, 0, next(iter(examples.read())))
+        own = BatchForward(partial(_outputs_and_targets, reader, 0), next(iter(examples.read())))
         settled = Rehearsed(asked, last_layer, len(captured.outputs))
         try:
             rehearsal = rehearse(reader.network, own, captured.likelihood, prior, asked, number)
@@ -181,9 +172,6 @@ def _start(before: Evidence | None, prior: Prior) -> dict[str, float] | None:
     return dict(precision) if precision.keys() == set(prior.strengths) else None
 
 
-def _forward(reader: ModuleReader, index: int, batch: Any) -> BatchForward:
-    def run(some: Any) -> tuple[Tensor, Tensor]:
-        captured = reader.read(some, index)
-        return captured.outputs, captured.targets
-
-    return BatchForward(run, batch)
+def _outputs_and_targets(reader: ModuleReader, index: int, batch: Any) -> tuple[Tensor, Tensor]:
+    captured = reader.read(batch, index)
+    return captured.outputs, captured.targets

@@ -84,15 +84,15 @@ class CopiedGradients:
         if self._gradients is None:
             copy.reader.check_computed_by_copy(copy.reader.read(batch, batch_idx, transferred=True).outputs)
             self._gradients = ExampleGradientReader(copy.reader.network, self._names)
-        scales: list[float] = []
+        captured: CapturedLoss
 
         def forward() -> tuple[Tensor, Tensor]:
+            nonlocal captured
             captured = copy.reader.read(batch, batch_idx, transferred=True)
-            scales.append(training_loss_scale(captured))
             return captured.outputs, captured.unit_loss
 
         sums = self._gradients.sums(forward, self._trainer.world_size > 1)
-        return scaled(sums, scales[-1])
+        return scaled(sums, training_loss_scale(captured))
 
     def _of_parts(self, copy: LiveCopy, batch: Any, batch_idx: int) -> GradientSums:
         num_examples = num_examples_of(batch)

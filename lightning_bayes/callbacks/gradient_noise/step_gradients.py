@@ -10,7 +10,7 @@ from lightning_bayes.callbacks.gradient_noise.copied_gradients import CopiedGrad
 from lightning_bayes.callbacks.gradient_noise.training_gradients import TrainingGradients
 from lightning_bayes.callbacks.trainer.module_reader import num_examples_of
 from lightning_bayes.callbacks.trainer.optimizers import names_of_groups
-from lightning_bayes.callbacks.trainer.training_examples import step_batch_size
+from lightning_bayes.callbacks.trainer.training_set import step_batch_size
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.functional import GradientNoise
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_bayes.callbacks.trainer.training_set import loader_batch_size
+from lightning_bayes.callbacks.trainer.settings import loader_batch_size
 from lightning_bayes.capture.isolation import isolated
 
 

@@ -198,9 +198,12 @@ class ModuleReader:
         """
         batch = apply_to_collection(batch, Tensor, Tensor.clone)
         if not transferred:
-            batch = self._hook("on_before_batch_transfer")(batch, 0)
-            batch = self._hook("transfer_batch_to_device")(batch, self._device, 0)
-            batch = self._hook("on_after_batch_transfer")(batch, 0)
+            datamodule = getattr(self._trainer, "datamodule", None)
+            for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+                overridden = datamodule is not None and is_overridden(name, datamodule)
+                hook = getattr(datamodule if overridden else self._hooks, name)
+                to = (self._device,) if name == "transfer_batch_to_device" else ()
+                batch = hook(batch, *to, 0)
         batch = self._trainer.precision_plugin.convert_input(batch)
         first = next(self.network.parameters(), None)
         if first is None or not first.is_floating_point():
@@ -215,12 +218,6 @@ class ModuleReader:
         """What a training_step that makes tensors of its own relies on with precision="64-true"."""
         plugin = self._trainer.precision_plugin
         return plugin.forward_context() if isinstance(plugin, DoublePrecision) else nullcontext()
-
-    def _hook(self, name: str) -> Callable[..., Any]:
-        datamodule = getattr(self._trainer, "datamodule", None)
-        owner = datamodule if datamodule is not None and is_overridden(name, datamodule) else self._hooks
-        hook: Callable[..., Any] = getattr(owner, name)
-        return hook
 
 
 class _ReadOnlyTrainer:
@@ -253,7 +250,7 @@ class _ReadOnlyTrainer:
 
 def is_lightning_module(module: nn.Module) -> TypeGuard[LightningModule]:
     """Whether a module is a LightningModule, of `lightning` or of the older `pytorch_lightning` package."""
-    return is_named(module, "LightningModule")
+    return isinstance(module, LightningModule) or is_named(module, "LightningModule")
 
 
 def original_network(module: LightningModule, network: NetworkOption) -> nn.Module:

@@ -75,7 +75,7 @@ def prior_of(
 
 
 def announce_prior(
-    trainer: Trainer, network: nn.Module, prior: Prior, prior_precision: PriorPrecision, subset: Subset
+    trainer: Trainer, network: nn.Module, prior_precision: PriorPrecision, subset: Subset, prior: Prior
 ) -> None:
     """Say which parameters are left out and why, and what "auto" has chosen."""
     if prior.fixed_parameters:

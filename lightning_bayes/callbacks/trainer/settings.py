@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
 
 from lightning_bayes.advice.optimizer_groups import (
     ParameterGroup,
@@ -16,11 +17,10 @@ from lightning_bayes.advice.optimizer_groups import (
 )
 from lightning_bayes.callbacks.trainer.checks import check_automatic_optimization
 from lightning_bayes.callbacks.trainer.loss_reduction import reduction_of
-from lightning_bayes.callbacks.trainer.training_examples import replicas_of
 from lightning_bayes.callbacks.trainer.training_set import (
     dataset_size_of,
     flatten,
-    loader_batch_size,
+    replicas_of,
     training_loader,
 )
 
@@ -89,6 +89,34 @@ def read_sizes(trainer: Trainer, dataset_size: int | None = None) -> Sizes:
         examples,
         tuple(notes),
     )
+
+
+def loader_batch_size(loader: Any) -> int:
+    """Examples per batch of a loader, or a ValueError where it does not say."""
+    batch_size = getattr(loader, "batch_size", None)
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    if batch_size is None and batch_sampler is not None:
+        batch_size = getattr(batch_sampler, "batch_size", None)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or int(batch_size) < 1:
+        sampler = (
+            "" if batch_sampler is None else f" and a {type(batch_sampler).__name__} without `batch_size`"
+        )
+        remedy = (
+            "Pass `batch_size=` to the DataLoader in place of batching inside the dataset, or give its batch sampler"
+            " an attribute `batch_size` with the number of examples per batch."
+        )
+        if not isinstance(loader, DataLoader):
+            remedy = "Give a torch DataLoader, or remove the callback."
+            if hasattr(loader, "__dict__"):
+                remedy = (
+                    f"Give the {type(loader).__name__} attributes `batch_size`, the number of examples per batch, and"
+                    " `dataset`, whose length is that of the training set; or remove the callback."
+                )
+        raise ValueError(
+            "Expected the training dataloader to have a `batch_size`, but got"
+            f" {type(loader).__name__}(batch_size={batch_size!r}){sampler}. {remedy}"
+        )
+    return int(batch_size)
 
 
 def read_configuration(

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import IterableDataset
 
 from lightning_bayes.callbacks.trainer.module_reader import ModuleReader, NetworkOption, original_network
-from lightning_bayes.callbacks.trainer.training_examples import data_loader, examples_of, step_batch_size
+from lightning_bayes.callbacks.trainer.training_set import data_loader, examples_of, step_batch_size
 from lightning_bayes.capture.loss import Reduction
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.loss_curvature.mean_loss import BatchLoss, MeanLoss, normalises_by_batch, norms_as_in
@@ -57,7 +57,7 @@ class TrainingLoss:
         Raises:
             ValueError: If they cannot be told from the Trainer's loader.
         """
-        loader: Any = data_loader(self.trainer)[0]
+        loader: Any = data_loader(self.trainer)
         size = self.batch_size or loader.batch_size  # None for a batch sampler of the user's own
         at_most = self.max_examples
         network = original_network(self.module, self.network)

@@ -1,23 +1,24 @@
-"""The training set of a Trainer: its loader, examples per batch, and how many examples it draws, each once."""
+"""The training set of a Trainer: its loader, the examples that it draws from, read anew or counted, each once."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from numbers import Integral
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch.utils.data import (
     DataLoader,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
 
-from lightning_bayes.callbacks.trainer.training_examples import num_batches, replicas_of
-from lightning_bayes.capture.examples import examples_from_loader
+from lightning_bayes.capture.examples import Examples, examples_from_loader
 from lightning_bayes.capture.isolation import isolated
 
 # Samplers of torch, whose share of the dataset is known without drawing from them.
@@ -34,6 +35,95 @@ KNOWN_SAMPLERS = (
 _counts: WeakKeyDictionary[DataLoader[Any], tuple[tuple[object, ...], tuple[int, int] | None]] = (
     WeakKeyDictionary()
 )
+
+
+def examples_of(
+    trainer: Trainer, batch_size: int | None, max_examples: int | None, mixed: bool = False
+) -> Examples:
+    """The training set of a Trainer that is fitting.
+
+    Args:
+        trainer: Read only.
+        batch_size: See `examples_from_loader`.
+        max_examples: See `examples_from_loader`.
+        mixed: See `examples_from_loader`.
+
+    Raises:
+        ValueError: If there is not one DataLoader whose examples can be counted.
+    """
+    loader = data_loader(trainer)
+    check_stream(trainer, loader)
+    at_most = max_examples
+    if trainer.fast_dev_run:  # type: ignore[attr-defined] # a rehearsal of the code, not of the sums
+        at_most = min(at_most or 32, 32)
+    examples = examples_from_loader(loader, batch_size, at_most, num_batches(trainer, loader), mixed)
+    if loader is trainer.train_dataloader:
+        return examples
+    return replace(examples, read=lambda: _Wrapped(examples.read(), trainer.train_dataloader))
+
+
+class _Wrapped:
+    """The batches of a loader, each in the collection that the loader came in, which may be nested."""
+
+    def __init__(self, loader: Any, collection: Any) -> None:
+        self._loader, self._collection = loader, collection
+        self.batch_sampler = loader.batch_sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._loader:
+            yield apply_to_collection(self._collection, DataLoader, lambda loader, batch=batch: batch)
+
+
+def data_loader(trainer: Trainer) -> DataLoader[Any]:
+    """The one DataLoader of a Trainer, alone or in a list or a mapping.
+
+    Raises:
+        ValueError: If there is not one torch DataLoader.
+    """
+    loaders = list(flatten(trainer.train_dataloader))
+    if len(loaders) != 1 or not isinstance(loaders[0], DataLoader):
+        got = type(loaders[0]).__name__ if len(loaders) == 1 else f"a collection of {len(loaders)}"
+        raise ValueError(
+            f"LaplaceEvidence and Stability need one torch DataLoader for training, got {got}. They speak of one "
+            "training set: give fit() a single DataLoader, or leave the callback out and call laplace_evidence() on "
+            "a loader of your choice after training."
+        )
+    return loaders[0]
+
+
+def check_stream(trainer: Trainer, loader: DataLoader[Any]) -> None:
+    """Refuse a stream that several processes read: whether each reads all of it or a shard cannot be told.
+
+    Raises:
+        ValueError: If it is so.
+    """
+    replicas = replicas_of(trainer)
+    if isinstance(loader.dataset, IterableDataset) and replicas > 1:
+        raise ValueError(
+            f"{type(loader.dataset).__name__} is an IterableDataset that {replicas} processes read, and what one "
+            "sees of it may be all examples or a shard: N cannot be told. Give fit() a map-style dataset, which "
+            "Lightning shards itself, or call laplace_evidence() on a loader of the whole stream after training."
+        )
+
+
+def num_batches(trainer: Trainer, loader: DataLoader[Any]) -> int | None:
+    """Batches of all replicas that `overfit_batches` or `limit_train_batches` leave of an epoch; None for all."""
+    if isinstance(loader.dataset, IterableDataset) or trainer.num_training_batches >= len(loader):
+        return None
+    return int(trainer.num_training_batches) * replicas_of(trainer)
+
+
+def replicas_of(trainer: Trainer) -> int:
+    """Data-parallel processes, each of which draws examples of its own."""
+    # Not the world size: under tensor parallelism several processes work on the same examples.
+    kwargs: Mapping[str, Any] = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
+    return max(1, int(kwargs.get("num_replicas", 1)))
+
+
+def step_batch_size(trainer: Trainer) -> int | None:
+    """Examples of one training_step, None where a batch sampler of the user's own does not say."""
+    loader = data_loader(trainer)
+    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
 
 
 def training_loader(trainer: Trainer) -> Any:
@@ -63,34 +153,6 @@ def flatten(loaders: Any) -> Iterator[Any]:
         return
     for loader in loaders:
         yield from flatten(loader)
-
-
-def loader_batch_size(loader: Any) -> int:
-    """Examples per batch of a loader, or a ValueError where it does not say."""
-    batch_size = getattr(loader, "batch_size", None)
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    if batch_size is None and batch_sampler is not None:
-        batch_size = getattr(batch_sampler, "batch_size", None)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or int(batch_size) < 1:
-        sampler = (
-            "" if batch_sampler is None else f" and a {type(batch_sampler).__name__} without `batch_size`"
-        )
-        remedy = (
-            "Pass `batch_size=` to the DataLoader in place of batching inside the dataset, or give its batch sampler"
-            " an attribute `batch_size` with the number of examples per batch."
-        )
-        if not isinstance(loader, DataLoader):
-            remedy = "Give a torch DataLoader, or remove the callback."
-            if hasattr(loader, "__dict__"):
-                remedy = (
-                    f"Give the {type(loader).__name__} attributes `batch_size`, the number of examples per batch, and"
-                    " `dataset`, whose length is that of the training set; or remove the callback."
-                )
-        raise ValueError(
-            "Expected the training dataloader to have a `batch_size`, but got"
-            f" {type(loader).__name__}(batch_size={batch_size!r}){sampler}. {remedy}"
-        )
-    return int(batch_size)
 
 
 def dataset_size_of(loader: Any, trainer: Trainer, given: int | None) -> tuple[int, list[str]]:
