@@ -12,12 +12,10 @@ from typing_extensions import override
 
 from lightning_bayes.callbacks.growth.checks import (
     check_alone,
-    check_choices,
     check_mean_loss,
     check_schedulers,
     check_trainer,
-    describe_milestones,
-    describe_wrapping,
+    describe,
     limit_reached,
     warnings_at_start,
 )
@@ -34,7 +32,7 @@ from lightning_bayes.callbacks.measuring import log_epoch
 from lightning_bayes.callbacks.trainer.settings import Sizes, group_names, read_sizes
 from lightning_bayes.functional import BatchGrowth
 from lightning_bayes.functional._validation import optional_count, string
-from lightning_bayes.functional.batch_growth import GrowthMethod
+from lightning_bayes.functional.batch_growth import METHODS, GrowthMethod, check_rule
 from lightning_bayes.functional.scaling import Rule
 
 
@@ -107,7 +105,11 @@ class BatchSizeScheduler(Callback):
         self.max_batch_size = optional_count("max_batch_size", max_batch_size)
         self.max_device_batch_size = optional_count("max_device_batch_size", max_device_batch_size)
         self.dataset_size = optional_count("dataset_size", dataset_size)
-        check_choices(method, rule)
+        if method not in ("auto", *METHODS):
+            raise ValueError(
+                f'Expected argument `method` to be "auto", "accumulate" or "reload", but got {method!r}.'
+            )
+        check_rule(rule)
         self.method: Literal["auto", "accumulate", "reload"] = method
         self.rule: Rule = rule
         self.log_key_prefix = string("log_key_prefix", log_key_prefix)
@@ -166,7 +168,12 @@ class BatchSizeScheduler(Callback):
             check_mean_loss(trainer, pl_module)
         self._learning_rate.install(trainer.optimizers)
         if self.growth is None:
-            rank_zero_info(f"BatchSizeScheduler: {self._announcement(trainer)}")
+            plans = None
+            if self.milestones is not None:
+                decays = {epoch: self._decays.decay(epoch, ()) for epoch, _ in self.milestones}
+                plans = {epoch: self._planner.plan(decay, self._method) for epoch, decay in decays.items()}
+            start = self._planner.start
+            rank_zero_info(f"BatchSizeScheduler: {describe(trainer, start, plans, self.log_key_prefix)}")
         self._take(trainer, self.growth or self._plan_now(trainer))
 
     @override
@@ -253,13 +260,6 @@ class BatchSizeScheduler(Callback):
         if growth.limited and not self._limit_said:
             self._limit_said = True
             rank_zero_info(f"BatchSizeScheduler: {limit_reached(growth, trainer.current_epoch)}")
-
-    def _announcement(self, trainer: Trainer) -> str:
-        if self.milestones is None or self._planner.start is None:
-            return describe_wrapping(trainer, self.log_key_prefix)
-        decays = {epoch: self._decays.decay(epoch, ()) for epoch, _ in self.milestones}
-        plans = {epoch: self._planner.plan(decay, self._method) for epoch, decay in decays.items()}
-        return describe_milestones(trainer, self._planner.start, plans)
 
     def _values(self, trainer: Trainer) -> dict[str, float]:
         """B and the learning rate of the latest step; one for each group where they differ."""

@@ -10,16 +10,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError
-from lightning_bayes.callbacks.trainer.checks import (
-    check_arguments,
-    check_not_sharded,
-    check_step_runs_on_copy,
-)
+from lightning_bayes.callbacks.trainer.checks import check_not_sharded
 from lightning_bayes.callbacks.trainer.module_reader import NetworkOption
 from lightning_bayes.callbacks.trainer.restore import untouched
 from lightning_bayes.capture.loss import WAY_OUT
 from lightning_bayes.errors import EvidenceUnavailableError
-from lightning_bayes.functional._validation import check_options
+from lightning_bayes.functional._validation import check_options, count
 from lightning_bayes.likelihoods import Likelihood, resolve_likelihood
 
 if TYPE_CHECKING:
@@ -57,10 +53,19 @@ class EpochReadings(MeasuringCallback, Generic[Reading]):
     ) -> None:
         super().__init__(on_error, log_key_prefix)
         check_options(batch_size, max_examples)
-        check_arguments(likelihood, network, every_n_epochs)
+        if likelihood == "auto" and network is not None:
+            raise ValueError(
+                "Expected argument `likelihood` to be given beside `network`: without a training_step there is no "
+                "loss to read it from. Use likelihood='classification', 'binary', 'regression' or a Likelihood."
+            )
+        if network is not None and not isinstance(network, str) and not callable(network):
+            raise ValueError(
+                "Expected argument `network` to be None, the name of a submodule, or a function (module, batch) -> "
+                f"(outputs, targets), got {network!r}."
+            )
         self.likelihood = None if likelihood == "auto" else resolve_likelihood(likelihood)
         self.network = network
-        self.every_n_epochs = every_n_epochs
+        self.every_n_epochs = count("every_n_epochs", every_n_epochs)
         self.batch_size = batch_size
         self.history: list[tuple[int, Reading]] = []
         self._is_rehearsed = False
@@ -109,8 +114,10 @@ class EpochReadings(MeasuringCallback, Generic[Reading]):
         """Raise where this trainer or module does not allow the measurement."""
         remedy = "call laplace_evidence() on a gathered checkpoint"
         check_not_sharded(trainer, type(self).__name__, "weights", remedy)
-        if self.network is None:
-            check_step_runs_on_copy(pl_module)
+        if self.network is None and not pl_module.automatic_optimization:
+            raise ValueError(
+                f"{type(pl_module).__name__} optimizes manually, so running its training_step would step. {WAY_OUT}"
+            )
 
     def _rehearse(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Take the first batch all the way; raise where that does not go."""

@@ -170,7 +170,7 @@ class GradientNoiseScale(MeasuringCallback):
             self._parts, self._metric = parts, GradientNoiseMetric(self.ema, len(parts))
         # Apple's devices have no float64.
         self._metric.to("cpu" if pl_module.device.type == "mps" else pl_module.device)
-        self._step = StepGradients(self.method, parts, self._warn_of_a_batch)
+        self._step = StepGradients(self.method, parts, self._warn_once)
         if self.method == "micro_batches" and num_micro_batches(trainer) < 2:
             raise ValueError(
                 'Expected method="micro_batches" to find two micro-batches or more in a step, but got'
@@ -256,9 +256,6 @@ class GradientNoiseScale(MeasuringCallback):
         # Not the checkpoint's own tensors: the averages are updated in place.
         metric.load_state_dict(deepcopy(state_dict["averages"]))
         self._parts, self._metric = parts, metric
-
-    def _warn_of_a_batch(self, reason: str) -> None:
-        self._warn_once("failed", f"a batch could not be measured; training goes on. {reason}")
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:

@@ -170,7 +170,6 @@ class LaplaceEvidence(EpochReadings[Evidence]):
     @override
     @guarded
     def _end_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute, remember and log."""
         # One rank decides by its clock and its value counts, so that all ranks log the same.
         if not trainer.strategy.broadcast(self.should_evaluate(trainer)):
             return

@@ -16,6 +16,7 @@ from lightning_bayes.callbacks.measuring import OnError, guarded
 from lightning_bayes.callbacks.trainer.module_reader import NetworkOption, original_network
 from lightning_bayes.callbacks.trainer.optimizers import names_of_groups, sgd_steps, why_not_sgd
 from lightning_bayes.callbacks.trainer.training_loss import TrainingLoss
+from lightning_bayes.callbacks.trainer.training_set import examples_of
 from lightning_bayes.capture.loss import Reduction
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.functional._validation import count
@@ -143,7 +144,7 @@ class Stability(EpochReadings[StabilityReading]):
     @override
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._check(trainer, pl_module)
-        self._num_examples = self._loss(trainer, pl_module).num_training_examples()
+        self._num_examples = examples_of(trainer, None, None).num_examples
         names_of_groups(trainer, original_network(pl_module, self.network))
         reason = why_not_sgd(trainer)
         self._is_sgd = reason is None
@@ -166,7 +167,6 @@ class Stability(EpochReadings[StabilityReading]):
     @override
     @guarded
     def _end_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, remember and log."""
         if (trainer.current_epoch + 1) % self.every_n_epochs != 0:
             return
         trained = (time.monotonic() - self._epoch_started) * self.every_n_epochs
@@ -217,25 +217,21 @@ class Stability(EpochReadings[StabilityReading]):
 
     def _reading(self, trainer: Trainer, pl_module: LightningModule) -> StabilityReading:
         loss = self._loss(trainer, pl_module)
-        reader, (batches, sizes) = loss.reader(), loss.batches()
-        groups = names_of_groups(trainer, reader.original)
-        function = loss.function(reader, groups, batches, sizes, self._reduction)
+        groups = names_of_groups(trainer, loss.reader.original)
+        function = loss.function(groups, self._reduction)
         steps = None
         if self._is_sgd:
             present = self._steps or sgd_steps(trainer)  # no step yet: what the next would be
             steps = {name: present[index] for name, index in groups.items()}
         return measure_stability(
-            function, steps, sum(sizes), curvature=self.curvature, sharpness=self.sharpness
+            function, steps, sum(loss.sizes), curvature=self.curvature, sharpness=self.sharpness
         )
 
     @override
     def _rehearse(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Take the first batch of our own all the way through two products with the curvature."""
         loss = self._loss(trainer, pl_module)
-        reader, (batches, sizes) = loss.reader(), loss.batches()
-        groups = names_of_groups(trainer, reader.original)
-        function = loss.function(reader, groups, batches[:1], sizes[:1], "mean")
-        reader.check_computed_by_copy(function.first())
+        function = loss.function(names_of_groups(trainer, loss.reader.original), "mean", num_batches=1)
+        loss.reader.check_computed_by_copy(function.first())
         try:
             self._reduction = function.first_captured().reduction
         except EvidenceUnavailableError:  # of these weights, not of the loss
@@ -249,8 +245,8 @@ class Stability(EpochReadings[StabilityReading]):
             )
         matrix = "Hessian" if self.curvature == "hessian" else "Gauss-Newton matrix"
         rank_zero_info(
-            f"Stability: {matrix} of the loss in {len(function.flat()):,} parameters, on {sum(sizes):,} of "
-            f"{loss.num_training_examples():,} examples, {sizes[0]:,} at a time."
+            f"Stability: {matrix} of the loss in {len(function.flat()):,} parameters, on {sum(loss.sizes):,} of "
+            f"{loss.num_training_examples:,} examples, {loss.sizes[0]:,} at a time."
         )
         try:
             rehearse(function, self.curvature)

@@ -4,7 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_bayes.functional._validation import ROUNDING, batch_within_dataset, count, finite
+from lightning_bayes.functional._validation import (
+    ROUNDING,
+    batch_within_dataset,
+    count,
+    finite,
+    optional_count,
+)
 from lightning_bayes.functional.scaling import Rule
 
 GrowthMethod = Literal["accumulate", "reload"]
@@ -93,7 +99,12 @@ def grow_batch(
     present = start[0] * start[1] * copies if batch_size is None else count("batch_size", batch_size)
     limit = max(1, examples // 10) if max_batch_size is None else count("max_batch_size", max_batch_size)
     batch_within_dataset("max_batch_size", limit, "dataset_size", examples)
-    memory = _memory(max_device_batch_size, start[0])
+    memory = optional_count("max_device_batch_size", max_device_batch_size)
+    if memory is not None and memory < start[0]:
+        raise ValueError(
+            "Expected argument `max_device_batch_size` to be at least the batch of the loader to start with"
+            f" ({start[0]} examples), but got {memory}."
+        )
     if method not in METHODS:
         raise ValueError(f'Expected argument `method` to be "accumulate" or "reload", but got {method!r}.')
     wanted = present * (kappa**2 if rule == "sqrt" else kappa)
@@ -192,18 +203,6 @@ def _whole(number: float) -> int:
     """The whole part; 4.999999999999999, which a product of decays gives for 5, is 5."""
     nearest = round(number)
     return nearest if abs(number - nearest) <= ROUNDING * max(1, nearest) else math.floor(number)
-
-
-def _memory(max_device_batch_size: object, device_batch_size: int) -> int | None:
-    if max_device_batch_size is None:
-        return None
-    memory = count("max_device_batch_size", max_device_batch_size)
-    if memory < device_batch_size:
-        raise ValueError(
-            "Expected argument `max_device_batch_size` to be at least the batch of the loader to start with"
-            f" ({device_batch_size} examples), but got {memory}."
-        )
-    return memory
 
 
 def _larger_batches(target: int, accumulation: int, memory: int | None) -> tuple[int, int]:

@@ -15,7 +15,6 @@ from lightning_bayes.callbacks.trainer.live_copy import LiveCopy
 from lightning_bayes.callbacks.trainer.module_reader import num_examples_of
 from lightning_bayes.callbacks.trainer.restore import untouched
 from lightning_bayes.capture.as_written import as_real
-from lightning_bayes.capture.loss import CapturedLoss
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.rows.example_gradients import ExampleGradientReader, GradientSums
 
@@ -84,15 +83,18 @@ class CopiedGradients:
         if self._gradients is None:
             copy.reader.check_computed_by_copy(copy.reader.read(batch, batch_idx, transferred=True).outputs)
             self._gradients = ExampleGradientReader(copy.reader.network, self._names)
-        captured: CapturedLoss
+        factor = math.nan
 
         def forward() -> tuple[Tensor, Tensor]:
-            nonlocal captured
+            nonlocal factor
             captured = copy.reader.read(batch, batch_idx, transferred=True)
+            # The mean over the B examples of the gradients of their unit losses, so scaled, is the gradient of the
+            # loss as training_step returns it, be it a mean over examples or tokens, or a sum.
+            factor = len(captured.outputs) * captured.scale
             return captured.outputs, captured.unit_loss
 
         sums = self._gradients.sums(forward, self._trainer.world_size > 1)
-        return scaled(sums, training_loss_scale(captured))
+        return scaled(sums, factor)
 
     def _of_parts(self, copy: LiveCopy, batch: Any, batch_idx: int) -> GradientSums:
         num_examples = num_examples_of(batch)
@@ -113,20 +115,6 @@ class CopiedGradients:
                 self._checked = True
             gradients.append(torch.autograd.grad(loss, parameters, materialize_grads=True))
         return _sums_of_parts(gradients, size)
-
-
-def training_loss_scale(captured: CapturedLoss) -> float:
-    """What turns the gradient of an example's `unit_loss` into B times its share of the training loss's gradient.
-
-    The one place where conventions are converted: the mean over the B examples of the gradients so scaled is the
-    gradient of the loss as training_step returns it, be it a mean over examples or tokens, or a sum.
-    """
-    num_examples = len(captured.outputs)
-    num_terms = captured.likelihood.num_terms(captured.outputs.detach(), captured.targets)
-    if num_terms == 0:  # every target is ignored
-        return math.nan
-    total = captured.likelihood.loss_scale("sum", num_terms / num_examples, 1, 1.0)
-    return num_examples * (total if captured.reduction == "sum" else total / num_terms)
 
 
 def scaled(sums: GradientSums, factor: float) -> GradientSums:

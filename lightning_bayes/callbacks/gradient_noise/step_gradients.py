@@ -23,14 +23,16 @@ class StepGradients:
     Args:
         method: "per_example", "split_batch" or "micro_batches"; "auto" finds out at the first batch.
         parts: Names of the layers that noise is split over.
-        failed: Is told why a batch could not be measured, where others could.
+        warn_once: Warns once of a kind of trouble: that a batch could not be measured, where others could.
     """
 
-    def __init__(self, method: GradientMethod, parts: Sequence[str], failed: Callable[[str], None]) -> None:
+    def __init__(
+        self, method: GradientMethod, parts: Sequence[str], warn_once: Callable[[str, str], None]
+    ) -> None:
         self.method = method
         """In use; "auto" until that is known."""
         self._parts = parts
-        self._failed = failed
+        self._warn_once = warn_once
         self._names: list[str] = []
         self._part_of: list[int] = []  # number of the part that each of them belongs to
         self._trained: list[tuple[int, bool]] = []
@@ -109,7 +111,8 @@ class StepGradients:
             if not self._proved and not unavailable:
                 raise
             # A batch could be measured before: what fails now is of this one, and not worth the run.
-            self._failed(str(error) if unavailable else f"{type(error).__name__}: {error}")
+            reason = str(error) if unavailable else f"{type(error).__name__}: {error}"
+            self._warn_once("failed", f"a batch could not be measured; training goes on. {reason}")
             source.give_up()
             return None
         self._proved = True

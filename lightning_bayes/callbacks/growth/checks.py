@@ -12,17 +12,7 @@ from lightning_bayes.callbacks.trainer.restore import untouched
 from lightning_bayes.callbacks.trainer.settings import Sizes
 from lightning_bayes.callbacks.trainer.training_loss import TrainingLoss
 from lightning_bayes.functional import BatchGrowth
-from lightning_bayes.functional.batch_growth import METHODS, check_rule
 from lightning_bayes.functional.scaling import Rule
-
-
-def check_choices(method: object, rule: object) -> None:
-    """Raise a ValueError for a method or a rule that does not exist."""
-    if method not in ("auto", *METHODS):
-        raise ValueError(
-            f'Expected argument `method` to be "auto", "accumulate" or "reload", but got {method!r}.'
-        )
-    check_rule(rule)
 
 
 def check_alone(callback: Callback, trainer: Trainer) -> None:
@@ -52,11 +42,10 @@ def check_mean_loss(trainer: Trainer, module: LightningModule) -> None:
 
     A loss that cannot be read is taken to be a mean.
     """
-    loss = TrainingLoss(trainer, module, None, None, None, 1)
     with untouched(trainer), torch.enable_grad():
         try:
-            (batch, *_), _ = loss.batches()
-            reduction = loss.reader().read(batch, 0).reduction
+            loss = TrainingLoss(trainer, module, None, None, None, 1)
+            reduction = loss.reader.read(loss.batches[0], 0).reduction
         except ValueError:
             return
     if reduction == "sum":
@@ -103,20 +92,30 @@ def warnings_at_start(trainer: Trainer, rule: Rule) -> list[str]:
     return warnings
 
 
-def describe_milestones(trainer: Trainer, start: Sizes, plans: Mapping[int, BatchGrowth]) -> str:
-    """The batch of each phase, and what becomes of the number of optimizer steps."""
+def describe(
+    trainer: Trainer, start: Sizes, plans: Mapping[int, BatchGrowth] | None, log_key_prefix: str
+) -> str:
+    """What becomes of batches, learning rates and the number of optimizer steps.
+
+    Args:
+        trainer: that is fitting.
+        start: the sizes at the first step.
+        plans: the batch from each milestone on; None for the decays of the user's own schedulers.
+        log_key_prefix: of the keys that show them.
+    """
+    if plans is None:
+        kinds = sorted({type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs})
+        names = " and ".join(kinds)
+        return (
+            f"the decays of {names} become larger batches. LearningRateMonitor shows what {names} asks for,"
+            f" `{log_key_prefix}learning_rate` what is used, `{log_key_prefix}batch_size` the examples of a step."
+        )
     phases = [f"B = {start.batch_size}"]
-    phases += [f"{plan.batch_size} from epoch {epoch}{_remainder(plan)}" for epoch, plan in plans.items()]
+    for epoch, plan in plans.items():
+        left = 1 / plan.learning_rate_factor
+        remainder = "" if math.isclose(left, 1) else f" with the learning rate / {left:.4g}"
+        phases.append(f"{plan.batch_size} from epoch {epoch}{remainder}")
     return f"{', '.join(phases)}.{_steps(trainer, start, plans)}"
-
-
-def describe_wrapping(trainer: Trainer, log_key_prefix: str) -> str:
-    """What becomes of the user's own schedulers."""
-    names = " and ".join(sorted({type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs}))
-    return (
-        f"the decays of {names} become larger batches. LearningRateMonitor shows what {names} asks for,"
-        f" `{log_key_prefix}learning_rate` what is used, `{log_key_prefix}batch_size` the examples of a step."
-    )
 
 
 def limit_reached(growth: BatchGrowth, epoch: int) -> str:
@@ -125,11 +124,6 @@ def limit_reached(growth: BatchGrowth, epoch: int) -> str:
         f"from epoch {epoch} on the batch cannot take the whole decay: B is {growth.batch_size} and stays within"
         " `max_batch_size` (N/10 unless it is given). The learning rate takes the rest."
     )
-
-
-def _remainder(plan: BatchGrowth) -> str:
-    left = 1 / plan.learning_rate_factor
-    return "" if math.isclose(left, 1) else f" with the learning rate / {left:.4g}"
 
 
 def _steps(trainer: Trainer, start: Sizes, plans: Mapping[int, BatchGrowth]) -> str:

@@ -8,8 +8,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_bayes.capture.loss import WAY_OUT
-from lightning_bayes.functional._validation import count
-from lightning_bayes.likelihoods import resolve_likelihood
 from lightning_bayes.priors.prior import PriorPrecision
 from lightning_bayes.priors.subset import Subset
 
@@ -30,23 +28,6 @@ def is_named(thing: object, *names: str) -> bool:
 def with_way_out(error: Exception, way_out: str) -> str:
     """The text of an error, with another way out than the one that `LaplaceEvidence` has."""
     return str(error).replace(WAY_OUT, way_out).strip()
-
-
-def check_arguments(likelihood: object, network: object, every_n_epochs: object) -> None:
-    """Raise a ValueError for arguments of `LaplaceEvidence` or `Stability` that are wrong whatever the Trainer."""
-    if likelihood != "auto":
-        resolve_likelihood(likelihood)  # type: ignore[arg-type]
-    elif network is not None:
-        raise ValueError(
-            "Expected argument `likelihood` to be given beside `network`: without a training_step there is no loss "
-            "to read it from. Use likelihood='classification', 'binary', 'regression' or a Likelihood."
-        )
-    if network is not None and not isinstance(network, str) and not callable(network):
-        raise ValueError(
-            "Expected argument `network` to be None, the name of a submodule, or a function (module, batch) -> "
-            f"(outputs, targets), got {network!r}."
-        )
-    count("every_n_epochs", every_n_epochs)
 
 
 def check_named_parts(
@@ -97,14 +78,6 @@ def check_automatic_optimization(module: LightningModule, who: str, function: st
             f"{who} needs automatic optimization, but the LightningModule sets `automatic_optimization = False`: "
             "when it steps, and on which gradients and how many examples, is then known to it alone. Remove the "
             f"callback and use `lightning_bayes.functional{function}` inside `training_step`."
-        )
-
-
-def check_step_runs_on_copy(module: LightningModule) -> None:
-    """Raise a ValueError where running training_step would train."""
-    if not module.automatic_optimization:
-        raise ValueError(
-            f"{type(module).__name__} optimizes manually, so running its training_step would step. {WAY_OUT}"
         )
 
 

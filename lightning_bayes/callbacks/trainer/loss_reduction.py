@@ -1,6 +1,7 @@
 """Whether training_step returns a mean or a sum over its examples, read once before the first step of a run."""
 
 import math
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -42,11 +43,13 @@ def note_reduction(trainer: Trainer, module: LightningModule, batch: Any, batch_
     _reductions[trainer] = "mean"
     if not module.automatic_optimization:
         return
-    with untouched(trainer), torch.enable_grad():
+    # What the user's own code on a copy says of the loss is not worth the run.
+    with untouched(trainer), torch.enable_grad(), suppress(Exception):
+        reader = ModuleReader(trainer, module)
         try:
-            _reductions[trainer] = _reduction(trainer, module, batch, batch_idx)
-        except Exception:  # of the user's own code on a copy: what it says of the loss is not worth the run
-            return
+            _reductions[trainer] = reader.read(batch, batch_idx, transferred=True).reduction
+        except Exception:  # a loss written by hand: its values on parts of the batch tell
+            _reductions[trainer] = _reduction_by_parts(reader, batch, batch_idx)
 
 
 def reduction_of(trainer: Trainer) -> Reduction:
@@ -55,14 +58,6 @@ def reduction_of(trainer: Trainer) -> Reduction:
         return _reductions.get(trainer, "mean")
     except TypeError:  # not a Trainer that could be noted
         return "mean"
-
-
-def _reduction(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> Reduction:
-    reader = ModuleReader(trainer, module)
-    try:
-        return reader.read(batch, batch_idx, transferred=True).reduction
-    except Exception:  # a loss written by hand: its values on parts of the batch tell
-        return _reduction_by_parts(reader, batch, batch_idx)
 
 
 def _reduction_by_parts(reader: ModuleReader, batch: Any, batch_idx: int) -> Reduction:
