@@ -16,7 +16,6 @@ from lightning_bayes.callbacks.growth.checks import (
     check_schedulers,
     check_trainer,
     describe,
-    limit_reached,
     warnings_at_start,
 )
 from lightning_bayes.callbacks.growth.growing_loader import GrowingLoader, why_not_reload
@@ -24,8 +23,8 @@ from lightning_bayes.callbacks.growth.learning_rates import ScheduleSteps, StepL
 from lightning_bayes.callbacks.growth.schedule import (
     BatchPlanner,
     LearningRateDecay,
-    Milestones,
     Schedule,
+    decay_of,
     parse_schedule,
 )
 from lightning_bayes.callbacks.measuring import log_epoch
@@ -122,7 +121,7 @@ class BatchSizeScheduler(Callback):
         self._planner = BatchPlanner(self.max_batch_size, self.max_device_batch_size, self.rule)
         self._limit_said = self._groups_differ = False
         self._loader: GrowingLoader | None = None
-        self._decays = LearningRateDecay() if self.milestones is None else Milestones(self.milestones)
+        self._decays = LearningRateDecay()
         self._steps = ScheduleSteps()
         self._learning_rate = StepLearningRate(self._decays.observe)
 
@@ -162,7 +161,8 @@ class BatchSizeScheduler(Callback):
         for warning in (*sizes.notes, *warnings_at_start(trainer, self.rule)):
             rank_zero_warn(f"BatchSizeScheduler: {warning}")
         # Arguments that do not fit this training set are to fail now: plan the largest batch, and take another.
-        self._planner.plan(math.inf, self._method)
+        method: GrowthMethod = "accumulate" if self._loader is None else "reload"
+        self._planner.plan(math.inf, method)
         if self._loader is not None:
             self._loader.check()
             check_mean_loss(trainer, pl_module)
@@ -170,8 +170,8 @@ class BatchSizeScheduler(Callback):
         if self.growth is None:
             plans = None
             if self.milestones is not None:
-                decays = {epoch: self._decays.decay(epoch, ()) for epoch, _ in self.milestones}
-                plans = {epoch: self._planner.plan(decay, self._method) for epoch, decay in decays.items()}
+                decays = {epoch: decay_of(self.milestones, epoch) for epoch, _ in self.milestones}
+                plans = {epoch: self._planner.plan(decay, method) for epoch, decay in decays.items()}
             start = self._planner.start
             rank_zero_info(f"BatchSizeScheduler: {describe(trainer, start, plans, self.log_key_prefix)}")
         self._take(trainer, self.growth or self._plan_now(trainer))
@@ -239,12 +239,10 @@ class BatchSizeScheduler(Callback):
         """The learning rate of a group in a step: the scheduler's own, times what the batch takes of its decay."""
         return self._learning_rate.in_step(group)
 
-    @property
-    def _method(self) -> GrowthMethod:
-        return "accumulate" if self._loader is None else "reload"
-
     def _decay(self, epoch: int) -> float:
-        return self._decays.decay(epoch, self._learning_rate.scheduled())
+        if self.milestones is not None:
+            return decay_of(self.milestones, epoch)
+        return self._decays.decay(self._learning_rate.scheduled())
 
     def _plan_now(self, trainer: Trainer) -> BatchGrowth:
         # The loader of this epoch is there already, so that more of its batches are what can be had.
@@ -256,10 +254,16 @@ class BatchSizeScheduler(Callback):
             growth = self._planner.plan(growth.decay, "accumulate")
         self.growth = growth
         trainer.accumulate_grad_batches = growth.accumulation
-        self._learning_rate.multiplier = self._decays.multiplier(growth)
+        # Nobody else decays the learning rate at milestones; a scheduler's decay is taken back as far as B has it.
+        left = growth.learning_rate_gain if self.milestones is None else growth.learning_rate_factor
+        self._learning_rate.multiplier = left
         if growth.limited and not self._limit_said:
             self._limit_said = True
-            rank_zero_info(f"BatchSizeScheduler: {limit_reached(growth, trainer.current_epoch)}")
+            rank_zero_info(
+                f"BatchSizeScheduler: from epoch {trainer.current_epoch} on the batch cannot take the whole decay: B "
+                f"is {growth.batch_size} and stays within `max_batch_size` (N/10 unless it is given). The learning "
+                "rate takes the rest."
+            )
 
     def _values(self, trainer: Trainer) -> dict[str, float]:
         """B and the learning rate of the latest step; one for each group where they differ."""

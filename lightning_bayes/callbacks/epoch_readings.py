@@ -1,6 +1,6 @@
 """Callbacks that take a reading at the end of epochs: rehearsed on the first batch, remembered in a history."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -108,12 +108,17 @@ class EpochReadings(MeasuringCallback, Generic[Reading]):
 
     @override
     def _restore(self, state_dict: dict[str, Any]) -> None:
-        self.history = [(epoch, self._from_fields(stored)) for epoch, stored in state_dict["history"]]
+        known = {field.name for field in fields(self.READING)}  # another version's checkpoint may hold others
+        self.history = [
+            (epoch, self.READING(**{name: stored[name] for name in known & stored.keys()}))
+            for epoch, stored in state_dict["history"]
+        ]
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise where this trainer or module does not allow the measurement."""
-        remedy = "call laplace_evidence() on a gathered checkpoint"
-        check_not_sharded(trainer, type(self).__name__, "weights", remedy)
+        check_not_sharded(
+            trainer, type(self).__name__, "weights", "call laplace_evidence() on a gathered checkpoint"
+        )
         if self.network is None and not pl_module.automatic_optimization:
             raise ValueError(
                 f"{type(pl_module).__name__} optimizes manually, so running its training_step would step. {WAY_OUT}"
@@ -141,9 +146,3 @@ class EpochReadings(MeasuringCallback, Generic[Reading]):
                 "check_finite=False.)"
             )
             return None
-
-    def _from_fields(self, stored: Mapping[str, Any]) -> Reading:
-        """A reading from the fields that a checkpoint of this or another version holds."""
-        known = {field.name for field in fields(self.READING)}
-        reading: Reading = self.READING(**{name: value for name, value in stored.items() if name in known})
-        return reading

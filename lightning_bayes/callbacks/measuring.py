@@ -13,7 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
-from lightning_bayes.callbacks.trainer.checks import is_named, with_way_out
+from lightning_bayes.callbacks.trainer.checks import with_way_out
+from lightning_bayes.callbacks.trainer.module_reader import is_named
 from lightning_bayes.functional._validation import string
 
 OnError = Literal["warn", "raise"]
@@ -129,8 +130,8 @@ class MeasuringCallback(Callback):
     def _check_alone(self, trainer: Trainer) -> None:
         """Raise a ValueError where another callback of this kind logs under the same keys."""
         kind = type(self).__name__
-        others = [c for c in trainer.callbacks if isinstance(c, type(self)) and c is not self]  # type: ignore[attr-defined]
-        if any(other.log_key_prefix == self.log_key_prefix for other in others):
+        alike = [c for c in trainer.callbacks if isinstance(c, type(self))]  # type: ignore[attr-defined]
+        if any(c is not self and c.log_key_prefix == self.log_key_prefix for c in alike):
             raise ValueError(
                 f"Expected argument `log_key_prefix` to differ between the {kind} callbacks of a Trainer, got "
                 f"{self.log_key_prefix!r} twice: several {kind} under one key would be logged as their mean. Remove "
@@ -241,7 +242,9 @@ class MeasuringCallback(Callback):
     def explain(self, error: Exception) -> str:
         """What went wrong and, last, a way out; of the package's own errors that is their text."""
         text = with_way_out(error, self.way_out)
-        ours = _raised_here(error)
+        files = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
+        # Whether it was raised by this package's own lines rather than by code that they ran.
+        ours = bool(files) and files[-1].startswith(PACKAGE)
         if ours and isinstance(error, ValueError):
             return text
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
@@ -259,9 +262,3 @@ def log_epoch(pl_module: LightningModule, prefix: str, values: Mapping[str, floa
     for name, value in values.items():
         # Every process has the same value. `sync_dist` keeps Lightning from warning that they might not.
         pl_module.log(f"{prefix}{name}", value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
-
-
-def _raised_here(error: Exception) -> bool:
-    """Whether an error was raised by this package's own lines rather than by code that it ran."""
-    files = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
-    return bool(files) and files[-1].startswith(PACKAGE)

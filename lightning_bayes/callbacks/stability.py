@@ -126,10 +126,8 @@ class Stability(EpochReadings[StabilityReading]):
         self._reduction: Reduction = "mean"
         self._epoch_started = math.nan
 
-    @property
-    def reading(self) -> StabilityReading | None:
-        """The latest, None before the first."""
-        return self.latest
+    reading = EpochReadings.latest
+    """The latest, None before the first."""
 
     @cached_property  # Lightning asks at every hook
     @override

@@ -93,7 +93,10 @@ def grow_batch(
         Smith, Kindermans, Ying & Le, Don't Decay the Learning Rate, Increase the Batch Size, ICLR 2018,
         arXiv:1711.00489.
     """
-    kappa = _decay(decay)
+    requirement = "a number of at least 1, the factor by which the learning rate would be divided"
+    kappa = math.inf if decay == math.inf else finite("decay", decay, requirement)
+    if kappa < 1:
+        raise ValueError(f"Expected argument `decay` to be {requirement}, but got {decay!r}.")
     start = count("device_batch_size", device_batch_size), count("accumulation", accumulation)
     examples, copies = count("dataset_size", dataset_size), count("replicas", replicas)
     present = start[0] * start[1] * copies if batch_size is None else count("batch_size", batch_size)
@@ -114,7 +117,9 @@ def grow_batch(
     elif method == "accumulate":
         device, steps = start[0], max(1, _whole(target / (start[0] * copies)))
     else:
-        device, steps = _larger_batches(max(1, _whole(target / copies)), start[1], memory)
+        whole = max(1, _whole(target / copies))
+        steps = start[1] if memory is None else math.ceil(whole / memory)
+        device = max(1, whole // steps)
     grown = device * steps * copies
     gain = learning_rate_gain(present, grown, examples, rule)
     return BatchGrowth(
@@ -191,21 +196,7 @@ def schedule_steps(batches: int, epoch_batches: float, accumulation: int, freque
     return regular + int(at_the_end)
 
 
-def _decay(value: object) -> float:
-    requirement = "a number of at least 1, the factor by which the learning rate would be divided"
-    number = math.inf if value == math.inf else finite("decay", value, requirement)
-    if number < 1:
-        raise ValueError(f"Expected argument `decay` to be {requirement}, but got {value!r}.")
-    return number
-
-
 def _whole(number: float) -> int:
     """The whole part; 4.999999999999999, which a product of decays gives for 5, is 5."""
     nearest = round(number)
     return nearest if abs(number - nearest) <= ROUNDING * max(1, nearest) else math.floor(number)
-
-
-def _larger_batches(target: int, accumulation: int, memory: int | None) -> tuple[int, int]:
-    """Batch of the loader and accumulation for so many examples per step on each replica."""
-    steps = accumulation if memory is None else math.ceil(target / memory)
-    return max(1, target // steps), steps

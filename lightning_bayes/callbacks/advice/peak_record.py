@@ -48,7 +48,4 @@ class PeakRecord:
 def note_step(records: dict[str, PeakRecord], configuration: TrainerConfiguration) -> None:
     """Takes one optimizer step of every parameter group into account."""
     for group in configuration.groups:
-        if group.name in records:
-            records[group.name].update(group.configuration)
-        else:
-            records[group.name] = PeakRecord(group.configuration)
+        records.setdefault(group.name, PeakRecord(group.configuration)).update(group.configuration)

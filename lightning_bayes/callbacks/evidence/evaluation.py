@@ -71,16 +71,16 @@ class Evaluation:
         read = partial(reader.read, batch, batch_idx, transferred=True)
         captured, again = read(), read()
         reader.check_computed_by_copy(captured.outputs)
-        asked, names = (self.prior_precision, self.method.subset_of_weights), None
-        if self.method.subset_of_weights == "last_layer":
+        precision, subset, names = self.prior_precision, self.method.subset_of_weights, None
+        if subset == "last_layer":
             names = last_layer(reader.network, lambda: read().outputs)
             rank_zero_info(f"LaplaceEvidence: the last layer is {names}; the rest is conditioned on.")
         examples = examples_of(trainer, self.batch_size, self.max_examples)
-        prior = prior_of(trainer, reader.original, *asked, names)
+        prior = prior_of(trainer, reader.original, precision, subset, names)
         rehearsed = self._choose(reader, captured, examples, prior, names)
         # Now that it can be read: where it cannot, one warning says so, and no other.
         warn_of_averages(trainer)
-        announce_prior(trainer, reader.original, *asked, prior)
+        announce_prior(trainer, reader.original, precision, subset, prior)
         if captured.value != again.value and math.isfinite(captured.value):
             rank_zero_warn(
                 f"LaplaceEvidence: training_step gave {captured.value:.6g} and {again.value:.6g} for one batch in "
@@ -105,14 +105,13 @@ class Evaluation:
         """
         training_batch_size = step_batch_size(trainer) or rehearsed.batch_size
         examples = examples_of(trainer, self.batch_size, self.max_examples)
-        sizes = examples.num_examples, examples.num_batches
         batches = enumerate(shown_in_bar(trainer, examples.read(), examples.num_batches))
         first = next(batches)
         reader = ModuleReader(trainer, module, self.likelihood, self.network)
         # The kind of the likelihood is that of the first batch; the rest must be of the same kind.
         captured = reader.read(first[1], first[0])
-        asked = self.prior_precision, self.method.subset_of_weights
-        prior = prior_of(trainer, reader.original, *asked, rehearsed.last_layer)
+        subset = self.method.subset_of_weights
+        prior = prior_of(trainer, reader.original, self.prior_precision, subset, rehearsed.last_layer)
         start = _start(before, prior)
 
         def loss_scale(terms_per_example: float, dispersion: float) -> float:
@@ -127,7 +126,15 @@ class Evaluation:
             BatchForward(partial(_outputs_and_targets, reader, index), batch)
             for index, batch in chain([first], batches)
         )
-        totals = read_all(reader.network, forwards, captured.likelihood, prior, method, *sizes)
+        totals = read_all(
+            reader.network,
+            forwards,
+            captured.likelihood,
+            prior,
+            method,
+            examples.num_examples,
+            examples.num_batches,
+        )
         return evidence_of(totals, captured.likelihood, prior, loss_scale, start)
 
     def _choose(

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_bayes.callbacks.gradient_noise.two_batch_sizes import TwoBatchSizes, pooled
+from lightning_bayes.callbacks.gradient_noise.two_batch_sizes import TwoBatchSizes, pooled, scaled
 from lightning_bayes.callbacks.trainer.checks import with_way_out
 from lightning_bayes.callbacks.trainer.live_copy import LiveCopy
 from lightning_bayes.callbacks.trainer.module_reader import num_examples_of
@@ -115,17 +115,6 @@ class CopiedGradients:
                 self._checked = True
             gradients.append(torch.autograd.grad(loss, parameters, materialize_grads=True))
         return _sums_of_parts(gradients, size)
-
-
-def scaled(sums: GradientSums, factor: float) -> GradientSums:
-    """The sums of gradients that are so many times as large."""
-    return GradientSums(
-        sums.num_gradients,
-        sums.inverse_sizes,
-        [factor**2 * square for square in sums.squares],
-        [factor**2 * square for square in sums.squared_totals],
-        None if sums.totals is None else [total * factor for total in sums.totals],
-    )
 
 
 def _sums_of_parts(gradients: list[tuple[Tensor, ...]], size: int) -> GradientSums:

@@ -79,7 +79,9 @@ class TrainingGradients:
         if number < 2:
             return None
         # Undo what the loss was multiplied by: 1/k under accumulation, and the scale of half precision.
-        factor = self._trainer.accumulate_grad_batches / _loss_scale(self._trainer)
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
+        factor = self._trainer.accumulate_grad_batches / loss_scale
         size = number / inverse_sizes
         mean = factor * replicas / number  # `.grad` is the sum over micro-batches, and the mean over replicas
         return TwoBatchSizes(
@@ -112,8 +114,3 @@ def _squared_norm(gradient: Tensor, dtype: torch.dtype) -> Tensor:
         # Half precision overflows at a squared norm of 65504.
         flat = flat if flat.itemsize >= 4 else flat.float()
         return flat.dot(flat).to(dtype)
-
-
-def _loss_scale(trainer: Trainer) -> float:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())

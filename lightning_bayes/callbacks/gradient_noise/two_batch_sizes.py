@@ -49,6 +49,17 @@ class TwoBatchSizes:
         ]
 
 
+def scaled(sums: GradientSums, factor: float) -> GradientSums:
+    """The sums of gradients that are so many times as large."""
+    return GradientSums(
+        sums.num_gradients,
+        sums.inverse_sizes,
+        [factor**2 * square for square in sums.squares],
+        [factor**2 * square for square in sums.squared_totals],
+        None if sums.totals is None else [total * factor for total in sums.totals],
+    )
+
+
 def pooled(trainer: Trainer, sums: GradientSums) -> TwoBatchSizes | None:
     """Put the gradients of all processes together.
 

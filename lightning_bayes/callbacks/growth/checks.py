@@ -7,7 +7,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_bayes.advice.optimizer_groups import is_adaptive
-from lightning_bayes.callbacks.trainer.checks import check_automatic_optimization, is_named
+from lightning_bayes.callbacks.trainer.checks import check_automatic_optimization
+from lightning_bayes.callbacks.trainer.module_reader import is_named
 from lightning_bayes.callbacks.trainer.restore import untouched
 from lightning_bayes.callbacks.trainer.settings import Sizes
 from lightning_bayes.callbacks.trainer.training_loss import TrainingLoss
@@ -116,14 +117,6 @@ def describe(
         remainder = "" if math.isclose(left, 1) else f" with the learning rate / {left:.4g}"
         phases.append(f"{plan.batch_size} from epoch {epoch}{remainder}")
     return f"{', '.join(phases)}.{_steps(trainer, start, plans)}"
-
-
-def limit_reached(growth: BatchGrowth, epoch: int) -> str:
-    """That the learning rate decays from here on."""
-    return (
-        f"from epoch {epoch} on the batch cannot take the whole decay: B is {growth.batch_size} and stays within"
-        " `max_batch_size` (N/10 unless it is given). The learning rate takes the rest."
-    )
 
 
 def _steps(trainer: Trainer, start: Sizes, plans: Mapping[int, BatchGrowth]) -> str:

@@ -21,32 +21,6 @@ PAPERS_FACTOR = 5.0
 """Smith et al. divide the learning rate, or multiply the batch, by 5."""
 
 
-class Milestones:
-    """Decays κ that the user lists; no scheduler carries them out.
-
-    Args:
-        factors: pairs of an epoch, counted from 0, and the factor from then on.
-
-    Attributes:
-        peaks: none: these decays depend on the epoch alone.
-    """
-
-    def __init__(self, factors: Sequence[tuple[int, float]]) -> None:
-        self.factors = tuple(sorted(factors))
-        self.peaks: list[float] = []
-
-    def observe(self, learning_rates: Sequence[float]) -> None:
-        """Take no learning rates into account."""
-
-    def decay(self, epoch: int, learning_rates: Sequence[float]) -> float:
-        """The product of the factors of all milestones up to this epoch."""
-        return math.prod((factor for milestone, factor in self.factors if milestone <= epoch), start=1.0)
-
-    def multiplier(self, growth: BatchGrowth) -> float:
-        """What the batch has left of the decay: nobody else decays the learning rate."""
-        return growth.learning_rate_factor
-
-
 class LearningRateDecay:
     """Decays κ that the learning rates of the optimizer show: how far each is below its highest so far.
 
@@ -62,15 +36,21 @@ class LearningRateDecay:
         self.peaks += learning_rates[len(self.peaks) :]  # fine-tuning adds groups
         self.peaks = [max(pair) for pair in zip(self.peaks, learning_rates, strict=False)]
 
-    def decay(self, epoch: int, learning_rates: Sequence[float]) -> float:
+    def decay(self, learning_rates: Sequence[float]) -> float:
         """The smallest decay of a group, so that no group is taken beyond its peak; infinite where all are 0."""
         self.observe(learning_rates)
         known = [(peak, rate) for peak, rate in zip(self.peaks, learning_rates, strict=False) if peak > 0]
         return min((peak / rate if rate > 0 else math.inf for peak, rate in known), default=1.0)
 
-    def multiplier(self, growth: BatchGrowth) -> float:
-        """What takes back the scheduler's decay as far as the batch has it."""
-        return growth.learning_rate_gain
+
+def decay_of(milestones: Iterable[tuple[int, float]], epoch: int) -> float:
+    """The decay κ of an epoch, the product of the factors of all milestones up to it.
+
+    Args:
+        milestones: pairs of an epoch, counted from 0, and the factor from then on.
+        epoch: counted from 0.
+    """
+    return math.prod((factor for milestone, factor in milestones if milestone <= epoch), start=1.0)
 
 
 @dataclass

@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_bayes.callbacks.trainer.module_reader import is_named
 from lightning_bayes.capture.loss import WAY_OUT
 from lightning_bayes.priors.prior import PriorPrecision
 from lightning_bayes.priors.subset import Subset
@@ -14,15 +15,6 @@ from lightning_bayes.priors.subset import Subset
 AVERAGING = ("StochasticWeightAveraging", "WeightAveraging")
 """Callbacks, by the names of their classes, that save other weights than those that are trained."""
 SHARDING_STRATEGIES = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
-
-
-def is_named(thing: object, *names: str) -> bool:
-    """Whether one of an object's classes has one of these names.
-
-    The classes of `lightning` and of the older `pytorch_lightning` are not related, and objects of the one come to
-    the Trainer of the other.
-    """
-    return any(base.__name__ in names for base in type(thing).__mro__)
 
 
 def with_way_out(error: Exception, way_out: str) -> str:
@@ -38,8 +30,8 @@ def check_named_parts(
     if not names:  # they are built later, or there are none: the first batch tells
         return
     patterns = [] if isinstance(subset_of_weights, str) else list(subset_of_weights)
-    given = {"subset_of_weights": patterns}
-    given["prior_precision"] = list(prior_precision) if isinstance(prior_precision, Mapping) else []
+    keys = list(prior_precision) if isinstance(prior_precision, Mapping) else []
+    given = {"subset_of_weights": patterns, "prior_precision": keys}
     for argument, those in given.items():
         idle = [pattern for pattern in those if not any(fnmatchcase(name, pattern) for name in names)]
         if idle:

@@ -16,7 +16,6 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_bayes.callbacks.trainer.checks import is_named
 from lightning_bayes.capture.example_layout import Layout
 from lightning_bayes.capture.isolation import throw_away_copy
 from lightning_bayes.capture.loss import WAY_OUT, CapturedLoss, capture_loss, loss_of
@@ -202,8 +201,7 @@ class ModuleReader:
             for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
                 overridden = datamodule is not None and is_overridden(name, datamodule)
                 hook = getattr(datamodule if overridden else self._hooks, name)
-                to = (self._device,) if name == "transfer_batch_to_device" else ()
-                batch = hook(batch, *to, 0)
+                batch = hook(batch, self._device, 0) if name == "transfer_batch_to_device" else hook(batch, 0)
         batch = self._trainer.precision_plugin.convert_input(batch)
         first = next(self.network.parameters(), None)
         if first is None or not first.is_floating_point():
@@ -250,7 +248,15 @@ class _ReadOnlyTrainer:
 
 def is_lightning_module(module: nn.Module) -> TypeGuard[LightningModule]:
     """Whether a module is a LightningModule, of `lightning` or of the older `pytorch_lightning` package."""
-    return isinstance(module, LightningModule) or is_named(module, "LightningModule")
+    return is_named(module, "LightningModule")
+
+
+def is_named(thing: object, *names: str) -> bool:
+    """Whether one of an object's classes has one of these names.
+
+    By name: the classes of `lightning` and of the older `pytorch_lightning` are not related.
+    """
+    return any(base.__name__ in names for base in type(thing).__mro__)
 
 
 def original_network(module: LightningModule, network: NetworkOption) -> nn.Module:
@@ -275,12 +281,11 @@ def _leaves(outputs: Tensor) -> list[Tensor]:
     leaves, visited, pending = [], set(), [outputs.grad_fn]
     while pending:
         node = pending.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        pending.extend(parent for parent, _ in node.next_functions)
+        if node is not None and node not in visited:
+            visited.add(node)
+            if hasattr(node, "variable"):
+                leaves.append(node.variable)
+            pending.extend(parent for parent, _ in node.next_functions)
     return leaves
 
 

@@ -194,7 +194,13 @@ def dataset_size_of(loader: Any, trainer: Trainer, given: int | None) -> tuple[i
             f" {type(loader).__name__} without one. Give a torch DataLoader; or pass the number of training examples"
             " as `dataset_size=` where the callback takes it (SGDNoiseScale, BatchSizeScheduler)."
         )
-    whole = _length(source)
+    whole = known_length(source) or 0
+    if whole < 1:
+        raise ValueError(
+            f"Expected a training set with a length of at least 1, but got {type(source).__name__} without one. Pass"
+            " the number of training examples as `dataset_size=` where the callback takes it (SGDNoiseScale,"
+            " BatchSizeScheduler), or give the dataset a `__len__`."
+        )
     drawn, examples = counted or (whole, whole)
     draws = known_length(sampler)
     if not isinstance(sampler, KNOWN_SAMPLERS) and draws not in (None, whole):
@@ -252,17 +258,6 @@ def _count(loader: DataLoader[Any], trainer: Trainer) -> tuple[int, int] | None:
         except Exception:  # whatever a sampler of somebody's own does when it is copied and read
             return None
     return drawn, reached
-
-
-def _length(dataset: Any) -> int:
-    examples = known_length(dataset) or 0
-    if examples < 1:
-        raise ValueError(
-            f"Expected a training set with a length of at least 1, but got {type(dataset).__name__}"
-            " without one. Pass the number of training examples as `dataset_size=` where the callback"
-            " takes it (SGDNoiseScale, BatchSizeScheduler), or give the dataset a `__len__`."
-        )
-    return examples
 
 
 def known_length(collection: Any) -> int | None:
