@@ -1,7 +1,5 @@
 """Grows the batch where the learning rate would have decayed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,33 +10,28 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_bayes.callbacks.growth.batch_planner import BatchPlanner
 from lightning_bayes.callbacks.growth.checks import (
     check_alone,
-    check_choices,
     check_mean_loss,
     check_schedulers,
     check_trainer,
-    describe_milestones,
-    describe_wrapping,
-    limit_reached,
+    describe,
     warnings_at_start,
 )
 from lightning_bayes.callbacks.growth.growing_loader import GrowingLoader, why_not_reload
+from lightning_bayes.callbacks.growth.learning_rates import ScheduleSteps, StepLearningRate
 from lightning_bayes.callbacks.growth.schedule import (
-    DecaySchedule,
+    BatchPlanner,
     LearningRateDecay,
-    Milestones,
     Schedule,
+    decay_of,
     parse_schedule,
 )
-from lightning_bayes.callbacks.growth.schedule_steps import Pace, ScheduleSteps
-from lightning_bayes.callbacks.growth.step_learning_rate import StepLearningRate
-from lightning_bayes.callbacks.growth.step_values import step_values
+from lightning_bayes.callbacks.measuring import log_epoch
 from lightning_bayes.callbacks.trainer.settings import Sizes, group_names, read_sizes
 from lightning_bayes.functional import BatchGrowth
 from lightning_bayes.functional._validation import optional_count, string
-from lightning_bayes.functional.batch_growth import GrowthMethod
+from lightning_bayes.functional.batch_growth import METHODS, GrowthMethod, check_rule
 from lightning_bayes.functional.scaling import Rule
 
 
@@ -111,7 +104,11 @@ class BatchSizeScheduler(Callback):
         self.max_batch_size = optional_count("max_batch_size", max_batch_size)
         self.max_device_batch_size = optional_count("max_device_batch_size", max_device_batch_size)
         self.dataset_size = optional_count("dataset_size", dataset_size)
-        check_choices(method, rule)
+        if method not in ("auto", *METHODS):
+            raise ValueError(
+                f'Expected argument `method` to be "auto", "accumulate" or "reload", but got {method!r}.'
+            )
+        check_rule(rule)
         self.method: Literal["auto", "accumulate", "reload"] = method
         self.rule: Rule = rule
         self.log_key_prefix = string("log_key_prefix", log_key_prefix)
@@ -124,9 +121,7 @@ class BatchSizeScheduler(Callback):
         self._planner = BatchPlanner(self.max_batch_size, self.max_device_batch_size, self.rule)
         self._limit_said = self._groups_differ = False
         self._loader: GrowingLoader | None = None
-        self._decays: DecaySchedule = (
-            LearningRateDecay() if self.milestones is None else Milestones(self.milestones)
-        )
+        self._decays = LearningRateDecay()
         self._steps = ScheduleSteps()
         self._learning_rate = StepLearningRate(self._decays.observe)
 
@@ -166,13 +161,19 @@ class BatchSizeScheduler(Callback):
         for warning in (*sizes.notes, *warnings_at_start(trainer, self.rule)):
             rank_zero_warn(f"BatchSizeScheduler: {warning}")
         # Arguments that do not fit this training set are to fail now: plan the largest batch, and take another.
-        self._planner.plan(math.inf, self._method)
+        method: GrowthMethod = "accumulate" if self._loader is None else "reload"
+        self._planner.plan(math.inf, method)
         if self._loader is not None:
             self._loader.check()
             check_mean_loss(trainer, pl_module)
         self._learning_rate.install(trainer.optimizers)
         if self.growth is None:
-            rank_zero_info(f"BatchSizeScheduler: {self._announcement(trainer)}")
+            plans = None
+            if self.milestones is not None:
+                decays = {epoch: decay_of(self.milestones, epoch) for epoch, _ in self.milestones}
+                plans = {epoch: self._planner.plan(decay, method) for epoch, decay in decays.items()}
+            start = self._planner.start
+            rank_zero_info(f"BatchSizeScheduler: {describe(trainer, start, plans, self.log_key_prefix)}")
         self._take(trainer, self.growth or self._plan_now(trainer))
 
     @override
@@ -180,7 +181,7 @@ class BatchSizeScheduler(Callback):
         if self._loader is not None:
             self._loader.arrived(trainer)
         self._planner.now = read_sizes(trainer, self.dataset_size)
-        self._steps.begin_epoch()
+        self._steps.taken = []
         growth, self._prepared = self._prepared or self._plan_now(trainer), None
         self._take(trainer, growth)
 
@@ -188,20 +189,11 @@ class BatchSizeScheduler(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        start, now = self._planner.start, self._planner.now
-        if start is None or now is None:
-            return
-        planned = Pace(start.device_batch_size, start.accumulation, self._planner.start_batches)
-        present = Pace(now.device_batch_size, trainer.accumulate_grad_batches, trainer.num_training_batches)
-        self._steps.after_batch(trainer, pl_module, batch_idx + 1, planned, present)
+        self._steps.after_batch(trainer, pl_module, batch_idx + 1, self._planner)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for key, value in self._values(trainer).items():
-            # Every process has the same value. `sync_dist` keeps Lightning from warning that they might not.
-            pl_module.log(
-                self.log_key_prefix + key, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1
-            )
+        log_epoch(pl_module, self.log_key_prefix, self._values(trainer))
         if self._loader is not None:
             self._prepared = self._planner.plan(self._decay(trainer.current_epoch + 1), "reload")
             if not self._planner.loads(self._prepared):
@@ -247,12 +239,10 @@ class BatchSizeScheduler(Callback):
         """The learning rate of a group in a step: the scheduler's own, times what the batch takes of its decay."""
         return self._learning_rate.in_step(group)
 
-    @property
-    def _method(self) -> GrowthMethod:
-        return "accumulate" if self._loader is None else "reload"
-
     def _decay(self, epoch: int) -> float:
-        return self._decays.decay(epoch, self._learning_rate.scheduled())
+        if self.milestones is not None:
+            return decay_of(self.milestones, epoch)
+        return self._decays.decay(self._learning_rate.scheduled())
 
     def _plan_now(self, trainer: Trainer) -> BatchGrowth:
         # The loader of this epoch is there already, so that more of its batches are what can be had.
@@ -264,16 +254,16 @@ class BatchSizeScheduler(Callback):
             growth = self._planner.plan(growth.decay, "accumulate")
         self.growth = growth
         trainer.accumulate_grad_batches = growth.accumulation
-        self._learning_rate.multiplier = self._decays.multiplier(growth)
+        # Nobody else decays the learning rate at milestones; a scheduler's decay is taken back as far as B has it.
+        left = growth.learning_rate_gain if self.milestones is None else growth.learning_rate_factor
+        self._learning_rate.multiplier = left
         if growth.limited and not self._limit_said:
             self._limit_said = True
-            rank_zero_info(f"BatchSizeScheduler: {limit_reached(growth, trainer.current_epoch)}")
-
-    def _announcement(self, trainer: Trainer) -> str:
-        if self.milestones is None or self._planner.start is None:
-            return describe_wrapping(trainer, self.log_key_prefix)
-        decays = [(epoch, self._decays.decay(epoch, ())) for epoch, _ in self.milestones]
-        return describe_milestones(trainer, self._planner.start, self._planner.plans(decays, self._method))
+            rank_zero_info(
+                f"BatchSizeScheduler: from epoch {trainer.current_epoch} on the batch cannot take the whole decay: B "
+                f"is {growth.batch_size} and stays within `max_batch_size` (N/10 unless it is given). The learning "
+                "rate takes the rest."
+            )
 
     def _values(self, trainer: Trainer) -> dict[str, float]:
         """B and the learning rate of the latest step; one for each group where they differ."""
@@ -283,8 +273,11 @@ class BatchSizeScheduler(Callback):
         # Once split, always split: groups that meet again for a moment would make keys come and go.
         self._groups_differ |= len(set(used)) > 1
         # The nominal batch can exceed a small training set, a step cannot.
-        batch_size = min(self.growth.batch_size, self._planner.now.dataset_size)
-        return step_values(batch_size, used, group_names(trainer) if self._groups_differ else ())
+        values = {"batch_size": float(min(self.growth.batch_size, self._planner.now.dataset_size))}
+        if not self._groups_differ:
+            return values | {"learning_rate": used[0]}
+        names = group_names(trainer)
+        return values | {f"learning_rate-{name}": rate for name, rate in zip(names, used, strict=True)}
 
     def _leave(self, trainer: Trainer) -> None:
         """The Trainer, its optimizers and the DataModule as they were."""

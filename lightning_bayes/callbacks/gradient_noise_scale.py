@@ -1,33 +1,28 @@
 """Measures and logs the noise in the gradients while training."""
 
-from __future__ import annotations
-
 import math
 from copy import deepcopy
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
-from lightning_bayes.callbacks.gradient_noise.checks import (
-    GradientMethod,
-    check_choices,
-    check_gradients_can_be_read,
-    check_several_micro_batches,
-)
 from lightning_bayes.callbacks.gradient_noise.metric import GradientNoiseMetric
-from lightning_bayes.callbacks.gradient_noise.parts import KEYS, layers_of, logged_values
-from lightning_bayes.callbacks.gradient_noise.step_gradients import StepGradients
+from lightning_bayes.callbacks.gradient_noise.step_gradients import (
+    GradientMethod,
+    StepGradients,
+    layer_of,
+    num_micro_batches,
+)
 from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
-from lightning_bayes.callbacks.trainer.step_logging import log_step
+from lightning_bayes.callbacks.trainer.checks import check_automatic_optimization, check_not_sharded
 from lightning_bayes.functional import GradientNoise
-from lightning_bayes.functional._validation import count, fraction, string
+from lightning_bayes.functional._validation import count, fraction
 
-__all__ = ["GradientMethod", "GradientNoiseScale"]
-
+KEYS = ("gradient_noise_trace", "gradient_squared_norm", "gradient_noise_scale")
 NOT_MEASURED = "not measured yet"
 RESOLVED = "resolved"
 
@@ -104,18 +99,22 @@ class GradientNoiseScale(MeasuringCallback):
         per_layer: bool = False,
         on_error: OnError = "warn",
     ) -> None:
-        super().__init__(on_error)
+        super().__init__(on_error, log_key_prefix)
+        if method not in get_args(GradientMethod):
+            raise ValueError(
+                f"Expected argument `method` to be one of {', '.join(map(repr, get_args(GradientMethod)))}, but got "
+                f"{method!r}."
+            )
+        if not isinstance(per_layer, bool):
+            raise ValueError(f"Expected argument `per_layer` to be True or False, but got {per_layer!r}.")
         self.every_n_steps = count("every_n_steps", every_n_steps)
         self.ema = fraction("ema", ema)
-        self.log_key_prefix = string("log_key_prefix", log_key_prefix)
-        check_choices(method, per_layer)
         self.method = method
         self.per_layer = per_layer
         self._metric = GradientNoiseMetric(self.ema)
         self._parts: tuple[str, ...] = ("",)
         self._step: StepGradients | None = None
         self._due = False
-        self._last_logged_step = -1
         self._warned: set[str] = set()
 
     @property
@@ -155,17 +154,29 @@ class GradientNoiseScale(MeasuringCallback):
         self._prepare(trainer, lambda: self._begin(trainer, pl_module))
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_gradients_can_be_read(trainer, pl_module)
-        self._forget()
-        self._due, self._last_logged_step = False, -1
-        parts = layers_of(pl_module) if self.per_layer else ("",)
+        check_automatic_optimization(pl_module, "GradientNoiseScale", ".gradient_noise_scale")
+        check_not_sharded(trainer, "GradientNoiseScale", "gradients", "remove the callback")
+        if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+            raise ValueError(
+                "GradientNoiseScale cannot read LBFGS, which takes several gradients for one step and has no batch "
+                "size to advise on. Use another optimizer, or remove the callback."
+            )
+        if self._step is not None:
+            self._step.stop()
+        self._due = False
+        layers = dict.fromkeys(layer_of(name) for name, _ in pl_module.named_parameters())
+        parts = tuple(layers) if self.per_layer else ("",)
         if trainer.global_step == 0 or parts != self._parts:
             self._parts, self._metric = parts, GradientNoiseMetric(self.ema, len(parts))
         # Apple's devices have no float64.
         self._metric.to("cpu" if pl_module.device.type == "mps" else pl_module.device)
-        self._step = StepGradients(self.method, parts, self._warn_of_a_batch)
-        if self.method == "micro_batches":
-            check_several_micro_batches(trainer)
+        self._step = StepGradients(self.method, parts, self._warn_once)
+        if self.method == "micro_batches" and num_micro_batches(trainer) < 2:
+            raise ValueError(
+                'Expected method="micro_batches" to find two micro-batches or more in a step, but got'
+                ' accumulate_grad_batches=1 in one process. Use method="per_example", accumulate_grad_batches=2 or'
+                " more, or several devices."
+            )
 
     @override
     @guarded
@@ -178,7 +189,9 @@ class GradientNoiseScale(MeasuringCallback):
             idle = getattr(trainer.fit_loop, "_skip_backward", False)
             self._due = not idle and self.should_measure(trainer)
         if self._due and self._step is not None:
-            self._take(self._step.begin(trainer, pl_module, batch, batch_idx, first))
+            noise = self._step.begin(trainer, pl_module, batch, batch_idx, first)
+            if noise is not None:
+                self._metric.update(noise)
 
     @override
     @guarded
@@ -192,18 +205,16 @@ class GradientNoiseScale(MeasuringCallback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        if self._due and self._step is not None and self._step.is_of_training:
-            self._take(self._step.finish())
-            self._due = False
-        self._last_logged_step = log_step(trainer, self._values, self._last_logged_step)
+        noise = self._step.finish() if self._due and self._step is not None else None
+        self._due = False
+        if noise is not None:
+            self._metric.update(noise)
+        self._log_step(trainer, self._values)
 
     @override
     @guarded
     def _end_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        missing = dict.fromkeys(self._monitored(trainer), math.nan)
-        values = logged_values("", self.estimate, self.layer_estimates)
-        for name, value in (missing | values).items():
-            self._log(pl_module, name, value)
+        self._log_epoch(trainer, pl_module, self._values())
         if self.status not in (RESOLVED, NOT_MEASURED):
             fewer = f"a smaller `every_n_steps` ({self.every_n_steps}), "
             often = fewer if self.every_n_steps > 1 else ""
@@ -215,7 +226,8 @@ class GradientNoiseScale(MeasuringCallback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._forget()
+        if self._step is not None:
+            self._step.stop()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -224,11 +236,17 @@ class GradientNoiseScale(MeasuringCallback):
     @property
     @override
     def way_out(self) -> str:
-        if self._step is not None and self._step.method == "micro_batches":
+        method = self.method if self._step is None else self._step.method
+        if method == "micro_batches":
             return "Leave GradientNoiseScale out of this run."
+        other = (
+            ', or method="split_batch" for a loss that cannot be taken apart'
+            if method == "per_example"
+            else ""
+        )
         return (
-            'Give method="micro_batches" with accumulate_grad_batches of 2 or more: it takes the gradients of '
-            "training as they come and runs nothing on a copy."
+            'Give method="micro_batches" with accumulate_grad_batches of 2 or more, which takes the gradients of '
+            f"training as they come and runs nothing on a copy{other}."
         )
 
     @override
@@ -239,22 +257,14 @@ class GradientNoiseScale(MeasuringCallback):
         metric.load_state_dict(deepcopy(state_dict["averages"]))
         self._parts, self._metric = parts, metric
 
-    def _take(self, noise: list[GradientNoise] | None) -> None:
-        """Average a measurement in, unless there is none."""
-        if noise is not None:
-            self._metric.update(noise)
-
-    def _warn_of_a_batch(self, reason: str) -> None:
-        self._warn_once("failed", f"a batch could not be measured; training goes on. {reason}")
-
-    def _values(self) -> dict[str, float]:
-        return logged_values(self.log_key_prefix, self.estimate, self.layer_estimates)
-
-    def _forget(self) -> None:
-        if self._step is not None:
-            self._step.stop()
-
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
             rank_zero_warn(f"GradientNoiseScale: {message}")
+
+    def _values(self) -> dict[str, float]:
+        """Names and values that are logged; NaN before the first measurement."""
+        noise = self.estimate or GradientNoise(math.nan, math.nan, math.nan)
+        values = dict(zip(KEYS, (noise.trace, noise.squared_norm, noise.noise_scale), strict=True))
+        layers = self.layer_estimates.items()
+        return values | {f"gradient_noise_scale/{name}": its.noise_scale for name, its in layers}

@@ -2,7 +2,8 @@
 
 import math
 import time
-from functools import cached_property
+from collections.abc import Mapping
+from functools import cached_property, partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -11,22 +12,41 @@ from typing_extensions import override
 
 from lightning_bayes.callbacks.epoch_readings import EpochReadings
 from lightning_bayes.callbacks.evidence.evaluation import Evaluation, Rehearsed
-from lightning_bayes.callbacks.evidence.logged_keys import KEYS, UNAVAILABLE, logged_values
 from lightning_bayes.callbacks.measuring import OnError, guarded
-from lightning_bayes.callbacks.trainer.inputs import (
-    check_arguments,
-    check_named_parts,
-    check_trainer,
-)
-from lightning_bayes.callbacks.trainer.module_reader import NetworkOption
-from lightning_bayes.callbacks.trainer.restore import untouched
-from lightning_bayes.capture.loss import WAY_OUT
+from lightning_bayes.callbacks.trainer.checks import check_named_parts
+from lightning_bayes.callbacks.trainer.module_reader import NetworkOption, original_network
+from lightning_bayes.callbacks.trainer.optimizers import prior_of
+from lightning_bayes.callbacks.trainer.training_set import examples_of
 from lightning_bayes.evidence.options import Method
 from lightning_bayes.evidence.result import Evidence
-from lightning_bayes.functional._validation import check_options
-from lightning_bayes.likelihoods import Likelihood, resolve_likelihood
+from lightning_bayes.functional._validation import positive
+from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.priors.prior import PriorPrecision, require_prior_precision
 from lightning_bayes.priors.subset import Subset
+
+UNAVAILABLE = (
+    "log_evidence",
+    "log_likelihood",
+    "weight_penalty",
+    "log_occam_factor",
+    "effective_parameters",
+    "newton_decrement",
+)
+"""Keys that are logged as NaN when an epoch has no evidence, so that curves show the gap."""
+
+KEYS = (
+    *UNAVAILABLE,
+    "log_evidence_ratio",
+    "log_evidence_best_prior",
+    "log_evidence_stderr",
+    "lower",
+    "lower_stderr",
+    "upper",
+    "noise_variance",
+    "prior_optimized",
+    "prior_precision",
+)
+"""All keys."""
 
 WORTH_SAYING = 1.0
 """Seconds that an evaluation must be expected to take to be announced."""
@@ -112,27 +132,26 @@ class LaplaceEvidence(EpochReadings[Evidence]):
         log_key_prefix: str = "bayes/",
         on_error: OnError = "warn",
     ) -> None:
-        super().__init__(on_error)
+        super().__init__(
+            likelihood=likelihood,
+            network=network,
+            every_n_epochs=every_n_epochs,
+            batch_size=batch_size,
+            max_examples=max_examples,
+            log_key_prefix=log_key_prefix,
+            on_error=on_error,
+        )
         self.method = Method(
             structure, curvature, backend, tolerance, num_samples, subset_of_weights, num_blocks
         )
-        check_options(batch_size, max_examples)
         require_prior_precision(prior_precision, also=("auto", "optimize_per_group"))
-        check_arguments(likelihood, network, every_n_epochs, max_overhead, log_key_prefix)
-        self.likelihood = None if likelihood == "auto" else resolve_likelihood(likelihood)
         self.prior_precision = prior_precision
-        self.network = network
-        self.every_n_epochs = every_n_epochs
         self.max_examples = max_examples
-        self.batch_size = batch_size
-        self.max_overhead = max_overhead
-        self.log_key_prefix = log_key_prefix
+        self.max_overhead = None if max_overhead is None else positive("max_overhead", max_overhead)
         self._evaluation = Evaluation(
             self.method, self.likelihood, prior_precision, network, batch_size, max_examples
         )
         self._rehearsed: Rehearsed | None = None
-        self._num_examples = 200
-        self._logged_if_known: tuple[str, ...] = ()
         self._started = math.nan
         self._spent = 0.0
         self._last_took: float | None = None
@@ -144,30 +163,31 @@ class LaplaceEvidence(EpochReadings[Evidence]):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._rehearsed, self._logged_if_known = None, ()
+        self._rehearsed = None
         self._started, self._spent, self._last_took = time.monotonic(), 0.0, None
         super().on_train_start(trainer, pl_module)
 
     @override
     @guarded
     def _end_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute, remember and log."""
         # One rank decides by its clock and its value counts, so that all ranks log the same.
         if not trainer.strategy.broadcast(self.should_evaluate(trainer)):
             return
         start = time.monotonic()
-        evidence = trainer.strategy.broadcast(self._evaluate(trainer, pl_module))
+        # A fit that is resumed at the end of an epoch has no first batch before it.
+        rehearsed, before = self._rehearsed or Rehearsed(self.method), self.latest
+        take = partial(self._evaluation.evidence, trainer, pl_module, rehearsed, before)
+        evidence = trainer.strategy.broadcast(self._take(trainer, take))
         self._last_took = time.monotonic() - start
         self._spent += self._last_took
-        if evidence is None:
-            values = dict.fromkeys(UNAVAILABLE + self._logged_if_known, math.nan)
-        else:
+        if evidence is not None:
             self.history.append((trainer.current_epoch, evidence))
             values = logged_values(evidence)
-            self._logged_if_known = tuple(name for name in values if name not in UNAVAILABLE)
+        else:
+            known = () if before is None else logged_values(before)
+            values = dict.fromkeys((*UNAVAILABLE, *known), math.nan)
         # A monitor of what this likelihood or structure has not (a ratio, of a regression) finds NaN there.
-        for name, value in (dict.fromkeys(self._monitored(trainer), math.nan) | values).items():
-            self._log(pl_module, name, value)
+        self._log_epoch(trainer, pl_module, values)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -189,13 +209,6 @@ class LaplaceEvidence(EpochReadings[Evidence]):
 
     @property
     @override
-    def way_out(self) -> str:
-        if self.network is not None:
-            return f"Mend what network={self.network!r} runs, or leave LaplaceEvidence out of this run."
-        return WAY_OUT
-
-    @property
-    @override
     def LESS_MEMORY(self) -> str:  # type: ignore[override] # depends on what was tried
         steps = [] if self.batch_size == 1 else [f"batch_size={max(1, (self.batch_size or 32) // 4)}"]
         fewer = min(100, (self.max_examples or self._num_examples) // 2)
@@ -209,11 +222,11 @@ class LaplaceEvidence(EpochReadings[Evidence]):
 
     @override
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_trainer(trainer, pl_module, self.network)
-        with untouched(trainer):  # somebody's own sampler may draw to be counted
-            self._num_examples = self._evaluation.examples(trainer).num_examples
-        if self.method.subset_of_weights != "last_layer":  # which layer that is, the first batch tells
-            self._evaluation.prior(trainer, pl_module, None)
+        super()._check(trainer, pl_module)
+        self._num_examples = examples_of(trainer, self.batch_size, self.max_examples).num_examples
+        subset = self.method.subset_of_weights
+        if subset != "last_layer":  # which layer that is, the first batch tells
+            prior_of(trainer, original_network(pl_module, self.network), self.prior_precision, subset, None)
 
     @override
     def _rehearse(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -228,11 +241,21 @@ class LaplaceEvidence(EpochReadings[Evidence]):
 
     @override
     def _check_names(self, pl_module: LightningModule) -> None:
-        check_named_parts(pl_module, self.network, self.method.subset_of_weights, self.prior_precision)
+        network = original_network(pl_module, self.network)
+        check_named_parts(network, self.method.subset_of_weights, self.prior_precision)
 
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> Evidence | None:
-        # A fit that is resumed at the end of an epoch has no first batch before it.
-        rehearsed = self._rehearsed or Rehearsed(self.method, self.method, None, 1, None)
-        return self._take(
-            trainer, lambda: self._evaluation.evidence(trainer, pl_module, rehearsed, self.latest)
-        )
+
+def logged_values(evidence: Evidence) -> dict[str, float]:
+    """Numbers by the end of their keys; bounds where they are finite, standard errors where they are not 0."""
+    names = (*UNAVAILABLE, "log_evidence_ratio", "log_evidence_best_prior", "noise_variance")
+    values = {name: getattr(evidence, name) for name in names if getattr(evidence, name) is not None}
+    values |= {name: bound for name in ("lower", "upper") if math.isfinite(bound := getattr(evidence, name))}
+    stderrs = ("log_evidence_stderr", "lower_stderr")
+    values |= {name: stderr for name in stderrs if (stderr := getattr(evidence, name)) > 0.0}
+    values["prior_optimized"] = float(evidence.prior_optimized)
+    if isinstance(evidence.prior_precision, Mapping):
+        distinct = dict.fromkeys(evidence.prior_precision.values())
+        values |= {f"prior_precision/{i}": value for i, value in enumerate(distinct, start=1)}
+    else:
+        values["prior_precision"] = evidence.prior_precision
+    return values

@@ -1,12 +1,11 @@
 """What all callbacks that measure have in common: they never end a fit that would have run without them."""
 
-from __future__ import annotations
-
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 import torch
@@ -14,7 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
-from lightning_bayes.capture.loss import WAY_OUT
+from lightning_bayes.callbacks.trainer.checks import with_way_out
+from lightning_bayes.callbacks.trainer.module_reader import is_named
+from lightning_bayes.functional._validation import string
 
 OnError = Literal["warn", "raise"]
 PACKAGE = str(Path(__file__).parents[1])
@@ -62,23 +63,18 @@ class MeasuringCallback(Callback):
     """Of these, the names that are logged as NaN though no monitor reads them: curves show the gap."""
     LESS_MEMORY: ClassVar[str] = ""
     """What to change where memory does not suffice."""
-
     HELD: ClassVar[str] = ""
     """The attribute that holds what was measured."""
 
-    log_key_prefix: str
-
-    def __init__(self, on_error: OnError) -> None:
+    def __init__(self, on_error: OnError, log_key_prefix: str = "bayes/") -> None:
         super().__init__()
         if on_error not in get_args(OnError):
             raise ValueError(f'Expected argument `on_error` to be "warn" or "raise", got {on_error!r}.')
         self.on_error = on_error
-        self._off = False
-
-    @property
-    def is_off(self) -> bool:
+        self.log_key_prefix = string("log_key_prefix", log_key_prefix)
+        self.is_off = False
         """Whether trouble has ended the measuring, not the fit."""
-        return self._off
+        self._last_logged_step = -1
 
     @property
     def way_out(self) -> str:
@@ -89,7 +85,7 @@ class MeasuringCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin each fit anew."""
         if stage == "fit":
-            self._off = False
+            self.is_off, self._last_logged_step = False, -1
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,8 +93,8 @@ class MeasuringCallback(Callback):
         self._check_names(pl_module)
         self._check_alone(trainer)
         launcher = getattr(trainer.strategy, "launcher", None)
-        # By name: that of `pytorch_lightning` is another class. It is what "ddp_spawn", "ddp_fork" and notebooks use.
-        if self.HELD and any(base.__name__ == "_MultiProcessingLauncher" for base in type(launcher).__mro__):
+        # It is what "ddp_spawn", "ddp_fork" and notebooks use.
+        if self.HELD and is_named(launcher, "_MultiProcessingLauncher"):
             rank_zero_info(
                 f"{type(self).__name__}: this strategy trains in processes that end with fit, and `{self.HELD}` with "
                 "them. What was logged comes back in `trainer.callback_metrics`; the rest is in the log and in "
@@ -112,8 +108,7 @@ class MeasuringCallback(Callback):
             self._turn_off(trainer, None)
         self._end_epoch(trainer, pl_module)
         if self.is_off:
-            for name in (*self.ALWAYS_LOGGED, *self._monitored(trainer)):
-                self._log(pl_module, name, math.nan)
+            self._log_epoch(trainer, pl_module, dict.fromkeys(self.ALWAYS_LOGGED, math.nan))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -135,8 +130,8 @@ class MeasuringCallback(Callback):
     def _check_alone(self, trainer: Trainer) -> None:
         """Raise a ValueError where another callback of this kind logs under the same keys."""
         kind = type(self).__name__
-        others = [c for c in trainer.callbacks if isinstance(c, type(self)) and c is not self]  # type: ignore[attr-defined]
-        if any(other.log_key_prefix == self.log_key_prefix for other in others):
+        alike = [c for c in trainer.callbacks if isinstance(c, type(self))]  # type: ignore[attr-defined]
+        if any(c is not self and c.log_key_prefix == self.log_key_prefix for c in alike):
             raise ValueError(
                 f"Expected argument `log_key_prefix` to differ between the {kind} callbacks of a Trainer, got "
                 f"{self.log_key_prefix!r} twice: several {kind} under one key would be logged as their mean. Remove "
@@ -161,10 +156,35 @@ class MeasuringCallback(Callback):
         if not self._together(trainer, failure is None):
             self._turn_off(trainer, failure)
 
-    def _log(self, pl_module: LightningModule, name: str, value: float) -> None:
-        # Every process has the same value. `sync_dist` keeps Lightning from warning that they might not.
-        key = f"{self.log_key_prefix}{name}"
-        pl_module.log(key, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+    def _log_epoch(self, trainer: Trainer, pl_module: LightningModule, values: Mapping[str, float]) -> None:
+        """Log the values of an epoch, and NaN under the keys that somebody monitors and that have none."""
+        missing = dict.fromkeys(self._monitored(trainer), math.nan)
+        log_epoch(pl_module, self.log_key_prefix, missing | dict(values))
+
+    def _log_step(self, trainer: Trainer, values: Callable[[], Mapping[str, float]]) -> None:
+        """Log the values of the optimizer step that is about to be made, if it is the turn of one.
+
+        `self.log` would repeat a stale value on the steps between.
+
+        Args:
+            trainer: its loggers and `callback_metrics` get the values.
+            values: called if they are due.
+        """
+        step = trainer.global_step
+        # Lightning sets this attribute without declaring it.
+        every = int(getattr(trainer, "log_every_n_steps", 0))
+        # A closure-based optimizer comes here several times in one step.
+        if every < 1 or (step + 1) % every != 0 or step == self._last_logged_step:
+            return
+        self._last_logged_step = step
+        logged = {f"{self.log_key_prefix}{name}": value for name, value in values().items()}
+        device = trainer.strategy.root_device
+        # Apple's devices have no float64; Lightning keeps float32 elsewhere too.
+        trainer.callback_metrics.update(
+            {key: torch.tensor(value, dtype=torch.float32, device=device) for key, value in logged.items()}
+        )
+        for logger in trainer.loggers:
+            logger.log_metrics(logged, step=step)
 
     def _monitored(self, trainer: Trainer) -> list[str]:
         """Names of this callback's keys that callbacks and schedulers of the Trainer read."""
@@ -185,9 +205,11 @@ class MeasuringCallback(Callback):
 
     def _turn_off(self, trainer: Trainer, error: Exception | None) -> None:
         """Warn once and measure no more in this fit; or raise, if that is wanted."""
-        self._off = True
+        self.is_off = True
         name = type(self).__name__
         if self.on_error == "raise":
+            if isinstance(error, ValueError) and str(error) != with_way_out(error, self.way_out):
+                raise ValueError(with_way_out(error, self.way_out)) from error
             raise error or RuntimeError(f"{name} failed in another process, which says why.")
         reason = (
             "Another process could not go on: its own warning says why, and names a way out."
@@ -219,8 +241,10 @@ class MeasuringCallback(Callback):
 
     def explain(self, error: Exception) -> str:
         """What went wrong and, last, a way out; of the package's own errors that is their text."""
-        text = str(error).strip().replace(WAY_OUT, self.way_out)
-        ours = _raised_here(error)
+        text = with_way_out(error, self.way_out)
+        files = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
+        # Whether it was raised by this package's own lines rather than by code that they ran.
+        ours = bool(files) and files[-1].startswith(PACKAGE)
         if ours and isinstance(error, ValueError):
             return text
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
@@ -233,14 +257,8 @@ class MeasuringCallback(Callback):
         return f"{whose} raised {type(error).__name__}: {text}. {way_out}"
 
 
-def _raised_here(error: Exception) -> bool:
-    """Whether an error was raised by this package's own lines rather than by code that it ran."""
-    frames = list(_frames(error))
-    return bool(frames) and frames[-1].startswith(PACKAGE)
-
-
-def _frames(error: Exception) -> Iterator[str]:
-    trace = error.__traceback__
-    while trace is not None:
-        yield trace.tb_frame.f_code.co_filename
-        trace = trace.tb_next
+def log_epoch(pl_module: LightningModule, prefix: str, values: Mapping[str, float]) -> None:
+    """Log values at the end of an epoch, each under its name behind the prefix."""
+    for name, value in values.items():
+        # Every process has the same value. `sync_dist` keeps Lightning from warning that they might not.
+        pl_module.log(f"{prefix}{name}", value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)

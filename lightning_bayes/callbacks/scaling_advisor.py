@@ -14,9 +14,9 @@ from typing_extensions import override
 
 from lightning_bayes.advice.optimizer_groups import ParameterGroup
 from lightning_bayes.advice.references import Reference, ReferenceLike, comparisons_with, read_reference
+from lightning_bayes.callbacks.advice.peak_record import PeakRecord, note_step
 from lightning_bayes.callbacks.advice.report import emit
 from lightning_bayes.callbacks.advice.targets import check_targets
-from lightning_bayes.callbacks.growth.peaks import PeakRecord, note_step
 from lightning_bayes.callbacks.measurements import measured
 from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
 from lightning_bayes.callbacks.trainer.loss_reduction import forget_reduction, note_reduction

@@ -1,8 +1,5 @@
 """Logs the SGD noise scale while training."""
 
-from __future__ import annotations
-
-import math
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -18,9 +15,8 @@ from lightning_bayes.callbacks.trainer.settings import (
     makes_a_step,
     read_configuration,
 )
-from lightning_bayes.callbacks.trainer.step_logging import log_step
 from lightning_bayes.functional import AdamConfiguration
-from lightning_bayes.functional._validation import count, string
+from lightning_bayes.functional._validation import optional_count
 
 
 class SGDNoiseScale(MeasuringCallback):
@@ -80,17 +76,15 @@ class SGDNoiseScale(MeasuringCallback):
         log_key_prefix: str = "bayes/",
         on_error: OnError = "warn",
     ) -> None:
-        super().__init__(on_error)
+        super().__init__(on_error, log_key_prefix)
         if logging_interval not in ("epoch", "step"):
             raise ValueError(
                 f'Expected argument `logging_interval` to be "epoch" or "step", but got {logging_interval!r}.'
             )
         self.logging_interval = logging_interval
-        self.dataset_size = None if dataset_size is None else count("dataset_size", dataset_size)
-        self.log_key_prefix = string("log_key_prefix", log_key_prefix)
+        self.dataset_size = optional_count("dataset_size", dataset_size)
         self._in_force: dict[str, float] | None = None
         self._settings: tuple[object, ...] | None = None
-        self._last_logged_step = -1
         self._groups_differ = False
 
     @override
@@ -99,7 +93,7 @@ class SGDNoiseScale(MeasuringCallback):
 
     def _begin(self, trainer: Trainer) -> None:
         forget_reduction(trainer)
-        self._in_force, self._last_logged_step, self._groups_differ = None, -1, False
+        self._in_force, self._groups_differ = None, False
         configuration = read_configuration(trainer, self.dataset_size)
         for note in configuration.notes:
             rank_zero_warn(f"SGDNoiseScale: {note}")
@@ -137,7 +131,7 @@ class SGDNoiseScale(MeasuringCallback):
             self._settings = settings
         if self.logging_interval == "step":
             values = self._in_force
-            self._last_logged_step = log_step(trainer, lambda: values, self._last_logged_step)
+            self._log_step(trainer, lambda: values)
 
     @override
     @guarded
@@ -145,18 +139,16 @@ class SGDNoiseScale(MeasuringCallback):
         if self._in_force is None:
             # No optimizer step yet (a skipped epoch): what the next step would use.
             self._in_force = self.noise_scales(read_configuration(trainer, self.dataset_size))
-        values = {key.removeprefix(self.log_key_prefix): value for key, value in self._in_force.items()}
-        for name, value in (dict.fromkeys(self._monitored(trainer), math.nan) | values).items():
-            self._log(pl_module, name, value)
+        self._log_epoch(trainer, pl_module, self._in_force)
 
     def noise_scales(self, configuration: TrainerConfiguration) -> dict[str, float]:
-        """Log keys and values of a configuration.
+        """Names, without their prefix, and values that are logged of a configuration.
 
         Args:
             configuration: as `read_configuration` gives it.
 
         Returns:
-            One key for each kind of noise scale on which the groups agree, else one per group.
+            One name for each kind of noise scale on which the groups agree, else one per group.
         """
         scales_of: dict[str, dict[str, float]] = {}
         for group in configuration.groups:
@@ -165,10 +157,10 @@ class SGDNoiseScale(MeasuringCallback):
             scales_of.setdefault(kind, {})[group.name] = group.configuration.noise_scale
         # Once split, always split: groups that meet again for a moment would make keys come and go.
         self._groups_differ |= any(len(set(values.values())) > 1 for values in scales_of.values())
-        keyed: dict[str, float] = {}
+        named: dict[str, float] = {}
         for kind, values in scales_of.items():
             if self._groups_differ:
-                keyed |= {f"{self.log_key_prefix}{kind}-{name}": value for name, value in values.items()}
+                named |= {f"{kind}-{name}": value for name, value in values.items()}
             else:
-                keyed[f"{self.log_key_prefix}{kind}"] = next(iter(values.values()))
-        return keyed
+                named[kind] = next(iter(values.values()))
+        return named

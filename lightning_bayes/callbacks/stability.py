@@ -13,15 +13,14 @@ from typing_extensions import override
 
 from lightning_bayes.callbacks.epoch_readings import EpochReadings
 from lightning_bayes.callbacks.measuring import OnError, guarded
-from lightning_bayes.callbacks.trainer.inputs import check_arguments, check_named_parts, check_trainer
 from lightning_bayes.callbacks.trainer.module_reader import NetworkOption, original_network
-from lightning_bayes.callbacks.trainer.restore import untouched
-from lightning_bayes.callbacks.trainer.sgd_steps import names_of_groups, sgd_steps, why_not_sgd
+from lightning_bayes.callbacks.trainer.optimizers import names_of_groups, sgd_steps, why_not_sgd
 from lightning_bayes.callbacks.trainer.training_loss import TrainingLoss
-from lightning_bayes.capture.loss import WAY_OUT, Reduction
+from lightning_bayes.callbacks.trainer.training_set import examples_of
+from lightning_bayes.capture.loss import Reduction
 from lightning_bayes.errors import EvidenceUnavailableError
-from lightning_bayes.functional._validation import check_options, count
-from lightning_bayes.likelihoods import Likelihood, resolve_likelihood
+from lightning_bayes.functional._validation import count
+from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.loss_curvature.stability_reading import (
     SGDStep,
     StabilityReading,
@@ -102,10 +101,17 @@ class Stability(EpochReadings[StabilityReading]):
         log_key_prefix: str = "bayes/",
         on_error: OnError = "warn",
     ) -> None:
-        super().__init__(on_error)
+        super().__init__(
+            likelihood=likelihood,
+            network=network,
+            every_n_epochs=every_n_epochs,
+            batch_size=batch_size,
+            max_examples=max_examples,
+            log_key_prefix=log_key_prefix,
+            on_error=on_error,
+        )
         require_curvature(curvature)
-        check_options(batch_size, count("max_examples", max_examples))
-        check_arguments(likelihood, network, every_n_epochs, None, log_key_prefix)
+        self.max_examples = count("max_examples", max_examples)
         if likelihood != "auto" and network is None:
             raise ValueError(
                 "Expected argument `likelihood` to be 'auto' without `network`, got "
@@ -113,24 +119,15 @@ class Stability(EpochReadings[StabilityReading]):
             )
         if not isinstance(sharpness, bool):
             raise ValueError(f"Expected argument `sharpness` to be a boolean, but got {sharpness!r}.")
-        self.every_n_epochs = every_n_epochs
-        self.max_examples = max_examples
         self.curvature = curvature
         self.sharpness = sharpness
-        self.network = network
-        self.likelihood = None if likelihood == "auto" else resolve_likelihood(likelihood)
-        self.batch_size = batch_size
-        self.log_key_prefix = log_key_prefix
         self._is_sgd = False
-        self._num_examples = self.max_examples
         self._steps: list[SGDStep] | None = None
-        self._reduction: Reduction | None = None
+        self._reduction: Reduction = "mean"
         self._epoch_started = math.nan
 
-    @property
-    def reading(self) -> StabilityReading | None:
-        """The latest, None before the first."""
-        return self.latest
+    reading = EpochReadings.latest
+    """The latest, None before the first."""
 
     @cached_property  # Lightning asks at every hook
     @override
@@ -139,14 +136,13 @@ class Stability(EpochReadings[StabilityReading]):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._steps, self._reduction, self._is_sgd = None, None, False
+        self._steps, self._reduction, self._is_sgd = None, "mean", False
         super().on_train_start(trainer, pl_module)
 
     @override
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_trainer(trainer, pl_module, self.network, "Stability")
-        with untouched(trainer):  # somebody's own sampler may draw to be counted
-            self._num_examples = self._loss(trainer, pl_module).num_training_examples()
+        super()._check(trainer, pl_module)
+        self._num_examples = examples_of(trainer, None, None).num_examples
         names_of_groups(trainer, original_network(pl_module, self.network))
         reason = why_not_sgd(trainer)
         self._is_sgd = reason is None
@@ -169,18 +165,20 @@ class Stability(EpochReadings[StabilityReading]):
     @override
     @guarded
     def _end_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, remember and log."""
         if (trainer.current_epoch + 1) % self.every_n_epochs != 0:
             return
         trained = (time.monotonic() - self._epoch_started) * self.every_n_epochs
         reading = trainer.strategy.broadcast(self._take(trainer, lambda: self._reading(trainer, pl_module)))
         if reading is not None:
-            if not self.history:
-                self._announce_time(reading, trained)
+            if not self.history and reading.seconds > trained:
+                rank_zero_info(
+                    f"Stability: the first reading took {reading.seconds:.3g} s, training from one to the next about "
+                    f"{trained:.3g} s. A larger every_n_epochs= or a smaller max_examples= make it cheaper."
+                )
             self.history.append((trainer.current_epoch, reading))
-        missing = dict.fromkeys(self._monitored(trainer), math.nan)
-        for name, value in (missing | self._logged_values(reading)).items():
-            self._log(pl_module, name, value)
+        wanted = [KEYS[0], *(KEYS[1:3] if self._is_sgd else ()), *(KEYS[3:] if self.sharpness else ())]
+        values = {} if reading is None else asdict(reading) | {"stability": reading.stability_ratio}
+        self._log_epoch(trainer, pl_module, {name: values.get(name, math.nan) for name in wanted})
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -201,13 +199,6 @@ class Stability(EpochReadings[StabilityReading]):
 
     @property
     @override
-    def way_out(self) -> str:
-        if self.network is not None:
-            return f"Mend what network={self.network!r} runs, or leave Stability out of this run."
-        return WAY_OUT.replace("LaplaceEvidence", "Stability")
-
-    @property
-    @override
     def LESS_MEMORY(self) -> str:  # type: ignore[override] # depends on what was tried
         fewer = min(self.max_examples, self._num_examples) // 8
         steps = [f"max_examples={fewer}"] if fewer else []
@@ -220,31 +211,27 @@ class Stability(EpochReadings[StabilityReading]):
 
     @override
     def _check_names(self, pl_module: LightningModule) -> None:
-        check_named_parts(pl_module, self.network)
+        original_network(pl_module, self.network)
 
     def _reading(self, trainer: Trainer, pl_module: LightningModule) -> StabilityReading:
-        loss, groups = self._loss(trainer, pl_module), self._groups(trainer, pl_module)
-        batches, sizes = loss.batches()
-        function = loss.function(loss.reader(), groups, batches, sizes, self._reduction or "mean")
+        loss = self._loss(trainer, pl_module)
+        groups = names_of_groups(trainer, loss.reader.original)
+        function = loss.function(groups, self._reduction)
         steps = None
         if self._is_sgd:
             present = self._steps or sgd_steps(trainer)  # no step yet: what the next would be
             steps = {name: present[index] for name, index in groups.items()}
         return measure_stability(
-            function, steps, sum(sizes), curvature=self.curvature, sharpness=self.sharpness
+            function, steps, sum(loss.sizes), curvature=self.curvature, sharpness=self.sharpness
         )
 
     @override
     def _rehearse(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Take the first batch of our own all the way through two products with the curvature."""
-        loss, groups = self._loss(trainer, pl_module), self._groups(trainer, pl_module)
-        reader = loss.reader()
-        batches, sizes = loss.batches()
-        function = loss.function(reader, groups, batches[:1], sizes[:1], "mean")
-        reader.check_computed_by_copy(function.first())
-        reduction: Reduction = "mean"
+        loss = self._loss(trainer, pl_module)
+        function = loss.function(names_of_groups(trainer, loss.reader.original), "mean", num_batches=1)
+        loss.reader.check_computed_by_copy(function.first())
         try:
-            reduction = function.first_captured().reduction
+            self._reduction = function.first_captured().reduction
         except EvidenceUnavailableError:  # of these weights, not of the loss
             pass
         except ValueError:
@@ -256,33 +243,15 @@ class Stability(EpochReadings[StabilityReading]):
             )
         matrix = "Hessian" if self.curvature == "hessian" else "Gauss-Newton matrix"
         rank_zero_info(
-            f"Stability: {matrix} of the loss in {len(function.flat()):,} parameters, on {sum(sizes):,} of "
-            f"{loss.num_training_examples():,} examples, {sizes[0]:,} at a time."
+            f"Stability: {matrix} of the loss in {len(function.flat()):,} parameters, on {sum(loss.sizes):,} of "
+            f"{loss.num_training_examples:,} examples, {loss.sizes[0]:,} at a time."
         )
         try:
             rehearse(function, self.curvature)
         except EvidenceUnavailableError as error:
             rank_zero_warn(f"Stability: the first batch has no reading. {error}")
-        self._reduction = reduction
 
     def _loss(self, trainer: Trainer, pl_module: LightningModule) -> TrainingLoss:
         return TrainingLoss(
             trainer, pl_module, self.likelihood, self.network, self.batch_size, self.max_examples
         )
-
-    def _groups(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:
-        return names_of_groups(trainer, original_network(pl_module, self.network))
-
-    def _logged_values(self, reading: StabilityReading | None) -> dict[str, float]:
-        wanted = [KEYS[0], *(KEYS[1:3] if self._is_sgd else ()), *(KEYS[3:] if self.sharpness else ())]
-        if reading is None:
-            return dict.fromkeys(wanted, math.nan)
-        values = asdict(reading) | {"stability": reading.stability_ratio}
-        return {name: values[name] for name in wanted}
-
-    def _announce_time(self, reading: StabilityReading, trained: float) -> None:
-        if reading.seconds > trained:
-            rank_zero_info(
-                f"Stability: the first reading took {reading.seconds:.3g} s, training from one to the next about "
-                f"{trained:.3g} s. A larger every_n_epochs= or a smaller max_examples= make it cheaper."
-            )

@@ -1,12 +1,16 @@
 """Growing the batch in place of decaying the learning rate: how far, how it is made up, what is left for ε."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_bayes.functional._validation import ROUNDING, batch_within_dataset, count, finite
+from lightning_bayes.functional._validation import (
+    ROUNDING,
+    batch_within_dataset,
+    count,
+    finite,
+    optional_count,
+)
 from lightning_bayes.functional.scaling import Rule
 
 GrowthMethod = Literal["accumulate", "reload"]
@@ -89,13 +93,21 @@ def grow_batch(
         Smith, Kindermans, Ying & Le, Don't Decay the Learning Rate, Increase the Batch Size, ICLR 2018,
         arXiv:1711.00489.
     """
-    kappa = _decay(decay)
+    requirement = "a number of at least 1, the factor by which the learning rate would be divided"
+    kappa = math.inf if decay == math.inf else finite("decay", decay, requirement)
+    if kappa < 1:
+        raise ValueError(f"Expected argument `decay` to be {requirement}, but got {decay!r}.")
     start = count("device_batch_size", device_batch_size), count("accumulation", accumulation)
     examples, copies = count("dataset_size", dataset_size), count("replicas", replicas)
     present = start[0] * start[1] * copies if batch_size is None else count("batch_size", batch_size)
     limit = max(1, examples // 10) if max_batch_size is None else count("max_batch_size", max_batch_size)
     batch_within_dataset("max_batch_size", limit, "dataset_size", examples)
-    memory = _memory(max_device_batch_size, start[0])
+    memory = optional_count("max_device_batch_size", max_device_batch_size)
+    if memory is not None and memory < start[0]:
+        raise ValueError(
+            "Expected argument `max_device_batch_size` to be at least the batch of the loader to start with"
+            f" ({start[0]} examples), but got {memory}."
+        )
     if method not in METHODS:
         raise ValueError(f'Expected argument `method` to be "accumulate" or "reload", but got {method!r}.')
     wanted = present * (kappa**2 if rule == "sqrt" else kappa)
@@ -105,7 +117,9 @@ def grow_batch(
     elif method == "accumulate":
         device, steps = start[0], max(1, _whole(target / (start[0] * copies)))
     else:
-        device, steps = _larger_batches(max(1, _whole(target / copies)), start[1], memory)
+        whole = max(1, _whole(target / copies))
+        steps = start[1] if memory is None else math.ceil(whole / memory)
+        device = max(1, whole // steps)
     grown = device * steps * copies
     gain = learning_rate_gain(present, grown, examples, rule)
     return BatchGrowth(
@@ -141,8 +155,7 @@ def learning_rate_gain(
     """
     present, grown = count("batch_size", batch_size), count("new_batch_size", new_batch_size)
     examples = count("dataset_size", dataset_size)
-    if rule not in RULES:
-        raise ValueError(f'Expected argument `rule` to be "linear", "exact" or "sqrt", but got {rule!r}.')
+    check_rule(rule)
     if grown == present:
         return 1.0
     if rule == "linear":
@@ -155,6 +168,12 @@ def learning_rate_gain(
             f" but got {present} and {grown}: at full batch the noise scale is 0 at every learning rate."
         )
     return ((examples - present) * grown) / ((examples - grown) * present)
+
+
+def check_rule(rule: object) -> None:
+    """Raise a ValueError for a rule that does not exist."""
+    if rule not in RULES:
+        raise ValueError(f'Expected argument `rule` to be "linear", "exact" or "sqrt", but got {rule!r}.')
 
 
 def schedule_steps(batches: int, epoch_batches: float, accumulation: int, frequency: int = 1) -> int:
@@ -177,33 +196,7 @@ def schedule_steps(batches: int, epoch_batches: float, accumulation: int, freque
     return regular + int(at_the_end)
 
 
-def _decay(value: object) -> float:
-    requirement = "a number of at least 1, the factor by which the learning rate would be divided"
-    number = math.inf if value == math.inf else finite("decay", value, requirement)
-    if number < 1:
-        raise ValueError(f"Expected argument `decay` to be {requirement}, but got {value!r}.")
-    return number
-
-
 def _whole(number: float) -> int:
     """The whole part; 4.999999999999999, which a product of decays gives for 5, is 5."""
     nearest = round(number)
     return nearest if abs(number - nearest) <= ROUNDING * max(1, nearest) else math.floor(number)
-
-
-def _memory(max_device_batch_size: object, device_batch_size: int) -> int | None:
-    if max_device_batch_size is None:
-        return None
-    memory = count("max_device_batch_size", max_device_batch_size)
-    if memory < device_batch_size:
-        raise ValueError(
-            "Expected argument `max_device_batch_size` to be at least the batch of the loader to start with"
-            f" ({device_batch_size} examples), but got {memory}."
-        )
-    return memory
-
-
-def _larger_batches(target: int, accumulation: int, memory: int | None) -> tuple[int, int]:
-    """Batch of the loader and accumulation for so many examples per step on each replica."""
-    steps = accumulation if memory is None else math.ceil(target / memory)
-    return max(1, target // steps), steps

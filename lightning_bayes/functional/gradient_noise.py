@@ -1,7 +1,5 @@
 """The gradient noise of McCandlish et al.: from per-example gradients, from sums of them, from two batch sizes."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Self
@@ -148,15 +146,13 @@ def gradient_noise_scale_from_batches(
 
 
 def _check_gradients(gradients: object) -> None:
-    requirement = (
-        "Expected argument `per_example_gradients` to be a floating-point tensor [B, p] with B >= 2, p >= 1"
+    got = type(gradients).__name__
+    if isinstance(gradients, Tensor):
+        rows, columns = gradients.shape if gradients.ndim == 2 else (0, 0)
+        if rows >= 2 and columns >= 1 and gradients.is_floating_point():
+            return
+        got = f"{gradients.dtype} of shape {list(gradients.shape)}"
+    raise ValueError(
+        "Expected argument `per_example_gradients` to be a floating-point tensor [B, p] with B >= 2, p >= 1, but got "
+        f"{got}."
     )
-    if not isinstance(gradients, Tensor):
-        raise ValueError(f"{requirement}, but got {type(gradients).__name__}.")
-    if (
-        gradients.ndim != 2
-        or gradients.shape[0] < 2
-        or gradients.shape[1] < 1
-        or not gradients.is_floating_point()
-    ):
-        raise ValueError(f"{requirement}, but got {gradients.dtype} of shape {list(gradients.shape)}.")

@@ -1,7 +1,5 @@
 """The SGD noise scale, its two inverses, and what Adam keeps instead."""
 
-from __future__ import annotations
-
 import math
 
 from lightning_bayes.functional._validation import (

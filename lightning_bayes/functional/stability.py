@@ -1,7 +1,5 @@
 """The edge of stability of SGD: how large a learning rate a curvature allows, and what happens below it."""
 
-from __future__ import annotations
-
 import math
 
 from lightning_bayes.functional._validation import finite, fraction, non_negative

@@ -53,6 +53,8 @@ class HessianReader:
         ValueError: If the matrix would not fit into it.
     """
 
+    split = "The Hessian is formed by autograd, twice"
+
     def __init__(
         self, network: nn.Module, parameters: Collection[str], budget: Budget = DEFAULT_BUDGET
     ) -> None:
@@ -73,11 +75,6 @@ class HessianReader:
             )
         if self._widened:
             network.double()
-
-    @property
-    def split(self) -> str:
-        """By which derivatives it is read; one line."""
-        return "The Hessian is formed by autograd, twice"
 
     def read(self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood) -> BatchRows:
         """Run one batch through the network and differentiate its unit loss twice.

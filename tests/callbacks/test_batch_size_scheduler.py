@@ -10,8 +10,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.optim import lr_scheduler as schedulers
 
 from lightning_bayes import BatchSizeScheduler, ScalingAdvisor, SGDNoiseScale
+from lightning_bayes.callbacks.trainer.optimizers import sgd_steps
 from lightning_bayes.callbacks.trainer.settings import read_configuration
-from lightning_bayes.callbacks.trainer.sgd_steps import sgd_steps
 
 from .growth_models import BATCH, Data, N, Net, by_hand, column, fit, scheduled, sgd, weights
 

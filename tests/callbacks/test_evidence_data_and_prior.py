@@ -19,7 +19,7 @@ from torch.utils.data import (
 )
 
 from lightning_bayes import LaplaceEvidence
-from lightning_bayes.callbacks.trainer.inputs import check_stream
+from lightning_bayes.callbacks.trainer.training_set import check_stream
 
 from .evidence_models import (
     DECAY,
@@ -214,10 +214,11 @@ def test_a_stream_under_several_processes_names_the_way_out(replicas):
     stream = type(
         "Stream", (IterableDataset,), {"__iter__": lambda self: iter(()), "__len__": lambda self: 8}
     )()
-    trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": replicas})
+    several = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": replicas})
+    trainer = SimpleNamespace(strategy=several)
     with pytest.raises(
         ValueError, match=rf"Stream is an IterableDataset that {replicas} processes.*map-style"
     ):
         check_stream(trainer, DataLoader(stream))
     check_stream(trainer, DataLoader(TensorDataset(torch.zeros(3))))
-    check_stream(SimpleNamespace(distributed_sampler_kwargs=None), DataLoader(stream))
+    check_stream(SimpleNamespace(strategy=SimpleNamespace()), DataLoader(stream))

@@ -178,8 +178,8 @@ def test_max_overhead(tmp_path, monkeypatch, max_overhead, evaluated):
     callback = LaplaceEvidence(max_overhead=max_overhead)
 
     class Timed(LaplaceEvidence):
-        def _evaluate(self, trainer, pl_module):
-            evidence = super()._evaluate(trainer, pl_module)
+        def _take(self, trainer, take):
+            evidence = super()._take(trainer, take)
             clock.now += 3.0
             return Evidence(**{**vars(evidence), "seconds": 3.0})
 

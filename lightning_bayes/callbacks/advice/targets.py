@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from lightning.pytorch import Trainer
 
-from lightning_bayes.callbacks.trainer.loaders import training_loader
 from lightning_bayes.callbacks.trainer.settings import TrainerConfiguration
-from lightning_bayes.callbacks.trainer.training_set import known_length
+from lightning_bayes.callbacks.trainer.training_set import known_length, training_loader
 from lightning_bayes.functional import AdamConfiguration
 from lightning_bayes.functional.advice.adam_advice import check_adam_targets
 from lightning_bayes.functional.configuration import Targets

@@ -1,27 +1,23 @@
 """The evidence of the module that a Trainer trains, on its training data: rehearsed on one batch, then evaluated."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_bayes.callbacks.trainer.inputs import (
-    announce_prior,
-    examples_of,
-    prior_of,
-    step_batch_size,
-    subset_of,
-    warn_of_averages,
-)
-from lightning_bayes.callbacks.trainer.module_reader import ModuleReader, NetworkOption, original_network
-from lightning_bayes.callbacks.trainer.progress import shown_in_bar
+from lightning_bayes.callbacks.evidence.progress import shown_in_bar
+from lightning_bayes.callbacks.trainer.checks import warn_of_averages
+from lightning_bayes.callbacks.trainer.module_reader import ModuleReader, NetworkOption
+from lightning_bayes.callbacks.trainer.optimizers import announce_prior, prior_of
+from lightning_bayes.callbacks.trainer.training_set import examples_of, step_batch_size
 from lightning_bayes.capture.examples import Examples
-from lightning_bayes.capture.forward import BatchForward, Forward
+from lightning_bayes.capture.forward import BatchForward
 from lightning_bayes.capture.loss import CapturedLoss
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.evidence.evaluate import evidence_of
@@ -39,18 +35,18 @@ class Rehearsed:
 
     Attributes:
         asked: The method as asked for, with columns sampled where there are many.
-        chosen: The same with its structure chosen.
         last_layer: Names of the parameters of the last layer, None where it was not asked for.
         batch_size: Of the first batch.
-        sizes: Parameters and N that the choice was made for; None where the batch had no evidence.
+        chosen: The method with its structure chosen; None where the batch had no evidence.
+        sizes: Parameters and N that the choice was made for.
         seconds: That an evaluation is expected to take.
     """
 
     asked: Method
-    chosen: Method
-    last_layer: list[str] | None
-    batch_size: int
-    sizes: tuple[list[str], int] | None
+    last_layer: list[str] | None = None
+    batch_size: int = 1
+    chosen: Method | None = None
+    sizes: tuple[list[str], int] | None = None
     seconds: float = 0.0
 
 
@@ -65,23 +61,6 @@ class Evaluation:
     batch_size: int | None
     max_examples: int | None
 
-    def examples(self, trainer: Trainer) -> Examples:
-        """The training data, to be read in batches."""
-        return examples_of(trainer, self.batch_size, self.max_examples)
-
-    def prior(self, trainer: Trainer, module: LightningModule, last_layer: list[str] | None) -> Prior:
-        """The prior of the parameters that take part.
-
-        Args:
-            trainer: Of the fit.
-            module: The user's.
-            last_layer: Names of the parameters of the last layer where that alone takes part.
-        """
-        target, subset = original_network(module, self.network), last_layer
-        if not isinstance(self.method.subset_of_weights, str):
-            subset = subset_of(trainer, target, self.method.subset_of_weights)
-        return prior_of(trainer, target, self.prior_precision, subset)
-
     def rehearse(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> Rehearsed:
         """Read one batch all the way, choose the structure, and say how the evidence is computed.
 
@@ -89,23 +68,19 @@ class Evaluation:
             ValueError: If the module cannot be read.
         """
         reader = ModuleReader(trainer, module, self.likelihood, self.network)
-
-        def read() -> CapturedLoss:
-            # A training_step may work on its batch in place, and the real one comes next.
-            return reader.read(_cloned(batch), batch_idx, transferred=True)
-
+        read = partial(reader.read, batch, batch_idx, transferred=True)
         captured, again = read(), read()
         reader.check_computed_by_copy(captured.outputs)
-        names: list[str] | None = None
-        if self.method.subset_of_weights == "last_layer":
+        precision, subset, names = self.prior_precision, self.method.subset_of_weights, None
+        if subset == "last_layer":
             names = last_layer(reader.network, lambda: read().outputs)
             rank_zero_info(f"LaplaceEvidence: the last layer is {names}; the rest is conditioned on.")
-        prior = self.prior(trainer, module, names)
-        rehearsed = self._choose(reader, captured, self.examples(trainer), prior, names)
+        examples = examples_of(trainer, self.batch_size, self.max_examples)
+        prior = prior_of(trainer, reader.original, precision, subset, names)
+        rehearsed = self._choose(reader, captured, examples, prior, names)
         # Now that it can be read: where it cannot, one warning says so, and no other.
         warn_of_averages(trainer)
-        target = original_network(module, self.network)
-        announce_prior(trainer, target, prior, self.prior_precision, self.method.subset_of_weights)
+        announce_prior(trainer, reader.original, precision, subset, prior)
         if captured.value != again.value and math.isfinite(captured.value):
             rank_zero_warn(
                 f"LaplaceEvidence: training_step gave {captured.value:.6g} and {again.value:.6g} for one batch in "
@@ -128,30 +103,39 @@ class Evaluation:
         Raises:
             EvidenceUnavailableError: If these weights have no evidence.
         """
-        examples, prior = self.examples(trainer), self.prior(trainer, module, rehearsed.last_layer)
-        sizes = examples.num_examples, examples.num_batches
-        reader = ModuleReader(trainer, module, self.likelihood, self.network)
-        batches = iter(enumerate(shown_in_bar(trainer, examples.read(), examples.num_batches)))
-        first = next(batches)
-        # The kind of the likelihood is that of the first batch; the rest must be of the same kind.
-        captured = reader.read(_cloned(first[1]), first[0])
         training_batch_size = step_batch_size(trainer) or rehearsed.batch_size
+        examples = examples_of(trainer, self.batch_size, self.max_examples)
+        batches = enumerate(shown_in_bar(trainer, examples.read(), examples.num_batches))
+        first = next(batches)
+        reader = ModuleReader(trainer, module, self.likelihood, self.network)
+        # The kind of the likelihood is that of the first batch; the rest must be of the same kind.
+        captured = reader.read(first[1], first[0])
+        subset = self.method.subset_of_weights
+        prior = prior_of(trainer, reader.original, self.prior_precision, subset, rehearsed.last_layer)
+        start = _start(before, prior)
 
         def loss_scale(terms_per_example: float, dispersion: float) -> float:
             return captured.likelihood.loss_scale(
                 captured.reduction, terms_per_example, training_batch_size, dispersion
             )
 
-        def forwards() -> Iterator[Forward]:
-            yield _forward(reader, *first)
-            for index, batch in batches:
-                yield _forward(reader, index, batch)
-
         # Parameters are unfrozen and datasets grow during a run: then the choice is made again.
         same = rehearsed.sizes == (list(prior.strengths), examples.num_examples)
-        method = rehearsed.chosen if same else rehearsed.asked
-        totals = read_all(reader.network, forwards(), captured.likelihood, prior, method, *sizes)
-        return evidence_of(totals, loss_scale, _start(before, prior))
+        method = (rehearsed.chosen if same else None) or rehearsed.asked
+        forwards = (
+            BatchForward(partial(_outputs_and_targets, reader, index), batch)
+            for index, batch in chain([first], batches)
+        )
+        totals = read_all(
+            reader.network,
+            forwards,
+            captured.likelihood,
+            prior,
+            method,
+            examples.num_examples,
+            examples.num_batches,
+        )
+        return evidence_of(totals, loss_scale, start)
 
     def _choose(
         self,
@@ -170,19 +154,19 @@ class Evaluation:
         if changed is not None:
             rank_zero_warn(f"LaplaceEvidence: {changed}")
         # The evidence has a loader of its own: what cannot be read from that one must fail now as well.
-        own = _forward(reader, 0, next(iter(examples.read())))
+        own = BatchForward(partial(_outputs_and_targets, reader, 0), next(iter(examples.read())))
+        settled = Rehearsed(asked, last_layer, len(captured.outputs))
         try:
             rehearsal = rehearse(reader.network, own, captured.likelihood, prior, asked, number)
         except EvidenceUnavailableError as error:
             rank_zero_warn(f"LaplaceEvidence: the first batch has no evidence. {error}")
-            return Rehearsed(asked, asked, last_layer, len(captured.outputs), None)
-        rank_zero_info(f"LaplaceEvidence: structure={rehearsal.method.structure!r}. {rehearsal.reason}.")
-        rank_zero_info(f"LaplaceEvidence: {rehearsal.split}.")
-        for note in (*examples.notes, captured.likelihood.note):
-            if note is not None:
-                rank_zero_info(f"LaplaceEvidence: {note}.")
+            return settled
+        structure = f"structure={rehearsal.method.structure!r}. {rehearsal.reason}"
+        for sentence in (structure, rehearsal.split, *examples.notes, captured.likelihood.note):
+            if sentence is not None:
+                rank_zero_info(f"LaplaceEvidence: {sentence}.")
         sizes = list(prior.strengths), number
-        return Rehearsed(asked, rehearsal.method, last_layer, len(captured.outputs), sizes, rehearsal.seconds)
+        return replace(settled, chosen=rehearsal.method, sizes=sizes, seconds=rehearsal.seconds)
 
 
 def _start(before: Evidence | None, prior: Prior) -> dict[str, float] | None:
@@ -195,14 +179,6 @@ def _start(before: Evidence | None, prior: Prior) -> dict[str, float] | None:
     return dict(precision) if precision.keys() == set(prior.strengths) else None
 
 
-def _cloned(batch: Any) -> Any:
-    return apply_to_collection(batch, Tensor, Tensor.clone)
-
-
-def _forward(reader: ModuleReader, index: int, batch: Any) -> Forward:
-    # A training_step may work on its batch in place, and the batch is read again, whole and regrouped.
-    return BatchForward(lambda some: _outputs_and_targets(reader.read(_cloned(some), index)), batch)
-
-
-def _outputs_and_targets(captured: CapturedLoss) -> tuple[Tensor, Tensor]:
+def _outputs_and_targets(reader: ModuleReader, index: int, batch: Any) -> tuple[Tensor, Tensor]:
+    captured = reader.read(batch, index)
     return captured.outputs, captured.targets

@@ -1,7 +1,5 @@
 """Gradient noise from a copy of the module, on the live batch: example by example, or the batch cut into parts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +9,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_bayes.callbacks.gradient_noise.two_batch_sizes import TwoBatchSizes, pooled
+from lightning_bayes.callbacks.gradient_noise.two_batch_sizes import TwoBatchSizes, pooled, scaled
+from lightning_bayes.callbacks.trainer.checks import with_way_out
 from lightning_bayes.callbacks.trainer.live_copy import LiveCopy
 from lightning_bayes.callbacks.trainer.module_reader import num_examples_of
 from lightning_bayes.callbacks.trainer.restore import untouched
 from lightning_bayes.capture.as_written import as_real
-from lightning_bayes.capture.loss import CapturedLoss
+from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.rows.example_gradients import ExampleGradientReader, GradientSums
 
 NUM_PARTS = 4
@@ -36,8 +35,8 @@ class CopiedGradients:
     def __init__(
         self, trainer: Trainer, module: LightningModule, names: Sequence[str], by_example: bool
     ) -> None:
-        self.by_example = by_example
         self._trainer, self._module, self._names = trainer, module, list(names)
+        self._by_example = by_example
         self._copy: LiveCopy | None = None
         self._gradients: ExampleGradientReader | None = None
         self._checked = False
@@ -52,45 +51,50 @@ class CopiedGradients:
         Raises:
             ValueError: If the loss cannot be taken apart, or the batch not be cut.
         """
+        return pooled(self._trainer, self._sums(batch, batch_idx))
+
+    def why_not_by_example(self, batch: Any, batch_idx: int) -> str | None:
+        """What keeps the loss of a batch from being taken apart into its examples; None if nothing does."""
+        try:
+            self._sums(batch, batch_idx)
+        except EvidenceUnavailableError:  # of these weights, not of the loss
+            return None
+        except ValueError as error:
+            return with_way_out(error, "")
+        return None
+
+    def give_up(self) -> None:
+        """Send the other processes NaN in place of a measurement that failed here, so that they do not wait."""
+        if self._trainer.world_size > 1:
+            named, lost = dict(self._module.named_parameters()), [math.nan] * len(self._names)
+            totals = [torch.full_like(as_real(named[name]), torch.nan).flatten() for name in self._names]
+            totals = [total.float() if total.itemsize < 4 else total for total in totals]  # as in the copy
+            pooled(self._trainer, GradientSums(1, 1.0, lost, lost, totals))
+
+    def _sums(self, batch: Any, batch_idx: int) -> GradientSums:
         with untouched(self._trainer):
-            copy = self._live_copy()
-            # A training_step may work on its batch in place, and the real one comes next.
-            mine = apply_to_collection(batch, Tensor, Tensor.clone)
-            if self.by_example:
-                sums = self._of_examples(copy, mine, batch_idx)
-            else:
-                sums = self._of_parts(copy, mine, batch_idx)
-        return pooled(self._trainer, sums)
-
-    def nothing(self) -> TwoBatchSizes | None:
-        """What a process says whose measurement failed, so that the others do not wait for it."""
-        named, lost = dict(self._module.named_parameters()), [math.nan] * len(self._names)
-        totals = [torch.full_like(as_real(named[name]), torch.nan).flatten() for name in self._names]
-        totals = [total.float() if total.itemsize < 4 else total for total in totals]  # as in the copy
-        return pooled(self._trainer, GradientSums(1, 1.0, lost, lost, totals))
-
-    def _live_copy(self) -> LiveCopy:
-        if self._copy is None or not self._copy.refresh():
-            self._copy = LiveCopy(self._trainer, self._module)
-            self._gradients = None
-        return self._copy
+            if self._copy is None or not self._copy.refresh():
+                self._copy = LiveCopy(self._trainer, self._module)
+                self._gradients = None
+            of = self._of_examples if self._by_example else self._of_parts
+            return of(self._copy, batch, batch_idx)
 
     def _of_examples(self, copy: LiveCopy, batch: Any, batch_idx: int) -> GradientSums:
-        def read() -> CapturedLoss:
-            return copy.reader.read(batch, batch_idx, transferred=True)
-
         if self._gradients is None:
-            copy.reader.check_computed_by_copy(read().outputs)
+            copy.reader.check_computed_by_copy(copy.reader.read(batch, batch_idx, transferred=True).outputs)
             self._gradients = ExampleGradientReader(copy.reader.network, self._names)
-        scales: list[float] = []
+        factor = math.nan
 
         def forward() -> tuple[Tensor, Tensor]:
-            captured = read()
-            scales.append(training_loss_scale(captured))
+            nonlocal factor
+            captured = copy.reader.read(batch, batch_idx, transferred=True)
+            # The mean over the B examples of the gradients of their unit losses, so scaled, is the gradient of the
+            # loss as training_step returns it, be it a mean over examples or tokens, or a sum.
+            factor = len(captured.outputs) * captured.scale
             return captured.outputs, captured.unit_loss
 
         sums = self._gradients.sums(forward, self._trainer.world_size > 1)
-        return scaled(sums, scales[-1])
+        return scaled(sums, factor)
 
     def _of_parts(self, copy: LiveCopy, batch: Any, batch_idx: int) -> GradientSums:
         num_examples = num_examples_of(batch)
@@ -111,31 +115,6 @@ class CopiedGradients:
                 self._checked = True
             gradients.append(torch.autograd.grad(loss, parameters, materialize_grads=True))
         return _sums_of_parts(gradients, size)
-
-
-def training_loss_scale(captured: CapturedLoss) -> float:
-    """What turns the gradient of an example's `unit_loss` into B times its share of the training loss's gradient.
-
-    The one place where conventions are converted: the mean over the B examples of the gradients so scaled is the
-    gradient of the loss as training_step returns it, be it a mean over examples or tokens, or a sum.
-    """
-    num_examples = len(captured.outputs)
-    num_terms = captured.likelihood.num_terms(captured.outputs.detach(), captured.targets)
-    if num_terms == 0:  # every target is ignored
-        return math.nan
-    total = captured.likelihood.loss_scale("sum", num_terms / num_examples, 1, 1.0)
-    return num_examples * (total if captured.reduction == "sum" else total / num_terms)
-
-
-def scaled(sums: GradientSums, factor: float) -> GradientSums:
-    """The sums of gradients that are so many times as large."""
-    return GradientSums(
-        sums.num_gradients,
-        sums.inverse_sizes,
-        [factor**2 * square for square in sums.squares],
-        [factor**2 * square for square in sums.squared_totals],
-        None if sums.totals is None else [total * factor for total in sums.totals],
-    )
 
 
 def _sums_of_parts(gradients: list[tuple[Tensor, ...]], size: int) -> GradientSums:

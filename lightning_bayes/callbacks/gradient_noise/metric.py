@@ -1,7 +1,5 @@
 """Averages the two parts of the gradient noise over steps, apart from each other."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

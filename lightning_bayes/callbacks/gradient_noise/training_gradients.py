@@ -6,8 +6,6 @@ last backward pass of a step holds the mean over processes of the sum over micro
 Lightning has divided by their nominal number.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -38,9 +36,10 @@ class TrainingGradients:
         self._handles: list[RemovableHandle] = []
         self._start(module.device)
 
-    def begin(self, batch: Any, loader_batch_size: int | None) -> None:
+    def begin(self, batch: Any, loader_batch_size: int | None, first: bool) -> None:
         """Before the training_step of a micro-batch: note its size, and watch its backward pass."""
-        if not self._handles:
+        if first:
+            self.stop()  # what was seen of a step that was not made
             self._start(self._parameters[0].device)
             self._handles = [
                 parameter.register_hook(partial(self._see, index))
@@ -80,7 +79,9 @@ class TrainingGradients:
         if number < 2:
             return None
         # Undo what the loss was multiplied by: 1/k under accumulation, and the scale of half precision.
-        factor = self._trainer.accumulate_grad_batches / _loss_scale(self._trainer)
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
+        factor = self._trainer.accumulate_grad_batches / loss_scale
         size = number / inverse_sizes
         mean = factor * replicas / number  # `.grad` is the sum over micro-batches, and the mean over replicas
         return TwoBatchSizes(
@@ -113,8 +114,3 @@ def _squared_norm(gradient: Tensor, dtype: torch.dtype) -> Tensor:
         # Half precision overflows at a squared norm of 65504.
         flat = flat if flat.itemsize >= 4 else flat.float()
         return flat.dot(flat).to(dtype)
-
-
-def _loss_scale(trainer: Trainer) -> float:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())

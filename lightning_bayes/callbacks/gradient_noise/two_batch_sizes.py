@@ -1,7 +1,5 @@
 """Squared norms of gradients of two batch sizes, over all processes: what every way of measuring comes down to."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +47,17 @@ class TwoBatchSizes:
             gradient_noise_scale_from_batches(max(b, 0.0), self.small_size, max(B, 0.0), self.large_size)
             for b, B in zip(small, large, strict=True)
         ]
+
+
+def scaled(sums: GradientSums, factor: float) -> GradientSums:
+    """The sums of gradients that are so many times as large."""
+    return GradientSums(
+        sums.num_gradients,
+        sums.inverse_sizes,
+        [factor**2 * square for square in sums.squares],
+        [factor**2 * square for square in sums.squared_totals],
+        None if sums.totals is None else [total * factor for total in sums.totals],
+    )
 
 
 def pooled(trainer: Trainer, sums: GradientSums) -> TwoBatchSizes | None:

@@ -1,39 +1,26 @@
 """What `BatchSizeScheduler` refuses and what it says."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_bayes.advice.optimizer_groups import is_adaptive
+from lightning_bayes.callbacks.trainer.checks import check_automatic_optimization
+from lightning_bayes.callbacks.trainer.module_reader import is_named
 from lightning_bayes.callbacks.trainer.restore import untouched
-from lightning_bayes.callbacks.trainer.settings import Sizes, is_adaptive
+from lightning_bayes.callbacks.trainer.settings import Sizes
 from lightning_bayes.callbacks.trainer.training_loss import TrainingLoss
-from lightning_bayes.capture.loss import CapturedLoss
-from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.functional import BatchGrowth
-from lightning_bayes.functional.batch_growth import METHODS, RULES
 from lightning_bayes.functional.scaling import Rule
-
-
-def check_choices(method: object, rule: object) -> None:
-    """Raise a ValueError for a method or a rule that does not exist."""
-    if method not in ("auto", *METHODS):
-        raise ValueError(
-            f'Expected argument `method` to be "auto", "accumulate" or "reload", but got {method!r}.'
-        )
-    if rule not in RULES:
-        raise ValueError(f'Expected argument `rule` to be "linear", "exact" or "sqrt", but got {rule!r}.')
 
 
 def check_alone(callback: Callback, trainer: Trainer) -> None:
     """Raise a ValueError for a second callback that sets how many batches a step takes."""
     for other in trainer.callbacks:  # type: ignore[attr-defined] # set without being declared
-        # By name: those of `lightning` and of `pytorch_lightning` are different classes.
-        names = {base.__name__ for base in type(other).__mro__}
-        if other is not callback and names & {"GradientAccumulationScheduler", "BatchSizeScheduler"}:
+        sets_it = is_named(other, "GradientAccumulationScheduler", "BatchSizeScheduler")
+        if sets_it and other is not callback:
             raise ValueError(
                 f"Expected BatchSizeScheduler to be alone in setting the batch size, but got {type(other).__name__}"
                 " beside it. Remove one of them; `Trainer(accumulate_grad_batches=...)` sets the batch size to start"
@@ -43,13 +30,8 @@ def check_alone(callback: Callback, trainer: Trainer) -> None:
 
 def check_trainer(trainer: Trainer, module: LightningModule) -> None:
     """Raise a ValueError for ways to train that leave BatchSizeScheduler no hold on the batch."""
-    if not module.automatic_optimization:
-        raise ValueError(
-            "BatchSizeScheduler needs automatic optimization, but the LightningModule sets"
-            " `automatic_optimization = False`: it alone knows when it steps. Remove the callback, and use"
-            " `lightning_bayes.functional.grow_batch` in `training_step`."
-        )
-    if any(base.__name__ == "DeepSpeedStrategy" for base in type(trainer.strategy).__mro__):
+    check_automatic_optimization(module, "BatchSizeScheduler", ".grow_batch")
+    if is_named(trainer.strategy, "DeepSpeedStrategy"):
         raise ValueError(
             f"BatchSizeScheduler cannot change how many batches {type(trainer.strategy).__name__} accumulates: its"
             " engine fixes that at the start. Use another strategy."
@@ -61,23 +43,18 @@ def check_mean_loss(trainer: Trainer, module: LightningModule) -> None:
 
     A loss that cannot be read is taken to be a mean.
     """
-    captured = _captured(trainer, module)
-    if captured is not None and captured.reduction == "sum":
+    with untouched(trainer), torch.enable_grad():
+        try:
+            loss = TrainingLoss(trainer, module, None, None, None, 1)
+            reduction = loss.reader.read(loss.batches[0], 0).reduction
+        except ValueError:
+            return
+    if reduction == "sum":
         raise ValueError(
             'Expected a loss that is a mean over the batch with method="reload", but got a sum: from a batch k times'
             " as large its gradient is k times as large, which undoes the growth. Use the mean, or"
             ' method="accumulate".'
         )
-
-
-def _captured(trainer: Trainer, module: LightningModule) -> CapturedLoss | None:
-    loss = TrainingLoss(trainer, module, None, None, None, 1)
-    with untouched(trainer), torch.enable_grad():
-        try:
-            (batch, *_), _ = loss.batches()
-            return loss.reader().read(batch, 0)
-        except (ValueError, EvidenceUnavailableError):
-            return None
 
 
 def check_schedulers(trainer: Trainer, reloads: bool) -> None:
@@ -116,33 +93,30 @@ def warnings_at_start(trainer: Trainer, rule: Rule) -> list[str]:
     return warnings
 
 
-def describe_milestones(trainer: Trainer, start: Sizes, plans: Mapping[int, BatchGrowth]) -> str:
-    """The batch of each phase, and what becomes of the number of optimizer steps."""
+def describe(
+    trainer: Trainer, start: Sizes, plans: Mapping[int, BatchGrowth] | None, log_key_prefix: str
+) -> str:
+    """What becomes of batches, learning rates and the number of optimizer steps.
+
+    Args:
+        trainer: that is fitting.
+        start: the sizes at the first step.
+        plans: the batch from each milestone on; None for the decays of the user's own schedulers.
+        log_key_prefix: of the keys that show them.
+    """
+    if plans is None:
+        kinds = sorted({type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs})
+        names = " and ".join(kinds)
+        return (
+            f"the decays of {names} become larger batches. LearningRateMonitor shows what {names} asks for,"
+            f" `{log_key_prefix}learning_rate` what is used, `{log_key_prefix}batch_size` the examples of a step."
+        )
     phases = [f"B = {start.batch_size}"]
-    phases += [f"{plan.batch_size} from epoch {epoch}{_remainder(plan)}" for epoch, plan in plans.items()]
+    for epoch, plan in plans.items():
+        left = 1 / plan.learning_rate_factor
+        remainder = "" if math.isclose(left, 1) else f" with the learning rate / {left:.4g}"
+        phases.append(f"{plan.batch_size} from epoch {epoch}{remainder}")
     return f"{', '.join(phases)}.{_steps(trainer, start, plans)}"
-
-
-def describe_wrapping(trainer: Trainer, log_key_prefix: str) -> str:
-    """What becomes of the user's own schedulers."""
-    names = " and ".join(sorted({type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs}))
-    return (
-        f"the decays of {names} become larger batches. LearningRateMonitor shows what {names} asks for,"
-        f" `{log_key_prefix}learning_rate` what is used, `{log_key_prefix}batch_size` the examples of a step."
-    )
-
-
-def limit_reached(growth: BatchGrowth, epoch: int) -> str:
-    """That the learning rate decays from here on."""
-    return (
-        f"from epoch {epoch} on the batch cannot take the whole decay: B is {growth.batch_size} and stays within"
-        " `max_batch_size` (N/10 unless it is given). The learning rate takes the rest."
-    )
-
-
-def _remainder(plan: BatchGrowth) -> str:
-    left = 1 / plan.learning_rate_factor
-    return "" if math.isclose(left, 1) else f" with the learning rate / {left:.4g}"
 
 
 def _steps(trainer: Trainer, start: Sizes, plans: Mapping[int, BatchGrowth]) -> str:

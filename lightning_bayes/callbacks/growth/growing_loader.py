@@ -1,7 +1,5 @@
 """A DataModule whose training loader is given larger batches, and nothing else."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -9,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_bayes.callbacks.trainer.loaders import loader_batch_size
+from lightning_bayes.callbacks.trainer.settings import loader_batch_size
 from lightning_bayes.capture.isolation import isolated
 
 
@@ -57,7 +55,7 @@ class GrowingLoader:
         """
         self.requested = batch_size
         if self._reload_interval is None:
-            self._reload_interval = _reload_interval(trainer)
+            self._reload_interval = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined] # set without being declared
 
     def arrived(self, trainer: Trainer) -> None:
@@ -126,7 +124,3 @@ def why_not_reload(trainer: Trainer) -> str | None:
 def _batch_sizes(datamodule: Any) -> list[int]:
     loaded = (getattr(datamodule, "batch_size", None), datamodule.hparams.get("batch_size"))
     return [value for value in loaded if isinstance(value, int) and not isinstance(value, bool)]
-
-
-def _reload_interval(trainer: Trainer) -> int:
-    return int(trainer.reload_dataloaders_every_n_epochs)  # type: ignore[attr-defined] # set without being declared

@@ -1,14 +1,19 @@
-"""By how much the learning rate would have been divided: from milestones, or from the user's own schedulers."""
+"""By how much the learning rate would have been divided, and the batches that are to be in its place.
 
-from __future__ import annotations
+The decays come from milestones, or from the user's own schedulers.
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal, Protocol
+from typing import Literal
 
-from lightning_bayes.functional import BatchGrowth
+from lightning_bayes.callbacks.trainer.settings import Sizes
+from lightning_bayes.functional import BatchGrowth, grow_batch
 from lightning_bayes.functional._validation import finite
+from lightning_bayes.functional.batch_growth import GrowthMethod
+from lightning_bayes.functional.scaling import Rule
 
 Schedule = Iterable[int] | Mapping[int, float] | Literal["lr_scheduler"]
 """What `BatchSizeScheduler` takes."""
@@ -16,50 +21,12 @@ PAPERS_FACTOR = 5.0
 """Smith et al. divide the learning rate, or multiply the batch, by 5."""
 
 
-class DecaySchedule(Protocol):
-    """The decay κ of each epoch, and what is left of it for the learning rate.
+class LearningRateDecay:
+    """Decays κ that the learning rates of the optimizer show: how far each is below its highest so far.
 
     Attributes:
-        peaks: the highest learning rate so far of each parameter group, where the decays are measured from it.
+        peaks: the highest learning rate so far of each parameter group.
     """
-
-    peaks: list[float]
-
-    def observe(self, learning_rates: Sequence[float]) -> None:
-        """Take learning rates into account that are no start of an epoch."""
-
-    def decay(self, epoch: int, learning_rates: Sequence[float]) -> float:
-        """κ of an epoch, given the learning rates that the optimizer's groups start it with."""
-
-    def multiplier(self, growth: BatchGrowth) -> float:
-        """The factor on the learning rates of the optimizer's groups when the batch has grown."""
-
-
-class Milestones:
-    """Decays that the user lists; no scheduler carries them out.
-
-    Args:
-        factors: pairs of an epoch, counted from 0, and the factor from then on.
-    """
-
-    def __init__(self, factors: Sequence[tuple[int, float]]) -> None:
-        self.factors = tuple(sorted(factors))
-        self.peaks: list[float] = []
-
-    def observe(self, learning_rates: Sequence[float]) -> None:
-        """Nothing: these decays depend on the epoch alone."""
-
-    def decay(self, epoch: int, learning_rates: Sequence[float]) -> float:
-        """The product of the factors of all milestones up to this epoch."""
-        return math.prod((factor for milestone, factor in self.factors if milestone <= epoch), start=1.0)
-
-    def multiplier(self, growth: BatchGrowth) -> float:
-        """What the batch has left of the decay: nobody else decays the learning rate."""
-        return growth.learning_rate_factor
-
-
-class LearningRateDecay:
-    """Decays that the learning rates of the optimizer show: how far each is below its highest so far."""
 
     def __init__(self) -> None:
         self.peaks: list[float] = []
@@ -69,15 +36,64 @@ class LearningRateDecay:
         self.peaks += learning_rates[len(self.peaks) :]  # fine-tuning adds groups
         self.peaks = [max(pair) for pair in zip(self.peaks, learning_rates, strict=False)]
 
-    def decay(self, epoch: int, learning_rates: Sequence[float]) -> float:
+    def decay(self, learning_rates: Sequence[float]) -> float:
         """The smallest decay of a group, so that no group is taken beyond its peak; infinite where all are 0."""
         self.observe(learning_rates)
         known = [(peak, rate) for peak, rate in zip(self.peaks, learning_rates, strict=False) if peak > 0]
         return min((peak / rate if rate > 0 else math.inf for peak, rate in known), default=1.0)
 
-    def multiplier(self, growth: BatchGrowth) -> float:
-        """What takes back the scheduler's decay as far as the batch has it."""
-        return growth.learning_rate_gain
+
+def decay_of(milestones: Iterable[tuple[int, float]], epoch: int) -> float:
+    """The decay κ of an epoch, the product of the factors of all milestones up to it.
+
+    Args:
+        milestones: pairs of an epoch, counted from 0, and the factor from then on.
+        epoch: counted from 0.
+    """
+    return math.prod((factor for milestone, factor in milestones if milestone <= epoch), start=1.0)
+
+
+@dataclass
+class BatchPlanner:
+    """`grow_batch` for the Trainer at hand.
+
+    Attributes:
+        max_batch_size: as in `grow_batch`.
+        max_device_batch_size: as in `grow_batch`.
+        rule: as in `grow_batch`.
+        start: at the first step, however often the run is resumed; None before it.
+        start_batches: of an epoch then; infinite where that is not known.
+        now: in this epoch.
+    """
+
+    max_batch_size: int | None
+    max_device_batch_size: int | None
+    rule: Rule
+    start: Sizes | None = None
+    start_batches: float = 0.0
+    now: Sizes | None = None
+
+    def plan(self, decay: float, method: GrowthMethod) -> BatchGrowth:
+        """The batch for a decay, of loaders' batches as they are now ("accumulate") or of larger ones."""
+        if self.start is None or self.now is None:
+            raise RuntimeError("BatchSizeScheduler plans between `on_train_start` and `on_train_end` only.")
+        device = (self.now if method == "accumulate" else self.start).device_batch_size
+        return grow_batch(
+            decay,
+            device_batch_size=device,
+            accumulation=self.start.accumulation,
+            replicas=self.now.replicas,
+            dataset_size=self.now.dataset_size,
+            batch_size=self.start.batch_size,
+            max_batch_size=self.max_batch_size,
+            max_device_batch_size=self.max_device_batch_size,
+            method=method,
+            rule=self.rule,
+        )
+
+    def loads(self, growth: BatchGrowth) -> bool:
+        """Whether the loader of this epoch has the batches that a growth is made of."""
+        return self.now is not None and growth.device_batch_size == self.now.device_batch_size
 
 
 def parse_schedule(schedule: object, factor: float | None) -> tuple[tuple[int, float], ...] | None:

@@ -1,7 +1,5 @@
 """A copy of a LightningModule that follows it through training without being copied again."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -36,7 +34,7 @@ class LiveCopy:
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
-        self.reader = ModuleReader(trainer, module, None, None)
+        self.reader = ModuleReader(trainer, module)
         self._original = module
         self._identity = _identity(module)
         self._parameters = list(zip(self.reader.network.parameters(), module.parameters(), strict=True))
@@ -55,46 +53,41 @@ class LiveCopy:
         """
         # A buffer that is assigned to is a new tensor each time: they are found by their place.
         buffers = list(self._original.buffers())
-        if _identity(self._original) != self._identity or not _alike(self._buffers, buffers):
+        same_shapes = [mine.shape for mine in self._buffers] == [buffer.shape for buffer in buffers]
+        if _identity(self._original) != self._identity or not same_shapes:
             return False
-        with torch.no_grad():
-            for mine, theirs in self._parameters:
-                mine.copy_(as_real(theirs))
-            for buffer, its_original in zip(self._buffers, buffers, strict=True):
-                buffer.copy_(its_original)
         for part, containers in self._containers:
             vars(part).update({name: _structure(value) for name, value in containers.items()})
         for metric in self._metrics:
             metric.reset()
-        self._carry_plain_values()
+        for index, (part, original) in enumerate(self._modules):
+            self._seen[index] = _carry_plain_values(part, original, self._seen[index])
+        with torch.no_grad():
+            for mine, its_original in zip(self._buffers, buffers, strict=True):
+                mine.copy_(its_original)
+            for mine, theirs in self._parameters:
+                mine.copy_(as_real(theirs))
         return True
 
-    def _carry_plain_values(self) -> None:
-        """Set what has changed in the original, and only that: readers alter some attributes of the copy."""
-        for index, (mine, theirs) in enumerate(self._modules):
-            values, before = _plain_values(theirs), self._seen[index]
-            if values != before:
-                changed = {n: v for n, v in values.items() if n not in before or before[n] != v}
-                vars(mine).update(changed)
-                self._seen[index] = values
-            for name, value in values.items():
-                if not isinstance(value, PLAIN):
-                    vars(mine)[name] = _structure(value)
-            for name in (
-                vars(theirs).keys() - OWN
-            ):  # a temperature, say, that nobody has registered as a buffer
-                value = vars(theirs)[name]
-                if isinstance(value, Tensor):
-                    vars(mine)[name] = value.detach().clone()
+
+def _carry_plain_values(mine: nn.Module, theirs: nn.Module, before: dict[str, Any]) -> dict[str, Any]:
+    """Set what has changed in the original, and only that: readers alter some attributes of the copy."""
+    values = _plain_values(theirs)
+    for name, value in values.items():
+        if not isinstance(value, PLAIN):
+            vars(mine)[name] = _structure(value)
+        elif name not in before or before[name] != value:
+            vars(mine)[name] = value
+    for name in vars(theirs).keys() - OWN:  # a temperature, say, that nobody has registered as a buffer
+        value = vars(theirs)[name]
+        if isinstance(value, Tensor):
+            vars(mine)[name] = value.detach().clone()
+    return values
 
 
 def _identity(module: nn.Module) -> list[tuple[int, bool]]:
     """What must stay for the copy to be one: which parameters, and which of them train."""
     return [(id(parameter), parameter.requires_grad) for parameter in module.parameters()]
-
-
-def _alike(some: list[Tensor], others: list[Tensor]) -> bool:
-    return [tensor.shape for tensor in some] == [tensor.shape for tensor in others]
 
 
 def _plain_values(module: nn.Module) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Whether training_step returns a mean or a sum over its examples, read once before the first step of a run."""
 
-from __future__ import annotations
-
 import math
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -44,11 +43,13 @@ def note_reduction(trainer: Trainer, module: LightningModule, batch: Any, batch_
     _reductions[trainer] = "mean"
     if not module.automatic_optimization:
         return
-    with untouched(trainer), torch.enable_grad():
+    # What the user's own code on a copy says of the loss is not worth the run.
+    with untouched(trainer), torch.enable_grad(), suppress(Exception):
+        reader = ModuleReader(trainer, module)
         try:
-            _reductions[trainer] = _reduction(trainer, module, batch, batch_idx)
-        except Exception:  # of the user's own code on a copy: what it says of the loss is not worth the run
-            return
+            _reductions[trainer] = reader.read(batch, batch_idx, transferred=True).reduction
+        except Exception:  # a loss written by hand: its values on parts of the batch tell
+            _reductions[trainer] = _reduction_by_parts(reader, batch, batch_idx)
 
 
 def reduction_of(trainer: Trainer) -> Reduction:
@@ -59,15 +60,6 @@ def reduction_of(trainer: Trainer) -> Reduction:
         return "mean"
 
 
-def _reduction(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> Reduction:
-    reader = ModuleReader(trainer, module, None, None)
-    try:
-        reduction: Reduction = reader.read(_cloned(batch), batch_idx, transferred=True).reduction
-    except Exception:  # a loss written by hand: its values on parts of the batch tell
-        return _reduction_by_parts(reader, batch, batch_idx)
-    return reduction
-
-
 def _reduction_by_parts(reader: ModuleReader, batch: Any, batch_idx: int) -> Reduction:
     """A sum, where the loss of the batch is that of its first examples and that of the others together."""
     number = num_examples_of(batch)
@@ -75,7 +67,7 @@ def _reduction_by_parts(reader: ModuleReader, batch: Any, batch_idx: int) -> Red
         return "mean"
 
     def value(first: int, last: int) -> float:
-        part = apply_to_collection(batch, Tensor, lambda t: t[first:last].clone() if t.dim() else t.clone())
+        part = apply_to_collection(batch, Tensor, lambda t: t[first:last] if t.dim() else t)
         return reader.loss(part, batch_idx, transferred=True).item()
 
     half = max(1, number // 3)  # unequal, so that a mean of two means is told from half their sum
@@ -84,8 +76,3 @@ def _reduction_by_parts(reader: ModuleReader, batch: Any, batch_idx: int) -> Red
     if not one * other > 0:
         return "mean"
     return "sum" if math.isclose(one + other, whole, rel_tol=TOLERANCE) else "mean"
-
-
-def _cloned(batch: Any) -> Any:
-    # A training_step may work on its batch in place, and the real one comes next.
-    return apply_to_collection(batch, Tensor, Tensor.clone)

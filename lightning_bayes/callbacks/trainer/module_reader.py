@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -15,7 +16,6 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_bayes.callbacks.trainer.read_only_trainer import ReadOnlyTrainer
 from lightning_bayes.capture.as_written import throw_away_copy
 from lightning_bayes.capture.autograd_graph import graph_nodes
 from lightning_bayes.capture.example_layout import Layout, layout_of_rows, rows_of_examples
@@ -29,6 +29,8 @@ NetworkOption = str | Callable[[LightningModule, Any], tuple[Tensor, Tensor]] | 
 class ModuleReader:
     """A copy of a LightningModule whose training_step can be run and read.
 
+    A training_step may work on its batch in place: it is run on a clone, and the batch stays as it is.
+
     Args:
         trainer: Read only.
         module: Copied; the copy is `network`, or its submodule where `network` names one.
@@ -36,34 +38,38 @@ class ModuleReader:
         network: None to run training_step, the name of a submodule to call on `batch[0]` with targets
             `batch[1]`, or a function (module, batch) -> (outputs, targets).
 
+    Attributes:
+        network: The copy.
+        original: What it is a copy of.
+
     Raises:
         ValueError: If the module cannot be copied.
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, likelihood: Likelihood | None, network: NetworkOption
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        likelihood: Likelihood | None = None,
+        network: NetworkOption = None,
     ) -> None:
-        self._trainer = trainer
-        self._hooks = module
-        self._likelihood = likelihood
-        self._option = network
+        self._trainer, self._hooks, self._device = trainer, module, module.device
+        self._likelihood, self._option = likelihood, network
         self._kind: type[Likelihood] | None = None
         self._layout: Layout | None = None
         self._takes_index: bool | None = None
-        target = original_network(module, network)
+        self.original = original_network(module, network)
+        attributes = (value for part in self.original.modules() for value in vars(part).values())
         # Datasets and loaders that a module keeps would be copied with it, each time.
-        data = (
-            v for part in target.modules() for v in vars(part).values() if isinstance(v, Dataset | DataLoader)
-        )
-        self.network: nn.Module = throw_away_copy(target, shared=(trainer, *data))
+        data = (value for value in attributes if isinstance(value, Dataset | DataLoader))
+        self.network: nn.Module = throw_away_copy(self.original, shared=(trainer, *data))
         if is_lightning_module(self.network):
-            _silence(self.network)
+            for part in filter(is_lightning_module, self.network.modules()):
+                vars(part).update(dict.fromkeys(("log", "log_dict", "print"), _nothing))
             if self.network._compiler_ctx is not None:  # its methods are the original's, compiled
                 to_uncompiled(self.network)
-            self.network.trainer = ReadOnlyTrainer(trainer)  # type: ignore[assignment]
+            self.network.trainer = _ReadOnlyTrainer(trainer)  # type: ignore[assignment]
             self._hooks = self.network
-        self._device = module.device
-        self._original = target
 
     def read(self, batch: Any, batch_idx: int, *, transferred: bool = False) -> CapturedLoss:
         """Run one batch as Lightning would and return outputs, targets and what they mean.
@@ -76,7 +82,7 @@ class ModuleReader:
         Raises:
             ValueError: If the training_step cannot be read; the message names the way out.
         """
-        batch = self._converted(batch if transferred else self._transferred(batch))
+        batch = self._prepared(batch, transferred)
         with self._default_dtype():
             captured = self._read(batch, batch_idx)
         self._kind = self._kind or type(captured.likelihood)
@@ -103,9 +109,9 @@ class ModuleReader:
         if self._option is not None:
             captured = self.read(batch, batch_idx, transferred=transferred)
             return captured.scale * captured.unit_loss
-        batch = self._converted(batch if transferred else self._transferred(batch))
+        batch = self._prepared(batch, transferred)
         with self._default_dtype(), torch.enable_grad():
-            return loss_of(self._training_step(batch, batch_idx)).reshape(())
+            return loss_of(self._training_step(batch, batch_idx)()).reshape(())
 
     def check_computed_by_copy(self, outputs: Tensor) -> None:
         """Raise unless the outputs were computed by the copy's parameters, and by no others.
@@ -113,27 +119,24 @@ class ModuleReader:
         A closure, a lambda or a wrapper that the module holds goes on calling the original after a deep copy.
         """
         leaves = {id(node.variable) for node in graph_nodes([outputs]) if hasattr(node, "variable")}
-        used = [name for name, parameter in self._original.named_parameters() if id(parameter) in leaves]
+        used = [name for name, parameter in self.original.named_parameters() if id(parameter) in leaves]
         if used:
             raise ValueError(
-                f"The copy of {type(self._original).__name__} that the evidence is computed on still runs the "
+                f"The copy of {type(self.original).__name__} that the evidence is computed on still runs the "
                 f"original's parameters {used[:4]}: a function stored in the module (a lambda, a closure, a "
                 "wrapped forward or training_step) holds on to it. Make that function a method. A function "
                 "network= must use the module that it is given."
             )
         if leaves.isdisjoint(map(id, self.network.parameters())):
             raise ValueError(
-                f"The outputs carry no graph back to a parameter of {type(self._original).__name__}: they were "
+                f"The outputs carry no graph back to a parameter of {type(self.original).__name__}: they were "
                 f"detached, computed under no_grad, or by another module. {WAY_OUT}"
             )
 
     def _read(self, batch: Any, batch_idx: int) -> CapturedLoss:
         if self._option is None:
-            return capture_loss(
-                lambda: self._training_step(batch, batch_idx),
-                self._likelihood,
-                partial(self._rows_of, num_examples_of(batch)),
-            )
+            rows_of = partial(self._rows_of, num_examples_of(batch))
+            return capture_loss(self._training_step(batch, batch_idx), self._likelihood, rows_of)
         if self._likelihood is None:
             raise ValueError("Argument `network` needs an explicit `likelihood`.")
         outputs, targets = self._call_network(batch)
@@ -146,13 +149,14 @@ class ModuleReader:
         unit_loss = self._likelihood.unit_loss(outputs, targets)
         return CapturedLoss(outputs, targets, self._likelihood, unit_loss, "mean", float("nan"))
 
-    def _training_step(self, batch: Any, batch_idx: int) -> object:
+    def _training_step(self, batch: Any, batch_idx: int) -> Callable[[], object]:
+        """The call of training_step, with the arguments that it takes."""
         step = self._hooks.training_step
         if self._takes_index is None:
             if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
                 raise ValueError(f"training_step(dataloader_iter) takes its own batches. {WAY_OUT}")
             self._takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
-        return step(batch, batch_idx) if self._takes_index else step(batch)
+        return partial(step, batch, batch_idx) if self._takes_index else partial(step, batch)
 
     def _rows_of(self, num_examples: int | None, outputs: Tensor) -> Grouping:
         """How the rows that a loss sees make examples."""
@@ -186,14 +190,18 @@ class ModuleReader:
             )
         return self.network(batch[0]), batch[1]
 
-    def _transferred(self, batch: Any) -> Any:
-        """The batch on the module's device, through the hooks of whoever overrides them."""
-        batch = self._hook("on_before_batch_transfer")(batch, 0)
-        batch = self._hook("transfer_batch_to_device")(batch, self._device, 0)
-        return self._hook("on_after_batch_transfer")(batch, 0)
+    def _prepared(self, batch: Any, transferred: bool) -> Any:
+        """A clone on the module's device, through the hooks of transfer of whoever overrides them.
 
-    def _converted(self, batch: Any) -> Any:
-        """The batch in the precision that the plugin trains in, or in float32 where that is a half one."""
+        It has the precision that the plugin trains in, or float32 where that is a half one.
+        """
+        batch = apply_to_collection(batch, Tensor, Tensor.clone)
+        if not transferred:
+            datamodule = getattr(self._trainer, "datamodule", None)
+            for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+                overridden = datamodule is not None and is_overridden(name, datamodule)
+                hook = getattr(datamodule if overridden else self._hooks, name)
+                batch = hook(batch, self._device, 0) if name == "transfer_batch_to_device" else hook(batch, 0)
         batch = self._trainer.precision_plugin.convert_input(batch)
         first = next(self.network.parameters(), None)
         if first is None or not first.is_floating_point():
@@ -209,21 +217,46 @@ class ModuleReader:
         plugin = self._trainer.precision_plugin
         return plugin.forward_context() if isinstance(plugin, DoublePrecision) else nullcontext()
 
-    def _hook(self, name: str) -> Callable[..., Any]:
-        datamodule = getattr(self._trainer, "datamodule", None)
-        owner = datamodule if datamodule is not None and is_overridden(name, datamodule) else self._hooks
-        hook: Callable[..., Any] = getattr(owner, name)
-        return hook
+
+class _ReadOnlyTrainer:
+    """What a copied training_step sees as its Trainer: every attribute to read, none to set, no logger."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        object.__setattr__(self, "_read_only_trainer", trainer)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # so that isinstance(self.trainer, Trainer) holds
+        return type(self._read_only_trainer)
+
+    @property
+    def logger(self) -> DummyLogger | None:
+        return None if self._read_only_trainer.logger is None else DummyLogger()
+
+    @property
+    def loggers(self) -> list[DummyLogger]:
+        return [DummyLogger() for _ in self._read_only_trainer.loggers]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_read_only_trainer"), name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise ValueError(
+            f"training_step sets trainer.{name}; it is run on a copy, and must not. Set it in "
+            f"another hook, such as on_train_batch_end. {WAY_OUT}"
+        )
 
 
 def is_lightning_module(module: nn.Module) -> TypeGuard[LightningModule]:
-    """Whether a module is a LightningModule, of `lightning` or of the older `pytorch_lightning` package.
+    """Whether a module is a LightningModule, of `lightning` or of the older `pytorch_lightning` package."""
+    return is_named(module, "LightningModule")
 
-    The two packages' classes are not related, and callbacks of the one run in the Trainer of the other.
+
+def is_named(thing: object, *names: str) -> bool:
+    """Whether one of an object's classes has one of these names.
+
+    By name: the classes of `lightning` and of the older `pytorch_lightning` are not related.
     """
-    return isinstance(module, LightningModule) or any(
-        base.__name__ == "LightningModule" for base in type(module).__mro__
-    )
+    return any(base.__name__ in names for base in type(thing).__mro__)
 
 
 def original_network(module: LightningModule, network: NetworkOption) -> nn.Module:
@@ -243,12 +276,6 @@ def original_network(module: LightningModule, network: NetworkOption) -> nn.Modu
         ) from error
 
 
-def _silence(module: LightningModule) -> None:
-    """Log and print nothing, here and in LightningModules inside."""
-    for part in module.modules():
-        if is_lightning_module(part):
-            for name in ("log", "log_dict", "print"):
-                object.__setattr__(part, name, _nothing)
 
 
 def _nothing(*args: object, **kwargs: object) -> None:

@@ -21,30 +21,23 @@ def untouched(trainer: Trainer) -> Iterator[None]:
     datamodule = getattr(trainer, "datamodule", None)
     loader = trainer.train_dataloader
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    settings = [{key: _copy(value) for key, value in group.items() if key != "params"} for group in groups]
+    holders = [datamodule, getattr(loader, "dataset", None)]
+    attributes = [vars(holder) for holder in holders if hasattr(holder, "__dict__")]
+    metrics: list[dict[str, Any]] = [trainer.callback_metrics, trainer.logged_metrics]
+    before = [{key: _copy(value) for key, value in group.items()} for group in groups]
+    before += [dict(values) for values in (*attributes, *metrics)]
     # Optimizers are not among the attributes that a scheduler is restored by: its state_dict leaves them out.
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     states = [dict(scheduler.state_dict()) for scheduler in schedulers]
-    holders = [
-        thing for thing in (datamodule, getattr(loader, "dataset", None)) if hasattr(thing, "__dict__")
-    ]
-    attributes = [dict(vars(holder)) for holder in holders]
-    metrics: list[dict[str, Any]] = [trainer.callback_metrics, trainer.logged_metrics]
-    values = [dict(metric) for metric in metrics]
     try:
         with isolated(loader, datamodule):
             yield
     finally:
-        for group, setting in zip(groups, settings, strict=True):
-            group.update(setting)
+        for present, former in zip((*groups, *attributes, *metrics), before, strict=True):
+            present.clear()
+            present.update(former)
         for scheduler, state in zip(schedulers, states, strict=True):
             scheduler.load_state_dict(state)
-        for holder, attribute in zip(holders, attributes, strict=True):
-            vars(holder).clear()
-            vars(holder).update(attribute)
-        for metric, value in zip(metrics, values, strict=True):
-            metric.clear()
-            metric.update(value)
 
 
 def _copy(value: Any) -> Any:

@@ -1,56 +1,31 @@
 """Reads from a running Trainer what noise scales depend on: N, B, and each group's ε, m, τ or betas."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
 
 from lightning_bayes.advice.optimizer_groups import (
     ParameterGroup,
     groups_of,
-    is_adaptive,
     names_of,
     optimizer_notes,
 )
-from lightning_bayes.callbacks.trainer.loaders import flatten, loader_batch_size, training_loader
+from lightning_bayes.callbacks.trainer.checks import check_automatic_optimization
 from lightning_bayes.callbacks.trainer.loss_reduction import reduction_of
-from lightning_bayes.callbacks.trainer.training_set import dataset_size_of, replicas_of
-
-__all__ = [
-    "ParameterGroup",
-    "Sizes",
-    "TrainerConfiguration",
-    "changing_settings",
-    "group_names",
-    "is_adaptive",
-    "learning_rate_in_step",
-    "makes_a_step",
-    "read_configuration",
-    "read_sizes",
-]
+from lightning_bayes.callbacks.trainer.training_set import (
+    dataset_size_of,
+    flatten,
+    replicas_of,
+    training_loader,
+)
 
 # Settings of a parameter group that schedules move, beside its learning rate.
 CHANGING = ("momentum", "dampening", "betas", "alpha", "rho", "eps")
-
-
-@dataclass(frozen=True)
-class TrainerConfiguration:
-    """What the training loop, the loader and the optimizer say at this moment.
-
-    Attributes:
-        groups: every parameter group of every optimizer.
-        notes: what had to be decided in reading them, each a sentence that belongs before the user.
-        sizes: what a step's batch is made up of.
-    """
-
-    groups: tuple[ParameterGroup, ...]
-    notes: tuple[str, ...]
-    sizes: Sizes
 
 
 @dataclass(frozen=True)
@@ -77,6 +52,21 @@ class Sizes:
         return self.device_batch_size * self.accumulation * self.replicas
 
 
+@dataclass(frozen=True)
+class TrainerConfiguration:
+    """What the training loop, the loader and the optimizer say at this moment.
+
+    Attributes:
+        groups: every parameter group of every optimizer.
+        notes: what had to be decided in reading them, each a sentence that belongs before the user.
+        sizes: what a step's batch is made up of.
+    """
+
+    groups: tuple[ParameterGroup, ...]
+    notes: tuple[str, ...]
+    sizes: Sizes
+
+
 def read_sizes(trainer: Trainer, dataset_size: int | None = None) -> Sizes:
     """Reads B, what it is made up of, and N from a Trainer that is fitting.
 
@@ -99,6 +89,34 @@ def read_sizes(trainer: Trainer, dataset_size: int | None = None) -> Sizes:
         examples,
         tuple(notes),
     )
+
+
+def loader_batch_size(loader: Any) -> int:
+    """Examples per batch of a loader, or a ValueError where it does not say."""
+    batch_size = getattr(loader, "batch_size", None)
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    if batch_size is None and batch_sampler is not None:
+        batch_size = getattr(batch_sampler, "batch_size", None)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or int(batch_size) < 1:
+        sampler = (
+            "" if batch_sampler is None else f" and a {type(batch_sampler).__name__} without `batch_size`"
+        )
+        remedy = (
+            "Pass `batch_size=` to the DataLoader in place of batching inside the dataset, or give its batch sampler"
+            " an attribute `batch_size` with the number of examples per batch."
+        )
+        if not isinstance(loader, DataLoader):
+            remedy = "Give a torch DataLoader, or remove the callback."
+            if hasattr(loader, "__dict__"):
+                remedy = (
+                    f"Give the {type(loader).__name__} attributes `batch_size`, the number of examples per batch, and"
+                    " `dataset`, whose length is that of the training set; or remove the callback."
+                )
+        raise ValueError(
+            "Expected the training dataloader to have a `batch_size`, but got"
+            f" {type(loader).__name__}(batch_size={batch_size!r}){sampler}. {remedy}"
+        )
+    return int(batch_size)
 
 
 def read_configuration(
@@ -126,12 +144,8 @@ def read_configuration(
         ValueError: for manual optimization, without a training loader or with several, where N or B cannot be
             read, and for optimizers that neither noise scale describes; with the remedy.
     """
-    if trainer.lightning_module is not None and not trainer.lightning_module.automatic_optimization:
-        raise ValueError(
-            "Noise scale and advice need automatic optimization, but the LightningModule sets"
-            " `automatic_optimization = False`: when it steps, and on how many examples, is then known to it"
-            " alone. Remove the callback and use `lightning_bayes.functional` inside `training_step`."
-        )
+    if trainer.lightning_module is not None:
+        check_automatic_optimization(trainer.lightning_module, "A noise scale")
     sizes = read_sizes(trainer, dataset_size)
     batch_size, examples, notes = sizes.batch_size, sizes.dataset_size, list(sizes.notes)
     if batch_size > examples:
@@ -195,8 +209,9 @@ def changing_settings(trainer: Trainer) -> tuple[object, ...]:
     in_step = learning_rate_in_step(trainer)
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
-            values.append(_number(group.get("lr")) if not _is_number(group.get("lr")) else in_step(group))
-            values += [_number(group.get(key)) for key in CHANGING]
+            rate = group.get("lr")
+            values.append(in_step(group) if _is_number(rate) else _comparable(rate))
+            values += [_comparable(group.get(key)) for key in CHANGING]
     return tuple(values)
 
 
@@ -215,7 +230,7 @@ def learning_rate_in_step(trainer: Trainer) -> Callable[[Mapping[str, Any]], flo
     return lambda group: float(group["lr"])
 
 
-def _number(value: object) -> object:
+def _comparable(value: object) -> object:
     if isinstance(value, torch.Tensor):
         return value.tolist()  # a tensor is changed in place
     # As is a list, which an optimizer of somebody's own may keep.

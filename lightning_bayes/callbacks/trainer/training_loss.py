@@ -2,69 +2,63 @@
 
 import itertools
 from collections.abc import Collection
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from lightning_bayes.callbacks.trainer.inputs import examples_of, step_batch_size, training_loader
-from lightning_bayes.callbacks.trainer.module_reader import ModuleReader, NetworkOption, original_network
-from lightning_bayes.capture.loss import CapturedLoss, Reduction
+from lightning_bayes.callbacks.trainer.module_reader import ModuleReader, NetworkOption
+from lightning_bayes.callbacks.trainer.training_set import data_loader, examples_of, step_batch_size
+from lightning_bayes.capture.loss import Reduction
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.loss_curvature.mean_loss import BatchLoss, MeanLoss, normalises_by_batch, norms_as_in
 
 
-@dataclass(frozen=True)
 class TrainingLoss:
-    """How the loss of a Trainer is read.
+    """The loss of a Trainer on batches as training makes them, the same at each reading.
 
-    Attributes:
+    Args:
         trainer: Read only.
-        module: Copied.
+        module: Copied at its present weights.
         likelihood: See `ModuleReader`.
         network: See `ModuleReader`.
         batch_size: Examples at a time; None for those of a training_step.
         max_examples: Examples to take: the nearest number of whole batches below, one batch at least; or all there
             are, without an incomplete batch where training drops it or batch norm depends on it.
+
+    Attributes:
+        reader: Of the copy.
+        num_training_examples: Those that training draws from.
+        batches: As training makes them.
+        sizes: The number of examples in each.
+
+    Raises:
+        ValueError: If the module cannot be copied, or the examples cannot be told from the Trainer's loader.
     """
 
-    trainer: Trainer
-    module: LightningModule
-    likelihood: Likelihood | None
-    network: NetworkOption
-    batch_size: int | None
-    max_examples: int
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        likelihood: Likelihood | None,
+        network: NetworkOption,
+        batch_size: int | None,
+        max_examples: int,
+    ) -> None:
+        self.trainer = trainer
+        self.reader = ModuleReader(trainer, module, likelihood, network)
+        norms_as_in(self.reader.original, self.reader.network)
+        self.num_training_examples = examples_of(trainer, None, None).num_examples
+        self.batches, self.sizes = self._batches(batch_size, max_examples)
 
-    def reader(self) -> ModuleReader:
-        """A new copy of the module at its present weights."""
-        reader = ModuleReader(self.trainer, self.module, self.likelihood, self.network)
-        norms_as_in(original_network(self.module, self.network), reader.network)
-        return reader
-
-    def num_training_examples(self) -> int:
-        """Those that training draws from.
-
-        Raises:
-            ValueError: If they cannot be told from the Trainer's loader.
-        """
-        return examples_of(self.trainer, None, None).num_examples
-
-    def batches(self) -> tuple[list[Any], list[int]]:
-        """Batches as training makes them, the same at each call, and the number of examples in each.
-
-        Raises:
-            ValueError: If they cannot be told from the Trainer's loader.
-        """
-        loader: Any = training_loader(self.trainer)[0]
-        size = self.batch_size or loader.batch_size  # None for a batch sampler of the user's own
-        at_most = self.max_examples
-        network = original_network(self.module, self.network)
+    def _batches(self, batch_size: int | None, max_examples: int) -> tuple[list[Any], list[int]]:
+        loader: Any = data_loader(self.trainer)
+        size = batch_size or loader.batch_size  # None for a batch sampler of the user's own
+        at_most = max_examples
         # A training_step may rely on the size of its batches, and batch norm has other statistics in a small one.
-        if loader.drop_last or normalises_by_batch(network):
-            at_most = min(at_most, self.num_training_examples())
+        if loader.drop_last or normalises_by_batch(self.reader.original):
+            at_most = min(at_most, self.num_training_examples)
         whole = at_most if size is None else max(1, at_most // size) * size
         if isinstance(loader.dataset, IterableDataset):  # which cannot be drawn from: its first batches
             every = examples_of(self.trainer, size, None)
@@ -75,43 +69,26 @@ class TrainingLoss:
         return list(ours), [len(indices) for indices in ours.batch_sampler]
 
     def function(
-        self,
-        reader: ModuleReader,
-        parameters: Collection[str],
-        batches: list[Any],
-        sizes: list[int],
-        reduction: Reduction,
+        self, parameters: Collection[str], reduction: Reduction, num_batches: int | None = None
     ) -> MeanLoss:
-        """The mean over batches of the loss that an optimizer step goes down, in parameters of the reader's copy.
+        """The mean over batches of the loss that an optimizer step goes down, in parameters of the copy.
 
         A loss that is a mean over its examples is weighted by their number: n_b/N. A sum over the B examples of a
         training_step weighs B/N in batches of whichever size, which is what one step sees on average.
 
         Args:
-            reader: From `reader`.
             parameters: Names of the parameters that are moved.
-            batches: From `batches`.
-            sizes: From `batches`.
             reduction: Of the loss.
+            num_batches: Of the first so many batches; None for all.
         """
-        total = sum(sizes)
-        step = min(step_batch_size(self.trainer) or sizes[0], self.num_training_examples())
-        weights = [(step if reduction == "sum" else size) / total for size in sizes]
-        return MeanLoss(
-            reader.network,
-            parameters,
-            [
-                _batch_loss(reader, batch, index, weight)
-                for index, (batch, weight) in enumerate(zip(batches, weights, strict=True))
-            ],
-        )
-
-
-def _batch_loss(reader: ModuleReader, batch: Any, index: int, weight: float) -> BatchLoss:
-    def fresh() -> Any:  # a training_step may work on its batch in place, and the batch is read again
-        return apply_to_collection(batch, Tensor, Tensor.clone)
-
-    def captured() -> CapturedLoss:
-        return reader.read(fresh(), index)
-
-    return BatchLoss(lambda: reader.loss(fresh(), index), captured, weight)
+        sizes = self.sizes[:num_batches]
+        step = min(step_batch_size(self.trainer) or sizes[0], self.num_training_examples)
+        losses = [
+            BatchLoss(
+                partial(self.reader.loss, batch, index),
+                partial(self.reader.read, batch, index),
+                (step if reduction == "sum" else size) / sum(sizes),
+            )
+            for index, (batch, size) in enumerate(zip(self.batches, sizes, strict=False))
+        ]
+        return MeanLoss(self.reader.network, parameters, losses)

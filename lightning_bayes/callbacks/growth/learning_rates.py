@@ -1,13 +1,15 @@
-"""Another learning rate while the optimizer steps, and the scheduler's own at all other times."""
-
-from __future__ import annotations
+"""What becomes of learning rates while the batch grows: other ones in steps, and schedules that are kept up."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from lightning_bayes.callbacks.growth.schedule import BatchPlanner
+from lightning_bayes.functional.batch_growth import schedule_steps
 
 
 class StepLearningRate:
@@ -40,7 +42,7 @@ class StepLearningRate:
         for optimizer in optimizers:
             self._handles += [
                 optimizer.register_step_pre_hook(self._before),
-                optimizer.register_step_post_hook(self._after),
+                optimizer.register_step_post_hook(self._put_back),
             ]
 
     def scheduled(self) -> list[float]:
@@ -66,10 +68,55 @@ class StepLearningRate:
                 group["lr"] = rate * self.multiplier
         self.used = self.scheduled()
 
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._put_back()
-
-    def _put_back(self) -> None:
+    def _put_back(self, *arguments_of_hook: object) -> None:
         for group, rate in self._scheduled:
             group["lr"] = rate
         self._scheduled = []
+
+
+class ScheduleSteps:
+    """Keeps schedules with `interval="step"` where they would be had the batch not grown.
+
+    A schedule that is to take `trainer.estimated_stepping_batches` steps takes as many, though the optimizer
+    takes fewer.
+
+    Attributes:
+        taken: steps of each such schedule in this epoch, in the order of the Trainer's schedulers.
+    """
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+
+    def after_batch(
+        self, trainer: Trainer, module: LightningModule, batches: int, planner: BatchPlanner
+    ) -> None:
+        """Take the steps that are due; to be called after Lightning has stepped the schedules itself.
+
+        Args:
+            trainer: its schedulers are stepped by way of the module's `lr_scheduler_step`.
+            module: the one in training.
+            batches: those of this epoch that are over.
+            planner: knows the sizes of this epoch, and of the start, whose pace is to be kept.
+        """
+        start, now = planner.start, planner.now
+        if start is None or now is None:
+            return
+        over = (
+            planner.start_batches
+            if batches == trainer.num_training_batches
+            else batches * now.device_batch_size // start.device_batch_size
+        )
+        configs = [
+            config
+            for config in trainer.lr_scheduler_configs
+            if config.interval == "step" and not config.reduce_on_plateau
+        ]
+        self.taken += [0] * (len(configs) - len(self.taken))
+        for index, config in enumerate(configs):
+            due = schedule_steps(int(over), planner.start_batches, start.accumulation, config.frequency)
+            own = (trainer.num_training_batches, trainer.accumulate_grad_batches, config.frequency)
+            self.taken[index] += schedule_steps(batches, *own) - schedule_steps(batches - 1, *own)
+            # torch warns of a schedule that steps before the optimizer ever has: what is due then, waits.
+            while self.taken[index] < due and trainer.global_step > 0:
+                module.lr_scheduler_step(config.scheduler, None)
+                self.taken[index] += 1

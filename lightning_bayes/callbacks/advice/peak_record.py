@@ -1,7 +1,5 @@
 """What each parameter group did over a run, kept at its peak learning rate."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -42,7 +40,7 @@ class PeakRecord:
         }
 
     @staticmethod
-    def from_state_dict(state: Mapping[str, Any]) -> PeakRecord:
+    def from_state_dict(state: Mapping[str, Any]) -> "PeakRecord":
         """What `state_dict` gave."""
         return PeakRecord(peak_from(state), set(state["changed"]))
 
@@ -50,7 +48,4 @@ class PeakRecord:
 def note_step(records: dict[str, PeakRecord], configuration: TrainerConfiguration) -> None:
     """Takes one optimizer step of every parameter group into account."""
     for group in configuration.groups:
-        if group.name in records:
-            records[group.name].update(group.configuration)
-        else:
-            records[group.name] = PeakRecord(group.configuration)
+        records.setdefault(group.name, PeakRecord(group.configuration)).update(group.configuration)
