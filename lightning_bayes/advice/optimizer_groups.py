@@ -166,11 +166,9 @@ def optimizer_notes(optimizer: Any) -> list[str]:
         return []
     if is_adaptive(optimizer):
         return [f"{kind} is not an optimizer of torch.optim; having `betas`, it is taken to be Adam-like."]
-    group = optimizer.param_groups[0] if optimizer.param_groups else {}
-    momentum = (
-        "SGD with momentum" if "momentum" in group else "SGD without momentum, since it has no `momentum`"
-    )
+    first: Mapping[str, Any] = next(iter(getattr(optimizer, "param_groups", ())), {})
+    momentum = "with momentum" if "momentum" in first else "without momentum, since it has no `momentum`"
     return [
-        f"{kind} is not torch.optim.SGD; it is taken to be {momentum}. If it rescales gradients by"
+        f"{kind} is not torch.optim.SGD; it is taken to be SGD {momentum}. If it rescales gradients by"
         " their size, do not believe the noise scale."
     ]

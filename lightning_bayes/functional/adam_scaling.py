@@ -3,74 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from lightning_bayes.functional._validation import (
-    ROUNDING,
-    batch_within_dataset,
-    check_reduction,
-    count,
-    fraction,
-    non_negative,
-    positive,
-)
-from lightning_bayes.functional.configuration import NoSolutionError, Reduction
-
-
-@dataclass(frozen=True)
-class AdamConfiguration:
-    """What the noise of Adam, RMSprop and their relatives depends on, checked at construction.
-
-    Attributes:
-        learning_rate: ε, at least 0.
-        batch_size: B, examples per optimizer step; a solved batch size is not rounded.
-        betas: every decay rate of a running average, each in [0, 1): (β1, β2) of Adam, (alpha,) of RMSprop.
-        eps: the constant beside the root mean square, at least 0.
-        dataset_size: N if known. The rule does not depend on it.
-        reduction: of the loss over the examples of one training_step: "mean" or "sum". The step of these optimizers
-            does not depend on a factor of the loss, but eps is compared with the gradient and so does.
-        averaged_batches: as in `Configuration`.
-
-    Raises:
-        ValueError: naming the argument, if one is not a number, not finite or outside its domain.
-    """
-
-    learning_rate: float
-    batch_size: float
-    betas: tuple[float, ...] = (0.9, 0.999)
-    eps: float = 1e-8
-    dataset_size: int | None = None
-    reduction: Reduction = "mean"
-    averaged_batches: int = 1
-
-    def __post_init__(self) -> None:
-        check_reduction(self.reduction)
-        count("averaged_batches", self.averaged_batches)
-        non_negative("learning_rate", self.learning_rate)
-        positive("batch_size", self.batch_size)
-        if not isinstance(self.betas, tuple):
-            raise ValueError(f"Expected argument `betas` to be a tuple of numbers, but got {self.betas!r}.")
-        for beta in self.betas:
-            fraction("betas", beta)
-        non_negative("eps", self.eps)
-        if self.dataset_size is not None:
-            count("dataset_size", self.dataset_size)
-            batch_within_dataset("batch_size", self.batch_size, "dataset_size", self.dataset_size)
-
-    @property
-    def noise_scale(self) -> float:
-        """The invariant ε/√B, as `adam_noise_scale` documents it."""
-        return self.learning_rate / math.sqrt(self.batch_size)
-
-    @property
-    def summed_examples(self) -> float:
-        """b, the examples that the loss of one training_step sums: B / averaged_batches; 1 for a mean."""
-        return self.batch_size / self.averaged_batches if self.reduction == "sum" else 1.0
-
-    @property
-    def largest_batch_size(self) -> float:
-        """The batch size at which the first κ(1-β) reaches 1, from which on the rule has no betas."""
-        return self.batch_size / (1 - min(self.betas)) if self.betas else math.inf
+from lightning_bayes.functional._validation import ROUNDING, count, positive
+from lightning_bayes.functional.configuration import AdamConfiguration, NoSolutionError
 
 
 def rescale_adam(

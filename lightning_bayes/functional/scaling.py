@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_bayes.functional._validation import count, positive
-from lightning_bayes.functional.adam_scaling import AdamConfiguration, square_root_rule
-from lightning_bayes.functional.check import Check, Verdict, verdict
+from lightning_bayes.functional.adam_scaling import square_root_rule
 from lightning_bayes.functional.configuration import (
+    AdamConfiguration,
     Configuration,
     Goal,
     NoSolutionError,
@@ -18,51 +17,11 @@ from lightning_bayes.functional.configuration import (
 from lightning_bayes.functional.noise_scale import (
     batch_size_for_noise_scale,
     momentum_factor,
-    steady_state_learning_rate,
+    steady_state_noise_scale,
 )
 from lightning_bayes.functional.summed_loss import summed_batch_size
 
 Rule = Literal["exact", "linear", "sqrt"]
-
-
-@dataclass(frozen=True)
-class Move:
-    """One way to keep the noise scale: everything as targeted, and one value solved for.
-
-    Attributes:
-        solved_for: "learning_rate" or "batch_size".
-        exact: the configuration by the exact inverse; None where there is none (a caveat says why).
-        linear: the configuration by B ∝ ε N / (1 - m); None where it leaves the training set.
-        why: the equations with their numbers put in, exact first.
-        checks: what the move was held against, and what is to be done with it.
-        safe: the largest move of this kind that no check fails: `exact` where none fails, else one that goes a part
-            of the way to the targets; None where every one fails.
-        limited_by: the checks that fail beyond `safe`, by name.
-    """
-
-    solved_for: Unknown
-    exact: Configuration | None
-    linear: Configuration | None
-    why: tuple[str, ...]
-    checks: tuple[Check, ...] = ()
-    safe: Configuration | None = None
-    limited_by: tuple[str, ...] = ()
-
-    @property
-    def solution(self) -> Configuration | None:
-        """The configuration by the exact inverse."""
-        return self.exact
-
-    @property
-    def verdict(self) -> Verdict:
-        """How far to trust it, as `verdict` documents it."""
-        return verdict(self.checks)
-
-    @property
-    def range(self) -> tuple[float, float] | None:
-        """The least and the largest value that the rules ask for; None where none has a solution."""
-        values = [getattr(move, self.solved_for) for move in (self.exact, self.linear) if move is not None]
-        return (min(values), max(values)) if values else None
 
 
 def rescale(
@@ -120,18 +79,19 @@ def rescale(
         dampening,
     )
     targets = Targets(target_batch_size, target_learning_rate, target_momentum, target_dataset_size)
-    return solve(present, targets, rule, _unknown(targets, solve_for))
+    targets.check_against(present.dataset_size)
+    return solve(present, targets, _unknown(targets, solve_for), rule)
 
 
-def solve(present: Configuration, targets: Targets, rule: Rule, unknown: Unknown) -> Configuration:
+def solve(present: Configuration, targets: Targets, unknown: Unknown, rule: Rule) -> Configuration:
     """`rescale` for values already gathered; a target for the unknown itself is disregarded.
 
     Args:
         present: the configuration whose noise scale is kept; its learning rate is above 0. With a summed loss both
             it and the new one are of the sum over the examples of one training_step, with as many averaged batches.
         targets: what changes.
-        rule: "exact", "linear" or "sqrt".
         unknown: "learning_rate" or "batch_size".
+        rule: "exact", "linear" or "sqrt".
 
     Returns:
         The new configuration.
@@ -143,28 +103,25 @@ def solve(present: Configuration, targets: Targets, rule: Rule, unknown: Unknown
     if not isinstance(rule, str) or rule not in rules:
         raise ValueError(f'Expected argument `rule` to be "exact", "linear" or "sqrt", but got {rule!r}.')
     positive("learning_rate", present.learning_rate)
-    if present.reduction == "sum":
-        if unknown == "learning_rate":
-            return solve(present.on_the_mean, targets, rule, unknown).summed_like(present)
-        batch_size = summed_batch_size(present, targets.fixed(present), rule)
-        return replace(targets.fixed(present), batch_size=batch_size).configuration()
-    goal = targets.fixed(present)
-    if unknown == "learning_rate":
-        targets.check_against(present.dataset_size)
-        if goal.batch_size > goal.dataset_size:
-            raise NoSolutionError(
-                f"The present batch of {goal.batch_size:g} does not fit into a training set of"
-                f" {goal.dataset_size}: a smaller `target_batch_size` is needed with it."
-            )
+    values = targets.fixed(present)
+    goal = Goal(**values)
+    if unknown == "learning_rate" and goal.batch_size > goal.dataset_size:
+        raise NoSolutionError(
+            f"The present batch of {goal.batch_size:g} does not fit into a training set of"
+            f" {goal.dataset_size}: a smaller `target_batch_size` is needed with it."
+        )
     if rule == "sqrt" and (targets.momentum is not None or targets.dataset_size is not None):
         raise ValueError(
             'Expected no `target_momentum` and no `target_dataset_size` with `rule="sqrt"`, which relates'
             f" learning rate and batch size only, but got {targets.momentum!r} and {targets.dataset_size!r}."
         )
+    if unknown == "batch_size" and present.reduction == "sum":
+        return Configuration(**values | {unknown: summed_batch_size(present, goal, rule)})
     value = rules[rule](present, goal, unknown)
     if unknown == "learning_rate":
-        return replace(goal, learning_rate=value).configuration()
-    return replace(goal, batch_size=value).configuration()
+        # The rules are of the mean loss; the learning rate of a sum over b examples makes b times its steps.
+        value /= goal.summed_examples
+    return Configuration(**values | {unknown: value})
 
 
 def _unknown(targets: Targets, solve_for: Unknown | None) -> Unknown:
@@ -202,7 +159,7 @@ def _exact(present: Configuration, goal: Goal, unknown: Unknown) -> float:
             " noise scale is 0 at every learning rate, so none keeps the present one."
         )
     factor = momentum_factor(goal.momentum, goal.dampening)
-    return steady_state_learning_rate(scale, goal.batch_size, goal.dataset_size, factor)
+    return scale / steady_state_noise_scale(1.0, goal.batch_size, goal.dataset_size, factor)
 
 
 def _linear(present: Configuration, goal: Goal, unknown: Unknown) -> float:
@@ -212,7 +169,7 @@ def _linear(present: Configuration, goal: Goal, unknown: Unknown) -> float:
     )
     data = goal.dataset_size / present.dataset_size
     if unknown == "learning_rate":
-        return present.learning_rate * (goal.batch_size / present.batch_size) / (data * factor)
+        return present.mean_learning_rate * (goal.batch_size / present.batch_size) / (data * factor)
     batch_size = present.batch_size * (goal.learning_rate / present.learning_rate) * data * factor
     if batch_size > goal.dataset_size:
         raise NoSolutionError(
@@ -224,7 +181,7 @@ def _linear(present: Configuration, goal: Goal, unknown: Unknown) -> float:
 
 def _sqrt(present: Configuration, goal: Goal, unknown: Unknown) -> float:
     adam = AdamConfiguration(
-        present.learning_rate, present.batch_size, betas=(), eps=0.0, dataset_size=present.dataset_size
+        present.mean_learning_rate, present.batch_size, betas=(), eps=0.0, dataset_size=present.dataset_size
     )
     if unknown == "learning_rate":
         return square_root_rule(adam, batch_size=goal.batch_size).learning_rate

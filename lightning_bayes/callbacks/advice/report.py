@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from lightning_bayes.advice.log_directories import ADVICE_FILE
-from lightning_bayes.advice.table import advice_renderable, advice_text
-from lightning_bayes.functional import AdamAdvice, AdamConfiguration, Advice, Configuration, SavedAdvice
+from lightning_bayes.advice.table import advice_renderable, advice_text, flat_keys
+from lightning_bayes.functional import SavedAdvice
 
 
 def emit(trainer: Trainer, saved: SavedAdvice, prefix: str, directory: str | None, number: int) -> None:
@@ -51,44 +51,6 @@ def emit(trainer: Trainer, saved: SavedAdvice, prefix: str, directory: str | Non
                 f" ({type(error).__name__}: {error}). It is in `advisor.advice`"
                 + ("." if path is None else f" and in {path}.")
             )
-
-
-def flat_keys(saved: SavedAdvice, prefix: str) -> dict[str, float | str]:
-    """Advice as flat keys: present and advised values, verdict and summary, by parameter groups.
-
-    Args:
-        saved: the advice.
-        prefix: such as "bayes/advice".
-
-    Returns:
-        Such as {"bayes/advice/SGD/present/learning_rate": 0.1, ...}.
-    """
-    flat: dict[str, float | str] = {}
-    for advice in saved.advice:
-        start = f"{prefix}/{_key(advice.name)}"
-        flat[f"{start}/summary"], flat[f"{start}/verdict"] = advice.summary, advice.verdict
-        for case, configuration in _cases(advice):
-            flat[f"{start}/{case}/learning_rate"] = configuration.learning_rate
-            flat[f"{start}/{case}/batch_size"] = configuration.batch_size
-            scale = "adam_noise_scale" if isinstance(configuration, AdamConfiguration) else "noise_scale"
-            flat[f"{start}/{case}/{scale}"] = configuration.noise_scale
-    for comparison in saved.comparisons:
-        start = f"{prefix}/{_key(comparison.name)}"
-        flat[f"{start}/reference_noise_scale"] = comparison.reference_noise_scale
-        flat[f"{start}/reference_ratio"] = comparison.ratio
-    return flat
-
-
-def _key(name: str) -> str:
-    return name.replace(", ", " ")  # MLflow takes no commas
-
-
-def _cases(advice: Advice | AdamAdvice) -> list[tuple[str, Configuration | AdamConfiguration]]:
-    cases: list[tuple[str, Configuration | AdamConfiguration]] = [("present", advice.present)]
-    for move in advice.moves:
-        if move.solution is not None:
-            cases.append((f"advised_{move.solved_for}", move.solution))
-    return cases
 
 
 def _saved(trainer: Trainer, saved: SavedAdvice, directory: str, number: int) -> str | None:

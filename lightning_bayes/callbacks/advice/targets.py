@@ -5,32 +5,10 @@ from __future__ import annotations
 from lightning.pytorch import Trainer
 
 from lightning_bayes.callbacks.trainer.loaders import training_loader
-from lightning_bayes.callbacks.trainer.settings import TrainerConfiguration
 from lightning_bayes.callbacks.trainer.training_set import known_length
-from lightning_bayes.functional import AdamConfiguration
-from lightning_bayes.functional.advice.adam_advice import check_adam_targets
-from lightning_bayes.functional.configuration import Targets
 
 
-def check_targets(trainer: Trainer, configuration: TrainerConfiguration, targets: Targets) -> None:
-    """Raises a ValueError for targets that this run cannot have, with what can be done about it.
-
-    Args:
-        trainer: that is fitting.
-        configuration: as `read_configuration` gives it.
-        targets: what is asked for.
-    """
-    if any(isinstance(group.configuration, AdamConfiguration) for group in configuration.groups):
-        check_adam_targets(targets)
-    examples = configuration.sizes.dataset_size
-    try:
-        targets.check_against(examples)
-    except ValueError as error:
-        wanted = int(targets.batch_size or 0)
-        raise ValueError(f"{error} {_way_to_more_examples(trainer, examples, wanted)}") from error
-
-
-def _way_to_more_examples(trainer: Trainer, examples: int, wanted: int) -> str:
+def way_to_more_examples(trainer: Trainer, examples: int, wanted: int) -> str:
     """What to do where a target batch does not fit: names the flag that leaves so few examples, where one does."""
     smaller = f"take a target_batch_size below {examples}"
     limits = {

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lightning_bayes.functional._validation import non_negative
-from lightning_bayes.functional.adam_scaling import AdamConfiguration, square_root_rule
-from lightning_bayes.functional.configuration import Configuration, NoSolutionError
+from lightning_bayes.functional.adam_scaling import square_root_rule
+from lightning_bayes.functional.configuration import (
+    AdamConfiguration,
+    AnyConfiguration,
+    Configuration,
+    NoSolutionError,
+)
 from lightning_bayes.functional.noise_scale import momentum_factor
 
 Quantity = Literal["learning_rate", "batch_size", "momentum", "dataset_size"]
@@ -48,8 +53,10 @@ class Comparison:
         source: where the reference was read.
     """
 
-    present: Configuration | AdamConfiguration
-    reference: Configuration | AdamConfiguration | None
+    SAVED_TOO: ClassVar = ("differs", "summary")
+
+    present: AnyConfiguration
+    reference: AnyConfiguration | None
     reference_noise_scale: float
     restorations: tuple[Restoration, ...]
     expected: AdamConfiguration | None = None
@@ -112,8 +119,8 @@ class Comparison:
 
 
 def compare(
-    present: Configuration | AdamConfiguration,
-    reference: Configuration | AdamConfiguration | float,
+    present: AnyConfiguration,
+    reference: AnyConfiguration | float,
     *,
     name: str = "",
     source: str = "",
@@ -143,23 +150,21 @@ def compare(
         Smith & Le, ICLR 2018, arXiv:1710.06451, section 5; for Adam Malladi et al., NeurIPS 2022,
         arXiv:2205.10287.
     """
-    known: Configuration | AdamConfiguration | None = None
-    if isinstance(reference, Configuration | AdamConfiguration):
-        known, scale = reference, reference.noise_scale
-        if type(known) is not type(present):
+    if isinstance(reference, AnyConfiguration):
+        if type(reference) is not type(present):
             raise ValueError(
                 f"Expected argument `reference` to be a {type(present).__name__}, as the present run is, but got"
-                f" {known}: the noise scales of SGD and of Adam-like optimizers are different quantities."
+                f" {reference}: the noise scales of SGD and of Adam-like optimizers are different quantities."
             )
+        known, scale = reference, reference.noise_scale
     else:
-        scale = non_negative("reference", reference)
-    if isinstance(present, AdamConfiguration):
-        restorations = tuple(_adam_restorations(present, scale))
-        expected = None
-        if isinstance(known, AdamConfiguration) and known.learning_rate > 0:
-            expected = _expected(known, present)
-        return Comparison(present, known, scale, restorations, expected, name, source)
-    return Comparison(present, known, scale, tuple(_restorations(present, scale)), None, name, source)
+        known, scale = None, non_negative("reference", reference)
+    if isinstance(present, Configuration):
+        return Comparison(present, known, scale, tuple(_restorations(present, scale)), None, name, source)
+    expected = _expected(known, present) if isinstance(known, AdamConfiguration) else None
+    return Comparison(
+        present, known, scale, tuple(_adam_restorations(present, scale)), expected, name, source
+    )
 
 
 def _restorations(present: Configuration, scale: float) -> Iterator[Restoration]:
@@ -206,6 +211,8 @@ def _adam_restorations(present: AdamConfiguration, scale: float) -> Iterator[Res
 
 
 def _expected(reference: AdamConfiguration, present: AdamConfiguration) -> AdamConfiguration | None:
+    if reference.learning_rate == 0:
+        return None
     # eps is compared with the gradient, which a sum over b examples makes b times as large.
     known = replace(
         reference,
