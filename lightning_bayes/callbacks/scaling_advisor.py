@@ -14,8 +14,7 @@ from typing_extensions import override
 
 from lightning_bayes.advice.optimizer_groups import ParameterGroup
 from lightning_bayes.advice.references import ReferenceLike, comparisons_with, read_reference
-from lightning_bayes.callbacks.advice.report import emit
-from lightning_bayes.callbacks.advice.targets import way_to_more_examples
+from lightning_bayes.callbacks.advice.report import emit, way_to_more_examples
 from lightning_bayes.callbacks.growth.peaks import PeakRecord, note_step
 from lightning_bayes.callbacks.measurements import measured
 from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded

@@ -1,6 +1,5 @@
 """Formulas: floats and tensors in, floats and tensors out."""
 
-from lightning_bayes.functional.adam_scaling import rescale_adam
 from lightning_bayes.functional.advice.advice import Advice, Move
 from lightning_bayes.functional.advice.advise import advise
 from lightning_bayes.functional.advice.compare import Comparison, Restoration, compare
@@ -29,7 +28,7 @@ from lightning_bayes.functional.noise_scale import (
     learning_rate_for_noise_scale,
     sgd_noise_scale,
 )
-from lightning_bayes.functional.scaling import rescale
+from lightning_bayes.functional.scaling import rescale, rescale_adam
 from lightning_bayes.functional.sharpness import keskar_sharpness
 from lightning_bayes.functional.stability import (
     largest_stable_learning_rate,

@@ -187,15 +187,10 @@ class Targets:
     dataset_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None:
-            count("target_batch_size", self.batch_size)
-        if self.learning_rate is not None:
-            positive("target_learning_rate", self.learning_rate)
-        if self.momentum is not None:
-            fraction("target_momentum", self.momentum)
-        if self.dataset_size is not None:
-            count("target_dataset_size", self.dataset_size)
-        if (self.batch_size, self.learning_rate, self.momentum, self.dataset_size) == (None,) * 4:
+        checks = {"batch_size": count, "learning_rate": positive, "momentum": fraction, "dataset_size": count}
+        for name, value in self.given().items():
+            checks[name](f"target_{name}", value)
+        if not self.given():
             raise ValueError(
                 "Expected at least one of `target_batch_size`, `target_learning_rate`, `target_momentum` and"
                 " `target_dataset_size` to be given, but got None for all four."

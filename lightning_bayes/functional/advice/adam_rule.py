@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lightning_bayes.functional._validation import ROUNDING
-from lightning_bayes.functional.adam_scaling import square_root_rule
 from lightning_bayes.functional.advice.advice import Move
 from lightning_bayes.functional.advice.checks import (
     NOTICEABLE,
@@ -25,6 +24,7 @@ from lightning_bayes.functional.advice.checks import (
 from lightning_bayes.functional.advice.rule import Rule
 from lightning_bayes.functional.check import Check
 from lightning_bayes.functional.configuration import AdamConfiguration, NoSolutionError, Targets, Unknown
+from lightning_bayes.functional.scaling import square_root_rule
 
 
 def _unknowns(targets: Targets) -> tuple[Unknown, ...]:
@@ -35,8 +35,8 @@ def _unknowns(targets: Targets) -> tuple[Unknown, ...]:
 
 
 def _square_root(present: AdamConfiguration, targets: Targets, unknown: Unknown) -> AdamConfiguration:
+    examples = targets.fixed(present)["dataset_size"]
     # A new size bounds the solved batch, not the old one.
-    examples = present.dataset_size if targets.dataset_size is None else targets.dataset_size
     start = replace(present, dataset_size=None)
     try:
         if unknown == "learning_rate":
@@ -57,17 +57,13 @@ def _square_root(present: AdamConfiguration, targets: Targets, unknown: Unknown)
 
 
 def _linear(present: AdamConfiguration, targets: Targets, unknown: Unknown) -> AdamConfiguration | None:
-    examples = present.dataset_size if targets.dataset_size is None else targets.dataset_size
-    learning_rate, batch_size = present.learning_rate, present.batch_size
-    if unknown == "learning_rate" and targets.batch_size is not None:
-        learning_rate *= targets.batch_size / batch_size
-        batch_size = targets.batch_size
-    elif unknown == "batch_size" and targets.learning_rate is not None:
-        batch_size *= targets.learning_rate / learning_rate
-        learning_rate = targets.learning_rate
-    if batch_size < 1 or (examples is not None and batch_size > examples):
-        return None
-    return replace(present, learning_rate=learning_rate, batch_size=batch_size, dataset_size=examples)
+    values = targets.fixed(present)
+    if unknown == "learning_rate":
+        values["learning_rate"] = present.learning_rate * (values["batch_size"] / present.batch_size)
+    else:
+        values["batch_size"] = present.batch_size * (values["learning_rate"] / present.learning_rate)
+    fits = values["dataset_size"] is None or values["batch_size"] <= values["dataset_size"]
+    return AdamConfiguration(**values) if fits and values["batch_size"] >= 1 else None
 
 
 def _equation(present: AdamConfiguration) -> str:
@@ -78,15 +74,14 @@ def _equation(present: AdamConfiguration) -> str:
 
 def _equations(present: AdamConfiguration, targets: Targets, unknown: Unknown) -> tuple[str, str]:
     """κ and what follows from it, with their numbers."""
-    old_lr, old_batch = present.learning_rate, present.batch_size
+    values, old_lr, old_batch = targets.fixed(present), present.learning_rate, present.batch_size
+    new_lr, new_batch = values["learning_rate"], values["batch_size"]
     if unknown == "learning_rate":
-        new_batch = old_batch if targets.batch_size is None else targets.batch_size
         kappa = new_batch / old_batch
         return (
             f"kappa = B'/B = {new_batch:.6g}/{old_batch:.6g} = {kappa:.6g}",
             f"lr' = lr sqrt(kappa) = {old_lr:.6g} * sqrt({kappa:.6g}) = {old_lr * math.sqrt(kappa):.6g}",
         )
-    new_lr = old_lr if targets.learning_rate is None else targets.learning_rate
     kappa = (new_lr / old_lr) * (new_lr / old_lr)
     return (
         f"kappa = (lr'/lr)^2 = ({new_lr:.6g}/{old_lr:.6g})^2 = {kappa:.6g}",

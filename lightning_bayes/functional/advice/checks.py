@@ -1,4 +1,4 @@
-"""What a move is held against: one function a check. Those of the curvature are in `curvature_checks`.
+"""What a move is held against: one function a check. What no two rules share is beside its rule.
 
 A check that passes says so too: a table shows those that do not, the data hold them all.
 """

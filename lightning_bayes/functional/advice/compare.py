@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from lightning_bayes.functional._validation import non_negative
-from lightning_bayes.functional.adam_scaling import square_root_rule
 from lightning_bayes.functional.configuration import (
     AdamConfiguration,
     AnyConfiguration,
@@ -16,6 +15,7 @@ from lightning_bayes.functional.configuration import (
     NoSolutionError,
 )
 from lightning_bayes.functional.noise_scale import momentum_factor
+from lightning_bayes.functional.scaling import square_root_rule
 
 Quantity = Literal["learning_rate", "batch_size", "momentum", "dataset_size"]
 
@@ -101,15 +101,16 @@ class Comparison:
         """How many times the reference's, where both have noise."""
         if self.reference_noise_scale == 0 or self.present.noise_scale == 0:
             return ", of which one has no noise" if self.ratio != 1 else ""
-        return f": {self.ratio:.4g} times" if math.isfinite(self.ratio) else ""
+        return f": {self.ratio:.4g} times"
 
     def _remedies(self) -> Iterator[str]:
-        changes = [_phrase(change, self.reference_noise_scale) for change in self.restorations]
         if abs(self.ratio - 1) > TOLERANCE:
-            if changes:
-                yield f"Any one of these changes restores it: {', '.join(changes)}."
-            else:
-                yield "No single change of learning rate, batch size, momentum or data restores it."
+            changes = ", ".join(_phrase(change, self.reference_noise_scale) for change in self.restorations)
+            yield (
+                f"Any one of these changes restores it: {changes}."
+                if changes
+                else "No single change of learning rate, batch size, momentum or data restores it."
+            )
         if self.betas_differ and self.expected is not None:
             betas = ", ".join(f"{beta:.6g}" for beta in self.expected.betas)
             yield (
@@ -159,15 +160,25 @@ def compare(
         known, scale = reference, reference.noise_scale
     else:
         known, scale = None, non_negative("reference", reference)
+    restorations = tuple(_restorations(present, scale))
+    expected = None
+    if isinstance(known, AdamConfiguration) and isinstance(present, AdamConfiguration):
+        expected = _expected(known, present)
+    return Comparison(present, known, scale, restorations, expected, name, source)
+
+
+def _restorations(present: AnyConfiguration, scale: float) -> Iterator[Restoration]:
+    """The single changes that lead to a noise scale."""
     if isinstance(present, Configuration):
-        return Comparison(present, known, scale, tuple(_restorations(present, scale)), None, name, source)
-    expected = _expected(known, present) if isinstance(known, AdamConfiguration) else None
-    return Comparison(
-        present, known, scale, tuple(_adam_restorations(present, scale)), expected, name, source
-    )
+        yield from _sgd_restorations(present, scale)
+    elif scale > 0:
+        yield Restoration("learning_rate", scale * math.sqrt(present.batch_size), scale)
+        batch = (present.learning_rate / scale) * (present.learning_rate / scale)
+        if 1 <= batch <= (present.dataset_size or math.inf):
+            yield _rounded(present, batch)
 
 
-def _restorations(present: Configuration, scale: float) -> Iterator[Restoration]:
+def _sgd_restorations(present: Configuration, scale: float) -> Iterator[Restoration]:
     # Of the mean loss, as the noise scale is.
     rate, batch, examples = present.mean_learning_rate, present.batch_size, present.dataset_size
     factor = momentum_factor(present.momentum, present.dampening)
@@ -184,30 +195,20 @@ def _restorations(present: Configuration, scale: float) -> Iterator[Restoration]
     if present.reduction == "sum":  # the learning rate of the sum stays, that on the mean goes with the batch
         solved = examples - scale * present.averaged_batches / (present.learning_rate * factor)
     if solved >= 1:
-        yield _rounded(present, "batch_size", solved)
+        yield _rounded(present, solved)
     momentum = 1 - rate * ratio * (1 - present.dampening) / scale
     # Dampening acts in the momentum buffer only, and Nesterov's momentum is positive.
     if 0 < momentum < 1:
         yield Restoration("momentum", momentum, scale)
-    yield _rounded(present, "dataset_size", batch * (1 + scale / (rate * factor)))
-
-
-def _rounded(present: Configuration, quantity: Quantity, value: float) -> Restoration:
-    whole = max(1, math.floor(value + 0.5))
-    if quantity == "batch_size":
-        return Restoration(quantity, value, replace(present, batch_size=whole).noise_scale)
+    solved = batch * (1 + scale / (rate * factor))
     # Rounded up: the batch still has to fit.
-    return Restoration(quantity, value, replace(present, dataset_size=math.ceil(value - 1e-9)).noise_scale)
+    whole = replace(present, dataset_size=math.ceil(solved - 1e-9))
+    yield Restoration("dataset_size", solved, whole.noise_scale)
 
 
-def _adam_restorations(present: AdamConfiguration, scale: float) -> Iterator[Restoration]:
-    if scale == 0:
-        return
-    yield Restoration("learning_rate", scale * math.sqrt(present.batch_size), scale)
-    batch = (present.learning_rate / scale) * (present.learning_rate / scale)
-    if batch >= 1 and (present.dataset_size is None or batch <= present.dataset_size):
-        whole = replace(present, batch_size=max(1, math.floor(batch + 0.5)))
-        yield Restoration("batch_size", batch, whole.noise_scale)
+def _rounded(present: AnyConfiguration, batch_size: float) -> Restoration:
+    whole = replace(present, batch_size=max(1, math.floor(batch_size + 0.5)))
+    return Restoration("batch_size", batch_size, whole.noise_scale)
 
 
 def _expected(reference: AdamConfiguration, present: AdamConfiguration) -> AdamConfiguration | None:
@@ -237,8 +238,9 @@ def _phrase(change: Restoration, goal: float) -> str:
     name = change.quantity.replace("_", " ")
     if change.quantity not in ("batch_size", "dataset_size"):
         return f"{name} {change.value:.4g}"
-    whole = (
-        math.floor(change.value + 0.5) if change.quantity == "batch_size" else math.ceil(change.value - 1e-9)
-    )
+    # As they were rounded.
+    whole = math.floor(change.value + 0.5)
+    if change.quantity == "dataset_size":
+        whole = math.ceil(change.value - 1e-9)
     off = goal > 0 and abs(change.noise_scale / goal - 1) > TOLERANCE
     return f"{name} {max(1, whole)}" + (f" ({change.noise_scale:.4g})" if off else "")
