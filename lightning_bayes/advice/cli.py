@@ -61,6 +61,15 @@ class Option(NamedTuple):
     only: str = ""
 
 
+# What the command calls each optimizer: its name, and the decay rates that torch gives it.
+OPTIMIZERS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "sgd": ("SGD", ()),
+    "adam": ("Adam", (0.9, 0.999)),
+    "adamw": ("AdamW", (0.9, 0.999)),
+    "rmsprop": ("RMSprop", (0.99,)),
+}
+
+
 def _real(metavar: str) -> dict[str, Any]:
     return {"type": float, "metavar": metavar}
 
@@ -69,9 +78,6 @@ def _whole(metavar: str) -> dict[str, Any]:
     return {"type": number, "metavar": metavar}
 
 
-# What the command calls each optimizer, and the decay rates that torch gives it.
-BETAS = {"sgd": (), "adam": (0.9, 0.999), "adamw": (0.9, 0.999), "rmsprop": (0.99,)}
-NAMES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
 # By the arguments of the formulas, whose errors name them.
 RUN = {
     "learning_rate": Option("--lr", "(peak) learning rate", _real("LR")),
@@ -81,7 +87,9 @@ RUN = {
     "dampening": Option("--dampening", "SGD's dampening (default: 0)", _real("D"), "sgd"),
     "nesterov": Option("--nesterov", "Nesterov's momentum", {"action": "store_true", "default": None}, "sgd"),
     "optimizer": Option(
-        "--optimizer", "default: sgd; with --reference, that of the reference", {"choices": tuple(NAMES)}
+        "--optimizer",
+        "default: sgd; with --reference, that of the reference",
+        {"choices": tuple(OPTIMIZERS)},
     ),
     "betas": Option(
         "--betas",
@@ -250,7 +258,7 @@ def _configurations(given: Mapping[str, Any], reference: Reference | None) -> di
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: for {kind}")
     if reference is None or values:
-        return {NAMES[optimizer]: _configuration(values, optimizer)}
+        return {OPTIMIZERS[optimizer][0]: _configuration(values, optimizer)}
     known = {name or "reference": value for name, value in reference.groups.items()}
     whole = {name: value for name, value in known.items() if not isinstance(value, int | float)}
     if not whole:
@@ -278,4 +286,4 @@ def _configuration(values: dict[str, Any], optimizer: str) -> AnyConfiguration:
     }
     if optimizer == "sgd":
         return Configuration(**values)
-    return AdamConfiguration(**values | {"betas": tuple(values.get("betas", BETAS[optimizer]))})
+    return AdamConfiguration(**values | {"betas": tuple(values.get("betas", OPTIMIZERS[optimizer][1]))})

@@ -38,7 +38,9 @@ from lightning_bayes.functional.stability import (
 )
 
 # Names from when advice for Adam had classes and a function of its own.
-AdamAdvice, AdamMove, GroupAdvice = Advice[AdamConfiguration], Move[AdamConfiguration], Advice
+AdamAdvice = Advice[AdamConfiguration]
+AdamMove = Move[AdamConfiguration]
+GroupAdvice = Advice
 advise_adam = advise
 
 __all__ = [  # noqa: RUF022 - grouped by subject

@@ -44,6 +44,7 @@ class Configuration:
     """
 
     optimizer: ClassVar = "sgd"
+    # Properties that a file of advice holds beside the fields.
     SAVED_TOO: ClassVar = ("optimizer", "noise_scale")
 
     learning_rate: float

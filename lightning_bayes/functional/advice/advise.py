@@ -96,9 +96,9 @@ def advice_on(
         why = tuple(rule.why(present, targets, move))
         moves += (replace(move, why=why, safe=safe, limited_by=limits),)
     equation, notes = rule.equation(present), tuple(rule.notes(present, targets, unchanged, moves))
-    safe, asked = moves[0].safe, targets.batch_size
-    if len(moves) == 1 and asked is not None and safe and present.batch_size < safe.batch_size < asked:
-        up_to = f"Up to a batch of {safe.batch_size:.0f}, with a learning rate of {safe.learning_rate:.4g},"
+    reach, asked = moves[0].safe, targets.batch_size
+    if len(moves) == 1 and asked is not None and reach and present.batch_size < reach.batch_size < asked:
+        up_to = f"Up to a batch of {reach.batch_size:.0f}, with a learning rate of {reach.learning_rate:.4g},"
         notes = (f"{up_to} nothing that is known here fails.", *notes)
     return Advice(present, unchanged, moves, notes, equation, name, targets.given())
 

@@ -69,7 +69,7 @@ class SavedAdvice:
             )
         try:
             saved: SavedAdvice = _decode(SavedAdvice, document)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"Expected scaling advice as documented, but a part is missing: {error!r}."
             ) from error
