@@ -18,8 +18,7 @@ from lightning_bayes.advice.optimizer_groups import (
 )
 from lightning_bayes.functional import AdamConfiguration, Configuration
 from lightning_bayes.functional._validation import count
-
-AnyConfiguration = Configuration | AdamConfiguration
+from lightning_bayes.functional.configuration import AnyConfiguration
 
 SIZES = {"batch_size": "examples per optimizer step", "dataset_size": "training examples"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ ADVICE_FILES = "scaling_advice*.json"
 """Those of several advisors, and of several runs in one directory, are numbered: scaling_advice-1.json."""
 # `SGDNoiseScale`'s keys: "bayes/noise_scale", "bayes/adam_noise_scale-Adam/pg1"; not "bayes/gradient_noise_scale".
 KEY = re.compile(r"(?:^|/)(?P<adam>adam_)?noise_scale(?:-(?P<group>.+))?$")
-# What hyper-parameters are commonly called, and the fields of a configuration.
-NAMES = {"lr": "learning_rate"}
+# The fields of a configuration that hyper-parameters may have; "lr" is "learning_rate" too.
 USED = ("learning_rate", "batch_size", "dataset_size", "momentum", "dampening", "nesterov", "betas", "eps")
 
 
@@ -57,22 +56,15 @@ def read_logged_run(directory: Path) -> LoggedRun:
     saved = _newest(directory.glob(ADVICE_FILES))
     if saved is not None:
         return LoggedRun(str(saved))
-    table = directory / "metrics.csv"
-    if table.is_file():
-        run = _run(str(table), _csv_series(table))
+    for source, series in _series(directory):
+        run = _of_series(source, series)
         if run is not None:
             return run
-    if any(directory.glob("events.out.tfevents*")):
-        run = _run(str(directory), _event_series(directory))
-        if run is not None:
-            return run
-    values = _hyper_parameters(directory / "hparams.yaml")
+    path = directory / "hparams.yaml"
+    values = _hyper_parameters(path)
     if {"learning_rate", "batch_size"} <= values.keys():
-        source = str(directory / "hparams.yaml")
-        note = (
-            f"The batch size of the reference is from {source}: examples per optimizer step, on one device."
-        )
-        return LoggedRun(source, values=values, notes=(note,))
+        note = f"The batch size of the reference is from {path}: examples per optimizer step, on one device."
+        return LoggedRun(str(path), values=values, notes=(note,))
     # Loggers that share a directory among runs have advice in <name>/<version> below it.
     below = _newest([*directory.glob(f"*/{ADVICE_FILES}"), *directory.glob(f"*/*/{ADVICE_FILES}")])
     if below is not None:
@@ -91,58 +83,55 @@ def _newest(files: Iterable[Path]) -> Path | None:
     return max(files, key=lambda path: (path.stat().st_mtime_ns, len(path.name), path.name), default=None)
 
 
-def _run(source: str, series: Iterable[tuple[str, list[float]]]) -> LoggedRun | None:
-    series_of: dict[bool, dict[str, float]] = {}
-    logged = 0
-    for key, values in series:
-        match, known = KEY.search(key), [value for value in values if math.isfinite(value)]
-        if match is None or not known:
-            continue
-        logged = max(logged, len(known))
-        series_of.setdefault(match["adam"] is not None, {})[match["group"] or ""] = max(known)
-    if not series_of:
+def _series(directory: Path) -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """Where scalars are logged, and the values under each key of a noise scale."""
+    table = directory / "metrics.csv"
+    if table.is_file():
+        with table.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        columns = [key for key in (rows[0] if rows else ()) if key is not None and KEY.search(key)]
+        try:
+            yield str(table), {key: [float(row[key]) for row in rows if row[key]] for key in columns}
+        except ValueError as error:
+            raise ValueError(
+                f"Expected `reference` to hold numbers in the columns {', '.join(columns)}, but in {table} there is"
+                f" one that is none: {error}."
+            ) from error
+    if any(directory.glob("events.out.tfevents*")):
+        # 0 keeps every value: by default long series are thinned out, and the peak can be lost.
+        events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
+        tags = [tag for tag in events.Tags()["scalars"] if KEY.search(tag)]
+        yield str(directory), {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
+
+
+def _of_series(source: str, series: Mapping[str, list[float]]) -> LoggedRun | None:
+    """The largest noise scale of each parameter group; None where none was logged."""
+    known = {key: list(filter(math.isfinite, values)) for key, values in series.items()}
+    largest: dict[bool, dict[str, float]] = {}
+    for key, values in known.items():
+        if values and (match := KEY.search(key)):
+            largest.setdefault(match["adam"] is not None, {})[match["group"] or ""] = max(values)
+    if not largest:
         return None
     # A Trainer with both kinds of optimizer: SGD's g says more.
-    adaptive = False not in series_of
-    groups = series_of[adaptive]
+    adaptive = False not in largest
+    groups = largest[adaptive]
     if len(groups) > 1:
         # From the moment that groups differ each has a key; the common one from before says less.
         groups.pop("", None)
+    logged = max(map(len, known.values()))
     note = f"The noise scale of the reference is the largest of {logged} logged in {source}."
     return LoggedRun(source, groups, adaptive, notes=(note,))
 
 
-def _csv_series(table: Path) -> list[tuple[str, list[float]]]:
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    columns = [key for key in (rows[0] if rows else {}) if key is not None and KEY.search(key)]
-    try:
-        return [(key, [float(row[key]) for row in rows if row[key]]) for key in columns]
-    except ValueError as error:
-        raise ValueError(
-            f"Expected `reference` to hold numbers in the columns {', '.join(columns)}, but in {table} there is one"
-            f" that is none: {error}."
-        ) from error
-
-
-def _event_series(directory: Path) -> list[tuple[str, list[float]]]:
-    # 0 keeps every value: by default long series are thinned out, and the peak can be lost.
-    events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if KEY.search(tag)]
-    return [(tag, [event.value for event in events.Scalars(tag)]) for tag in tags]
-
-
 def _hyper_parameters(path: Path) -> dict[str, Any]:
     """The fields of a configuration that a file of hyper-parameters has."""
-    if not path.is_file():
-        return {}
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     except yaml.YAMLError:
         return {}  # objects among the hyper-parameters; the error above names what is needed
-    if not isinstance(document, Mapping):
-        return {}
-    named = {NAMES.get(str(name), str(name)): value for name, value in document.items()}
+    named = {str(name): value for name, value in document.items()} if isinstance(document, Mapping) else {}
+    named.setdefault("learning_rate", named.get("lr"))
     values = {name: named[name] for name in USED if named.get(name) is not None}
     accumulated = named.get("accumulate_grad_batches")
     if isinstance(accumulated, int) and isinstance(values.get("batch_size"), int):

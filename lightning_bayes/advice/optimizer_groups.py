@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, SparseAdam
 
-from lightning_bayes.functional import AdamConfiguration, Configuration
+from lightning_bayes.functional.configuration import AdamConfiguration, AnyConfiguration, Configuration
 
 # Optimizers that divide the gradient by its root mean square. RMSprop carries a `momentum`: the keys of a
 # parameter group alone do not tell them from SGD.
@@ -39,7 +39,7 @@ class ParameterGroup:
     """
 
     name: str
-    configuration: Configuration | AdamConfiguration
+    configuration: AnyConfiguration
 
 
 def groups_of(
@@ -120,7 +120,7 @@ def is_adaptive(optimizer: Any) -> bool:
 
 def configuration_of(
     group: Mapping[str, Any], learning_rate: float, batch_size: int, examples: int | None, *, adaptive: bool
-) -> Configuration | AdamConfiguration:
+) -> AnyConfiguration:
     """One parameter group as a configuration.
 
     Args:
@@ -166,11 +166,9 @@ def optimizer_notes(optimizer: Any) -> list[str]:
         return []
     if is_adaptive(optimizer):
         return [f"{kind} is not an optimizer of torch.optim; having `betas`, it is taken to be Adam-like."]
-    group = optimizer.param_groups[0] if optimizer.param_groups else {}
-    momentum = (
-        "SGD with momentum" if "momentum" in group else "SGD without momentum, since it has no `momentum`"
-    )
+    first: Mapping[str, Any] = next(iter(getattr(optimizer, "param_groups", ())), {})
+    momentum = "with momentum" if "momentum" in first else "without momentum, since it has no `momentum`"
     return [
-        f"{kind} is not torch.optim.SGD; it is taken to be {momentum}. If it rescales gradients by"
+        f"{kind} is not torch.optim.SGD; it is taken to be SGD {momentum}. If it rescales gradients by"
         " their size, do not believe the noise scale."
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,16 @@ from lightning_bayes.advice.optimizer_groups import ParameterGroup
 from lightning_bayes.functional import AdamConfiguration, Comparison, Configuration, compare
 from lightning_bayes.functional._validation import count
 from lightning_bayes.functional.advice.json import SavedAdvice
+from lightning_bayes.functional.configuration import AnyConfiguration
 
-ReferenceLike = str | os.PathLike[str] | Mapping[str, Any] | Configuration | AdamConfiguration
+ReferenceLike = str | os.PathLike[str] | Mapping[str, Any] | AnyConfiguration
 
 KNOWN = (
     "the path of a Lightning checkpoint (.ckpt), of a log directory or of saved advice (.json), a Configuration,"
     " or a dict such as"
     ' {"learning_rate": 0.1, "batch_size": 256, "dataset_size": 50000, "momentum": 0.9}'
 )
-FIELDS = (
-    "learning_rate",
-    "batch_size",
-    "dataset_size",
-    "momentum",
-    "dampening",
-    "nesterov",
-    "betas",
-    "eps",
-    "reduction",
-    "averaged_batches",
-)
+FIELDS = {kind: tuple(field.name for field in fields(kind)) for kind in (Configuration, AdamConfiguration)}
 
 
 @dataclass(frozen=True)
@@ -54,7 +44,7 @@ class Reference:
             the run it is compared with.
     """
 
-    groups: Mapping[str, Configuration | AdamConfiguration | float]
+    groups: Mapping[str, AnyConfiguration | float]
     adaptive: bool
     source: str
     notes: tuple[str, ...] = ()
@@ -80,7 +70,7 @@ def read_reference(reference: ReferenceLike) -> Reference:
     Raises:
         ValueError: naming what is missing and how to give it, or for anything else.
     """
-    if isinstance(reference, Configuration | AdamConfiguration):
+    if isinstance(reference, AnyConfiguration):
         return _reference({"": reference}, "as given")
     if isinstance(reference, Mapping):
         if "optimizer_states" in reference:
@@ -89,11 +79,9 @@ def read_reference(reference: ReferenceLike) -> Reference:
             sizes = {name: value for name, value in reference.items() if name != "path"}
             _only(sizes, SIZES, 'beside "path"')
             return _from_path(reference["path"], {name: count(name, value) for name, value in sizes.items()})
-        _only(reference, FIELDS, "in a dict")
-        return replace(
-            _reference({"": configuration_from(reference, "the dict")}, "as given"),
-            says_reduction="reduction" in reference,
-        )
+        _only(reference, dict.fromkeys(name for names in FIELDS.values() for name in names), "in a dict")
+        configuration = configuration_from(reference, "the dict")
+        return _reference({"": configuration}, "as given", says_reduction="reduction" in reference)
     if isinstance(reference, str | os.PathLike):
         return _from_path(reference, {})
     raise ValueError(f"Expected argument `reference` to be {KNOWN}, but got {reference!r}.")
@@ -117,19 +105,18 @@ def comparisons_with(reference: Reference, groups: Sequence[ParameterGroup]) -> 
     """
     names_of: dict[Any, list[str]] = {}
     for group, known in _pairs(reference, groups):
-        if reference.adaptive != isinstance(group.configuration, AdamConfiguration):
+        ours = group.configuration
+        if reference.adaptive != isinstance(ours, AdamConfiguration):
             kinds = ("an Adam-like optimizer", "SGD")
             raise ValueError(
                 f"Expected argument `reference` to be of {kinds[reference.adaptive]}, as the present run is, but"
                 f" {reference.source} is of {kinds[not reference.adaptive]}: the noise scales are different"
                 f" quantities. Give a run of {kinds[reference.adaptive]}, or leave `reference` out."
             )
+        theirs = known
         if not reference.says_reduction and not isinstance(known, int | float):
-            ours = group.configuration
-            loss = {"reduction": ours.reduction, "averaged_batches": ours.averaged_batches}
-            names_of.setdefault((ours, replace(known, **loss)), []).append(group.name)  # type: ignore[arg-type]
-        else:
-            names_of.setdefault((group.configuration, known), []).append(group.name)
+            theirs = replace(known, reduction=ours.reduction, averaged_batches=ours.averaged_batches)
+        names_of.setdefault((ours, theirs), []).append(group.name)
     return [
         compare(present, known, name=", ".join(names), source=reference.source)
         for (present, known), names in names_of.items()
@@ -138,21 +125,21 @@ def comparisons_with(reference: Reference, groups: Sequence[ParameterGroup]) -> 
 
 def _pairs(
     reference: Reference, groups: Sequence[ParameterGroup]
-) -> list[tuple[ParameterGroup, Configuration | AdamConfiguration | float]]:
+) -> list[tuple[ParameterGroup, AnyConfiguration | float]]:
     known = reference.groups
     if known.keys() == {group.name for group in groups}:
         return [(group, known[group.name]) for group in groups]
     if len(known) == len(groups):
         return list(zip(groups, known.values(), strict=True))
 
-    def size(value: Configuration | AdamConfiguration | float) -> float:
+    def size(value: AnyConfiguration | float) -> float:
         return value if isinstance(value, int | float) else value.learning_rate
 
     largest = max(groups, key=lambda group: group.configuration.learning_rate)
     return [(largest, max(known.values(), key=size))]
 
 
-def configuration_from(values: Mapping[str, Any], source: str) -> Configuration | AdamConfiguration:
+def configuration_from(values: Mapping[str, Any], source: str) -> AnyConfiguration:
     """A configuration from named values; Adam's if there are `betas`.
 
     Args:
@@ -173,36 +160,32 @@ def configuration_from(values: Mapping[str, Any], source: str) -> Configuration 
             f"Expected `reference` to say {' and '.join(missing)}, but {source} has only {sorted(values)}. Give"
             f" {KNOWN}."
         )
-    fields_given = {name: values[name] for name in FIELDS if values.get(name) is not None}
-    unknown = [
-        name
-        for name in fields_given
-        if name in (("momentum", "dampening", "nesterov") if adaptive else ("eps",))
-    ]
-    if unknown:
+    kind = AdamConfiguration if adaptive else Configuration
+    given = {name: value for name, value in values.items() if value is not None}
+    if wrong := [name for name in given if name not in FIELDS[kind]]:
         raise ValueError(
-            f"Expected `reference` to be of one optimizer, but {source} has {' and '.join(unknown)}"
+            f"Expected `reference` to be of one optimizer, but {source} has {' and '.join(wrong)}"
             f" {'beside' if adaptive else 'without'} betas."
         )
-    if fields_given.get("dampening") and not fields_given.get("momentum"):
-        fields_given["dampening"] = 0.0  # torch.optim.SGD applies it in the momentum buffer only
-    fields_given["batch_size"] = count("batch_size", fields_given["batch_size"])
+    if given.get("dampening") and not given.get("momentum"):
+        given["dampening"] = 0.0  # torch.optim.SGD applies it in the momentum buffer only
     if adaptive:
-        return AdamConfiguration(**{**fields_given, "betas": tuple(fields_given["betas"])})
-    return Configuration(**fields_given)
+        given["betas"] = tuple(given["betas"])
+    return kind(**given | {"batch_size": count("batch_size", given["batch_size"])})
 
 
 def _reference(
-    groups: Mapping[str, Configuration | AdamConfiguration | float],
+    groups: Mapping[str, AnyConfiguration | float],
     source: str,
     notes: tuple[str, ...] = (),
-    adaptive: bool | None = None,
+    *,
+    adaptive: bool = False,
+    says_reduction: bool = True,
 ) -> Reference:
-    if adaptive is None:
-        adaptive = any(isinstance(value, AdamConfiguration) for value in groups.values())
     if not groups:
         raise ValueError(f"Expected `reference` to hold a configuration, but {source} has none.")
-    return Reference(dict(groups), adaptive, source, notes)
+    adaptive = adaptive or any(isinstance(value, AdamConfiguration) for value in groups.values())
+    return Reference(dict(groups), adaptive, source, notes, says_reduction)
 
 
 def _only(values: Mapping[str, Any], known: Any, where: str) -> None:
@@ -218,10 +201,10 @@ def _from_path(given: Any, sizes: Mapping[str, int]) -> Reference:
     if path.is_dir() and not sizes:
         run = read_logged_run(path)
         if run.values is not None:
-            read = _reference({"": configuration_from(run.values, run.source)}, run.source, run.notes)
-            return replace(read, says_reduction=False)
+            configuration = configuration_from(run.values, run.source)
+            return _reference({"": configuration}, run.source, run.notes, says_reduction=False)
         if run.noise_scales is not None:
-            return _reference(run.noise_scales, run.source, run.notes, run.adaptive)
+            return _reference(run.noise_scales, run.source, run.notes, adaptive=run.adaptive)
         return replace(_from_json(Path(run.source)), notes=run.notes)
     if not path.is_file():
         raise ValueError(f"Expected argument `reference` to be {KNOWN}, but there is no file {str(path)!r}.")
@@ -233,7 +216,7 @@ def _from_path(given: Any, sizes: Mapping[str, int]) -> Reference:
 def _of_checkpoint(checkpoint: Mapping[str, Any], source: str, sizes: Mapping[str, int]) -> Reference:
     groups, notes = groups_of_checkpoint(checkpoint, source, sizes)
     noted = bool(recorded_configurations(checkpoint)) and not sizes
-    return replace(_reference(groups, source, notes), says_reduction=noted)
+    return _reference(groups, source, notes, says_reduction=noted)
 
 
 def _from_json(path: Path) -> Reference:

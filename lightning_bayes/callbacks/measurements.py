@@ -13,7 +13,7 @@ from lightning_bayes.callbacks.trainer.settings import read_sizes
 from lightning_bayes.functional.check import Measurements
 
 
-def measured(trainer: Trainer) -> Measurements:
+def measured(trainer: Trainer, ema_decay: float | None = None) -> Measurements:
     """The latest reading of GradientNoiseScale and the sharpest of Stability, where the Trainer has them.
 
     The advised run starts anew: it will pass the sharpest point of this one, often the beginning, at its own
@@ -21,6 +21,7 @@ def measured(trainer: Trainer) -> Measurements:
 
     Args:
         trainer: with callbacks.
+        ema_decay: of an average of the weights; handed on.
 
     Returns:
         The gradient noise scale (NaN where it was not resolved) and the largest eigenvalue of the Hessian of the mean
@@ -31,22 +32,16 @@ def measured(trainer: Trainer) -> Measurements:
     for callback in trainer.callbacks:  # type: ignore[attr-defined] # set without being declared
         if isinstance(callback, GradientNoiseScale) and callback.estimate is not None:
             noise = callback.estimate.noise_scale
+            # An unbiased tr Σ of few gradients may come out below 0, as ‖G‖² may: that is no batch size.
+            if not math.isfinite(noise) or noise <= 0:
+                noise = math.nan
         if isinstance(callback, Stability):
-            values = [reading.largest_eigenvalue for _, reading in callback.history]
+            b = 1
+            if callback.network is None and reduction_of(trainer) == "sum":
+                # It measures the loss that it reads, the sum over the examples of a training_step.
+                sizes = read_sizes(trainer)
+                b = min(sizes.device_batch_size, sizes.dataset_size)
+            values = [reading.largest_eigenvalue / b for _, reading in callback.history]
             # NaN weights have no curvature.
-            known = [value / _summed_by(callback, trainer) for value in values if math.isfinite(value)]
-            largest = max(known, default=largest)
-    return Measurements(None if noise is None else _resolved(noise), largest)
-
-
-def _summed_by(callback: Stability, trainer: Trainer) -> int:
-    """How many times the mean loss the one is whose curvature Stability measures: the examples of a training_step."""
-    if callback.network is not None or reduction_of(trainer) == "mean":
-        return 1
-    sizes = read_sizes(trainer)
-    return min(sizes.device_batch_size, sizes.dataset_size)
-
-
-def _resolved(noise_scale: float) -> float:
-    """NaN for what is no batch size: an unbiased tr Σ of few gradients may come out below 0, as ‖G‖² may."""
-    return noise_scale if math.isfinite(noise_scale) and noise_scale > 0 else math.nan
+            largest = max(filter(math.isfinite, values), default=largest)
+    return Measurements(noise, largest, ema_decay)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
@@ -13,10 +13,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_bayes.advice.optimizer_groups import ParameterGroup
-from lightning_bayes.advice.references import Reference, ReferenceLike, comparisons_with, read_reference
+from lightning_bayes.advice.references import ReferenceLike, comparisons_with, read_reference
 from lightning_bayes.callbacks.advice.peak_record import PeakRecord, note_step
-from lightning_bayes.callbacks.advice.report import emit
-from lightning_bayes.callbacks.advice.targets import check_targets
+from lightning_bayes.callbacks.advice.report import emit, way_to_more_examples
 from lightning_bayes.callbacks.measurements import measured
 from lightning_bayes.callbacks.measuring import MeasuringCallback, OnError, guarded
 from lightning_bayes.callbacks.trainer.loss_reduction import forget_reduction, note_reduction
@@ -26,24 +25,20 @@ from lightning_bayes.callbacks.trainer.settings import (
     makes_a_step,
     read_configuration,
 )
-from lightning_bayes.functional import (
-    AdamAdvice,
-    AdamConfiguration,
-    Advice,
-    Comparison,
-    Configuration,
-    SavedAdvice,
-    advise,
-    advise_adam,
-)
+from lightning_bayes.functional import Advice, Comparison, SavedAdvice
 from lightning_bayes.functional._validation import string
-from lightning_bayes.functional.advice.trainer_check import AnyAdvice, with_trainer_check
+from lightning_bayes.functional.advice.advise import advice_on
+from lightning_bayes.functional.advice.trainer_check import with_trainer_check
 from lightning_bayes.functional.check import Measurements
-from lightning_bayes.functional.configuration import Targets
+from lightning_bayes.functional.configuration import AnyConfiguration, Targets
 
 SCHEDULE_NOTE = (
     "The learning rate followed a schedule; the one shown is its peak. Multiply the whole schedule by"
     " the ratio of the advised to the present one."
+)
+SHARE_NOTE = (
+    "The target learning rate is that of the parameter group with the largest; this group's"
+    " is multiplied alike."
 )
 
 
@@ -120,7 +115,7 @@ class ScalingAdvisor(MeasuringCallback):
         self.targets = None if reference is not None and targets == (None,) * 4 else Targets(*targets)
         self.ema_decay = Measurements(ema_decay=ema_decay).ema_decay
         self.log_key_prefix = string("log_key_prefix", log_key_prefix)
-        self.advice: list[Advice | AdamAdvice] = []
+        self.advice: list[Advice[Any]] = []
         self.comparisons: list[Comparison] = []
         self._records: dict[str, PeakRecord] = {}
         self._latest: TrainerConfiguration | None = None
@@ -145,7 +140,14 @@ class ScalingAdvisor(MeasuringCallback):
         self.advice, self.comparisons, self._settings = [], [], None
         self._latest = configuration = read_configuration(trainer)
         if self.targets is not None:
-            check_targets(trainer, configuration, self.targets)
+            for group in configuration.groups:
+                self.targets.check_for(group.configuration)
+            examples = configuration.sizes.dataset_size
+            try:
+                self.targets.check_against(examples)
+            except ValueError as error:
+                way = way_to_more_examples(trainer, examples, int(self.targets.batch_size or 0))
+                raise ValueError(f"{error} {way}") from error
         # Only a resumed run has records of its own past: a second fit from the start, or one of another
         # model, begins anew.
         if trainer.global_step == 0 or self._records.keys() != {group.name for group in configuration.groups}:
@@ -154,7 +156,8 @@ class ScalingAdvisor(MeasuringCallback):
         self._directory = trainer.log_dir if trainer.loggers else None
         self._due = True
         if self.reference is not None:  # of another kind of optimizer it is refused before the first batch
-            self._compare(read_configuration(trainer, scheduled=True).groups)
+            groups = read_configuration(trainer, scheduled=True).groups
+            self.comparisons = comparisons_with(self.reference, groups)
         self._said = False
 
     @override
@@ -169,8 +172,13 @@ class ScalingAdvisor(MeasuringCallback):
         note_reduction(trainer, pl_module, batch, batch_idx)
         if self.reference is not None and not self._said:  # the noise of a sum is known by now
             self._said = True
-            self._compare(read_configuration(trainer, scheduled=True).groups)
-            self._say(self.reference)
+            groups = read_configuration(trainer, scheduled=True).groups
+            self.comparisons = comparisons_with(self.reference, groups)
+            for note in self.reference.notes:
+                rank_zero_info(f"ScalingAdvisor: {note}")
+            for comparison in self.comparisons:
+                say = rank_zero_warn if comparison.differs else rank_zero_info
+                say(f"ScalingAdvisor: {comparison.summary}")
 
     @override
     @guarded
@@ -214,14 +222,37 @@ class ScalingAdvisor(MeasuringCallback):
                 "ScalingAdvisor: no optimizer step with a learning rate above 0 was taken: no advice."
             )
             return
-        if self.targets is not None:
-            self.advice = self._advise(trained, self.targets, measured(trainer))
-        if self.reference is not None:
-            self._compare([ParameterGroup(name, record.peak) for name, record in trained.items()])
+        self.advice = self._advise(trained, trainer)
         configurations = {name: record.peak for name, record in trained.items()}
+        if self.reference is not None:
+            groups = [ParameterGroup(name, peak) for name, peak in configurations.items()]
+            self.comparisons = comparisons_with(self.reference, groups)
         saved = SavedAdvice(configurations, tuple(self.advice), tuple(self.comparisons))
         others = [other for other in trainer.callbacks if isinstance(other, ScalingAdvisor)]  # type: ignore[attr-defined]
         emit(trainer, saved, self.log_key_prefix, self._directory, others.index(self))
+
+    def _advise(self, records: Mapping[str, PeakRecord], trainer: Trainer) -> list[Advice[Any]]:
+        """Advice for each set of parameter groups with the same configuration and history."""
+        if self.targets is None or self._latest is None:
+            return []
+        alike: dict[tuple[AnyConfiguration, tuple[str, ...]], list[str]] = {}
+        for name, record in records.items():
+            alike.setdefault((record.peak, tuple(_history(record.changed))), []).append(name)
+        largest = max(peak.learning_rate for peak, _ in alike)
+        known, sizes, advice = measured(trainer, self.ema_decay), self._latest.sizes, []
+        for (peak, history), names in alike.items():
+            targets, share, notes = self.targets, peak.learning_rate / largest, self._latest.notes
+            if targets.learning_rate is not None and share != 1:
+                targets = replace(targets, learning_rate=targets.learning_rate * share)
+                notes += (SHARE_NOTE,)
+            piece = with_trainer_check(
+                advice_on(peak, targets, known, ", ".join(names)),
+                loader_batch_size=sizes.device_batch_size,
+                accumulate_grad_batches=sizes.accumulation,
+                replicas=sizes.replicas,
+            )
+            advice.append(replace(piece, notes=(*piece.notes, *notes, *history)))
+        return advice
 
     @override
     def _check_alone(self, trainer: Trainer) -> None:
@@ -233,67 +264,11 @@ class ScalingAdvisor(MeasuringCallback):
                     f" {self.targets}: they would give the same advice and cannot share a checkpoint. Remove one."
                 )
 
-    def _compare(self, groups: Sequence[ParameterGroup]) -> None:
-        if self.reference is not None:
-            self.comparisons = comparisons_with(self.reference, groups)
 
-    def _say(self, reference: Reference) -> None:
-        for note in reference.notes:
-            rank_zero_info(f"ScalingAdvisor: {note}")
-        for comparison in self.comparisons:
-            say = rank_zero_warn if comparison.differs else rank_zero_info
-            say(f"ScalingAdvisor: {comparison.summary}")
-
-    def _advise(
-        self, records: Mapping[str, PeakRecord], targets: Targets, known: Measurements
-    ) -> list[Advice | AdamAdvice]:
-        """Advice for each set of parameter groups with the same configuration and history."""
-        alike: dict[tuple[Configuration | AdamConfiguration, frozenset[str]], list[str]] = {}
-        for name, record in records.items():
-            alike.setdefault((record.peak, frozenset(record.changed)), []).append(name)
-        largest = max(peak.learning_rate for peak, _ in alike)
-        return [
-            self._advise_group(
-                ParameterGroup(", ".join(names), peak), targets, known, changed, peak.learning_rate / largest
-            )
-            for (peak, changed), names in alike.items()
-        ]
-
-    def _advise_group(
-        self,
-        group: ParameterGroup,
-        targets: Targets,
-        known: Measurements,
-        changed: frozenset[str],
-        share: float,
-    ) -> Advice | AdamAdvice:
-        arguments: dict[str, Any] = {f"target_{name}": value for name, value in targets.given().items()}
-        notes = [] if self._latest is None else list(self._latest.notes)
-        if targets.learning_rate is not None and share != 1:
-            arguments["target_learning_rate"] = targets.learning_rate * share
-            notes.append(
-                "The target learning rate is that of the parameter group with the largest; this group's"
-                " is multiplied alike."
-            )
-        if "learning_rate" in changed:
-            notes.append(SCHEDULE_NOTE)
-        if changed - {"learning_rate"}:
-            names = " and ".join(sorted(changed - {"learning_rate"})).replace("_", " ")
-            notes.append(f"The {names} changed during the run: the present values are those at the peak.")
-        arguments |= {"gradient_noise_scale": known.gradient_noise_scale, "ema_decay": self.ema_decay}
-        if isinstance(group.configuration, AdamConfiguration):
-            return self._complete(advise_adam(group.configuration, name=group.name, **arguments), notes)
-        arguments["largest_eigenvalue"] = known.largest_eigenvalue
-        return self._complete(advise(group.configuration, name=group.name, **arguments), notes)
-
-    def _complete(self, advice: AnyAdvice, notes: Sequence[str]) -> AnyAdvice:
-        """The advice with what the Trainer adds to it."""
-        if self._latest is not None:
-            sizes = self._latest.sizes
-            advice = with_trainer_check(
-                advice,
-                loader_batch_size=sizes.device_batch_size,
-                accumulate_grad_batches=sizes.accumulation,
-                replicas=sizes.replicas,
-            )
-        return replace(advice, notes=(*advice.notes, *notes))
+def _history(changed: set[str]) -> Iterator[str]:
+    """What is to be said of settings that changed during the run."""
+    if "learning_rate" in changed:
+        yield SCHEDULE_NOTE
+    if others := sorted(changed - {"learning_rate"}):
+        names = " and ".join(others).replace("_", " ")
+        yield f"The {names} changed during the run: the present values are those at the peak."

@@ -1,15 +1,13 @@
 """Formulas: floats and tensors in, floats and tensors out."""
 
-from lightning_bayes.functional.adam_scaling import AdamConfiguration, rescale_adam
-from lightning_bayes.functional.advice.adam_advice import AdamAdvice, AdamMove, advise_adam
-from lightning_bayes.functional.advice.advise import Advice, advise
+from lightning_bayes.functional.advice.advice import Advice, Move
+from lightning_bayes.functional.advice.advise import advise
 from lightning_bayes.functional.advice.compare import Comparison, Restoration, compare
-from lightning_bayes.functional.advice.group_advice import GroupAdvice
 from lightning_bayes.functional.advice.json import SavedAdvice
 from lightning_bayes.functional.advice.trainer_check import trainer_check
 from lightning_bayes.functional.batch_growth import BatchGrowth, grow_batch, learning_rate_gain
 from lightning_bayes.functional.check import Check
-from lightning_bayes.functional.configuration import Configuration, NoSolutionError
+from lightning_bayes.functional.configuration import AdamConfiguration, Configuration, NoSolutionError
 from lightning_bayes.functional.evidence import (
     effective_parameters,
     log_det_from_eigenvalues,
@@ -30,7 +28,7 @@ from lightning_bayes.functional.noise_scale import (
     learning_rate_for_noise_scale,
     sgd_noise_scale,
 )
-from lightning_bayes.functional.scaling import Move, rescale
+from lightning_bayes.functional.scaling import rescale, rescale_adam
 from lightning_bayes.functional.sharpness import keskar_sharpness
 from lightning_bayes.functional.stability import (
     largest_stable_learning_rate,
@@ -38,6 +36,12 @@ from lightning_bayes.functional.stability import (
     stability_ratio,
     variance_inflation,
 )
+
+# Names from when advice for Adam had classes and a function of its own.
+AdamAdvice = Advice[AdamConfiguration]
+AdamMove = Move[AdamConfiguration]
+GroupAdvice = Advice
+advise_adam = advise
 
 __all__ = [  # noqa: RUF022 - grouped by subject
     # Evidence

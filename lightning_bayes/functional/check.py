@@ -1,9 +1,8 @@
-"""What a piece of advice was held against: one check as data, and the verdict of several."""
+"""What a piece of advice was held against, as data, and what was measured for it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,25 +47,6 @@ class Check:
         return "not measured" if self.passed is None else "fails"
 
 
-def verdict(checks: Iterable[Check]) -> Verdict:
-    """How far to trust a move: the worst of its checks, actions apart.
-
-    Args:
-        checks: of one move.
-
-    Returns:
-        "impossible" without a solution, "doubtful" where a check fails, "unverified" where none fails but one
-        was not measured, else "safe".
-    """
-    validity = [check for check in checks if not check.action]
-    failed = [check.name for check in validity if check.passed is False]
-    if SOLUTION in failed:
-        return "impossible"
-    if failed:
-        return "doubtful"
-    return "unverified" if any(check.passed is None for check in validity) else "safe"
-
-
 @dataclass(frozen=True)
 class Measurements:
     """What was measured on the run beside its configuration; None where it was not.
@@ -92,12 +72,3 @@ class Measurements:
             finite("largest_eigenvalue", self.largest_eigenvalue)
         if self.ema_decay is not None:
             fraction("ema_decay", self.ema_decay)
-
-    @property
-    def resolved_noise_scale(self) -> float | None:
-        """B_simple, None where it was not measured or not resolved."""
-        noise = self.gradient_noise_scale
-        return None if noise is None or math.isnan(noise) else noise
-
-
-NOT_MEASURED = Measurements()

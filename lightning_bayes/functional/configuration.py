@@ -1,9 +1,10 @@
-"""What an SGD noise scale is a function of, and what is to change about it: checked values, no rules."""
+"""What the noise of an optimizer is a function of, and what is to change about it: checked values, no rules."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, TypeVar
 
 from lightning_bayes.functional._validation import (
     batch_within_dataset,
@@ -42,6 +43,10 @@ class Configuration:
         ValueError: naming the argument, if one is not a number, not finite or outside its domain.
     """
 
+    optimizer: ClassVar = "sgd"
+    # Properties that a file of advice holds beside the fields.
+    SAVED_TOO: ClassVar = ("optimizer", "noise_scale")
+
     learning_rate: float
     batch_size: float
     dataset_size: int
@@ -71,8 +76,8 @@ class Configuration:
     @property
     def noise_scale(self) -> float:
         """The SGD noise scale g = ε (N/B - 1) (1 - τ) / (1 - m), as `sgd_noise_scale` documents it; ε on the mean."""
-        factor = momentum_factor(self.momentum, self.dampening)
-        return steady_state_noise_scale(self.mean_learning_rate, self.batch_size, self.dataset_size, factor)
+        rate, factor = self.mean_learning_rate, momentum_factor(self.momentum, self.dampening)
+        return steady_state_noise_scale(rate, self.batch_size, self.dataset_size, factor)
 
     @property
     def time_per_epoch(self) -> float:
@@ -95,26 +100,72 @@ class Configuration:
         return self.learning_rate * self.summed_examples
 
     @property
-    def on_the_mean(self) -> Configuration:
-        """The same run with a mean in place of a sum."""
-        return replace(self, learning_rate=self.mean_learning_rate, reduction="mean", averaged_batches=1)
-
-    def summed_like(self, other: Configuration) -> Configuration:
-        """This run of a mean loss with the reduction of another, at the learning rate that makes the same steps."""
-        if other.reduction == "mean":
-            return self
-        b = self.batch_size / other.averaged_batches
-        return replace(
-            self,
-            learning_rate=self.learning_rate / b,
-            reduction="sum",
-            averaged_batches=other.averaged_batches,
-        )
-
-    @property
     def steps_per_epoch(self) -> float:
         """N / B, not rounded."""
         return self.dataset_size / self.batch_size
+
+
+@dataclass(frozen=True)
+class AdamConfiguration:
+    """What the noise of Adam, RMSprop and their relatives depends on, checked at construction.
+
+    Attributes:
+        learning_rate: ε, at least 0.
+        batch_size: B, examples per optimizer step; a solved batch size is not rounded.
+        betas: every decay rate of a running average, each in [0, 1): (β1, β2) of Adam, (alpha,) of RMSprop.
+        eps: the constant beside the root mean square, at least 0.
+        dataset_size: N if known. The rule does not depend on it.
+        reduction: of the loss over the examples of one training_step: "mean" or "sum". The step of these optimizers
+            does not depend on a factor of the loss, but eps is compared with the gradient and so does.
+        averaged_batches: as in `Configuration`.
+
+    Raises:
+        ValueError: naming the argument, if one is not a number, not finite or outside its domain.
+    """
+
+    optimizer: ClassVar = "adam"
+    SAVED_TOO: ClassVar = ("optimizer", "noise_scale")
+
+    learning_rate: float
+    batch_size: float
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1e-8
+    dataset_size: int | None = None
+    reduction: Reduction = "mean"
+    averaged_batches: int = 1
+
+    def __post_init__(self) -> None:
+        check_reduction(self.reduction)
+        count("averaged_batches", self.averaged_batches)
+        non_negative("learning_rate", self.learning_rate)
+        positive("batch_size", self.batch_size)
+        if not isinstance(self.betas, tuple):
+            raise ValueError(f"Expected argument `betas` to be a tuple of numbers, but got {self.betas!r}.")
+        for beta in self.betas:
+            fraction("betas", beta)
+        non_negative("eps", self.eps)
+        if self.dataset_size is not None:
+            count("dataset_size", self.dataset_size)
+            batch_within_dataset("batch_size", self.batch_size, "dataset_size", self.dataset_size)
+
+    @property
+    def noise_scale(self) -> float:
+        """The invariant ε/√B, as `adam_noise_scale` documents it."""
+        return self.learning_rate / math.sqrt(self.batch_size)
+
+    @property
+    def summed_examples(self) -> float:
+        """b, the examples that the loss of one training_step sums: B / averaged_batches; 1 for a mean."""
+        return self.batch_size / self.averaged_batches if self.reduction == "sum" else 1.0
+
+    @property
+    def largest_batch_size(self) -> float:
+        """The batch size at which the first κ(1-β) reaches 1, from which on the rule has no betas."""
+        return self.batch_size / (1 - min(self.betas)) if self.betas else math.inf
+
+
+AnyConfiguration = Configuration | AdamConfiguration
+ConfigurationType = TypeVar("ConfigurationType", bound=AnyConfiguration)
 
 
 @dataclass(frozen=True)
@@ -137,21 +188,25 @@ class Targets:
     dataset_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None:
-            count("target_batch_size", self.batch_size)
-        if self.learning_rate is not None:
-            positive("target_learning_rate", self.learning_rate)
-        if self.momentum is not None:
-            fraction("target_momentum", self.momentum)
-        if self.dataset_size is not None:
-            count("target_dataset_size", self.dataset_size)
-        if (self.batch_size, self.learning_rate, self.momentum, self.dataset_size) == (None,) * 4:
+        checks = {"batch_size": count, "learning_rate": positive, "momentum": fraction, "dataset_size": count}
+        for name, value in self.given().items():
+            checks[name](f"target_{name}", value)
+        if not self.given():
             raise ValueError(
                 "Expected at least one of `target_batch_size`, `target_learning_rate`, `target_momentum` and"
                 " `target_dataset_size` to be given, but got None for all four."
             )
         if self.dataset_size is not None:
             self.check_against(self.dataset_size)
+
+    def check_for(self, present: AnyConfiguration) -> None:
+        """Raises a ValueError for a target that means nothing to the optimizer."""
+        if self.momentum is not None and isinstance(present, AdamConfiguration):
+            raise ValueError(
+                "Expected argument `target_momentum` to be None for an Adam-like optimizer, but got"
+                f" {self.momentum!r}: it has running averages (betas), which Adam's rule moves with the"
+                " batch size. Leave `target_momentum` out, and give a batch size or a learning rate as target."
+            )
 
     def check_against(self, dataset_size: int) -> None:
         """Raises a ValueError if the target batch is larger than the training set it is drawn from."""
@@ -172,44 +227,35 @@ class Targets:
             return ("batch_size",)
         return ("learning_rate", "batch_size")
 
-    def fixed(self, present: Configuration) -> Goal:
-        """The values that hold after the change, the unknown still at its old value or its own target."""
-        momentum = present.momentum if self.momentum is None else self.momentum
-        return Goal(
-            learning_rate=present.learning_rate if self.learning_rate is None else self.learning_rate,
-            batch_size=present.batch_size if self.batch_size is None else self.batch_size,
-            dataset_size=present.dataset_size if self.dataset_size is None else int(self.dataset_size),
-            momentum=momentum,
+    def unchanged(self, present: ConfigurationType) -> ConfigurationType | None:
+        """The targets put in and nothing else changed; None where the present batch would exceed the data.
+
+        Raises:
+            ValueError: as `check_for` and `check_against` do.
+        """
+        self.check_for(present)
+        values = self.fixed(present)
+        batch_size, dataset_size = values["batch_size"], values["dataset_size"]
+        if dataset_size is None or batch_size <= dataset_size:
+            return type(present)(**values)
+        self.check_against(dataset_size)
+        return None
+
+    def fixed(self, present: AnyConfiguration) -> dict[str, Any]:
+        """The values that hold after the change, what is solved for still at its old value or its own target."""
+        values: dict[str, Any] = asdict(present) | self.given()
+        if self.dataset_size is not None:
+            values["dataset_size"] = int(self.dataset_size)
+        if isinstance(present, Configuration) and self.momentum is not None:
             # Dampening acts on what enters the momentum buffer. Without momentum there is no buffer.
-            dampening=0.0 if self.momentum == 0 else present.dampening,
-            nesterov=present.nesterov and momentum > 0,
-            reduction=present.reduction,
-            averaged_batches=present.averaged_batches,
-        )
+            values["dampening"] = present.dampening if self.momentum > 0 else 0.0
+            values["nesterov"] = present.nesterov and self.momentum > 0
+        return values
 
 
 @dataclass(frozen=True)
-class Goal:
-    """The fields of a `Configuration` without its checks: before solving, the batch may exceed the data."""
+class Goal(Configuration):
+    """A configuration before it is solved for, not checked: its batch may exceed the data."""
 
-    learning_rate: float
-    batch_size: float
-    dataset_size: int
-    momentum: float
-    dampening: float
-    nesterov: bool
-    reduction: Reduction = "mean"
-    averaged_batches: int = 1
-
-    def configuration(self) -> Configuration:
-        """The same values as a checked `Configuration`."""
-        return Configuration(
-            self.learning_rate,
-            self.batch_size,
-            self.dataset_size,
-            self.momentum,
-            self.dampening,
-            self.nesterov,
-            self.reduction,
-            self.averaged_batches,
-        )
+    def __post_init__(self) -> None:
+        """Nothing is checked yet."""

@@ -1,14 +1,14 @@
-"""Rules of rescaling for SGD: the learning rate or batch size that keeps the noise scale."""
+"""Rules of rescaling: the learning rate or batch size that keeps the noise of SGD, and of Adam."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import replace
 from typing import Literal
 
-from lightning_bayes.functional._validation import count, positive
-from lightning_bayes.functional.adam_scaling import AdamConfiguration, square_root_rule
-from lightning_bayes.functional.check import Check, Verdict, verdict
+from lightning_bayes.functional._validation import ROUNDING, count, positive
 from lightning_bayes.functional.configuration import (
+    AdamConfiguration,
     Configuration,
     Goal,
     NoSolutionError,
@@ -18,51 +18,11 @@ from lightning_bayes.functional.configuration import (
 from lightning_bayes.functional.noise_scale import (
     batch_size_for_noise_scale,
     momentum_factor,
-    steady_state_learning_rate,
+    steady_state_noise_scale,
 )
 from lightning_bayes.functional.summed_loss import summed_batch_size
 
 Rule = Literal["exact", "linear", "sqrt"]
-
-
-@dataclass(frozen=True)
-class Move:
-    """One way to keep the noise scale: everything as targeted, and one value solved for.
-
-    Attributes:
-        solved_for: "learning_rate" or "batch_size".
-        exact: the configuration by the exact inverse; None where there is none (a caveat says why).
-        linear: the configuration by B ∝ ε N / (1 - m); None where it leaves the training set.
-        why: the equations with their numbers put in, exact first.
-        checks: what the move was held against, and what is to be done with it.
-        safe: the largest move of this kind that no check fails: `exact` where none fails, else one that goes a part
-            of the way to the targets; None where every one fails.
-        limited_by: the checks that fail beyond `safe`, by name.
-    """
-
-    solved_for: Unknown
-    exact: Configuration | None
-    linear: Configuration | None
-    why: tuple[str, ...]
-    checks: tuple[Check, ...] = ()
-    safe: Configuration | None = None
-    limited_by: tuple[str, ...] = ()
-
-    @property
-    def solution(self) -> Configuration | None:
-        """The configuration by the exact inverse."""
-        return self.exact
-
-    @property
-    def verdict(self) -> Verdict:
-        """How far to trust it, as `verdict` documents it."""
-        return verdict(self.checks)
-
-    @property
-    def range(self) -> tuple[float, float] | None:
-        """The least and the largest value that the rules ask for; None where none has a solution."""
-        values = [getattr(move, self.solved_for) for move in (self.exact, self.linear) if move is not None]
-        return (min(values), max(values)) if values else None
 
 
 def rescale(
@@ -120,18 +80,19 @@ def rescale(
         dampening,
     )
     targets = Targets(target_batch_size, target_learning_rate, target_momentum, target_dataset_size)
-    return solve(present, targets, rule, _unknown(targets, solve_for))
+    targets.check_against(present.dataset_size)
+    return solve(present, targets, _unknown(targets, solve_for), rule)
 
 
-def solve(present: Configuration, targets: Targets, rule: Rule, unknown: Unknown) -> Configuration:
+def solve(present: Configuration, targets: Targets, unknown: Unknown, rule: Rule) -> Configuration:
     """`rescale` for values already gathered; a target for the unknown itself is disregarded.
 
     Args:
         present: the configuration whose noise scale is kept; its learning rate is above 0. With a summed loss both
             it and the new one are of the sum over the examples of one training_step, with as many averaged batches.
         targets: what changes.
-        rule: "exact", "linear" or "sqrt".
         unknown: "learning_rate" or "batch_size".
+        rule: "exact", "linear" or "sqrt".
 
     Returns:
         The new configuration.
@@ -143,28 +104,25 @@ def solve(present: Configuration, targets: Targets, rule: Rule, unknown: Unknown
     if not isinstance(rule, str) or rule not in rules:
         raise ValueError(f'Expected argument `rule` to be "exact", "linear" or "sqrt", but got {rule!r}.')
     positive("learning_rate", present.learning_rate)
-    if present.reduction == "sum":
-        if unknown == "learning_rate":
-            return solve(present.on_the_mean, targets, rule, unknown).summed_like(present)
-        batch_size = summed_batch_size(present, targets.fixed(present), rule)
-        return replace(targets.fixed(present), batch_size=batch_size).configuration()
-    goal = targets.fixed(present)
-    if unknown == "learning_rate":
-        targets.check_against(present.dataset_size)
-        if goal.batch_size > goal.dataset_size:
-            raise NoSolutionError(
-                f"The present batch of {goal.batch_size:g} does not fit into a training set of"
-                f" {goal.dataset_size}: a smaller `target_batch_size` is needed with it."
-            )
+    values = targets.fixed(present)
+    goal = Goal(**values)
+    if unknown == "learning_rate" and goal.batch_size > goal.dataset_size:
+        raise NoSolutionError(
+            f"The present batch of {goal.batch_size:g} does not fit into a training set of"
+            f" {goal.dataset_size}: a smaller `target_batch_size` is needed with it."
+        )
     if rule == "sqrt" and (targets.momentum is not None or targets.dataset_size is not None):
         raise ValueError(
             'Expected no `target_momentum` and no `target_dataset_size` with `rule="sqrt"`, which relates'
             f" learning rate and batch size only, but got {targets.momentum!r} and {targets.dataset_size!r}."
         )
+    if unknown == "batch_size" and present.reduction == "sum":
+        return Configuration(**values | {unknown: summed_batch_size(present, goal, rule)})
     value = rules[rule](present, goal, unknown)
     if unknown == "learning_rate":
-        return replace(goal, learning_rate=value).configuration()
-    return replace(goal, batch_size=value).configuration()
+        # The rules are of the mean loss; the learning rate of a sum over b examples makes b times its steps.
+        value /= goal.summed_examples
+    return Configuration(**values | {unknown: value})
 
 
 def _unknown(targets: Targets, solve_for: Unknown | None) -> Unknown:
@@ -202,7 +160,7 @@ def _exact(present: Configuration, goal: Goal, unknown: Unknown) -> float:
             " noise scale is 0 at every learning rate, so none keeps the present one."
         )
     factor = momentum_factor(goal.momentum, goal.dampening)
-    return steady_state_learning_rate(scale, goal.batch_size, goal.dataset_size, factor)
+    return scale / steady_state_noise_scale(1.0, goal.batch_size, goal.dataset_size, factor)
 
 
 def _linear(present: Configuration, goal: Goal, unknown: Unknown) -> float:
@@ -212,7 +170,7 @@ def _linear(present: Configuration, goal: Goal, unknown: Unknown) -> float:
     )
     data = goal.dataset_size / present.dataset_size
     if unknown == "learning_rate":
-        return present.learning_rate * (goal.batch_size / present.batch_size) / (data * factor)
+        return present.mean_learning_rate * (goal.batch_size / present.batch_size) / (data * factor)
     batch_size = present.batch_size * (goal.learning_rate / present.learning_rate) * data * factor
     if batch_size > goal.dataset_size:
         raise NoSolutionError(
@@ -224,8 +182,103 @@ def _linear(present: Configuration, goal: Goal, unknown: Unknown) -> float:
 
 def _sqrt(present: Configuration, goal: Goal, unknown: Unknown) -> float:
     adam = AdamConfiguration(
-        present.learning_rate, present.batch_size, betas=(), eps=0.0, dataset_size=present.dataset_size
+        present.mean_learning_rate, present.batch_size, betas=(), eps=0.0, dataset_size=present.dataset_size
     )
     if unknown == "learning_rate":
         return square_root_rule(adam, batch_size=goal.batch_size).learning_rate
     return square_root_rule(adam, learning_rate=goal.learning_rate).batch_size
+
+
+def rescale_adam(
+    *,
+    learning_rate: float,
+    batch_size: int,
+    target_batch_size: int | None = None,
+    target_learning_rate: float | None = None,
+    betas: tuple[float, ...] = (0.9, 0.999),
+    eps: float = 1e-8,
+    dataset_size: int | None = None,
+) -> AdamConfiguration:
+    """The configuration of Adam or RMSprop that follows the same SDE at another batch size.
+
+    B → κB,   ε → ε√κ,   1-β → κ(1-β) for every β,   eps → eps/√κ
+
+    Args:
+        learning_rate: ε, above 0.
+        batch_size: B, examples per optimizer step; whole.
+        target_batch_size: B', so that κ = B'/B. Give this one or `target_learning_rate`.
+        target_learning_rate: ε', so that κ = (ε'/ε)².
+        betas: every decay rate, each in [0, 1): (β1, β2) of Adam, (alpha,) of RMSprop.
+        eps: the constant beside the root mean square, at least 0.
+        dataset_size: N if known; only bounds the batch size.
+
+    Returns:
+        The new configuration. A solved batch size is not rounded.
+
+    Raises:
+        ValueError: naming the argument that is outside its domain; unless exactly one target is given.
+        NoSolutionError: a ValueError, if κ(1-β) >= 1 for some β, where the rule has left its domain, or if
+            the batch exceeds a known training set.
+
+    Reference:
+        Malladi et al., On the SDEs and Scaling Rules for Adaptive Gradient Algorithms, NeurIPS 2022,
+        arXiv:2205.10287.
+    """
+    positive("learning_rate", learning_rate)
+    present = AdamConfiguration(learning_rate, count("batch_size", batch_size), betas, eps, dataset_size)
+    if (target_batch_size is None) == (target_learning_rate is None):
+        raise ValueError(
+            "Expected exactly one of `target_batch_size` and `target_learning_rate`, but got"
+            f" {target_batch_size!r} and {target_learning_rate!r}."
+        )
+    if target_batch_size is not None:
+        return square_root_rule(present, batch_size=count("target_batch_size", target_batch_size))
+    return square_root_rule(present, learning_rate=positive("target_learning_rate", target_learning_rate))
+
+
+def square_root_rule(
+    present: AdamConfiguration, *, batch_size: float | None = None, learning_rate: float | None = None
+) -> AdamConfiguration:
+    """Adam's square-root rule, as `rescale_adam` documents it, for arguments already checked.
+
+    B → κB,   ε → ε√κ,   1-β → κ(1-β) for every β,   eps → eps/√κ
+
+    Args:
+        present: the configuration to start from; its learning rate is above 0. For a summed loss, whose gradient is
+            b times that of the mean, eps is b times as large too: eps → eps √κ with as many averaged batches.
+        batch_size: B', so that κ = B'/B.
+        learning_rate: ε', so that κ = (ε'/ε)², in place of `batch_size`. Without either κ is 1.
+
+    Returns:
+        The new configuration.
+
+    Raises:
+        NoSolutionError: if κ(1-β) >= 1 for some β, or the batch exceeds a known training set.
+    """
+    # A target is taken as it is: B · (B'/B) and ε √κ can miss it by a rounding.
+    if learning_rate is None:
+        batch_size = present.batch_size if batch_size is None else batch_size
+        kappa = batch_size / present.batch_size
+        learning_rate = present.learning_rate * math.sqrt(kappa)
+    else:
+        ratio = learning_rate / present.learning_rate
+        kappa = ratio * ratio
+        batch_size = kappa * present.batch_size
+    if present.dataset_size is not None and batch_size > present.dataset_size:
+        raise NoSolutionError(
+            f"The square-root rule asks for a batch of {batch_size:g} examples, more than the training set of"
+            f" {present.dataset_size}."
+        )
+    if batch_size >= present.largest_batch_size * (1 - ROUNDING):  # 1 - 0.9 is not quite 0.1
+        raise NoSolutionError(
+            f"The square-root rule holds while kappa (1 - beta) < 1: from beta = {min(present.betas):g} below"
+            f" a batch of {present.largest_batch_size:g}, but kappa = {kappa:g} asks for"
+            f" {batch_size:g}. Use a smaller batch, or a beta closer to 1."
+        )
+    return replace(
+        present,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        betas=tuple(1 - kappa * (1 - beta) for beta in present.betas),
+        eps=present.eps * math.sqrt(kappa) if present.reduction == "sum" else present.eps / math.sqrt(kappa),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lightning_bayes.functional.configuration import Configuration, Goal, NoSolutionError, Reduction
+from lightning_bayes.functional.configuration import Configuration, Goal, NoSolutionError
 from lightning_bayes.functional.noise_scale import momentum_factor
 
 
@@ -58,18 +58,3 @@ def _at_least_one(batch_size: float, goal: Goal) -> float:
             " target batch size."
         )
     return batch_size
-
-
-def unit_note(reduction: Reduction, batches: int) -> str | None:
-    """In which unit learning rates are, in words; None for a mean."""
-    if reduction == "mean":
-        return None
-    over = (
-        "the batch"
-        if batches == 1
-        else f"B/{batches} examples, since {batches} batches are averaged in a step"
-    )
-    return (
-        f"The loss is a sum over the examples of a training_step ({over}), and the learning rates are those of that"
-        " sum for the batch size beside them; g is of the mean loss, on which they are so many times as large."
-    )

@@ -73,3 +73,24 @@ def test_non_finite_numbers_are_strings():
 def test_other_files_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         SavedAdvice.from_json(text)
+
+
+def without(entry, *names):
+    return {name: value for name, value in entry.items() if name not in names}
+
+
+@pytest.mark.parametrize(("saved", "key"), [(SAVED[0], "exact"), (SAVED[5], "advised")])
+def test_files_of_earlier_versions_are_read(saved, key):
+    """A move had one name for its solution, "exact" for SGD and "advised" for Adam; the reduction was not written."""
+    document = json.loads(saved.to_json())
+    newer = ("reduction", "averaged_batches")
+    document["configurations"] = {
+        name: without(one, *newer) for name, one in document["configurations"].items()
+    }
+    for advice in document["advice"]:
+        for move in advice["moves"]:
+            solution = move.pop("exact")
+            assert move.pop("advised") == solution
+            move[key] = without(solution, *newer)
+            move["safe"] = None if move["safe"] is None else without(move["safe"], *newer)
+    assert SavedAdvice.from_json(json.dumps(document)) == saved

@@ -12,11 +12,12 @@ from lightning_bayes.functional import (
     AdamConfiguration,
     Check,
     Configuration,
+    Move,
     advise,
     advise_adam,
     trainer_check,
 )
-from lightning_bayes.functional.check import verdict
+from lightning_bayes.functional.advice.trainer_check import with_trainer_check
 
 PRESENT = Configuration(0.1, 256, 50_000, 0.9)
 ADAM = AdamConfiguration(1e-3, 256, dataset_size=50_000)
@@ -247,7 +248,7 @@ def test_bad_measurements_are_named(arguments, name):
 )
 def test_verdict_is_the_worst_check(passed, action, expected):
     checks = [Check("x", one, None, None, "", other) for one, other in zip(passed, action, strict=True)]
-    assert verdict(checks) == expected
+    assert Move("batch_size", PRESENT, PRESENT, (), tuple(checks)).verdict == expected
 
 
 @pytest.mark.parametrize(
@@ -312,3 +313,17 @@ def test_two_moves_have_their_own_checks():
     text = advice_text([advice])
     assert "How sure, new learning rate" in text and "With the move, new batch size" in text
     assert any(caveat.startswith("With the new batch size: A batch of 51.41") for caveat in advice.caveats)
+
+
+def test_a_curvature_says_nothing_of_adam():
+    with pytest.raises(ValueError, match="`largest_eigenvalue` to be None for an Adam-like"):
+        advise(ADAM, target_batch_size=512, largest_eigenvalue=0.1)
+
+
+def test_a_batch_that_divides_keeps_the_new_data_of_adam():
+    """The size of the present training set is not known."""
+    advice = with_trainer_check(
+        advise(AdamConfiguration(1e-3, 1), target_batch_size=16, target_dataset_size=200), replicas=8
+    )
+    assert (advice.safe.batch_size, advice.safe.dataset_size) == (8, 200)
+    assert advice.summary.startswith("up to batch 8, N 200: lr 0.002828")

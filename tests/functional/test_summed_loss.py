@@ -98,9 +98,9 @@ def test_a_batch_for_a_learning_rate_of_the_sum():
 
 def test_square_root_rule_of_the_sum():
     present = summed(Configuration(0.05, 32, 1000))
-    moved = solve(present, Targets(batch_size=128), "sqrt", "learning_rate")
+    moved = solve(present, Targets(batch_size=128), "learning_rate", "sqrt")
     assert moved.mean_learning_rate == pytest.approx(0.1)
-    back = solve(moved, Targets(learning_rate=present.learning_rate), "sqrt", "batch_size")
+    back = solve(moved, Targets(learning_rate=present.learning_rate), "batch_size", "sqrt")
     assert back.batch_size == pytest.approx(32)
 
 

@@ -1,4 +1,4 @@
-"""Where advice goes: the terminal, loggers, a file."""
+"""Where advice goes: the terminal, loggers, a file; and what to say of targets that a Trainer cannot have."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from lightning_bayes.advice.log_directories import ADVICE_FILE
-from lightning_bayes.advice.table import advice_renderable, advice_text
-from lightning_bayes.functional import AdamAdvice, AdamConfiguration, Advice, Configuration, SavedAdvice
+from lightning_bayes.advice.table import advice_renderable, advice_text, flat_keys
+from lightning_bayes.callbacks.trainer.loaders import training_loader
+from lightning_bayes.callbacks.trainer.training_set import known_length
+from lightning_bayes.functional import SavedAdvice
 
 
 def emit(trainer: Trainer, saved: SavedAdvice, prefix: str, directory: str | None, number: int) -> None:
@@ -51,44 +53,6 @@ def emit(trainer: Trainer, saved: SavedAdvice, prefix: str, directory: str | Non
                 f" ({type(error).__name__}: {error}). It is in `advisor.advice`"
                 + ("." if path is None else f" and in {path}.")
             )
-
-
-def flat_keys(saved: SavedAdvice, prefix: str) -> dict[str, float | str]:
-    """Advice as flat keys: present and advised values, verdict and summary, by parameter groups.
-
-    Args:
-        saved: the advice.
-        prefix: such as "bayes/advice".
-
-    Returns:
-        Such as {"bayes/advice/SGD/present/learning_rate": 0.1, ...}.
-    """
-    flat: dict[str, float | str] = {}
-    for advice in saved.advice:
-        start = f"{prefix}/{_key(advice.name)}"
-        flat[f"{start}/summary"], flat[f"{start}/verdict"] = advice.summary, advice.verdict
-        for case, configuration in _cases(advice):
-            flat[f"{start}/{case}/learning_rate"] = configuration.learning_rate
-            flat[f"{start}/{case}/batch_size"] = configuration.batch_size
-            scale = "adam_noise_scale" if isinstance(configuration, AdamConfiguration) else "noise_scale"
-            flat[f"{start}/{case}/{scale}"] = configuration.noise_scale
-    for comparison in saved.comparisons:
-        start = f"{prefix}/{_key(comparison.name)}"
-        flat[f"{start}/reference_noise_scale"] = comparison.reference_noise_scale
-        flat[f"{start}/reference_ratio"] = comparison.ratio
-    return flat
-
-
-def _key(name: str) -> str:
-    return name.replace(", ", " ")  # MLflow takes no commas
-
-
-def _cases(advice: Advice | AdamAdvice) -> list[tuple[str, Configuration | AdamConfiguration]]:
-    cases: list[tuple[str, Configuration | AdamConfiguration]] = [("present", advice.present)]
-    for move in advice.moves:
-        if move.solution is not None:
-            cases.append((f"advised_{move.solved_for}", move.solution))
-    return cases
 
 
 def _saved(trainer: Trainer, saved: SavedAdvice, directory: str, number: int) -> str | None:
@@ -148,3 +112,22 @@ def _log_hyperparams(logger: Any, flat: Mapping[str, float | str]) -> None:
     # anew. Where the user has some, ours join them in `logger.hparams` alone: empty metrics write no event.
     scales = {key: value for key, value in flat.items() if "/present/" in key and key.endswith("noise_scale")}
     logger.log_hyperparams(dict(flat), {} if present else scales)
+
+
+def way_to_more_examples(trainer: Trainer, examples: int, wanted: int) -> str:
+    """What to do where a target batch does not fit: names the flag that leaves so few examples, where one does."""
+    smaller = f"take a target_batch_size below {examples}"
+    limits = {
+        "fast_dev_run": getattr(trainer, "fast_dev_run", 0),
+        "overfit_batches": getattr(trainer, "overfit_batches", 0),
+        "limit_train_batches": getattr(trainer, "limit_train_batches", None),
+    }
+    # Under `fast_dev_run` Lightning sets the other two itself, and by default the last is 1.0.
+    flag = next((name for name, value in limits.items() if value and value != 1.0), None)
+    if flag is None and limits["limit_train_batches"] == 1 and isinstance(limits["limit_train_batches"], int):
+        flag = "limit_train_batches"
+    whole = known_length(getattr(training_loader(trainer), "dataset", None))
+    if flag is not None and whole is not None and examples < wanted <= whole:
+        leaves = f"Trainer({flag}={limits[flag]!r}) leaves {examples} of {whole} examples"
+        return f"{leaves}: remove `{flag}`, or {smaller}."
+    return f"Give target_dataset_size={wanted} or more beside it, if there will be so many examples, or {smaller}."

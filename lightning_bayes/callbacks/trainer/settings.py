@@ -158,8 +158,8 @@ def read_configuration(
     groups: list[ParameterGroup] = []
     in_step = learning_rate_in_step(trainer)
     for name, optimizer in _named_optimizers(trainer):
-        groups += groups_of(name, optimizer, batch_size, examples, in_step, scheduled=scheduled)
         notes += optimizer_notes(optimizer)
+        groups += groups_of(name, optimizer, batch_size, examples, in_step, scheduled=scheduled)
     if not groups:
         raise ValueError(
             "Expected an optimizer, but `configure_optimizers` gave none. Remove the callback, or return one."

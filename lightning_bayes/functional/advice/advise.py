@@ -1,47 +1,35 @@
-"""Advice for SGD: what a change does to the noise scale, what keeps it, why, and when to doubt that."""
+"""What a change does to the noise of training, what keeps it, how far to trust that, and how far it may go."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
 
 from lightning_bayes.functional._validation import positive
-from lightning_bayes.functional.advice.checks import checks_of
-from lightning_bayes.functional.advice.equations import exact_equation, linear_equation, noise_scale_equation
-from lightning_bayes.functional.advice.group_advice import GroupAdvice
-from lightning_bayes.functional.advice.reach import furthest, reach_note
-from lightning_bayes.functional.advice.wording import no_solution
-from lightning_bayes.functional.check import Check, Measurements
-from lightning_bayes.functional.configuration import Configuration, NoSolutionError, Targets, Unknown
-from lightning_bayes.functional.scaling import Move, Rule, solve
-from lightning_bayes.functional.summed_loss import unit_note
+from lightning_bayes.functional.advice.adam_rule import ADAM
+from lightning_bayes.functional.advice.advice import Advice, Move
+from lightning_bayes.functional.advice.checks import Case
+from lightning_bayes.functional.advice.rule import Rule
+from lightning_bayes.functional.advice.sgd_rule import SGD
+from lightning_bayes.functional.check import SOLUTION, Check, Measurements
+from lightning_bayes.functional.configuration import (
+    AdamConfiguration,
+    AnyConfiguration,
+    ConfigurationType,
+    NoSolutionError,
+    Targets,
+    Unknown,
+)
 
-
-@dataclass(frozen=True)
-class Advice(GroupAdvice[Configuration, Move]):
-    """What to do about one parameter group of SGD, as data: `GroupAdvice` by the exact inverse of g.
-
-    g = ε (N/B - 1) (1 - τ) / (1 - m) is what its moves keep, and its `equation`.
-    """
-
-    @property
-    def exact(self) -> Configuration | None:
-        """The first move, by the exact inverse."""
-        return self.moves[0].exact
-
-    @property
-    def linear(self) -> Configuration | None:
-        """The first move, by the linear rule."""
-        return self.moves[0].linear
-
-    @property
-    def safe(self) -> Configuration | None:
-        """The largest part of the first move that no check fails; None where every part fails one."""
-        return self.moves[0].safe
+RULES: dict[str, Rule[Any]] = {"sgd": SGD, "adam": ADAM}
+BISECTIONS = 40
+SMALLEST_SHARE = 1e-6
 
 
 def advise(
-    configuration: Configuration,
+    configuration: ConfigurationType,
     *,
     target_batch_size: int | None = None,
     target_learning_rate: float | None = None,
@@ -51,24 +39,25 @@ def advise(
     largest_eigenvalue: float | None = None,
     ema_decay: float | None = None,
     name: str = "",
-) -> Advice:
-    """What the targets do to the noise scale of SGD, which change keeps it, and how far to trust that.
+) -> Advice[ConfigurationType]:
+    """What the targets do to the noise of training, which change keeps it, and how far to trust that.
 
-    g = ε (N/B - 1) (1 - τ) / (1 - m) stays, by its exact inverse and by the linear rule B ∝ ε N / (1 - m)
+    SGD:   g = ε (N/B - 1) (1 - τ) / (1 - m) stays, by its exact inverse and by the linear rule B ∝ ε N / (1 - m)
+    Adam:  B → κB,   ε → ε√κ,   1-β → κ(1-β) for every β,   eps → eps/√κ
 
     With a batch size or a learning rate as target its partner is solved for. With neither (only momentum or
     dataset size) both moves are reported: a learning rate at the same batch, and a batch at the same learning
-    rate. With both, g changes; the two moves are the single changes of a target that restore it.
+    rate. With both, the noise changes; the two moves are the single changes of a target that restore it.
 
     Args:
         configuration: the present one; its learning rate is above 0. With a summed loss it and every learning rate
             here are those of the sum, for the batch that goes with them.
-        target_batch_size: B', examples per optimizer step; whole, at most the (target) dataset size.
+        target_batch_size: B', examples per optimizer step; whole, at most the (target) dataset size if known.
         target_learning_rate: ε', above 0.
-        target_momentum: m', in [0, 1).
-        target_dataset_size: N'; whole.
+        target_momentum: m', in [0, 1); SGD only.
+        target_dataset_size: N'; whole. Adam's rule does not depend on it, weight decay does.
         gradient_noise_scale: measured B_simple = tr Σ/‖G‖² in examples; NaN where it was not resolved.
-        largest_eigenvalue: measured h of the Hessian of the mean loss, whatever the reduction.
+        largest_eigenvalue: measured h of the Hessian of the mean loss, whatever the reduction; SGD only.
         ema_decay: ρ in [0, 1) of an average of the weights, if there is one.
         name: copied into the advice.
 
@@ -76,91 +65,137 @@ def advise(
         The advice. A move without solution is None in it, and its check "solution" says why.
 
     Raises:
-        ValueError: naming the argument that is outside its domain, or if no target is given.
+        ValueError: naming the argument that is outside its domain or of SGD only, or if no target is given.
 
     Reference:
-        Smith & Le, ICLR 2018, arXiv:1710.06451, section 5.
+        Smith & Le, ICLR 2018, arXiv:1710.06451, section 5; for Adam Malladi et al., NeurIPS 2022,
+        arXiv:2205.10287.
     """
     targets = Targets(target_batch_size, target_learning_rate, target_momentum, target_dataset_size)
     measured = Measurements(gradient_noise_scale, largest_eigenvalue, ema_decay)
-    targets.check_against(configuration.dataset_size)
-    positive("learning_rate", configuration.learning_rate)
-    goal = targets.fixed(configuration)
-    unchanged = goal.configuration() if goal.batch_size <= goal.dataset_size else None
-    moves = tuple(_bounded(configuration, targets, unknown, measured) for unknown in targets.unknowns())
-    unit = unit_note(configuration.reduction, configuration.averaged_batches)
-    reach = reach_note(configuration, targets, moves[0]) if len(moves) == 1 else None
-    notes = (
-        *(note for note in (reach, unit) if note is not None),
-        *_notes(configuration, targets, unchanged, moves),
-    )
-    equation = noise_scale_equation(configuration)
-    return Advice(configuration, unchanged, moves, notes, equation, name, targets.given())
+    if largest_eigenvalue is not None and isinstance(configuration, AdamConfiguration):
+        raise ValueError(
+            "Expected argument `largest_eigenvalue` to be None for an Adam-like optimizer, but got"
+            f" {largest_eigenvalue!r}: what bounds its learning rate is the curvature of its preconditioned loss."
+            " Leave it out."
+        )
+    return advice_on(configuration, targets, measured, name)
 
 
-def _bounded(present: Configuration, targets: Targets, unknown: Unknown, measured: Measurements) -> Move:
-    """The move, and how much of it no check fails."""
-    move = _move(present, targets, unknown, measured)
-    safe, limits = furthest(present, targets, lambda part: _move(present, part, unknown, measured))
-    return replace(move, safe=safe.solution if isinstance(safe, Move) else None, limited_by=limits)
+def advice_on(
+    present: ConfigurationType, targets: Targets, measured: Measurements, name: str = ""
+) -> Advice[ConfigurationType]:
+    """`advise` for what is already gathered; a curvature, which says nothing of Adam, is left out there."""
+    rule: Rule[ConfigurationType] = RULES[present.optimizer]
+    unknowns, unchanged = rule.unknowns(targets), targets.unchanged(present)
+    positive("learning_rate", present.learning_rate)
+    moves: tuple[Move[ConfigurationType], ...] = ()
+    for unknown in unknowns:
+        move = _move(present, targets, unknown, measured)
+        safe, limits = _furthest(move, present, targets, measured)
+        why = tuple(rule.why(present, targets, move))
+        moves += (replace(move, why=why, safe=safe, limited_by=limits),)
+    equation, notes = rule.equation(present), tuple(rule.notes(present, targets, unchanged, moves))
+    reach, asked = moves[0].safe, targets.batch_size
+    if len(moves) == 1 and asked is not None and reach and present.batch_size < reach.batch_size < asked:
+        up_to = f"Up to a batch of {reach.batch_size:.0f}, with a learning rate of {reach.learning_rate:.4g},"
+        notes = (f"{up_to} nothing that is known here fails.", *notes)
+    return Advice(present, unchanged, moves, notes, equation, name, targets.given())
 
 
-def _move(present: Configuration, targets: Targets, unknown: Unknown, measured: Measurements) -> Move:
-    exact, no_exact = _solution(present, targets, "exact", unknown)
-    linear, no_linear = _solution(present, targets, "linear", unknown)
-    why = []
+def _move(
+    present: ConfigurationType, targets: Targets, unknown: Unknown, measured: Measurements
+) -> Move[ConfigurationType]:
+    """The configurations by the optimizer's rule and by the linear one, and what the first is held against."""
+    rule: Rule[ConfigurationType] = RULES[present.optimizer]
+    advised, no_advised = _attempt(rule.name, rule.solve, present, targets, unknown)
+    linear, no_linear = _attempt("linear", rule.linear, present, targets, unknown)
     checks: list[Check] = []
-    if exact is not None:
-        why.append(exact_equation(present.noise_scale, exact, unknown))
-        checks += checks_of(present, exact, linear, unknown, measured)
+    if no_linear and no_linear != no_advised:
+        checks.append(Check("rules_agree", False, None, None, no_linear))
+    if advised is None:
+        checks.append(Check(SOLUTION, False, None, None, no_advised))
     else:
-        checks.append(no_solution(no_exact))
-    if linear is not None:
-        why.append(linear_equation(present, linear, unknown))
-    elif no_linear != no_exact:
-        checks.insert(0, Check("rules_agree", False, None, None, no_linear))
-    return Move(unknown, exact, linear, tuple(why), tuple(checks))
+        case = Case(present, advised, linear, unknown, measured)
+        for check in rule.checks:
+            checks += check(case)
+    return Move(unknown, advised, linear, (), tuple(checks))
 
 
-def _solution(
-    present: Configuration, targets: Targets, rule: Rule, unknown: Unknown
-) -> tuple[Configuration | None, str]:
+def _attempt(
+    name: str,
+    solve: Callable[[ConfigurationType, Targets, Unknown], ConfigurationType | None],
+    present: ConfigurationType,
+    targets: Targets,
+    unknown: Unknown,
+) -> tuple[ConfigurationType | None, str]:
     """The configuration by a rule, or the reason why there is none."""
     try:
-        solution = solve(present, targets, rule, unknown)
+        solution = solve(present, targets, unknown)
     except NoSolutionError as error:
         return None, str(error)
-    if solution.batch_size < 1:
+    if solution is not None and solution.batch_size < 1:
         return None, (
-            f"The {rule} rule asks for a batch of {solution.batch_size:.3g}: a batch holds at least one"
-            " example, so no batch has so large a noise scale at a learning rate of"
-            f" {solution.learning_rate:g}."
+            f"The {name} rule asks for a batch of {solution.batch_size:.3g}: a batch holds at least one example, so"
+            f" no batch has so large a noise scale at a learning rate of {solution.learning_rate:g}."
         )
     return solution, ""
 
 
-def _notes(
-    present: Configuration, targets: Targets, unchanged: Configuration | None, moves: tuple[Move, ...]
-) -> Iterator[str]:
-    if targets.momentum == 0 and present.dampening > 0:
-        yield "Dampening acts through the momentum buffer: without momentum it is 0."
-    if len(moves) < 2:
-        return
-    if targets.batch_size is None and targets.learning_rate is None:
-        if all(move.exact is not None for move in moves):
-            yield "The learning rate and the batch size are alternatives: change one of them, not both."
-        return
-    if unchanged is not None:
-        before, after = present.noise_scale, unchanged.noise_scale
-        times = f", {after / before:.3g} times the present one" if before > 0 and after > 0 else ""
-        yield f"With both targets the noise scale goes from {before:.6g} to {after:.6g}{times}."
-    goal = targets.fixed(present)
-    for move in moves:
-        if move.exact is None:
-            continue
-        if move.solved_for == "learning_rate":
-            learning_rate = f"{move.exact.learning_rate:.6g}"
-            yield f"To restore it at a batch size of {goal.batch_size:g}: learning rate {learning_rate}."
+def _furthest(
+    whole: Move[ConfigurationType], present: ConfigurationType, targets: Targets, measured: Measurements
+) -> tuple[ConfigurationType | None, tuple[str, ...]]:
+    """The largest part of a move that no check fails, found by bisection, and the checks that fail just beyond it.
+
+    Every limit is taken to be passed once on the way. None, where already the smallest part fails.
+    """
+    beyond = _failing(whole)
+    if not beyond:
+        return whole.advised, ()
+    good, bad = _smallest(present, targets), 1.0
+    best = _move(present, _part_of(present, targets, good), whole.solved_for, measured)
+    if good >= 1 or _failing(best):
+        return None, _failing(best)
+    for _ in range(BISECTIONS):
+        middle = (good + bad) / 2
+        move = _move(present, _part_of(present, targets, middle), whole.solved_for, measured)
+        if names := _failing(move):
+            bad, beyond = middle, names
         else:
-            batch_size = f"{move.exact.batch_size:.6g}"
-            yield f"To restore it at a learning rate of {goal.learning_rate:g}: batch size {batch_size}."
+            good, best = middle, move
+    return best.advised, beyond
+
+
+def _failing(move: Move[Any]) -> tuple[str, ...]:
+    """The checks that a move fails, by name."""
+    return tuple(dict.fromkeys(check.name for check in move.checks if check.status == "fails"))
+
+
+def _smallest(present: AnyConfiguration, targets: Targets) -> float:
+    """The share of the smallest move: one example more or less where nothing but whole numbers changes."""
+    if targets.learning_rate is not None or targets.momentum is not None:
+        return SMALLEST_SHARE
+    sizes = (targets.batch_size, present.batch_size), (targets.dataset_size, present.dataset_size)
+    steps = [abs(goal - start) for goal, start in sizes if goal is not None and start is not None]
+    return min(1.0, 1 / min(filter(None, steps), default=1.0))
+
+
+def _part_of(present: AnyConfiguration, targets: Targets, share: float) -> Targets:
+    """Targets that go a share of the way from the present values, whole numbers rounded towards these.
+
+    The learning rate and 1 - m go in proportion, sizes in between.
+    """
+    values: dict[str, Any] = {}
+    for field in fields(targets):
+        goal, start = getattr(targets, field.name), getattr(present, field.name, None)
+        if goal is None or start is None:
+            continue
+        if field.name == "learning_rate":
+            values[field.name] = start * (goal / start) ** share
+        elif field.name == "momentum":
+            values[field.name] = 1 - (1 - start) ** (1 - share) * (1 - goal) ** share
+        else:
+            first = math.ceil(start) if goal < start else math.floor(start)
+            # A hair more than the share, so that rounding does not lose a whole example.
+            values[field.name] = first + int((goal - first) * share + (1e-6 if goal > first else -1e-6))
+    return replace(targets, **values)

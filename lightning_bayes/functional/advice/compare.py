@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lightning_bayes.functional._validation import non_negative
-from lightning_bayes.functional.adam_scaling import AdamConfiguration, square_root_rule
-from lightning_bayes.functional.configuration import Configuration, NoSolutionError
+from lightning_bayes.functional.configuration import (
+    AdamConfiguration,
+    AnyConfiguration,
+    Configuration,
+    NoSolutionError,
+)
 from lightning_bayes.functional.noise_scale import momentum_factor
+from lightning_bayes.functional.scaling import square_root_rule
 
 Quantity = Literal["learning_rate", "batch_size", "momentum", "dataset_size"]
 
@@ -48,8 +53,10 @@ class Comparison:
         source: where the reference was read.
     """
 
-    present: Configuration | AdamConfiguration
-    reference: Configuration | AdamConfiguration | None
+    SAVED_TOO: ClassVar = ("differs", "summary")
+
+    present: AnyConfiguration
+    reference: AnyConfiguration | None
     reference_noise_scale: float
     restorations: tuple[Restoration, ...]
     expected: AdamConfiguration | None = None
@@ -94,15 +101,16 @@ class Comparison:
         """How many times the reference's, where both have noise."""
         if self.reference_noise_scale == 0 or self.present.noise_scale == 0:
             return ", of which one has no noise" if self.ratio != 1 else ""
-        return f": {self.ratio:.4g} times" if math.isfinite(self.ratio) else ""
+        return f": {self.ratio:.4g} times"
 
     def _remedies(self) -> Iterator[str]:
-        changes = [_phrase(change, self.reference_noise_scale) for change in self.restorations]
         if abs(self.ratio - 1) > TOLERANCE:
-            if changes:
-                yield f"Any one of these changes restores it: {', '.join(changes)}."
-            else:
-                yield "No single change of learning rate, batch size, momentum or data restores it."
+            changes = ", ".join(_phrase(change, self.reference_noise_scale) for change in self.restorations)
+            yield (
+                f"Any one of these changes restores it: {changes}."
+                if changes
+                else "No single change of learning rate, batch size, momentum or data restores it."
+            )
         if self.betas_differ and self.expected is not None:
             betas = ", ".join(f"{beta:.6g}" for beta in self.expected.betas)
             yield (
@@ -112,8 +120,8 @@ class Comparison:
 
 
 def compare(
-    present: Configuration | AdamConfiguration,
-    reference: Configuration | AdamConfiguration | float,
+    present: AnyConfiguration,
+    reference: AnyConfiguration | float,
     *,
     name: str = "",
     source: str = "",
@@ -143,26 +151,34 @@ def compare(
         Smith & Le, ICLR 2018, arXiv:1710.06451, section 5; for Adam Malladi et al., NeurIPS 2022,
         arXiv:2205.10287.
     """
-    known: Configuration | AdamConfiguration | None = None
-    if isinstance(reference, Configuration | AdamConfiguration):
-        known, scale = reference, reference.noise_scale
-        if type(known) is not type(present):
+    if isinstance(reference, AnyConfiguration):
+        if type(reference) is not type(present):
             raise ValueError(
                 f"Expected argument `reference` to be a {type(present).__name__}, as the present run is, but got"
-                f" {known}: the noise scales of SGD and of Adam-like optimizers are different quantities."
+                f" {reference}: the noise scales of SGD and of Adam-like optimizers are different quantities."
             )
+        known, scale = reference, reference.noise_scale
     else:
-        scale = non_negative("reference", reference)
-    if isinstance(present, AdamConfiguration):
-        restorations = tuple(_adam_restorations(present, scale))
-        expected = None
-        if isinstance(known, AdamConfiguration) and known.learning_rate > 0:
-            expected = _expected(known, present)
-        return Comparison(present, known, scale, restorations, expected, name, source)
-    return Comparison(present, known, scale, tuple(_restorations(present, scale)), None, name, source)
+        known, scale = None, non_negative("reference", reference)
+    restorations = tuple(_restorations(present, scale))
+    expected = None
+    if isinstance(known, AdamConfiguration) and isinstance(present, AdamConfiguration):
+        expected = _expected(known, present)
+    return Comparison(present, known, scale, restorations, expected, name, source)
 
 
-def _restorations(present: Configuration, scale: float) -> Iterator[Restoration]:
+def _restorations(present: AnyConfiguration, scale: float) -> Iterator[Restoration]:
+    """The single changes that lead to a noise scale."""
+    if isinstance(present, Configuration):
+        yield from _sgd_restorations(present, scale)
+    elif scale > 0:
+        yield Restoration("learning_rate", scale * math.sqrt(present.batch_size), scale)
+        batch = (present.learning_rate / scale) * (present.learning_rate / scale)
+        if 1 <= batch <= (present.dataset_size or math.inf):
+            yield _rounded(present, batch)
+
+
+def _sgd_restorations(present: Configuration, scale: float) -> Iterator[Restoration]:
     # Of the mean loss, as the noise scale is.
     rate, batch, examples = present.mean_learning_rate, present.batch_size, present.dataset_size
     factor = momentum_factor(present.momentum, present.dampening)
@@ -179,33 +195,25 @@ def _restorations(present: Configuration, scale: float) -> Iterator[Restoration]
     if present.reduction == "sum":  # the learning rate of the sum stays, that on the mean goes with the batch
         solved = examples - scale * present.averaged_batches / (present.learning_rate * factor)
     if solved >= 1:
-        yield _rounded(present, "batch_size", solved)
+        yield _rounded(present, solved)
     momentum = 1 - rate * ratio * (1 - present.dampening) / scale
     # Dampening acts in the momentum buffer only, and Nesterov's momentum is positive.
     if 0 < momentum < 1:
         yield Restoration("momentum", momentum, scale)
-    yield _rounded(present, "dataset_size", batch * (1 + scale / (rate * factor)))
-
-
-def _rounded(present: Configuration, quantity: Quantity, value: float) -> Restoration:
-    whole = max(1, math.floor(value + 0.5))
-    if quantity == "batch_size":
-        return Restoration(quantity, value, replace(present, batch_size=whole).noise_scale)
+    solved = batch * (1 + scale / (rate * factor))
     # Rounded up: the batch still has to fit.
-    return Restoration(quantity, value, replace(present, dataset_size=math.ceil(value - 1e-9)).noise_scale)
+    whole = replace(present, dataset_size=math.ceil(solved - 1e-9))
+    yield Restoration("dataset_size", solved, whole.noise_scale)
 
 
-def _adam_restorations(present: AdamConfiguration, scale: float) -> Iterator[Restoration]:
-    if scale == 0:
-        return
-    yield Restoration("learning_rate", scale * math.sqrt(present.batch_size), scale)
-    batch = (present.learning_rate / scale) * (present.learning_rate / scale)
-    if batch >= 1 and (present.dataset_size is None or batch <= present.dataset_size):
-        whole = replace(present, batch_size=max(1, math.floor(batch + 0.5)))
-        yield Restoration("batch_size", batch, whole.noise_scale)
+def _rounded(present: AnyConfiguration, batch_size: float) -> Restoration:
+    whole = replace(present, batch_size=max(1, math.floor(batch_size + 0.5)))
+    return Restoration("batch_size", batch_size, whole.noise_scale)
 
 
 def _expected(reference: AdamConfiguration, present: AdamConfiguration) -> AdamConfiguration | None:
+    if reference.learning_rate == 0:
+        return None
     # eps is compared with the gradient, which a sum over b examples makes b times as large.
     known = replace(
         reference,
@@ -230,8 +238,9 @@ def _phrase(change: Restoration, goal: float) -> str:
     name = change.quantity.replace("_", " ")
     if change.quantity not in ("batch_size", "dataset_size"):
         return f"{name} {change.value:.4g}"
-    whole = (
-        math.floor(change.value + 0.5) if change.quantity == "batch_size" else math.ceil(change.value - 1e-9)
-    )
+    # As they were rounded.
+    whole = math.floor(change.value + 0.5)
+    if change.quantity == "dataset_size":
+        whole = math.ceil(change.value - 1e-9)
     off = goal > 0 and abs(change.noise_scale / goal - 1) > TOLERANCE
     return f"{name} {max(1, whole)}" + (f" ({change.noise_scale:.4g})" if off else "")

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeVar
 
 from lightning_bayes.functional._validation import count
-from lightning_bayes.functional.adam_scaling import AdamConfiguration, square_root_rule
-from lightning_bayes.functional.advice.adam_advice import AdamAdvice
-from lightning_bayes.functional.advice.advise import Advice
+from lightning_bayes.functional.advice.advice import Advice, Move
+from lightning_bayes.functional.advice.advise import RULES
+from lightning_bayes.functional.advice.rule import Rule
 from lightning_bayes.functional.check import Check
-from lightning_bayes.functional.configuration import Configuration, Targets, Unknown
-from lightning_bayes.functional.scaling import solve
-
-AnyAdvice = TypeVar("AnyAdvice", Advice, AdamAdvice)
+from lightning_bayes.functional.configuration import Configuration, ConfigurationType, Targets
 
 
 def trainer_check(
@@ -71,52 +67,47 @@ def trainer_check(
 
 
 def with_trainer_check(
-    advice: AnyAdvice,
+    advice: Advice[ConfigurationType],
     *,
     loader_batch_size: int | None = None,
     accumulate_grad_batches: int = 1,
     replicas: int = 1,
-) -> AnyAdvice:
-    """The same advice with `trainer_check` added to each move that has a solution."""
+) -> Advice[ConfigurationType]:
+    """The advice with `trainer_check` added to each move that has a solution."""
     moves = []
     for move in advice.moves:
-        checks: tuple[Check, ...] = move.checks
-        limits: tuple[str, ...] = move.limited_by
-        if move.solution is not None:
+        changed = move
+        if move.advised is not None:
             added = trainer_check(
-                move.solution.batch_size,
+                move.advised.batch_size,
                 loader_batch_size=loader_batch_size,
                 accumulate_grad_batches=accumulate_grad_batches,
                 replicas=replicas,
             )
-            if isinstance(move.solution, Configuration) and move.solution.reduction == "sum":
-                added = _summed_check(added, move.solution, replicas)
-            checks = (added, *checks)
-            if added.passed is False and not added.action:
-                limits = (*limits, added.name)
-        moved = replace(move, checks=checks, limited_by=limits)
+            if isinstance(move.advised, Configuration) and move.advised.reduction == "sum":
+                added = _summed_check(added, move.advised, replicas)
+            limits = (*move.limited_by, added.name) if added.status == "fails" else move.limited_by
+            changed = replace(move, checks=(added, *move.checks), limited_by=limits)
         if move.safe is not None and max(1, round(move.safe.batch_size)) % replicas:
-            safe = _divisible(advice, move.solved_for, move.safe.batch_size, replicas)
-            moved = replace(moved, safe=safe)  # type: ignore[arg-type] # of the move's own kind
-        moves.append(moved)
+            changed = replace(changed, safe=_divisible(advice, move, replicas))
+        moves.append(changed)
     return replace(advice, moves=tuple(moves))
 
 
 def _divisible(
-    advice: Advice | AdamAdvice, unknown: Unknown, batch_size: float, replicas: int
-) -> Configuration | AdamConfiguration | None:
+    advice: Advice[ConfigurationType], move: Move[ConfigurationType], replicas: int
+) -> ConfigurationType | None:
     """The largest move within one that is safe whose batch divides among replicas; None where there is none."""
     target, present = advice.targets.get("batch_size"), advice.present
-    if unknown != "learning_rate" or target is None:
+    if move.solved_for != "learning_rate" or target is None or move.safe is None:
         return None
-    whole = max(1, round(batch_size))
+    whole = max(1, round(move.safe.batch_size))
     grows = target > present.batch_size
     batch = whole - whole % replicas if grows else whole - whole % replicas + replicas
     if (batch <= present.batch_size) if grows else (batch >= present.batch_size):
         return None
-    if isinstance(present, AdamConfiguration):
-        return square_root_rule(present, batch_size=batch)
-    return solve(present, replace(Targets(**advice.targets), batch_size=batch), "exact", unknown)  # type: ignore[arg-type]
+    rule: Rule[ConfigurationType] = RULES[present.optimizer]
+    return rule.solve(present, Targets(**{**advice.targets, "batch_size": batch}), move.solved_for)  # type: ignore[arg-type]
 
 
 def _summed_check(check: Check, solution: Configuration, replicas: int) -> Check:
