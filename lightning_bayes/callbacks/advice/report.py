@@ -13,8 +13,7 @@ from rich.console import Console
 
 from lightning_bayes.advice.log_directories import ADVICE_FILE
 from lightning_bayes.advice.table import advice_renderable, advice_text, flat_keys
-from lightning_bayes.callbacks.trainer.loaders import training_loader
-from lightning_bayes.callbacks.trainer.training_set import known_length
+from lightning_bayes.callbacks.trainer.training_set import known_length, training_loader
 from lightning_bayes.functional import SavedAdvice
 
 

@@ -276,8 +276,6 @@ def original_network(module: LightningModule, network: NetworkOption) -> nn.Modu
         ) from error
 
 
-
-
 def _nothing(*args: object, **kwargs: object) -> None:
     return None
 
