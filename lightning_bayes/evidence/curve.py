@@ -16,7 +16,7 @@ from lightning_bayes.evidence.totals import Totals
 from lightning_bayes.functional import evidence as terms
 from lightning_bayes.functional._validation import positive
 from lightning_bayes.priors.prior import Prior
-from lightning_bayes.rows.rows import RowBlock
+from lightning_bayes.rows.rows import RowChunk
 from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class _OneSpectrum(Curvature):
         self._values, self._above, self._below = values, above, below
 
     @override
-    def update(self, block: RowBlock) -> None:
+    def update(self, chunk: RowChunk) -> None:
         raise TypeError("The eigenvalues are those of all rows.")
 
     @override

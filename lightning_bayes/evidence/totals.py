@@ -16,7 +16,7 @@ from lightning_bayes.numerics.sampling_estimates import draw_blocks
 from lightning_bayes.priors.prior import Prior
 from lightning_bayes.row_storage.collector import kept_widths
 from lightning_bayes.rows.reader import RowReader
-from lightning_bayes.rows.rows import RowBlock
+from lightning_bayes.rows.rows import RowChunk
 from lightning_bayes.structures.base import Curvature, Problem
 from lightning_bayes.structures.hessian_reader import HessianReader
 from lightning_bayes.structures.registry import STRUCTURES, choose_structure, evaluation_seconds
@@ -125,15 +125,15 @@ def read_all(
     for forward in forwards:
         batch = reader.read(forward, likelihood)
         # Of a batch that is not in the sample of blocks all but its rows, which take C passes.
-        rows = batch.blocks if sample is None or sample.role(batches) is not None else ()
-        for block in rows:
+        rows = batch.chunks if sample is None or sample.role(batches) is not None else ()
+        for chunk in rows:
             if curved is None:
                 problem, method, _ = _settled(
-                    block, reader.parameters, likelihood, prior, method, num_examples
+                    chunk, reader.parameters, likelihood, prior, method, num_examples
                 )
                 curved = STRUCTURES[method.structure](replace(problem, block_sample=sample))
                 announce(reader.split)
-            curved.update(block)
+            curved.update(chunk)
         seen, batches = seen + batch.num_examples, batches + 1
         unit_loss += batch.unit_loss
         num_terms += batch.num_terms
@@ -187,12 +187,12 @@ def rehearse(
     """
     reader = _reader_of(network, prior, method)
     start = time.perf_counter()
-    first = next(reader.read(forward, likelihood).blocks)
+    first = next(reader.read(forward, likelihood).chunks)
     problem, method, reason = _settled(first, reader.parameters, likelihood, prior, method, num_examples)
     if method.curvature == "ggn":  # again: the first batch is also where the plan is made
         start = time.perf_counter()
-        for block in reader.read(forward, likelihood).blocks:
-            kept_widths(block)  # looks at all of it
+        for chunk in reader.read(forward, likelihood).chunks:
+            kept_widths(chunk)  # looks at all of it
     seconds = evaluation_seconds(problem, method.structure, time.perf_counter() - start)
     return Rehearsal(method, reason, reader.split, seconds)
 
@@ -204,21 +204,21 @@ def _reader_of(network: nn.Module, prior: Prior, method: Method) -> RowReader | 
 
 
 def _settled(
-    block: RowBlock,
+    chunk: RowChunk,
     parameters: Mapping[str, nn.Parameter],
     likelihood: Likelihood,
     prior: Prior,
     method: Method,
     num_examples: int,
 ) -> tuple[Problem, Method, str]:
-    """The sizes by the first block of rows, the method with its structure chosen, and a sentence that says why."""
+    """The sizes by the first chunk of rows, the method with its structure chosen, and a sentence that says why."""
     first = next(iter(parameters.values()))
-    kept_width, gram_width = kept_widths(block)
+    kept_width, gram_width = kept_widths(chunk)
     problem = Problem(
         shapes={name: parameter.shape for name, parameter in parameters.items()},
         num_examples=num_examples,
-        rank=block.num_columns,
-        batch_size=block.num_examples,
+        rank=chunk.num_columns,
+        batch_size=chunk.num_examples,
         kept_width=kept_width,
         gram_width=gram_width,
         dtype=first.dtype,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_bayes.row_storage.factored import KeptOuter
 from lightning_bayes.row_storage.stored import KeptDense, KeptRows
-from lightning_bayes.rows.rows import OuterRows, RowBlock, Rows
+from lightning_bayes.rows.rows import OuterRows, RowChunk, Rows
 
 PAIR_OVERHEAD = 16
 """Multiplications that one product of two position-wise inner products counts as: it is bound by memory."""
@@ -31,17 +31,17 @@ class RowKeeper:
         self._chunks: dict[tuple[str, ...], dict[int, list[KeptRows]]] = {}
         self._forms: dict[tuple[str, ...], Form] = {} if before is None else before._forms
 
-    def add(self, block: RowBlock) -> None:
-        """Take in one block.
+    def add(self, chunk: RowChunk) -> None:
+        """Take in one chunk.
 
         Raises:
             ValueError: If a parameter comes in another form than before: products with its earlier rows would
                 be missed.
         """
-        if block.columns.start == 0:
-            self._sizes.append(block.num_examples)
-            self._columns = max(self._columns, block.num_columns)
-        layers = [kept for layer in block.layers for kept in keep(layer, block.num_columns, self._forms)]
+        if chunk.columns.start == 0:
+            self._sizes.append(chunk.num_examples)
+            self._columns = max(self._columns, chunk.num_columns)
+        layers = [kept for layer in chunk.layers for kept in keep(layer, chunk.num_columns, self._forms)]
         if not any(_is_seen(layer.rows) for layer in layers):  # saturated or ignored: as if it were not there
             self._idle = layers
             return
@@ -119,14 +119,14 @@ def keep(layer: Rows, num_columns: int, forms: dict[tuple[str, ...], Form]) -> l
     return [KeptDense(rows, name, shapes[name]) for name, rows in layer.dense().items()]
 
 
-def kept_widths(block: RowBlock) -> tuple[int, int]:
+def kept_widths(chunk: RowChunk) -> tuple[int, int]:
     """Numbers that a row is kept as, and multiplications of an inner product of two rows; both rounded up."""
     kept, product = 0, 0
-    for layer in block.layers:
+    for layer in chunk.layers:
         if isinstance(layer, OuterRows):
             positions, out = layer.grads().shape[2:]
             width = layer.inputs().shape[2]
-            _, _, numbers, operations = _plan(layer, positions, out, width, block.num_columns)
+            _, _, numbers, operations = _plan(layer, positions, out, width, chunk.num_columns)
             kept, product = kept + numbers, product + operations
         else:
             kept, product = kept + layer.shape.numel(), product + layer.shape.numel()

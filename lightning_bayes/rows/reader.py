@@ -20,7 +20,7 @@ from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.rows.backward import Batch, ColumnPasses
 from lightning_bayes.rows.layers import CONVOLUTIONS, pad_beforehand
 from lightning_bayes.rows.routes import Plan, make_plan
-from lightning_bayes.rows.rows import RowBlock, Rows
+from lightning_bayes.rows.rows import RowChunk, Rows
 
 CHUNK_BYTES = 5e8
 """Gradients in layer outputs that are held at one time, one column of the root at least."""
@@ -39,7 +39,7 @@ class BatchRows:
     """Of guessing."""
     gradient: dict[str, Tensor]
     """Of `unit_loss`, per parameter, in its shape."""
-    blocks: Iterator[RowBlock]
+    chunks: Iterator[RowChunk]
     """To be consumed once, before the next batch is read."""
 
 
@@ -127,7 +127,7 @@ class RowReader:
             unit_loss=unit_loss.item(),
             null_loss=null_loss,
             gradient=dict(zip(self.parameters, gradient, strict=True)),
-            blocks=self._blocks(calls, outputs, roots, lambda: self._run(forward, likelihood, None)),
+            chunks=self._chunks(calls, outputs, roots, lambda: self._run(forward, likelihood, None)),
         )
 
     def _run(
@@ -138,13 +138,13 @@ class RowReader:
             outputs, targets, unit_loss = forward_of(forward, likelihood)
         return outputs, targets, unit_loss, calls
 
-    def _blocks(
+    def _chunks(
         self,
         calls: list[Call],
         outputs: Tensor,
         roots: Tensor,
         run_again: Callable[[], tuple[Tensor, Tensor, Tensor, list[Call]]],
-    ) -> Iterator[RowBlock]:
+    ) -> Iterator[RowChunk]:
         """The rows, as many columns at a time as `CHUNK_BYTES` hold gradients of."""
         width = sum(tensor.numel() * tensor.element_size() for call in calls for tensor in call.outputs)
         step = max(1, int(CHUNK_BYTES // max(width, 1)))
@@ -159,7 +159,7 @@ class RowReader:
 
             # What holds for all columns together is tried once, with the first of them.
             proved = roots if start == 0 else None
-            yield RowBlock(len(outputs), columns, len(roots), self._layers(make, again, proved))
+            yield RowChunk(len(outputs), columns, len(roots), self._layers(make, again, proved))
 
     def _layers(
         self, make: Callable[[], Batch], again: Callable[[], Batch], roots: Tensor | None

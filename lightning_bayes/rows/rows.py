@@ -262,7 +262,7 @@ Rows = OuterRows | DenseRows
 
 
 @dataclass(frozen=True)
-class RowBlock:
+class RowChunk:
     """Rows of one batch of examples, for some columns of the root.
 
     A batch of many columns comes in several blocks, one after the other; the first of them has

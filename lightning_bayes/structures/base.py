@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_bayes.numerics.sampling_estimates import BlockSample
-from lightning_bayes.rows.rows import RowBlock
+from lightning_bayes.rows.rows import RowChunk
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Curvature(ABC):
         self.problem = problem
 
     @abstractmethod
-    def update(self, block: RowBlock) -> None:
+    def update(self, chunk: RowChunk) -> None:
         """Take in the rows of one batch, or of some columns of it."""
 
     @abstractmethod

@@ -33,7 +33,7 @@ from lightning_bayes.row_storage.collector import (
 from lightning_bayes.row_storage.largest_rows import PrioritySample, RowReservoir, RowSet
 from lightning_bayes.row_storage.newton_decrement import quadratic_form, woodbury
 from lightning_bayes.row_storage.stored import KeptRows
-from lightning_bayes.rows.rows import RowBlock
+from lightning_bayes.rows.rows import RowChunk
 from lightning_bayes.structures.base import Budget, Curvature, CurvatureSummary, Problem
 from lightning_bayes.structures.blocks_budget import capacity_of, num_landmarks, pool_rows
 from lightning_bayes.structures.diagonal import DiagonalCurvature
@@ -115,11 +115,11 @@ class BlockCurvature(Curvature):
         self._last: tuple[tuple[float, ...], KeptPart] | None = None
 
     @override
-    def update(self, block: RowBlock) -> None:
+    def update(self, chunk: RowChunk) -> None:
         self._last = None
-        self._diagonal.update(block)
-        self._keeper.add(block)
-        whole = block.columns.stop == block.num_columns
+        self._diagonal.update(chunk)
+        self._keeper.add(chunk)
+        whole = chunk.columns.stop == chunk.num_columns
         if whole and (self._landmarks or self._keeper.num_rows >= pool_rows(self.problem)):
             self._empty_keeper()
 

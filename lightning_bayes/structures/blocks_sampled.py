@@ -20,7 +20,7 @@ from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.numerics.sampling_estimates import estimated_total
 from lightning_bayes.row_storage.collector import RowKeeper, cross_all
 from lightning_bayes.row_storage.stored import KeptRows
-from lightning_bayes.rows.rows import RowBlock
+from lightning_bayes.rows.rows import RowChunk
 from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
 from lightning_bayes.structures.blocks import BlockCurvature, KeptPart, cross_of_shared
 from lightning_bayes.structures.blocks_budget import capacity_of
@@ -50,16 +50,16 @@ class SampledBlockCurvature(Curvature):
         self._role = True
         self._held: list[list[KeptRows]] = []
 
-    def update(self, block: RowBlock) -> None:
+    def update(self, chunk: RowChunk) -> None:
         """See `Curvature.update`; the blocks of the batches that are read, in their order."""
-        if block.columns.start == 0:
+        if chunk.columns.start == 0:
             self._role = next(self._roles)
             self._keeper = RowKeeper(self._keeper)
         if self._role:
-            self._base.update(block)
+            self._base.update(chunk)
             return
-        self._keeper.add(block)
-        if block.columns.stop == block.num_columns:
+        self._keeper.add(chunk)
+        if chunk.columns.stop == chunk.num_columns:
             self._held.append(self._keeper.layers())
 
     @override

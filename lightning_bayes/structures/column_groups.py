@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_bayes.rows.rows import OuterRows, RowBlock, Rows
+from lightning_bayes.rows.rows import OuterRows, RowChunk, Rows
 from lightning_bayes.structures.base import Problem
 
 MAX_GROUPS = 8
@@ -26,9 +26,9 @@ class ColumnGroups:
         self._num_samples = problem.rank if problem.sampled else 1
         self.number = min(MAX_GROUPS, self._num_samples)
 
-    def columns(self, block: RowBlock) -> list[list[int]]:
-        """Columns of a block, counted from its first, for each group."""
-        numbers = range(block.columns.start, block.columns.stop)
+    def columns(self, chunk: RowChunk) -> list[list[int]]:
+        """Columns of a chunk, counted from its first, for each group."""
+        numbers = range(chunk.columns.start, chunk.columns.stop)
         return [
             [i for i, number in enumerate(numbers) if number % self.number == group]
             for group in range(self.number)

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lightning_bayes.functional.evidence import effective_parameters, log_det_from_eigenvalues
 from lightning_bayes.numerics.devices import accumulation_dtype
-from lightning_bayes.rows.rows import RowBlock
+from lightning_bayes.rows.rows import RowChunk
 from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
 from lightning_bayes.structures.column_groups import ColumnGroups, squares_by_group
 
@@ -36,9 +36,9 @@ class DiagonalCurvature(Curvature):
         ]
 
     @override
-    def update(self, block: RowBlock) -> None:
-        groups = self._groups.columns(block)
-        for layer in block.layers:
+    def update(self, chunk: RowChunk) -> None:
+        groups = self._groups.columns(chunk)
+        for layer in chunk.layers:
             for diagonal, sums in zip(self._diagonals, squares_by_group(layer, groups), strict=True):
                 for name, squares in sums.items():
                     diagonal[name] += squares

@@ -23,7 +23,7 @@ from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.row_storage.collector import RowKeeper, selected
 from lightning_bayes.row_storage.newton_decrement import quadratic_form, woodbury
 from lightning_bayes.row_storage.stored import KeptRows
-from lightning_bayes.rows.rows import RowBlock
+from lightning_bayes.rows.rows import RowChunk
 from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
 from lightning_bayes.structures.dual_system import (
     System,
@@ -57,8 +57,8 @@ class DualCurvature(Curvature):
         self._last: tuple[tuple[float, ...], _Factorised] | None = None
 
     @override
-    def update(self, block: RowBlock) -> None:
-        self._keeper.add(block)
+    def update(self, chunk: RowChunk) -> None:
+        self._keeper.add(chunk)
         self._known = self._last = None
 
     @override

@@ -14,9 +14,9 @@ from typing_extensions import override
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.numerics.cholesky import whitened, whitening
 from lightning_bayes.numerics.devices import accumulation_dtype
-from lightning_bayes.rows.rows import RowBlock
+from lightning_bayes.rows.rows import RowChunk
 from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
-from lightning_bayes.structures.hessian_reader import HessianBlock
+from lightning_bayes.structures.hessian_reader import HessianChunk
 
 EXACT = 0.01
 """Nats that rounding may put into a log-determinant that is still called exact."""
@@ -50,11 +50,11 @@ class HessianCurvature(Curvature):
         self._only_positive = problem.curvature == "hessian_positive"
 
     @override
-    def update(self, block: RowBlock) -> None:
-        if not isinstance(block, HessianBlock):
-            raise TypeError(f"Expected the Hessian of a batch, got {type(block).__name__}.")
-        self._matrix += block.matrix
-        self._rounding = max(self._rounding, block.rounding)
+    def update(self, chunk: RowChunk) -> None:
+        if not isinstance(chunk, HessianChunk):
+            raise TypeError(f"Expected the Hessian of a batch, got {type(chunk).__name__}.")
+        self._matrix += chunk.matrix
+        self._rounding = max(self._rounding, chunk.rounding)
 
     @override
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:

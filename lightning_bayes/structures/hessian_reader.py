@@ -19,7 +19,7 @@ from lightning_bayes.errors import check_finite
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.rows.reader import BatchRows
-from lightning_bayes.rows.rows import RowBlock
+from lightning_bayes.rows.rows import RowChunk
 from lightning_bayes.structures.base import DEFAULT_BUDGET, Budget
 
 ROWS_AT_ONCE = 64
@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class HessianBlock(RowBlock):
+class HessianChunk(RowChunk):
     """The Hessian of the unit loss of one batch, whose p rows are no rows of a root.
 
     Attributes:
@@ -122,7 +122,7 @@ class HessianReader:
             unit_loss=unit_loss.item(),
             null_loss=likelihood.null_loss(outputs, targets),
             gradient={n: part.detach() for n, part in zip(self.parameters, gradient, strict=True)},
-            blocks=iter([HessianBlock(len(outputs), slice(0, size), size, [], matrix, rounding)]),
+            chunks=iter([HessianChunk(len(outputs), slice(0, size), size, [], matrix, rounding)]),
         )
 
     def _rows(self, flat: Tensor, parameters: list[nn.Parameter]) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_bayes.rows.rows import OuterRows, RowBlock, Rows
+from lightning_bayes.rows.rows import OuterRows, RowChunk, Rows
 from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
 from lightning_bayes.structures.column_groups import ColumnGroups
 from lightning_bayes.structures.kronecker_blocks import Block, DiagonalBlock, ExactBlock, LinearBlock
@@ -56,12 +56,12 @@ class KroneckerCurvature(Curvature):
         self._blocks: dict[tuple[str, ...], Block] = {}
 
     @override
-    def update(self, block: RowBlock) -> None:
-        groups = self._groups.columns(block)
-        for layer in block.layers:
+    def update(self, chunk: RowChunk) -> None:
+        groups = self._groups.columns(chunk)
+        for layer in chunk.layers:
             own = self._block_of(layer)
             if isinstance(own, LinearBlock) and isinstance(layer, OuterRows):
-                own.add(layer, groups, first=block.columns.start == 0)
+                own.add(layer, groups, first=chunk.columns.start == 0)
             elif isinstance(own, ExactBlock | DiagonalBlock) and not isinstance(layer, OuterRows):
                 own.add(layer, groups)
             else:

@@ -22,7 +22,7 @@ from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.numerics.second_moment import add_products
 from lightning_bayes.row_storage.newton_decrement import by_factor, quadratic_form
 from lightning_bayes.row_storage.stored import KeptDense
-from lightning_bayes.rows.rows import RowBlock
+from lightning_bayes.rows.rows import RowChunk
 from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
 
 QUICK_TOLERANCE = 1e-5
@@ -44,9 +44,9 @@ class PrimalCurvature(Curvature):
         self._matrix: Tensor | None = None  # the same in float64, from all rows that are not kept
 
     @override
-    def update(self, block: RowBlock) -> None:
+    def update(self, chunk: RowChunk) -> None:
         rows: dict[str, Tensor] = {}
-        for layer in block.layers:
+        for layer in chunk.layers:
             rows |= layer.dense()
         if not rows:
             return

@@ -125,7 +125,7 @@ def blocks_of(network, chunk, monkeypatch, num_examples=5):
     for start in (0, 3):
         some = slice(start, start + 3)
         forward = lambda some=some: (case.model(case.inputs[some]), case.targets[some])  # noqa: E731
-        yield from reader.read(forward, resolve_likelihood("classification")).blocks
+        yield from reader.read(forward, resolve_likelihood("classification")).chunks
 
 
 @pytest.mark.parametrize("network", ["mlp", "conv", "batch_norm", "sequence", "called_twice"])

@@ -103,7 +103,7 @@ def test_it_is_the_second_derivative_whatever_the_batches(network, loss):
     likelihood = resolve_likelihood(case.loss.likelihood(case.class_dim))
     reader = HessianReader(model, case.names)
     total = sum(
-        next(reader.read(lambda x=x, y=y: (model(x), y), likelihood).blocks).matrix
+        next(reader.read(lambda x=x, y=y: (model(x), y), likelihood).chunks).matrix
         for x, y in zip(case.inputs.split(3), case.targets.split(3), strict=True)
     )
     twin = case.slow_twin()
@@ -137,7 +137,7 @@ def test_attention_takes_a_kernel_that_has_second_derivatives():
     model, x, y = Attention(3).double().eval(), torch.randn(4, 3, 4).double(), torch.randint(3, (4,))
     likelihood, summed = LOSSES["classification"]
     batch = HessianReader(model, dict(model.named_parameters())).read(lambda: (model(x), y), likelihood)
-    found = next(batch.blocks).matrix
+    found = next(batch.chunks).matrix
     model.fused = False  # attention written out
     torch.testing.assert_close(found, dense_hessian(model, x, y, summed), rtol=1e-9, atol=1e-11)
 
@@ -151,7 +151,7 @@ def test_what_cannot_be_batched_goes_row_by_row(caplog):
     )
     with caplog.at_level("INFO", logger="lightning_bayes"):
         batch = HessianReader(model, dict(model.named_parameters())).read(lambda: (model(x), y), likelihood)
-        found = next(batch.blocks).matrix
+        found = next(batch.chunks).matrix
     assert "row by row" in caplog.text
     torch.testing.assert_close(found, dense_hessian(plain, x, y, summed), rtol=1e-9, atol=1e-11)
 

@@ -46,7 +46,7 @@ def dense(network, forward, backend="auto", num_examples=None, names=None):
     network = throw_away_copy(network)
     reader = RowReader(network, names or [name for name, _ in network.named_parameters()], backend=backend)
     outputs = {}
-    for block in reader.read(lambda: forward(network), Gaussian()).blocks:
+    for block in reader.read(lambda: forward(network), Gaussian()).chunks:
         for layer in block.layers:
             for name, rows in layer.dense().items():
                 outputs.setdefault(name, []).append(rows)
@@ -183,7 +183,7 @@ def test_a_plan_made_on_one_batch_serves_others_and_is_made_again_when_calls_cha
     for size in (4, 2, 1, 3):
         x = torch.randn(size, 5, dtype=torch.float64)
         batch = reader.read(lambda x=x: (network(x), torch.zeros(len(x), 2)), Gaussian())
-        (block,) = batch.blocks
+        (block,) = batch.chunks
         (layer,) = block.layers
         assert isinstance(layer, OuterRows)
         expected = torch.eye(2, dtype=torch.float64)[:, None, :, None] * x[:, None]

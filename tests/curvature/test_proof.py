@@ -110,7 +110,7 @@ def test_columns_in_chunks_are_proved_together(make, monkeypatch):
         rows.clear()
         some = x[start : start + 20]
         targets = torch.zeros(20, 3, dtype=F64)
-        for block in reader.read(lambda some=some, t=targets: (network(some), t), Gaussian()).blocks:
+        for block in reader.read(lambda some=some, t=targets: (network(some), t), Gaussian()).chunks:
             for layer in block.layers:
                 for name, part in layer.dense().items():
                     rows.setdefault(name, []).append(part)

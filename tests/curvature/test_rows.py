@@ -21,7 +21,7 @@ def read(case, likelihood=None):
 
 
 def read_block(case, likelihood=None):
-    (block,) = read(case, likelihood).blocks
+    (block,) = read(case, likelihood).chunks
     return block
 
 
@@ -30,7 +30,7 @@ def test_rows_of_a_gaussian_are_the_jacobian(network):
     """R is the identity for unit variance: column c's rows are output c's per-example gradients."""
     case = make_case(network, "regression")
     batch = read(case)
-    (block,) = batch.blocks
+    (block,) = batch.chunks
     jacobians, outputs = per_example_jacobians(case.model, case.inputs, case.names)
     found = {name: rows for layer in block.layers for name, rows in layer.dense().items()}
     start = 0

@@ -65,7 +65,7 @@ def read():
     for i in range(0, SIZE * BATCHES, SIZE):
         some = slice(i, i + SIZE)
         forward = lambda some=some: (case.model(case.inputs[some]), case.targets[some])  # noqa: E731
-        found.append(list(reader.read(forward, likelihood).blocks))
+        found.append(list(reader.read(forward, likelihood).chunks))
     shapes = {name: parameter.shape for name, parameter in case.model.named_parameters()}
     sizes = {
         "num_examples": SIZE * BATCHES,

@@ -23,7 +23,7 @@ from typing_extensions import override
 from lightning_bayes.numerics.cholesky import SMALL_ROUNDING, rounding_of_log_det
 from lightning_bayes.row_storage.collector import cross_all, example_grams, principal_rows, smallest_set
 from lightning_bayes.row_storage.newton_decrement import quadratic_form, woodbury
-from lightning_bayes.rows.rows import RowBlock
+from lightning_bayes.rows.rows import RowChunk
 from lightning_bayes.structures.base import CurvatureSummary, Problem
 from lightning_bayes.structures.bracket.factor import SplitFactor, factor_of
 from lightning_bayes.structures.bracket.selection import Selection, operations, select
@@ -53,8 +53,8 @@ class BracketCurvature(DualCurvature):
         self._exact_at: set[tuple[float, ...]] = set()
 
     @override
-    def update(self, block: RowBlock) -> None:
-        super().update(block)
+    def update(self, chunk: RowChunk) -> None:
+        super().update(chunk)
         self._exact_at.clear()
 
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
