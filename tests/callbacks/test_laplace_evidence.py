@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from lightning_bayes import LaplaceEvidence, laplace_evidence
 from lightning_bayes.likelihoods import Gaussian
-
-from .evidence_models import (
+from tests.scenarios import (
     DECAY,
     TASKS,
     Module,
