@@ -12,6 +12,7 @@ from lightning_bayes import ScalingAdvisor, SGDNoiseScale
 from lightning_bayes.advice.optimizer_groups import ParameterGroup
 from lightning_bayes.advice.references import comparisons_with, read_reference
 from lightning_bayes.functional import AdamConfiguration, Configuration, SavedAdvice
+from tests.refusals import refuses
 from tests.scenarios import Classifier, plain_sgd, shuffled, trainer, two_groups, with_lambda
 
 GOOD = Configuration(0.1, 10, 100, 0.9)  # g = 0.1 * 9 / 0.1 = 9
@@ -121,7 +122,7 @@ def test_checkpoint_of_adam_does_without_the_dataset(tmp_path):
 @pytest.mark.parametrize("kind", [torch.optim.ASGD, torch.optim.Rprop])
 def test_checkpoint_of_an_optimizer_without_noise_scale(tmp_path, kind):
     path = checkpoint(tmp_path, Classifier(lambda module: kind(module.parameters(), lr=0.01)))
-    with pytest.raises(ValueError, match="neither noise scale describes it"):
+    with refuses("neither noise scale describes it"):
         read_reference({"path": path, "batch_size": 10, "dataset_size": 100})
 
 
@@ -140,9 +141,7 @@ def test_checkpoint_of_other_adaptive_optimizers(tmp_path, optimizer, betas):
 
 def test_what_a_checkpoint_lacks_is_named_with_the_remedy(tmp_path):
     path = checkpoint(tmp_path, WithHyperParameters(plain_sgd(), batch_size=10))
-    with pytest.raises(
-        ValueError, match=r"say `dataset_size` \(training examples\).*have only \['batch_size'\]"
-    ) as error:
+    with refuses("say `dataset_size` (training examples)", remedy="have only ['batch_size']") as error:
         read_reference(path)
     assert 'reference={"path": ..., "dataset_size": ...}' in str(error.value)
     assert only(read_reference({"path": path, "dataset_size": 100})) == Configuration(0.1, 10, 100)
@@ -159,7 +158,7 @@ class Odd:
 
 def test_a_checkpoint_with_objects_is_not_unpickled(tmp_path):
     path = checkpoint(tmp_path, WithHyperParameters(plain_sgd(), batch_size=10, dataset_size=100, odd=Odd()))
-    with pytest.raises(ValueError, match=r"holds no objects.*reference=torch.load"):
+    with refuses("holds no objects", remedy="reference=torch.load"):
         read_reference(path)
 
 
@@ -171,10 +170,10 @@ def test_weights_alone_are_no_reference(tmp_path):
         enable_checkpointing=True,
     )
     run.fit(Classifier(), shuffled())
-    with pytest.raises(ValueError, match=r"optimizer states, but .* has none"):
+    with refuses("optimizer states, but", remedy="has none"):
         read_reference(path)
     (tmp_path / "other.ckpt").write_text("nothing")
-    with pytest.raises(ValueError, match="loading it failed"):
+    with refuses("loading it failed"):
         read_reference(tmp_path / "other.ckpt")
 
 
@@ -222,7 +221,7 @@ def test_saved_advice_comes_first(tmp_path):
 
 def test_a_log_with_what_is_no_number(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,bayes/noise_scale\n1,2.0\n2,abc\n")
-    with pytest.raises(ValueError, match=r"`reference`.*bayes/noise_scale.*metrics.csv.*'abc'"):
+    with refuses("`reference`", remedy=("bayes/noise_scale", "metrics.csv", "'abc'")):
         read_reference(tmp_path)
 
 
@@ -234,9 +233,7 @@ def test_dampening_without_momentum_is_none_as_in_torch():
 def test_a_directory_without_any_of_it(tmp_path):
     (tmp_path / "hparams.yaml").write_text(yaml.safe_dump({"lr": 0.1}))
     (tmp_path / "metrics.csv").write_text("step,bayes/gradient_noise_scale\n1,2.0\n")
-    with pytest.raises(
-        ValueError, match=r"to hold scaling_advice.json.*found only \['hparams.yaml', 'metrics.csv'\]"
-    ):
+    with refuses("to hold scaling_advice.json", remedy="found only ['hparams.yaml', 'metrics.csv']"):
         read_reference(tmp_path)
 
 
@@ -253,7 +250,7 @@ def test_a_directory_without_any_of_it(tmp_path):
     ],
 )
 def test_bad_references_are_named(given, message):
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         read_reference(given)
 
 
@@ -284,7 +281,7 @@ def test_groups_are_matched(tmp_path):
 
 
 def test_other_kinds_of_optimizer_are_refused():
-    with pytest.raises(ValueError, match="`reference` to be of an Adam-like optimizer"):
+    with refuses("`reference` to be of an Adam-like optimizer"):
         comparisons_with(read_reference(GOOD), [ParameterGroup("Adam", AdamConfiguration(1e-3, 10))])
-    with pytest.raises(ValueError, match="`reference` to be of SGD"):
+    with refuses("`reference` to be of SGD"):
         comparisons_with(read_reference(AdamConfiguration(1e-3, 10)), groups(GOOD))

@@ -359,7 +359,7 @@ def test_samplers_are_not_drawn_from(tmp_path, kind, sampler):
             return F.cross_entropy(module(batch[0]), batch[1])
 
         module = Module(Rich(), step)
-        data = loader(batch_size=4, sampler=SAMPLERS[sampler]())
+        data = loader(batch_size=6, sampler=SAMPLERS[sampler]())
         fit(tmp_path, module, data, *callbacks, max_epochs=2)
         return seen, [p.detach().clone() for p in module.parameters()]
 
