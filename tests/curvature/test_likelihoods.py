@@ -254,7 +254,7 @@ def test_roots_that_would_not_fit(likelihood, shape, columns):
     is_classes = isinstance(likelihood, Categorical)
     targets = torch.zeros(shape[:2], dtype=torch.long) if is_classes else outputs
     prepared = likelihood.prepare(outputs, targets)
-    with refuses(f"{columns}", remedy=("batch_size=", "num_samples=64")):
+    with refuses(columns, remedy=("batch_size=", "num_samples=64")):
         likelihood.sqrt_hessian(*prepared)
     assert likelihood.sample_columns(*prepared, 2, torch.Generator()).shape == (2, *prepared[0].shape)
 

@@ -154,7 +154,7 @@ def test_batch_size_of_another_number_of_devices():
         ({"max_batch_size": 101}, "`max_batch_size` to be at most `dataset_size`"),
         (
             {"max_device_batch_size": 4},
-            "at least the batch of the loader to start with .10 examples., but got 4",
+            "at least the batch of the loader to start with (10 examples), but got 4",
         ),
         ({"method": "grow"}, "`method`"),
         ({"rule": "cubic"}, "`rule`"),
