@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_bayes.row_storage.stored import KeptDense
@@ -20,6 +20,7 @@ from tests.cases import make_case
 from tests.refusals import refuses
 
 NETWORKS = ["linear", "mlp", "conv", "batch_norm", "sequence", "called_twice", "shared_weight"]
+ENGINE = settings.get_profile("engine")
 networks, losses = st.sampled_from(NETWORKS), st.sampled_from(["classification", "binary_3", "regression"])
 reference = functools.cache(
     lambda network, loss, precision, examples=7: make_case(network, loss, examples).reference(precision)
@@ -37,6 +38,7 @@ def small(monkeypatch):
     monkeypatch.setattr(bracket, "EXACT_TRACE_LIMIT", 8)
 
 
+@settings(ENGINE)
 @given(networks, losses, precisions, st.floats(1e-4, 30.0))
 def test_bracket_holds_the_truth_within_its_tolerance(network, loss, precision, tolerance):
     evidence = make_case(network, loss).evidence(
@@ -54,6 +56,7 @@ def test_bracket_holds_the_truth_within_its_tolerance(network, loss, precision, 
     )
 
 
+@settings(ENGINE)
 @given(networks, precisions, st.floats(1e-2, 30.0))
 def test_bracket_holds_the_truth_in_float32(network, precision, tolerance):
     case = make_case(network, "classification", 12)
@@ -68,6 +71,7 @@ def test_bracket_holds_the_truth_in_float32(network, precision, tolerance):
 few_rows = st.integers(1, 24)
 
 
+@settings(ENGINE)
 @given(networks, losses, precisions, few_rows, st.integers(1, 12), st.integers(1, 8), st.integers(1, 40))
 def test_blocks_hold_the_truth(network, loss, precision, kept, landmarks, batch_size, pool):
     with pytest.MonkeyPatch.context() as patch:
@@ -83,6 +87,7 @@ def test_blocks_hold_the_truth(network, loss, precision, kept, landmarks, batch_
     assert evidence.newton_decrement >= expected.newton_decrement * (1 - 1e-9)
 
 
+@settings(ENGINE)
 @given(networks, few_rows, st.integers(1, 12))
 def test_blocks_hold_the_truth_in_float32(network, kept, landmarks):
     case = make_case(network, "classification", 12)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_bayes.structures import registry
@@ -17,6 +17,7 @@ from lightning_bayes.structures.registry import STRUCTURES, choose_structure
 from tests.cases import LOSSES, make_case
 from tests.refusals import refuses
 
+ENGINE = settings.get_profile("engine")
 networks = st.sampled_from(["linear", "mlp", "batch_norm", "called_twice"])
 losses = st.sampled_from(list(LOSSES))
 kinds = st.sampled_from(list(STRUCTURES))
@@ -32,6 +33,7 @@ def test_sizes():
     assert (sizes.num_parameters, sizes.num_rows) == (24, 900)
 
 
+@settings(ENGINE)
 @given(networks, losses, kinds, st.floats(-4, 4))
 def test_signs_and_ranges(network, loss, structure, log_precision):
     """ln det(I + PSD) ≥ 0, 0 ≤ γ ≤ p, 0 ≤ decrement; the bracket holds the value; the parts add up."""
@@ -44,6 +46,7 @@ def test_signs_and_ranges(network, loss, structure, log_precision):
     assert evidence.log_evidence == pytest.approx(parts, rel=1e-12)
 
 
+@settings(ENGINE)
 @given(networks, losses, kinds, st.floats(-3, 2), st.floats(1.1, 30))
 def test_more_prior_precision_means_fewer_effective_parameters(
     network, loss, structure, log_precision, factor
@@ -58,6 +61,7 @@ def test_more_prior_precision_means_fewer_effective_parameters(
     assert narrow.log_likelihood == broad.log_likelihood
 
 
+@settings(ENGINE)
 @given(networks, losses, kinds, st.integers(1, 9), st.permutations(range(7)))
 def test_order_and_batching_do_not_matter(network, loss, structure, batch_size, order):
     case = make_case(network, loss)
@@ -70,6 +74,7 @@ def test_order_and_batching_do_not_matter(network, loss, structure, batch_size, 
         assert getattr(again, field) == pytest.approx(getattr(once, field), rel=1e-10), field
 
 
+@settings(ENGINE)
 @given(networks, kinds)
 def test_repeated_examples_count_as_often_as_they_are_given(network, structure):
     """Twice the data: twice the likelihood and the curvature, so the same γ at twice the precision."""
