@@ -3,7 +3,6 @@
 The reference knows nothing of layers, batches or square roots: see `tests.reference`.
 """
 
-import functools
 from dataclasses import replace
 from fnmatch import fnmatch
 
@@ -35,14 +34,9 @@ def way(request, monkeypatch):
     return "full"
 
 
-@functools.cache
-def slow_twin(network, loss):
-    return make_case(network, loss).slow_twin()
-
-
 def hold(evidence, network, loss, precision, structure, curvature="ggn"):
     """Against the dense matrices."""
-    twin = slow_twin(network, loss)
+    twin = make_case(network, loss).slow_twin()
     if not isinstance(precision, dict):
         precision = dict.fromkeys(twin.names, precision)
     assert_agrees(evidence, twin.evidence(precision, structure, curvature))
@@ -151,7 +145,7 @@ def test_parts_of_a_network(network, subset, way):
 def test_a_bracket_holds_the_truth(network, loss, tolerance):
     case = make_case(network, loss)
     evidence = case.evidence(structure="full", prior_precision=0.05, tolerance=tolerance)
-    twin = slow_twin(network, loss)
+    twin = make_case(network, loss).slow_twin()
     truth = twin.evidence(dict.fromkeys(twin.names, 0.05)).log_evidence
     assert evidence.lower - 1e-9 <= truth <= evidence.upper + 1e-9
     assert evidence.lower <= evidence.log_evidence <= evidence.upper
