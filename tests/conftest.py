@@ -9,6 +9,8 @@ import torch
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
+# Where an example is an evidence or two; every case is in other tests as well.
+settings.register_profile("engine", settings.get_profile("default"), max_examples=40)
 settings.load_profile("default")
 
 # Lightning would write to the working directory and start as many workers as it likes.

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_bayes import EvidenceUnavailableError, largest_eigenvalue
 from tests.cases import NETWORKS, make_case
 from tests.curvature.dense import dense_matrix
+from tests.refusals import refuses
 
 NO_SECOND_DERIVATIVE = ("weight_norm",)
 """PyTorch's own is wrong, and this is seen: see below."""
@@ -68,7 +69,7 @@ def test_a_loss_that_is_no_likelihood():
     case = make_case("residual", "regression", 12)
     found = largest_eigenvalue(case.model, (case.inputs, case.targets), loss, tolerance=1e-7, batch_size=12)
     assert found.value == pytest.approx(expected(case, loss, "hessian"), rel=1e-8)
-    with pytest.raises(ValueError, match=r"F\.huber_loss"):
+    with refuses("F.huber_loss"):
         largest_eigenvalue(case.model, (case.inputs, case.targets), loss, curvature="ggn")
 
 
@@ -116,7 +117,7 @@ def test_batch_norm_normalises_by_the_batch_in_training_mode_alone():
 
 def test_wrong_second_derivatives_are_seen():
     case = make_case("weight_norm")
-    with pytest.raises(ValueError, match="not those of a symmetric matrix"):
+    with refuses("not those of a symmetric matrix"):
         largest_eigenvalue(case.model, (case.inputs, case.targets))
     found = largest_eigenvalue(case.model, (case.inputs, case.targets), curvature="ggn", tolerance=1e-7)
     assert found.value == pytest.approx(expected(case, F.cross_entropy, "ggn"), rel=1e-8)
@@ -140,7 +141,7 @@ class SquaresOnce(torch.autograd.Function):
 def test_losses_without_a_second_derivative_are_refused(loss):
     """Nothing but the 1 that the backward pass starts from reaches their gradient."""
     case = make_case("mlp", "regression")
-    with pytest.raises(ValueError, match=r"has no derivative \(Error in its graph\)"):
+    with refuses("has no derivative (Error in its graph)"):
         largest_eigenvalue(case.model, (case.inputs, case.targets), lambda f, y: loss(f - y))
 
 
@@ -184,31 +185,34 @@ def test_the_model_is_left_alone():
 def test_infinite_weights():
     case = make_case("linear")
     case.model.weight.data[0, 0] = torch.nan
-    with pytest.raises(EvidenceUnavailableError, match="product with the Hessian are NaN"):
+    with refuses("product with the Hessian are NaN", error=EvidenceUnavailableError):
         largest_eigenvalue(case.model, (case.inputs, case.targets))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"model": 3}, r"`model` to be a torch.nn.Module, got int"),
-        ({"data": [1, 2, 3]}, r"\(inputs, targets\)"),
-        ({"data": 3}, r"`data`.*got int"),
-        ({"loss": "mse"}, r"`loss` to be a function.*got 'mse'"),
-        ({"loss": nn.CrossEntropyLoss(reduction="sum")}, r"`loss` to be a mean.*got a sum.*reduction='mean'"),
-        ({"loss": nn.CrossEntropyLoss(reduction="none")}, r"returned Tensor of shape \[7\]; a scalar"),
-        ({"curvature": "fisher"}, r"`curvature` to be 'hessian' or 'ggn', got 'fisher'"),
-        ({"max_examples": 0}, r"`max_examples`.*got 0"),
-        ({"batch_size": 1.5}, r"`batch_size`.*got 1.5"),
-        ({"tolerance": 0}, r"`tolerance`.*got 0"),
-        ({"max_products": 1}, r"`max_products` to be at least 2, got 1"),
-        ({"max_products": "ten"}, r"`max_products`.*got 'ten'"),
-        ({"device": "abacus"}, r"`device`.*got 'abacus'"),
+        ({"model": 3}, "`model` to be a torch.nn.Module, got int"),
+        ({"data": [1, 2, 3]}, "(inputs, targets)"),
+        ({"data": 3}, ("`data`", "got int")),
+        ({"loss": "mse"}, ("`loss` to be a function", "got 'mse'")),
+        (
+            {"loss": nn.CrossEntropyLoss(reduction="sum")},
+            ("`loss` to be a mean", "got a sum", "reduction='mean'"),
+        ),
+        ({"loss": nn.CrossEntropyLoss(reduction="none")}, "returned Tensor of shape [7]; a scalar"),
+        ({"curvature": "fisher"}, "`curvature` to be 'hessian' or 'ggn', got 'fisher'"),
+        ({"max_examples": 0}, ("`max_examples`", "got 0")),
+        ({"batch_size": 1.5}, ("`batch_size`", "got 1.5")),
+        ({"tolerance": 0}, ("`tolerance`", "got 0")),
+        ({"max_products": 1}, "`max_products` to be at least 2, got 1"),
+        ({"max_products": "ten"}, ("`max_products`", "got 'ten'")),
+        ({"device": "abacus"}, ("`device`", "got 'abacus'")),
     ],
     ids=str,
 )
 def test_wrong_arguments(arguments, message):
     case = make_case()
     arguments = {"model": case.model, "data": (case.inputs, case.targets)} | arguments
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         largest_eigenvalue(**arguments)

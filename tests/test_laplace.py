@@ -13,6 +13,7 @@ from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.evidence.laplace import laplace_evidence
 from lightning_bayes.likelihoods import Gaussian
 from tests.cases import make_case
+from tests.refusals import refuses
 
 STRUCTURES = ["full", "kron", "diag"]
 
@@ -122,7 +123,7 @@ BAD_VALUES = [(name, value) for name, (values, _) in BAD_ARGUMENTS.items() for v
 
 @pytest.mark.parametrize(("name", "value"), BAD_VALUES)
 def test_bad_arguments_are_named_with_what_was_got(name, value):
-    with pytest.raises(ValueError, match=f"argument `{name}`") as caught:
+    with refuses(f"argument `{name}`") as caught:
         make_case().evidence(**{name: value})
     assert BAD_ARGUMENTS[name][1] in str(caught.value)
     assert repr(value) in str(caught.value)
@@ -143,7 +144,7 @@ def test_bad_arguments_are_named_with_what_was_got(name, value):
     ids=str,
 )
 def test_arguments_that_do_not_go_together(arguments, name, remedy):
-    with pytest.raises(ValueError, match=f"argument `{name}` to be .* beside .*, got") as caught:
+    with refuses(f"argument `{name}` to be", remedy=("beside", ", got")) as caught:
         make_case().evidence(**arguments)
     assert remedy in str(caught.value)
 
@@ -152,9 +153,7 @@ def test_arguments_that_do_not_go_together(arguments, name, remedy):
     "inputs", [torch.zeros(4, 5), torch.zeros(4, 3).double(), torch.zeros(4, 3).long()], ids=str
 )
 def test_inputs_that_the_network_does_not_take(inputs):
-    with pytest.raises(
-        ValueError, match=r"Linear, with parameters of torch\.float32, failed on .*`data`, \("
-    ) as caught:
+    with refuses("Linear, with parameters of torch.float32, failed on", remedy="`data`, (") as caught:
         laplace_evidence(nn.Linear(3, 2), (inputs, torch.zeros(4).long()))
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert str(caught.value.__cause__) in str(caught.value)
@@ -162,35 +161,35 @@ def test_inputs_that_the_network_does_not_take(inputs):
 
 def test_shapes_without_numbers():
     data = torch.zeros(4, 3), torch.zeros(4).long()
-    with pytest.raises(ValueError, match="argument `device` to be a device that computes, got 'meta'"):
+    with refuses("argument `device` to be a device that computes, got 'meta'"):
         laplace_evidence(nn.Linear(3, 2), data, device="meta")
-    with pytest.raises(ValueError, match=r"parameters are on the device 'meta'.*to_empty"):
+    with refuses("parameters are on the device 'meta'", remedy="to_empty"):
         laplace_evidence(nn.Linear(3, 2, device="meta"), data)
 
 
 @pytest.mark.parametrize("model", [None, "net", torch.relu, nn.Linear])
 def test_models_that_are_none(model):
-    with pytest.raises(ValueError, match=r"argument `model` to be a torch\.nn\.Module"):
+    with refuses("argument `model` to be a torch.nn.Module"):
         laplace_evidence(model, (torch.zeros(2, 3), torch.zeros(2).long()))
 
 
 @pytest.mark.parametrize("data", [None, "data", TensorDataset(torch.zeros(3)), torch.zeros(3), {"x": 1}])
 def test_data_that_are_none(data):
-    with pytest.raises(ValueError, match=f"argument `data` to be a DataLoader.*got {type(data).__name__}"):
+    with refuses("argument `data` to be a DataLoader", remedy=f"got {type(data).__name__}"):
         laplace_evidence(nn.Linear(3, 2), data)
 
 
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ([torch.zeros(3)] * 4, r"\(inputs, targets\), got Tensor"),
-        ([(torch.zeros(3), torch.zeros(2), torch.zeros(1))] * 4, r"\(inputs, targets\), got list"),
+        ([torch.zeros(3)] * 4, "(inputs, targets), got Tensor"),
+        ([(torch.zeros(3), torch.zeros(2), torch.zeros(1))] * 4, "(inputs, targets), got list"),
         ([({"x": torch.zeros(3)}, torch.tensor(1))] * 4, "inputs to be one tensor, got dict"),
-        ([{"x": torch.zeros(3)}] * 4, "got dict.*LaplaceEvidence callback"),
+        ([{"x": torch.zeros(3)}] * 4, ("got dict", "LaplaceEvidence callback")),
     ],
 )
 def test_batches_that_are_no_pair(dataset, message):
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         laplace_evidence(nn.Linear(3, 2), DataLoader(dataset, batch_size=2))
 
 
@@ -199,7 +198,7 @@ def test_batches_that_are_no_pair(dataset, message):
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("weights", r"1 of 20 entries of the parameter '0\.weight' are NaN or infinite"),
+        ("weights", "1 of 20 entries of the parameter '0.weight' are NaN or infinite"),
         ("inputs", "outputs are NaN or infinite"),
         ("targets", "1 of 6 entries of the targets are NaN or infinite"),
     ],
@@ -213,24 +212,24 @@ def test_what_is_not_finite_has_no_evidence(where, message, value, structure):
     if where == "inputs":
         case.model[1] = nn.ReLU()  # tanh makes infinity a number
         case.model[0].weight.data.abs_()
-    with pytest.raises(EvidenceUnavailableError, match=message):
+    with refuses(message, error=EvidenceUnavailableError):
         case.evidence(structure=structure)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_numbers_that_overflow_have_no_evidence(structure):
     x, y = torch.ones(4, 1), torch.full((4, 1), 1e25)
-    with pytest.raises(EvidenceUnavailableError, match="overflows"):
+    with refuses("overflows", error=EvidenceUnavailableError):
         laplace_evidence(nn.Linear(1, 1), (x, y), likelihood=Gaussian(1.0), structure=structure)
 
 
 def test_interpolation_leaves_no_noise_to_estimate():
     model = nn.Linear(3, 1)
     nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
-    with pytest.raises(EvidenceUnavailableError, match=r"residuals are all zero.*Gaussian\(sigma=\.\.\.\)"):
+    with refuses("residuals are all zero", remedy="Gaussian(sigma=...)", error=EvidenceUnavailableError):
         laplace_evidence(model, (torch.randn(4, 3), torch.zeros(4, 1)), likelihood="regression")
 
 
 def test_no_trainable_parameter_is_no_evidence():
-    with pytest.raises(ValueError, match="Linear has no trainable parameter"):
+    with refuses("Linear has no trainable parameter"):
         laplace_evidence(nn.Linear(3, 2).requires_grad_(False), (torch.zeros(2, 3), torch.zeros(2).long()))

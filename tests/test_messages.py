@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import one_hot
 
 from lightning_bayes import evidence_curve, laplace_evidence
+from tests.refusals import refuses
 
 N = 20
 LABELS = torch.arange(N) % 3
@@ -20,9 +21,9 @@ LABELS = torch.arange(N) % 3
     [
         ("classification", 1, (LABELS > 0).float(), 'likelihood="binary"'),
         ("classification", 1, (LABELS > 0).double().unsqueeze(1), 'likelihood="binary"'),
-        ("classification", 3, LABELS.float(), r"targets\.long\(\)"),
-        ("classification", 3, LABELS.unsqueeze(1), r"targets\.squeeze\(1\)\.long\(\)"),
-        ("classification", 3, one_hot(LABELS, 3), r"targets\.float\(\)"),
+        ("classification", 3, LABELS.float(), "targets.long()"),
+        ("classification", 3, LABELS.unsqueeze(1), "targets.squeeze(1).long()"),
+        ("classification", 3, one_hot(LABELS, 3), "targets.float()"),
         ("classification", 3, torch.ones(N, 3), 'likelihood="binary"'),
         ("classification", 3, torch.linspace(0.0, 1.0, N), 'likelihood="regression"'),
         ("regression", 3, LABELS, 'likelihood="classification"'),
@@ -32,7 +33,7 @@ LABELS = torch.arange(N) % 3
     ],
 )
 def test_targets_of_another_kind_name_the_way_out(likelihood, outputs, targets, words):
-    with pytest.raises(ValueError, match=words):
+    with refuses(words):
         laplace_evidence(nn.Linear(4, outputs), (torch.randn(N, 4), targets), likelihood=likelihood)
 
 

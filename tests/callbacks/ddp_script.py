@@ -1,4 +1,4 @@
-"""Run by test_distributed.py in processes of its own: two epochs under DDP, results of each rank to a file.
+"""Run by test_distributed.py in processes of its own: fits under DDP, results of each rank to files.
 
 Usage: python -m tests.callbacks.ddp_script <folder>
 """
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from lightning_bayes import LaplaceEvidence, ScalingAdvisor, SGDNoiseScale, Stability
-from tests.callbacks.evidence_models import Module, Rich, cross_entropy, loader, tensors
-from tests.callbacks.sgd_models import trainer
+from tests.callbacks import growth_ddp_script, law_6_ddp_script, noise_ddp_script
+from tests.scenarios import Module, Rich, cross_entropy, loader, tensors, trainer
 
 
 def logging_step(module, batch):
@@ -42,7 +42,7 @@ CASES = {
 }
 
 
-def main(case, folder):
+def observe(case, folder):
     warnings.filterwarnings("ignore")
     step, make, options = CASES[case]
     torch.manual_seed(0)
@@ -82,6 +82,12 @@ def main(case, folder):
     )
 
 
+def main(folder):
+    for case in CASES:
+        observe(case, folder)
+
+
 if __name__ == "__main__":
-    for name in CASES:  # in one pair of processes: starting them is what takes the time
-        main(name, sys.argv[1])
+    # All in one pair of processes: starting them is what takes the time.
+    for script in (main, growth_ddp_script.main, noise_ddp_script.main, law_6_ddp_script.main):
+        script(sys.argv[1])

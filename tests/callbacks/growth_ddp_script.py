@@ -1,9 +1,5 @@
-"""Run by test_batch_growth_distributed.py in processes of its own; results of each rank go to a file.
+"""The batch grows under DDP; results of each rank go to a file. Run by ddp_script.py."""
 
-Usage: python -m tests.callbacks.growth_ddp_script <folder>
-"""
-
-import sys
 import warnings
 
 import torch
@@ -11,28 +7,26 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_bayes import BatchSizeScheduler, SGDNoiseScale
-from tests.callbacks.growth_models import Data, Net, dataset, trainer
+from tests.scenarios import Regression, RegressionData, rows, trainer
 
 
-class Shared(Data):
+class Shared(RegressionData):
     """Every second example to each replica, in their order: Lightning's own sampler would shuffle."""
 
     def train_dataloader(self):
-        data = dataset()
+        data = rows()
         sampler = DistributedSampler(data, num_replicas=2, rank=self.trainer.global_rank, shuffle=False)
         return DataLoader(data, self.batch_size, sampler=sampler)
 
 
-def main(method, folder, max_epochs=3, ckpt_path=None):
+def growing(method, folder, max_epochs=3, ckpt_path=None):
     warnings.filterwarnings("ignore")
-    module = Net()
-    growing = BatchSizeScheduler([1, 2], factor=2, max_batch_size=48, method=method)
+    module = Regression()
+    scheduler = BatchSizeScheduler([1, 2], factor=2, max_batch_size=48, method=method)
     saving = ModelCheckpoint(f"{folder}/{method}", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     run = trainer(
         folder,
-        SGDNoiseScale(),
-        growing,
-        saving,
+        [SGDNoiseScale(), scheduler, saving],
         max_epochs=max_epochs,
         devices=2,
         strategy="ddp",
@@ -43,7 +37,7 @@ def main(method, folder, max_epochs=3, ckpt_path=None):
     torch.save({"weights": module.network.state_dict(), "epochs": module.epochs}, name)
 
 
-if __name__ == "__main__":
-    for way in ("accumulate", "reload"):  # in one pair of processes: starting them is what takes the time
-        main(way, sys.argv[1])
-        main(way, sys.argv[1], ckpt_path=f"{sys.argv[1]}/{way}/epoch=1.ckpt")
+def main(folder):
+    for method in ("accumulate", "reload"):
+        growing(method, folder)
+        growing(method, folder, ckpt_path=f"{folder}/{method}/epoch=1.ckpt")

@@ -1,9 +1,5 @@
-"""Run by test_law_6.py in processes of its own: one rank fails on the copy, and both finish training.
+"""One rank fails on the copy under DDP, and both finish training. Run by ddp_script.py."""
 
-Usage: python -m tests.callbacks.law_6_ddp_script <folder>
-"""
-
-import sys
 import warnings
 
 import torch
@@ -11,7 +7,7 @@ from lightning.pytorch import seed_everything
 
 from lightning_bayes import LaplaceEvidence, Stability
 from tests.callbacks.not_allowed import Small, classify, loader
-from tests.callbacks.sgd_models import trainer
+from tests.scenarios import trainer
 
 
 def step(module, batch):
@@ -31,7 +27,3 @@ def main(folder):
     torch.save(
         {"ours": ours, "steps": run.global_step, "logged": logged}, f"{folder}/law-6-{run.global_rank}.pt"
     )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

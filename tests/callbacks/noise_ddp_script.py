@@ -1,10 +1,6 @@
-"""Run by test_gradient_noise_distributed.py in processes of its own: gradient noise under DDP, results to files.
-
-Usage: python -m tests.callbacks.noise_ddp_script <folder>
-"""
+"""Gradient noise under DDP; results of each rank go to a file. Run by ddp_script.py."""
 
 import os
-import sys
 import warnings
 from dataclasses import astuple
 
@@ -14,8 +10,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_bayes import GradientNoiseScale
-from tests.callbacks.evidence_models import Module, tensors
-from tests.callbacks.noise_models import Quadratic, by_hand, collected, loader, readable, targets
+from tests.scenarios import (
+    Module,
+    Quadratic,
+    collected,
+    in_order,
+    noisy_targets,
+    readable_step,
+    step_by_hand,
+    tensors,
+)
 
 STEPS, SIZE = 100, 8
 """Optimizer steps, and examples in each."""
@@ -43,7 +47,7 @@ def run(folder, case, replicas):
     """Estimates after every batch. The examples of a micro-batch are the same in both cases."""
     method, alone, each = CASES[case]
     accumulate = alone if replicas == 1 else each
-    y = targets(STEPS * SIZE)
+    y = noisy_targets(STEPS * SIZE)
     groups = alone if method == "micro_batches" else each
     size = SIZE // groups
     if replicas == 1 and method == "micro_batches":
@@ -54,8 +58,8 @@ def run(folder, case, replicas):
     found = collected(
         folder,
         noise,
-        loader(y, per_process, sampler=every_other(y, replicas)),
-        Quadratic(readable if method == "per_example" else by_hand),
+        in_order(y, per_process, sampler=every_other(y, replicas)),
+        Quadratic(readable_step if method == "per_example" else step_by_hand),
         accumulate_grad_batches=accumulate,
         **(TWO if replicas == 2 else {}),
     )
@@ -85,8 +89,4 @@ def main(folder):
     warnings.filterwarnings("ignore")
     found = {case: run(folder, case, 2) for case in CASES}
     found["trained"] = trained(folder, "per_example", 2)
-    torch.save(found, f"{folder}/{torch.distributed.get_rank()}.pt")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    torch.save(found, f"{folder}/noise-{torch.distributed.get_rank()}.pt")

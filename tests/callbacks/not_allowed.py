@@ -1,6 +1,9 @@
 """What a Trainer, module, loss or dataset does not allow, callback by callback, each with its way out."""
 
+import inspect
+import math
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -8,16 +11,18 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from lightning_bayes import LaplaceEvidence, ScalingAdvisor
+from lightning_bayes import GradientNoiseScale, LaplaceEvidence, ScalingAdvisor, SGDNoiseScale, Stability
 
 LEAVE_OUT = "leave out"
 """The way out of a row that has no other."""
 SMALL_ADVISOR = partial(ScalingAdvisor, target_batch_size=16)
+EVERY_STEP = partial(GradientNoiseScale, every_n_steps=1)
 
 
 class Small(lightning.LightningModule):
@@ -217,20 +222,21 @@ def noise(module, batch):
 
 
 class Scheduled(Small):
-    """A scheduler that reads a key."""
+    """Schedulers that read keys."""
 
-    def __init__(self, step, key):
+    def __init__(self, step, keys):
         super().__init__(step)
-        self.key = key
+        self.keys = keys
 
     def configure_optimizers(self):
         optimizer = torch.optim.Adam(self.parameters(), 0.01)
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": self.key}}
+        schedulers = [torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer) for _ in self.keys]
+        pairs = zip(schedulers, self.keys, strict=True)
+        return [optimizer], [{"scheduler": scheduler, "monitor": key} for scheduler, key in pairs]
 
 
-def scheduled(step, key):
-    return lambda: Scheduled(step, key)
+def scheduled(step, keys):
+    return lambda: Scheduled(step, keys)
 
 
 def detached(module, batch):
@@ -356,3 +362,48 @@ class Row:
         """This row with the way out taken."""
         assert not isinstance(self.way_out, str)
         return replace(self, **self.way_out)
+
+
+NAMES = ("LaplaceEvidence", "SGDNoiseScale", "GradientNoiseScale", "Stability", "ScalingAdvisor")
+KEYS = {
+    LaplaceEvidence: "bayes/log_evidence",
+    SGDNoiseScale: "bayes/noise_scale",
+    GradientNoiseScale: "bayes/gradient_noise_trace",
+    Stability: "bayes/largest_eigenvalue",
+}
+UNRESTRICTED = {"weights_only": False} if "weights_only" in inspect.signature(Trainer.fit).parameters else {}
+
+
+def run(tmp_path, row, *callbacks, epochs=1, ckpt_path=None):
+    """Fit from one seed; gives the Trainer, the module and our warnings with the step of each."""
+    seed_everything(0, verbose=False)
+    trainer = Trainer(
+        max_epochs=epochs,
+        callbacks=list(callbacks),
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"logger": False, "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks)}
+        | row.trainer,
+    )
+    module = row.module()
+    ours = []
+
+    def note(message, *args, **kwargs):
+        text = str(message)
+        if text.startswith(NAMES):
+            ours.append((trainer.global_step, text))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        trainer.fit(module, row.data(), ckpt_path=ckpt_path, **UNRESTRICTED)
+    return trainer, module, ours
+
+
+def finite_of(trainer, callback):
+    if isinstance(callback, ScalingAdvisor):
+        return bool(callback.advice)
+    value = trainer.callback_metrics.get(KEYS[type(callback)])
+    return value is not None and math.isfinite(value)

@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_bayes import ScalingAdvisor
 from lightning_bayes.advice.references import read_reference
 from lightning_bayes.functional import SavedAdvice
-
-from .sgd_models import Net, dataset, loader, sgd, trainer
+from tests.scenarios import Classifier, plain_sgd, shuffled, trainer, two_classes
 
 
 class Shared(Logger):
@@ -41,7 +40,7 @@ class WithLogDir(Shared):
 
 def fit(tmp_path, logger, rate=0.1, advisors=1, **kwargs):
     callbacks = [ScalingAdvisor(target_batch_size=50 + n) for n in range(advisors)]
-    trainer(tmp_path, callbacks, logger=logger, **kwargs).fit(Net(sgd(lr=rate)), loader())
+    trainer(tmp_path, callbacks, logger=logger, **kwargs).fit(Classifier(plain_sgd(lr=rate)), shuffled())
     return callbacks
 
 
@@ -117,14 +116,14 @@ def test_a_file_that_cannot_be_written_is_one_warning(tmp_path, capsys, monkeypa
     ],
 )
 def test_a_target_batch_beyond_the_data_says_what_to_do(tmp_path, flags, size):
-    data = DataLoader(dataset(), batch_size=10)
+    data = DataLoader(two_classes(), batch_size=10)
     run = trainer(tmp_path, [ScalingAdvisor(target_batch_size=size, on_error="raise")], **flags)
     with pytest.raises(ValueError, match="at most `dataset_size`") as error:
-        run.fit(Net(), data)
+        run.fit(Classifier(), data)
     text = str(error.value)
     assert "take a target_batch_size below " in text
     named = [flag for flag in ("limit_train_batches", "overfit_batches") if f"remove `{flag}`" in text]
     # Beyond all of the data no flag helps.
     assert named == ([*flags] if size <= 100 else [])
     below = int(text.rsplit("below ", 1)[1].split(".", maxsplit=1)[0]) - 1
-    trainer(tmp_path, [ScalingAdvisor(target_batch_size=below)], **flags).fit(Net(), data)
+    trainer(tmp_path, [ScalingAdvisor(target_batch_size=below)], **flags).fit(Classifier(), data)

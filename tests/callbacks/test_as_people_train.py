@@ -12,9 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bayes import GradientNoiseScale, LaplaceEvidence, ScalingAdvisor, SGDNoiseScale, Stability
 from lightning_bayes.callbacks.measuring import MeasuringCallback
-
-from .evidence_models import Module, cross_entropy, fit, loader, mlp, optimizer, tensors
-from .sgd_models import trainer
+from tests.scenarios import Module, cross_entropy, fit, loader, mlp, optimizer, tensors, trainer
 
 SLOW = optimizer(lr=1e-3, weight_decay=0.05)
 

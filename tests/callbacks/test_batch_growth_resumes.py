@@ -9,9 +9,19 @@ from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader
 
 from lightning_bayes import BatchSizeScheduler, SGDNoiseScale
-
-from .growth_models import Data, N, Net, column, dataset, fit, scheduled, sgd, trainer, weights
-from .test_not_perturbed import same
+from tests.scenarios import (
+    NUM_ROWS,
+    Regression,
+    RegressionData,
+    column,
+    grow,
+    momentum_sgd,
+    rows,
+    same,
+    trainer,
+    weights,
+    with_scheduler,
+)
 
 pytestmark = [
     # A run that goes on writes into the folder of the run that it resumes.
@@ -24,15 +34,15 @@ pytestmark = [
 ]
 
 LISTED = {2: 3, 3: 2.5}  # 4, 12, then 28 or 30 examples with 0.8 or more of the learning rate
-STEPS = scheduled(lambda optimizer: schedulers.StepLR(optimizer, 2, 0.4))
-CYCLE = scheduled(
+STEPS = with_scheduler(lambda optimizer: schedulers.StepLR(optimizer, 2, 0.4))
+CYCLE = with_scheduler(
     lambda optimizer: schedulers.OneCycleLR(optimizer, 0.1, total_steps=150, pct_start=0.1), interval="step"
 )
 AT_EPOCH_END = {"save_on_train_epoch_end": True}
 AT_VALIDATION = {"save_on_train_epoch_end": False}
 CASES = {
-    "listed": (LISTED, sgd, "accumulate"),
-    "listed, reload": (LISTED, sgd, "reload"),
+    "listed": (LISTED, momentum_sgd, "accumulate"),
+    "listed, reload": (LISTED, momentum_sgd, "reload"),
     "StepLR": ("lr_scheduler", STEPS, "accumulate"),
     "StepLR, reload": ("lr_scheduler", STEPS, "reload"),
     "OneCycleLR": ("lr_scheduler", CYCLE, "accumulate"),
@@ -46,11 +56,11 @@ def run(tmp_path, case, crash=None, ckpt_path=None, checkpoint=AT_EPOCH_END, dat
     schedule, configure, method = CASES[case]
     growing = BatchSizeScheduler(schedule, method=method, max_batch_size=30)
     saving = ModelCheckpoint(tmp_path, "{epoch}-{step}", save_top_k=-1, **checkpoint)
-    module = Net(configure, crash)
+    module = Regression(configure, crash)
     module.run = trainer(
-        tmp_path, SGDNoiseScale(), growing, saving, max_epochs=epochs, enable_checkpointing=True
+        tmp_path, [SGDNoiseScale(), growing, saving], max_epochs=epochs, enable_checkpointing=True
     )
-    loaders = {"datamodule": data or Data(shuffle=True)}
+    loaders = {"datamodule": data or RegressionData(shuffle=True)}
     if crash is None:
         module.run.fit(module, **loaders, ckpt_path=ckpt_path)
     else:
@@ -80,7 +90,7 @@ def differences(one, other):
 def test_resumed_run_is_the_uninterrupted_one(tmp_path, case, checkpoint):
     whole, _ = run(tmp_path / "whole", case, checkpoint=checkpoint)
     assert len(set(column(whole, "batch_size"))) > 1
-    per_epoch = [math.ceil(N / size) for size in column(whole, "loader")]
+    per_epoch = [math.ceil(NUM_ROWS / size) for size in column(whole, "loader")]
     for epoch in (1, 2, 4):  # the last of its batch size, the first, and when the batch cannot grow further
         folder = tmp_path / str(epoch)
         crash = sum(per_epoch[: epoch + 1]) + 1  # the first batch of the epoch after
@@ -112,9 +122,9 @@ class Resumable(DataLoader):
         self.start = state_dict["position"]
 
 
-class ResumableData(Data):
+class ResumableData(RegressionData):
     def train_dataloader(self):
-        return Resumable(dataset(), self.batch_size)
+        return Resumable(rows(), self.batch_size)
 
 
 @pytest.mark.slow
@@ -132,20 +142,20 @@ def test_resumed_within_an_epoch(tmp_path, case):
 
 
 def test_checkpoint_holds_the_learning_rate_of_the_scheduler(tmp_path):
-    plain = fit(tmp_path, None, net=Net(STEPS), max_epochs=4)
+    plain = grow(tmp_path, None, net=Regression(STEPS), max_epochs=4)
     _, saved = run(tmp_path, "StepLR", epochs=4)
     (state,) = torch.load(saved)["optimizer_states"]
     assert state["param_groups"][0]["lr"] == plain.run.optimizers[0].param_groups[0]["lr"]
     # It serves a run without the callback.
-    module = Net(STEPS)
-    trainer(tmp_path, max_epochs=5).fit(module, datamodule=Data(), ckpt_path=saved)
+    module = Regression(STEPS)
+    trainer(tmp_path, [], max_epochs=5).fit(module, datamodule=RegressionData(), ckpt_path=saved)
     assert module.scheduled == [[pytest.approx(0.1 * 0.4**2)]]
 
 
 @pytest.mark.parametrize("case", ["listed", "listed, reload"])
 def test_a_run_begun_without_it_takes_the_batch_of_its_epoch(tmp_path, case):
     saving = ModelCheckpoint(tmp_path, "{epoch}", **AT_EPOCH_END)
-    fit(tmp_path, None, saving, max_epochs=3, enable_checkpointing=True)
+    grow(tmp_path, None, saving, max_epochs=3, enable_checkpointing=True)
     resumed, _ = run(tmp_path, case, ckpt_path=saving.best_model_path)
     assert column(resumed, "batch_size")[0] == 28  # made of batches of 4 until the next epoch
     assert column(resumed, "loader")[-1] == (30 if "reload" in case else 4)
@@ -154,7 +164,7 @@ def test_a_run_begun_without_it_takes_the_batch_of_its_epoch(tmp_path, case):
 def test_resumed_on_other_batches_keeps_the_noise(tmp_path):
     whole, _ = run(tmp_path / "whole", "listed")
     _, saved = run(tmp_path, "listed", epochs=3)
-    resumed, _ = run(tmp_path, "listed", ckpt_path=saved, data=Data(batch_size=3, shuffle=True))
+    resumed, _ = run(tmp_path, "listed", ckpt_path=saved, data=RegressionData(batch_size=3, shuffle=True))
     # 3 x 10 = 30 in place of 4 x 7 = 28, and so much more of the learning rate: lr/B as before
     assert column(resumed, "batch_size")[-1] == 30
     ratios = [run.epochs[-1]["learning_rate"] / run.epochs[-1]["batch_size"] for run in (resumed, whole)]

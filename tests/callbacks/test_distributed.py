@@ -1,28 +1,38 @@
 """Two processes under DDP give the numbers of one, and neither waits for the other."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from lightning_bayes import Stability
+from lightning_bayes import LaplaceEvidence, Stability
 from lightning_bayes.functional import SavedAdvice
-
-from .evidence_models import (
+from tests.scenarios import (
+    SQUARED_NORM,
+    TRACE,
     Module,
     N,
+    RegressionData,
     Rich,
+    column,
     cross_entropy,
     disagreements,
     fit,
+    grow,
     loader,
     optimizer,
     reference,
     tensors,
 )
+
+from . import noise_ddp_script
 from .processes import run_script
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:GradientNoiseScale. B_simple is not resolved:UserWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +111,81 @@ def test_a_shard_of_a_part_is_refused_by_both(results):
     for rank in results("refused"):
         assert "torch.utils.data.Subset(dataset, indices)" in rank["error"]
         assert rank["steps"] == 0
+
+
+# One rank fails.
+
+
+def test_one_rank_fails(results):
+    """Both finish training, and both say so: rank 1 why, rank 0 that another could not go on."""
+    first, second = (torch.load(results.folder / f"law-6-{rank}.pt") for rank in (0, 1))
+    assert first["steps"] == second["steps"] == 4
+    for kind, key in ((LaplaceEvidence, "bayes/log_evidence"), (Stability, "bayes/largest_eigenvalue")):
+        for rank in (first, second):
+            assert math.isnan(rank["logged"][key])
+            assert sum(text.startswith(f"{kind.__name__}: ") for text in rank["ours"]) <= 1
+        assert any(text.startswith(f"{kind.__name__}: ") for text in first["ours"])
+    assert any("KeyError" in text for text in second["ours"])
+
+
+# The batch grows as in one process with twice the batch.
+
+
+def growth(results, method, run):
+    return [torch.load(results.folder / f"{method}-{run}-{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("method", ["accumulate", "reload"])
+def test_replicas_count_and_the_weights_are_those_of_one_process(results, method, tmp_path):
+    options = {"factor": 2, "max_batch_size": 48, "method": method}
+    one = grow(tmp_path, [1, 2], data=RegressionData(batch_size=8), options=options, max_epochs=3)
+    for rank in growth(results, method, "whole"):
+        batches = [epoch["batch_size"] for epoch in rank["epochs"]]
+        assert batches == column(one, "batch_size") == [8, 16, 32]
+        assert [epoch["steps"] for epoch in rank["epochs"]] == column(one, "steps")
+        assert [epoch["noise_scale"] for epoch in rank["epochs"]] == [
+            pytest.approx(0.1 * (96 / batch - 1) / (1 - 0.9), rel=1e-5) for batch in batches
+        ]
+        torch.testing.assert_close(rank["weights"], dict(one.network.state_dict()), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["accumulate", "reload"])
+def test_resumed_bit_by_bit(results, method):
+    for whole, resumed in zip(
+        growth(results, method, "whole"), growth(results, method, "resumed"), strict=True
+    ):
+        assert resumed["epochs"][-1] == whole["epochs"][-1]
+        assert all(torch.equal(whole["weights"][name], resumed["weights"][name]) for name in whole["weights"])
+
+
+# Gradient noise is that of one process.
+
+
+def noise(results):
+    return [torch.load(results.folder / f"noise-{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", [name for name in noise_ddp_script.CASES if name != "split_batch"])
+def test_the_same_number(results, case, tmp_path):
+    first, second = (rank[case] for rank in noise(results))
+    alone = noise_ddp_script.run(tmp_path, case, 1)
+    assert len(first) == len(alone) == noise_ddp_script.STEPS
+    assert str(first) == str(second)  # NaN and all
+    for estimate, expected in zip(first, alone, strict=True):
+        assert estimate == pytest.approx(expected, rel=1e-10, nan_ok=True)
+
+
+@pytest.mark.parametrize("case", ["replicas", "replicas and accumulation", "split_batch"])
+def test_unbiased(results, case):
+    for index, truth in enumerate((TRACE, SQUARED_NORM)):
+        values = torch.tensor([estimate[index] for estimate in noise(results)[0][case]], dtype=torch.float64)
+        error = values.std().item() / math.sqrt(len(values))
+        assert abs(values.mean().item() - truth) < 4 * error
+
+
+def test_a_run_that_learns(results, tmp_path):
+    alone = noise_ddp_script.trained(tmp_path, "per_example", 1)
+    for rank in noise(results):
+        assert list(rank["trained"]) == list(alone)
+        for name, estimate in alone.items():
+            assert rank["trained"][name] == pytest.approx(estimate, rel=1e-8, nan_ok=True)

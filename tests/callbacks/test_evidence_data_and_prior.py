@@ -20,8 +20,7 @@ from torch.utils.data import (
 
 from lightning_bayes import LaplaceEvidence
 from lightning_bayes.callbacks.trainer.training_set import check_stream
-
-from .evidence_models import (
+from tests.scenarios import (
     DECAY,
     Module,
     N,

@@ -1,7 +1,6 @@
 """GradientNoiseScale against chosen answers, torch.func, literal averages; what it logs, keeps and refuses."""
 
 import math
-import warnings
 
 import pytest
 import torch
@@ -15,21 +14,26 @@ from lightning_bayes import GradientNoiseScale
 from lightning_bayes.callbacks.gradient_noise.metric import GradientNoiseMetric
 from lightning_bayes.functional import GradientNoise, gradient_noise_scale
 from tests.cases import make_case
-
-from .evidence_models import Module, Rich, mlp, optimizer, tensors
-from .evidence_models import loader as classes
-from .noise_models import (
+from tests.refusals import refuses
+from tests.scenarios import (
     OFFSET,
     SQUARED_NORM,
     TRACE,
+    Module,
     Quadratic,
-    by_hand,
+    Rich,
     collected,
+    in_order,
     loader,
-    readable,
-    targets,
+    mlp,
+    noisy_targets,
+    optimizer,
+    readable_step,
+    step_by_hand,
+    tensors,
+    trainer,
 )
-from .sgd_models import trainer
+
 from .test_sgd_noise_scale import Recorder
 
 # One small batch often does not resolve B_simple; where that is the subject, `pytest.warns` sees it nevertheless.
@@ -54,9 +58,9 @@ def fit(tmp_path, module, data, noise, **kwargs):
 @pytest.mark.parametrize(
     ("method", "batch_size", "accumulate", "step"),
     [
-        ("per_example", 8, 1, readable),
-        ("micro_batches", 4, 2, by_hand),
-        ("split_batch", 8, 1, by_hand),
+        ("per_example", 8, 1, readable_step),
+        ("micro_batches", 4, 2, step_by_hand),
+        ("split_batch", 8, 1, step_by_hand),
     ],
 )
 def test_unbiased_on_a_quadratic(tmp_path, method, batch_size, accumulate, step):
@@ -65,7 +69,7 @@ def test_unbiased_on_a_quadratic(tmp_path, method, batch_size, accumulate, step)
     found = collected(
         tmp_path,
         noise,
-        loader(targets(8 * steps), batch_size),
+        in_order(noisy_targets(8 * steps), batch_size),
         Quadratic(step),
         accumulate_grad_batches=accumulate,
     )[:: accumulate or 1]
@@ -79,7 +83,7 @@ def test_unbiased_on_a_quadratic(tmp_path, method, batch_size, accumulate, step)
 
 def test_a_long_average_finds_the_ratio(tmp_path):
     noise = GradientNoiseScale(every_n_steps=1, ema=0.999)
-    collected(tmp_path, noise, loader(targets(8 * 400), 8))
+    collected(tmp_path, noise, in_order(noisy_targets(8 * 400), 8))
     assert noise.status == "resolved"
     assert noise.estimate.noise_scale == pytest.approx(TRACE / SQUARED_NORM, rel=0.15)
 
@@ -138,7 +142,7 @@ def test_the_mean_is_the_gradient_of_the_loss_as_it_is_returned(tmp_path, step):
     x, y = tensors()
     gradient = torch.autograd.grad(step(module, (x, y)), list(module.parameters()))
     noise = GradientNoiseScale(**EVERY)
-    fit(tmp_path, module, classes(batch_size=21), noise)
+    fit(tmp_path, module, loader(batch_size=21), noise)
     mean = noise.estimate.squared_norm + noise.estimate.trace / 21
     assert mean == pytest.approx(sum(g.square().sum().item() for g in gradient), rel=1e-10)
 
@@ -156,9 +160,9 @@ def literal_micro_batches(y, sizes, nominal=None):
 
 def test_micro_batches_by_hand(tmp_path):
     # 4 + 4 + 4, then an incomplete group of 4 + 2, whose loss Lightning divides by 3 all the same.
-    y = targets(18)
+    y = noisy_targets(18)
     noise = GradientNoiseScale(method="micro_batches", **EVERY)
-    found = collected(tmp_path, noise, loader(y, 4), Quadratic(by_hand), accumulate_grad_batches=3)
+    found = collected(tmp_path, noise, in_order(y, 4), Quadratic(step_by_hand), accumulate_grad_batches=3)
     for estimate, (part, sizes) in zip(
         [found[0], found[-1]], [(y[:12], [4, 4, 4]), (y[12:], [4, 2])], strict=True
     ):
@@ -168,16 +172,16 @@ def test_micro_batches_by_hand(tmp_path):
 
 
 def test_micro_batches_see_gradients_before_clipping_and_skip_a_step_without_loss(tmp_path):
-    y = targets(24)
+    y = noisy_targets(24)
 
     def sometimes(module, batch):
-        return None if torch.equal(batch[1], y[4:8]) else by_hand(module, batch)
+        return None if torch.equal(batch[1], y[4:8]) else step_by_hand(module, batch)
 
     noise = GradientNoiseScale(method="micro_batches", **EVERY)
     found = collected(
         tmp_path,
         noise,
-        loader(y, 4),
+        in_order(y, 4),
         Quadratic(sometimes),
         accumulate_grad_batches=3,
         gradient_clip_val=1e-3,
@@ -189,9 +193,9 @@ def test_micro_batches_see_gradients_before_clipping_and_skip_a_step_without_los
 
 
 def test_split_batch_by_hand(tmp_path):
-    y = targets(18)
+    y = noisy_targets(18)
     noise = GradientNoiseScale(method="split_batch", **EVERY)
-    (found,) = collected(tmp_path, noise, loader(y, 18), Quadratic(by_hand))
+    (found,) = collected(tmp_path, noise, in_order(y, 18), Quadratic(step_by_hand))
     assert (found.trace, found.squared_norm) == pytest.approx(
         literal_micro_batches(y[:16], [4, 4, 4, 4]), rel=1e-10
     )
@@ -202,18 +206,18 @@ def test_dropout_is_off_and_batch_norm_uses_running_statistics(tmp_path):
     expected = gradient_noise_scale(per_example_gradients(module.network.eval(), *tensors()))
     module.train()
     noise = GradientNoiseScale(**EVERY)
-    fit(tmp_path, module, classes(batch_size=21), noise)
+    fit(tmp_path, module, loader(batch_size=21), noise)
     assert noise.estimate.trace == pytest.approx(expected.trace, rel=1e-10)
 
 
 def test_a_step_whose_last_micro_batch_has_no_loss_is_passed_over(tmp_path):
-    y = targets(16)
+    y = noisy_targets(16)
 
     def sometimes(module, batch):
-        return None if torch.equal(batch[1], y[12:]) else by_hand(module, batch)
+        return None if torch.equal(batch[1], y[12:]) else step_by_hand(module, batch)
 
     noise = GradientNoiseScale(method="micro_batches", **EVERY)
-    found = collected(tmp_path, noise, loader(y, 4), Quadratic(sometimes), accumulate_grad_batches=2)
+    found = collected(tmp_path, noise, in_order(y, 4), Quadratic(sometimes), accumulate_grad_batches=2)
     assert found[-1] == found[0]
 
 
@@ -269,7 +273,7 @@ def test_the_copy_follows_the_module(tmp_path):
             assert len(source._copy.reader.network.losses) <= len(module.losses) + 2
 
     noise = Literal(**EVERY)
-    found = collected(tmp_path, noise, classes(batch_size=21), module, max_epochs=4)
+    found = collected(tmp_path, noise, loader(batch_size=21), module, max_epochs=4)
     assert len(module.losses) == 4
     assert [e.trace for e in found] == pytest.approx([e.trace for e in expected], rel=1e-9)
 
@@ -278,9 +282,9 @@ def test_the_copy_follows_the_module(tmp_path):
 
 
 def test_averages_are_adam_s(tmp_path):
-    y = targets(64)
-    single = collected(tmp_path, GradientNoiseScale(**EVERY), loader(y, 8))
-    averaged = collected(tmp_path, GradientNoiseScale(every_n_steps=1, ema=0.8), loader(y, 8))
+    y = noisy_targets(64)
+    single = collected(tmp_path, GradientNoiseScale(**EVERY), in_order(y, 8))
+    averaged = collected(tmp_path, GradientNoiseScale(every_n_steps=1, ema=0.8), in_order(y, 8))
     for step, estimate in enumerate(averaged):
         weights = [0.8 ** (step - i) for i in range(step + 1)]
         for name in ("trace", "squared_norm"):
@@ -306,34 +310,9 @@ def test_metric_alone():
     assert metric.sums.dtype == torch.float64
 
 
-@pytest.mark.parametrize("every", [1, 3])
-def test_resumed_is_uninterrupted(tmp_path, every):
-    def noise():
-        return GradientNoiseScale(every_n_steps=every, ema=0.9, per_layer=True)
-
-    def data():
-        return classes(batch_size=8)
-
-    def module():
-        torch.manual_seed(5)
-        return Module(mlp(), lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]))
-
-    whole = noise()
-    fit(tmp_path, module(), data(), whole, max_epochs=6)
-    first, second = noise(), noise()
-    run = fit(tmp_path, module(), data(), first, max_epochs=3)
-    run.save_checkpoint(tmp_path / "half.ckpt")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's on checkpoints elsewhere
-        trainer(tmp_path, [second], max_epochs=6).fit(module(), data(), ckpt_path=tmp_path / "half.ckpt")
-    assert second.estimate == whole.estimate
-    assert second.layer_estimates == whole.layer_estimates
-    assert first.estimate != whole.estimate
-
-
 def test_a_checkpoint_in_memory_stays_what_it_is(tmp_path):
     """Several runs may go on from one."""
-    first, data = GradientNoiseScale(**EVERY), classes(batch_size=8)
+    first, data = GradientNoiseScale(**EVERY), loader(batch_size=8)
 
     def module():
         return Module(mlp(), lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]))
@@ -355,7 +334,7 @@ def test_keys_per_step_and_per_epoch(tmp_path):
     recorder = Recorder()
     noise = GradientNoiseScale(every_n_steps=2, per_layer=True, log_key_prefix="x/")
     run = trainer(tmp_path, [noise], logger=recorder, log_every_n_steps=2)
-    run.fit(Quadratic(), loader(targets(48) - 3, 8))
+    run.fit(Quadratic(), in_order(noisy_targets(48) - 3, 8))
     keys = {
         "x/gradient_noise_trace",
         "x/gradient_squared_norm",
@@ -379,7 +358,7 @@ def test_checkpoint_and_early_stopping_can_monitor_it(tmp_path):
         enable_checkpointing=True,
         max_epochs=3,
     )
-    run.fit(Quadratic(), loader(targets(48) - 3, 8))
+    run.fit(Quadratic(), in_order(noisy_targets(48) - 3, 8))
     assert best.best_model_score.item() > 0
 
 
@@ -390,7 +369,7 @@ def test_not_resolved_is_nan_with_its_reason_once(tmp_path):
     y = torch.tensor([[1.0], [-1.0]], dtype=torch.float64) + OFFSET  # opposite gradients
     with pytest.warns(UserWarning, match="not resolved: the averaged squared norm") as record:
         run = trainer(tmp_path, [noise], max_epochs=3)
-        run.fit(Quadratic(), loader(y.expand(2, 4), 2))
+        run.fit(Quadratic(), in_order(y.expand(2, 4), 2))
     assert len([w for w in record if "not resolved" in str(w.message)]) == 1
     assert math.isnan(run.callback_metrics["bayes/gradient_noise_scale"])
     assert run.callback_metrics["bayes/gradient_squared_norm"] < 0
@@ -403,21 +382,25 @@ def test_not_resolved_is_nan_with_its_reason_once(tmp_path):
 @pytest.mark.parametrize(
     ("step", "accumulate", "method"),
     [
-        (readable, 1, "per_example"),
-        (readable, 2, "per_example"),
-        (by_hand, 1, "split_batch"),
-        (by_hand, 2, "micro_batches"),
+        (readable_step, 1, "per_example"),
+        (readable_step, 2, "per_example"),
+        (step_by_hand, 1, "split_batch"),
+        (step_by_hand, 2, "micro_batches"),
     ],
 )
 def test_auto(tmp_path, step, accumulate, method, caplog):
     noise, told = GradientNoiseScale(**EVERY), GradientNoiseScale(method=method, **EVERY)
     with caplog.at_level("INFO"):
         found = collected(
-            tmp_path, noise, loader(targets(32), 8), Quadratic(step), accumulate_grad_batches=accumulate
+            tmp_path,
+            noise,
+            in_order(noisy_targets(32), 8),
+            Quadratic(step),
+            accumulate_grad_batches=accumulate,
         )
-    assert ("No loss that can be read" in caplog.text) == (step is by_hand)
+    assert ("No loss that can be read" in caplog.text) == (step is step_by_hand)
     assert found == collected(
-        tmp_path, told, loader(targets(32), 8), Quadratic(step), accumulate_grad_batches=accumulate
+        tmp_path, told, in_order(noisy_targets(32), 8), Quadratic(step), accumulate_grad_batches=accumulate
     )
 
 
@@ -426,7 +409,7 @@ def test_batch_norm_without_running_statistics_has_no_examples(tmp_path, caplog)
     module = Module(network, lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]))
     with caplog.at_level("INFO"):
         noise = GradientNoiseScale()
-        fit(tmp_path, module, classes(batch_size=20, drop_last=True), noise)
+        fit(tmp_path, module, loader(batch_size=20, drop_last=True), noise)
     assert "mixes the examples" in caplog.text
     assert noise.estimate is not None
 
@@ -434,54 +417,31 @@ def test_batch_norm_without_running_statistics_has_no_examples(tmp_path, caplog)
 def test_a_batch_that_cannot_be_measured_is_skipped(tmp_path):
     def step(module, batch):
         if module.global_step == 2 and isinstance(batch[1], torch.Tensor):
-            return by_hand(module, batch)
-        return readable(module, batch)
+            return step_by_hand(module, batch)
+        return readable_step(module, batch)
 
     noise = GradientNoiseScale(method="per_example", **EVERY)
     with pytest.warns(UserWarning, match="a batch could not be measured; training goes on"):
-        found = collected(tmp_path, noise, loader(targets(40), 8), Quadratic(step))
+        found = collected(tmp_path, noise, in_order(noisy_targets(40), 8), Quadratic(step))
     assert found[2] == found[1]
     assert found[3] != found[2]
 
 
 def test_nan_gradients_are_not_averaged_in(tmp_path):
-    y = targets(40)
+    y = noisy_targets(40)
     y[9] = torch.nan
     noise = GradientNoiseScale(method="split_batch", **EVERY)
-    found = collected(tmp_path, noise, loader(y, 8))
+    found = collected(tmp_path, noise, in_order(y, 8))
     assert found[1] == found[0]
     assert all(math.isfinite(estimate.trace) for estimate in found)
 
 
 def test_an_incomplete_batch_of_one_is_passed_over(tmp_path):
-    found = collected(tmp_path, GradientNoiseScale(**EVERY), loader(targets(9), 8))
+    found = collected(tmp_path, GradientNoiseScale(**EVERY), in_order(noisy_targets(9), 8))
     assert found[0] == found[1]
 
 
 # What is refused
-
-
-@pytest.mark.parametrize(
-    ("arguments", "name"),
-    [
-        ({"every_n_steps": 0}, "every_n_steps"),
-        ({"every_n_steps": 1.5}, "every_n_steps"),
-        ({"ema": 1.0}, "ema"),
-        ({"ema": "a"}, "ema"),
-        ({"log_key_prefix": None}, "log_key_prefix"),
-        ({"method": "exact"}, "method"),
-        ({"per_layer": 1}, "per_layer"),
-    ],
-)
-def test_bad_arguments(arguments, name):
-    with pytest.raises(ValueError, match=f"`{name}`"):
-        GradientNoiseScale(**arguments)
-
-
-class Manual(Quadratic):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
 
 
 class Closures(Quadratic):
@@ -490,27 +450,26 @@ class Closures(Quadratic):
 
 
 @pytest.mark.parametrize(
-    ("module", "arguments", "batch_size", "message"),
+    ("module", "arguments", "batch_size", "subject", "remedy"),
     [
-        (Manual, {}, 8, "automatic_optimization"),
-        (Closures, {}, 8, "LBFGS"),
-        (Quadratic, {}, 1, "batches of 2 examples or more"),
-        (Quadratic, {"method": "micro_batches"}, 8, "two micro-batches or more"),
-        (lambda: Quadratic(by_hand), {"method": "per_example"}, 8, "No loss that can be read"),
+        (Closures, {}, 8, "LBFGS", "Use another optimizer"),
+        (Quadratic, {}, 1, "batches of 2 examples or more", ()),
+        (Quadratic, {"method": "micro_batches"}, 8, "two micro-batches or more", ()),
+        (lambda: Quadratic(step_by_hand), {"method": "per_example"}, 8, "No loss that can be read", ()),
     ],
 )
-def test_refused_before_the_first_step(tmp_path, module, arguments, batch_size, message):
+def test_refused_before_the_first_step(tmp_path, module, arguments, batch_size, subject, remedy):
     run = trainer(tmp_path, [GradientNoiseScale(**arguments, on_error="raise")])
-    with pytest.raises(ValueError, match=message):
-        run.fit(module(), loader(targets(16), batch_size))
+    with refuses(subject, remedy=remedy):
+        run.fit(module(), in_order(noisy_targets(16), batch_size))
     assert run.global_step == 0
 
 
 def test_a_batch_that_cannot_be_cut(tmp_path):
-    data = [(torch.ones(8, 1).double(), targets(8), torch.zeros(3))]
+    data = [(torch.ones(8, 1).double(), noisy_targets(8), torch.zeros(3))]
     run = trainer(tmp_path, [GradientNoiseScale(method="split_batch", on_error="raise")])
-    with pytest.raises(ValueError, match="cannot be cut into parts"):
-        run.fit(Quadratic(lambda m, b: by_hand(m, b[:2])), DataLoader(data, batch_size=None))
+    with refuses("cannot be cut into parts"):
+        run.fit(Quadratic(lambda m, b: step_by_hand(m, b[:2])), DataLoader(data, batch_size=None))
 
 
 def test_two_with_one_prefix(tmp_path):

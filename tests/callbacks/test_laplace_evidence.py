@@ -12,8 +12,7 @@ from lightning_bayes import LaplaceEvidence, laplace_evidence
 from lightning_bayes.likelihoods import Gaussian
 from lightning_bayes.structures.base import Budget
 from tests.cases import use_budget
-
-from .evidence_models import (
+from tests.scenarios import (
     DECAY,
     TASKS,
     Module,

@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bayes import ScalingAdvisor, SGDNoiseScale, Stability
 from lightning_bayes.callbacks.trainer.loss_reduction import reduction_of
-
-from .sgd_models import trainer
+from tests.scenarios import trainer
 
 N, BATCH = 60, 8  # an incomplete batch of 4 at the end of an epoch
 

@@ -4,13 +4,10 @@ import math
 from collections.abc import Mapping
 
 import pytest
-import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from lightning_bayes import Evidence, LaplaceEvidence
-
-from .evidence_models import Module, cross_entropy, fit, loader, mean_squared_error, mlp, optimizer
-from .sgd_models import trainer
+from tests.scenarios import Module, cross_entropy, fit, loader, mean_squared_error, mlp, optimizer
 
 KEY = "bayes/log_evidence"
 
@@ -128,20 +125,10 @@ def plain(value):
     )
 
 
-def test_history_survives_a_checkpoint(tmp_path):
-    first = LaplaceEvidence("full"), LaplaceEvidence("diag", log_key_prefix="bayes/diag/")
-    run = fit(tmp_path, Module(mlp(), cross_entropy), loader(), *first, max_epochs=2)
-    run.save_checkpoint(tmp_path / "a.ckpt")
-    torch.load(tmp_path / "a.ckpt", weights_only=True)  # nothing but plain types
-
-    resumed = LaplaceEvidence("full"), LaplaceEvidence("diag", log_key_prefix="bayes/diag/")
-    again = trainer(tmp_path, list(resumed), max_epochs=3)
-    again.fit(Module(mlp(), cross_entropy), loader(), ckpt_path=tmp_path / "a.ckpt")
-    for before, after in zip(first, resumed, strict=True):
-        assert [epoch for epoch, _ in after.history] == [0, 1, 2]
-        assert after.history[:2] == before.history
-        assert all(isinstance(evidence, Evidence) for _, evidence in after.history)
-        assert all(plain(value) for value in vars(after.history[2][1]).values())
+def test_history_holds_plain_values(tmp_path):
+    callback = LaplaceEvidence()
+    fit(tmp_path, Module(mlp(), cross_entropy), loader(), callback)
+    assert all(plain(value) for value in vars(callback.history[0][1]).values())
 
 
 class Clock:

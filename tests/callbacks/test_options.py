@@ -15,8 +15,8 @@ from lightning_bayes import Evidence, Gaussian, LaplaceEvidence, laplace_evidenc
 from lightning_bayes.evidence.evaluate import evidence_of
 from lightning_bayes.structures.base import Budget
 from tests.cases import use_budget
-
-from .evidence_models import (
+from tests.refusals import fit_refuses
+from tests.scenarios import (
     DECAY,
     Module,
     N,
@@ -29,7 +29,6 @@ from .evidence_models import (
     mlp,
     optimizer,
     reference,
-    refused,
     tensors,
 )
 
@@ -259,31 +258,15 @@ def test_new_fields_survive_a_checkpoint_and_old_states_load(tmp_path):
     assert fresh.history[0][1].subset_of_weights == "all" and isinstance(fresh.history[0][1], Evidence)
 
 
-def test_best_prior_does_not_touch_training(tmp_path):
-    def trained(*callbacks):
-        torch.manual_seed(0)
-        module = Module(Rich(), cross_entropy, no_decay)
-        fit(tmp_path, module, loader(shuffle=True), *callbacks, max_epochs=2)
-        return module.state_dict()
-
-    plain = trained()
-    for callback in (
-        LaplaceEvidence(),
-        LaplaceEvidence(subset_of_weights="last_layer", prior_precision="optimize_per_parameter"),
-        LaplaceEvidence(curvature="hessian_positive"),
-    ):
-        watched = trained(callback)
-        assert len(callback.history) == 2
-        assert all(torch.equal(value, watched[name]) for name, value in plain.items())
-
-
 def test_prior_for_the_last_layer_alone(tmp_path):
     callback = LaplaceEvidence(subset_of_weights="last_layer", prior_precision={"*.2.*": 2.0})
     module = Module(mlp(), cross_entropy)
     fit(tmp_path, module, loader(), callback)
     assert callback.history[0][1].prior_precision == 2.0
     callback = LaplaceEvidence(subset_of_weights="last_layer", prior_precision={"*.2.weight": 2.0})
-    refused(tmp_path, r"no pattern for \['network.2.bias'\]", Module(mlp(), cross_entropy), callback=callback)
+    fit_refuses(
+        tmp_path, Module(mlp(), cross_entropy), "no pattern for ['network.2.bias']", callback=callback
+    )
 
 
 def test_auxiliary_head_is_not_the_last_layer(tmp_path):

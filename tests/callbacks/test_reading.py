@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_bayes import LaplaceEvidence
-
-from .evidence_models import (
+from tests.refusals import fit_refuses
+from tests.scenarios import (
     DECAY,
     Module,
     N,
@@ -20,7 +20,6 @@ from .evidence_models import (
     mlp,
     optimizer,
     reference,
-    refused,
     sgd,
     tensors,
 )
@@ -188,23 +187,23 @@ def test_manual_optimization_with_a_network(tmp_path):
 NETWORKS = {
     "unknown": (
         "body.head",
-        r"network='body.head' names no submodule of TwoTower; its children are \['network'",
+        "network='body.head' names no submodule of TwoTower; its children are ['network'",
     ),
-    "parameter": ("scale", r"network='scale' names no submodule"),
+    "parameter": ("scale", "network='scale' names no submodule"),
     "not a pair": (
         lambda module, batch: module.body["net"](batch[0]),
-        r"`network` to be a function that returns a pair of tensors \(outputs, targets\), got Tensor",
+        "`network` to be a function that returns a pair of tensors (outputs, targets), got Tensor",
     ),
 }
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_that_cannot_be_used(tmp_path, name):
-    network, message = NETWORKS[name]
+    network, subject, *remedy = NETWORKS[name]
     callback = LaplaceEvidence(
         likelihood="classification", network=network, prior_precision={"scale": 0.0, "*": 1.0}
     )
-    refused(tmp_path, message, TwoTower(weighted), callback=callback)
+    fit_refuses(tmp_path, TwoTower(weighted), subject, remedy=remedy, callback=callback)
 
 
 def test_network_function_over_the_module_outside(tmp_path):
@@ -212,7 +211,7 @@ def test_network_function_over_the_module_outside(tmp_path):
     callback = LaplaceEvidence(
         likelihood="classification", network=lambda _, batch: (module.network(batch[0]), batch[1])
     )
-    refused(tmp_path, r"must use the module that it is given", module, callback=callback)
+    fit_refuses(tmp_path, module, "must use the module that it is given", callback=callback)
 
 
 def test_network_that_returns_no_tensor(tmp_path):
@@ -226,14 +225,17 @@ def test_network_that_returns_no_tensor(tmp_path):
 
     step = lambda m, b: F.cross_entropy(m(b[0])["logits"], b[1])  # noqa: E731
     callback = LaplaceEvidence(likelihood="classification", network="network")
-    message = r"`network` returned dict.*network=lambda module, batch"
-    refused(tmp_path, message, Module(Output(), step), callback=callback)
+    subject, remedy = "`network` returned dict", "network=lambda module, batch"
+    fit_refuses(tmp_path, Module(Output(), step), subject, remedy=remedy, callback=callback)
 
 
 def test_network_by_name_needs_pairs(tmp_path):
     callback = LaplaceEvidence(likelihood="classification", network="network")
-    message = r"network='network' is called on batch\[0\].*but the batch is dict.*lambda module, batch"
-    refused(tmp_path, message, Module(mlp(), from_dict), Data(), callback)
+    subject, remedy = (
+        "network='network' is called on batch[0]",
+        ("but the batch is dict", "lambda module, batch"),
+    )
+    fit_refuses(tmp_path, Module(mlp(), from_dict), subject, remedy=remedy, data=Data(), callback=callback)
 
 
 def test_network_names_the_way_round_what_cannot_be_copied(tmp_path):

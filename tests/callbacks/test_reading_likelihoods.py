@@ -21,8 +21,8 @@ from lightning_bayes import (
     laplace_evidence,
 )
 from lightning_bayes.likelihoods import Likelihood
-
-from .evidence_models import DECAY, Module, N, disagreements, fit, loader, mlp, refused
+from tests.refusals import fit_refuses
+from tests.scenarios import DECAY, Module, N, disagreements, fit, loader, mlp
 
 T, C = 5, 3
 WEIGHT = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
@@ -287,8 +287,11 @@ def test_a_mask_is_refused_for_an_ignored_index(tmp_path):
         kept = batch[1] != IGNORED
         return F.cross_entropy(module(batch[0])[kept], batch[1][kept])
 
-    message = r"rows of outputs, but the batch holds 8 examples.*ignore_index instead of selecting by a mask"
-    refused(tmp_path, message, Module(mlp(), step), loader(data=(x, y)))
+    subject, remedy = (
+        "rows of outputs, but the batch holds 8 examples",
+        "ignore_index instead of selecting by a mask",
+    )
+    fit_refuses(tmp_path, Module(mlp(), step), subject, remedy=remedy, data=loader(data=(x, y)))
 
 
 def test_the_kind_of_likelihood_is_one_for_all_batches(tmp_path):

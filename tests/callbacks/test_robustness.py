@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from lightning_bayes import LaplaceEvidence, laplace_evidence
 from lightning_bayes.structures.base import Budget
 from tests.cases import evidence_within, use_budget
-
-from .evidence_models import Module, fit, loader, mlp, optimizer, tensors
+from tests.refusals import refuses
+from tests.scenarios import Module, fit, loader, mlp, optimizer, tensors
 
 
 def cross_entropy(module, batch):
@@ -176,7 +176,7 @@ class Scaled(DataLoader):
 
 def test_a_loader_that_changes_its_batches_is_refused(tmp_path):
     module = Module(mlp(), cross_entropy)
-    with pytest.raises(ValueError, match=r"Scaled iterates in its own way.*collate_fn"):
+    with refuses("Scaled iterates in its own way", remedy="collate_fn"):
         fit(
             tmp_path,
             module,
@@ -193,7 +193,7 @@ def test_broadcast_targets_are_named(tmp_path):
     data = loader(data=(tensors()[0], tensors()[1]))
     with (
         pytest.warns(UserWarning, match="Using a target size"),
-        pytest.raises(ValueError, match=r"outputs \[8, 1\] and targets \[8\].*broadcasts"),
+        refuses("outputs [8, 1] and targets [8]", remedy="broadcasts"),
     ):
         fit(tmp_path, module, data, LaplaceEvidence(on_error="raise"))
 

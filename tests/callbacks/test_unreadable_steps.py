@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .evidence_models import Module, cross_entropy, mlp, refused
+from tests.refusals import fit_refuses
+from tests.scenarios import Module, cross_entropy, mlp
 
 
 def call(function, **kwargs):
@@ -17,82 +18,101 @@ def one_hot(function):
 
 
 DOUBLE = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-DIRECTLY = r".*LaplaceEvidence\(likelihood=..., network=...\) reads the network directly"
+DIRECTLY = "LaplaceEvidence(likelihood=..., network=...) reads the network directly"
 
 STEPS = {
     "by hand": (
         lambda m, b: -m(b[0]).log_softmax(1).gather(1, b[1][:, None]).mean(),
-        r"No loss that can be read was found in training_step\..*F.cross_entropy.*written out by hand"
-        + DIRECTLY,
+        "No loss that can be read was found in training_step.",
+        "F.cross_entropy",
+        "written out by hand",
+        DIRECTLY,
     ),
     "called for show": (
         lambda m, b: (cross_entropy(m, b), m(b[0]).square().mean())[1],
-        r"F.cross_entropy was called, but the loss does not depend on it" + DIRECTLY,
+        "F.cross_entropy was called, but the loss does not depend on it",
+        DIRECTLY,
     ),
     "several": (
         lambda m, b: cross_entropy(m, b) + one_hot(F.mse_loss)(m, b),
-        r"made of 2 losses \(F.(mse_loss|cross_entropy), F.(mse_loss|cross_entropy)\)" + DIRECTLY,
+        "made of 2 losses (",
+        "F.mse_loss",
+        "F.cross_entropy",
+        DIRECTLY,
     ),
     "two of a kind": (
         lambda m, b: cross_entropy(m, b) + cross_entropy(m, b),
-        r"made of 2 losses \(F.cross_entropy, F.cross_entropy\)" + DIRECTLY,
+        "made of 2 losses (F.cross_entropy, F.cross_entropy)",
+        DIRECTLY,
     ),
     "negative weight": (
         call(F.cross_entropy, weight=-DOUBLE),
-        r"`weight` to be finite and at least 0, got -3",
+        "`weight` to be finite and at least 0, got -3",
     ),
     "weights in the mean alone": (
         lambda m, b: F.cross_entropy(m(b[0]), b[1], weight=DOUBLE, reduction="none").mean(),
-        r"a factor, a mask or a further term" + DIRECTLY,
+        "a factor, a mask or a further term",
+        DIRECTLY,
     ),
-    "factor": (lambda m, b: 0.5 * cross_entropy(m, b), r"has mean .* and sum .*: a factor" + DIRECTLY),
+    "factor": (lambda m, b: 0.5 * cross_entropy(m, b), "a factor", "has mean", "and sum", DIRECTLY),
     "regulariser": (
         lambda m, b: cross_entropy(m, b) + 1e-4 * sum(p.square().sum() for p in m.parameters()),
-        r"a further term is in the loss.*through the optimizer's weight_decay" + DIRECTLY,
+        "a further term is in the loss",
+        "through the optimizer's weight_decay",
+        DIRECTLY,
     ),
     "mask": (
         lambda m, b: (F.cross_entropy(m(b[0]), b[1], reduction="none") * (b[0][:, 0] > 0)).mean(),
-        r"a factor, a mask or a further term" + DIRECTLY,
+        "a factor, a mask or a further term",
+        DIRECTLY,
     ),
     "in-place mask": (
         lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none").mul_(b[0][:, 0] > 0).mean(),
-        r"a factor, a mask or a further term" + DIRECTLY,
+        "a factor, a mask or a further term",
+        DIRECTLY,
     ),
-    "raw logits in nll_loss": (call(F.nll_loss), r"F.nll_loss expects log-probabilities.*log_softmax"),
-    "L1": (one_hot(F.l1_loss), r"training_step uses F.l1_loss, which is not supported yet" + DIRECTLY),
+    "raw logits in nll_loss": (call(F.nll_loss), "F.nll_loss expects log-probabilities", "log_softmax"),
+    "L1": (one_hot(F.l1_loss), "training_step uses F.l1_loss, which is not supported yet", DIRECTLY),
     "probabilities": (
         lambda m, b: F.binary_cross_entropy(m(b[0]).softmax(1), F.one_hot(b[1], 3).double()),
-        r"F.binary_cross_entropy on probabilities that are not the sigmoid" + DIRECTLY,
+        "F.binary_cross_entropy on probabilities that are not the sigmoid",
+        DIRECTLY,
     ),
-    "none returned": (lambda m, b: None, r"training_step returned NoneType; a scalar loss" + DIRECTLY),
-    "no loss in the dict": (lambda m, b: {"nll": 1}, r"training_step returned dict;.*'loss'" + DIRECTLY),
+    "none returned": (lambda m, b: None, "training_step returned NoneType; a scalar loss", DIRECTLY),
+    "no loss in the dict": (lambda m, b: {"nll": 1}, "training_step returned dict;", "'loss'", DIRECTLY),
     "not reduced": (
         call(F.cross_entropy, reduction="none"),
-        r"training_step returned Tensor of shape \[8\]" + DIRECTLY,
+        "training_step returned Tensor of shape [8]",
+        DIRECTLY,
     ),
     "selected rows": (
         lambda m, b: F.cross_entropy(m(b[0])[1:], b[1][1:]),
-        r"sees 7 rows of outputs, but the batch holds 8 examples.*ignore_index" + DIRECTLY,
+        "sees 7 rows of outputs, but the batch holds 8 examples",
+        "ignore_index",
+        DIRECTLY,
     ),
     "broadcast variance": (
         lambda m, b: F.gaussian_nll_loss(m(b[0])[:, :1], b[0][:, 0], m(b[0])[:, 1:2].exp()),
-        r"F.gaussian_nll_loss with outputs \[8, 1\] and targets \[8\]: PyTorch broadcasts",
+        "F.gaussian_nll_loss with outputs [8, 1] and targets [8]: PyTorch broadcasts",
     ),
     "detached": (
         lambda m, b: F.cross_entropy(m(b[0]).detach().requires_grad_(), b[1]),
-        r"carry no graph back to a parameter of Module: they were detached" + DIRECTLY,
+        "carry no graph back to a parameter of Module: they were detached",
+        DIRECTLY,
     ),
     "sets something on the Trainer": (
         lambda m, b: setattr(m.trainer, "memory", b) or cross_entropy(m, b),
-        r"training_step sets trainer.memory;.*in another hook, such as on_train_batch_end" + DIRECTLY,
+        "training_step sets trainer.memory;",
+        "in another hook, such as on_train_batch_end",
+        DIRECTLY,
     ),
 }
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_that_cannot_be_read(tmp_path, name):
-    step, message = STEPS[name]
-    refused(tmp_path, message, Module(mlp(), step))
+    step, subject, *remedy = STEPS[name]
+    fit_refuses(tmp_path, Module(mlp(), step), subject, remedy=remedy)
 
 
 class Mixing(nn.Module):
@@ -106,7 +126,8 @@ class Mixing(nn.Module):
 
 
 def test_a_network_that_mixes_examples(tmp_path):
-    message = (
-        r"rows of \['network.layer.weight'.* cannot be formed: the network mixes the examples of a batch"
+    subject, remedy = (
+        "rows of ['network.layer.weight'",
+        "cannot be formed: the network mixes the examples of a batch",
     )
-    refused(tmp_path, message, Module(Mixing(), cross_entropy))
+    fit_refuses(tmp_path, Module(Mixing(), cross_entropy), subject, remedy=remedy)

@@ -20,6 +20,7 @@ from torch.utils.data import (
 
 from lightning_bayes import laplace_evidence
 from lightning_bayes.capture.examples import examples_from_loader, examples_from_tensors
+from tests.refusals import refuses
 
 N = 11
 DATASET = TensorDataset(torch.arange(float(N)), torch.arange(N))
@@ -170,16 +171,19 @@ def test_a_sized_stream_is_read_whole():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DataLoader(Stream(), batch_size=4), "Stream has no length.*__len__"),
+        (lambda: DataLoader(Stream(), batch_size=4), ("Stream has no length", "__len__")),
         (lambda: DataLoader(Sizeless(), sampler=EveryOther()), "Sizeless has no length"),
-        (lambda: DataLoader(DATASET, batch_size=None), "batch_size=None.*cannot be counted"),
+        (lambda: DataLoader(DATASET, batch_size=None), ("batch_size=None", "cannot be counted")),
         (lambda: DataLoader(TensorDataset(torch.zeros(0), torch.zeros(0))), "DataLoader is empty"),
         (lambda: DataLoader(Subset(DATASET, [])), "DataLoader is empty"),
-        (lambda: DataLoader(DATASET, sampler=sharded(Subset(DATASET, PART))), "part of the dataset.*Subset"),
+        (
+            lambda: DataLoader(DATASET, sampler=sharded(Subset(DATASET, PART))),
+            ("part of the dataset", "Subset"),
+        ),
     ],
 )
 def test_loaders_that_cannot_be_counted(make, message):
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         examples_from_loader(make(), None, None)
 
 
@@ -286,7 +290,7 @@ class Itself(SizedStream):
 @pytest.mark.parametrize("stream", [Once, Itself])
 def test_a_stream_that_can_be_read_once_is_left_to_training(stream):
     loader = DataLoader(stream(), batch_size=4)
-    with pytest.raises(ValueError, match=f"{stream.__name__} can be read only once.*make its iterator anew"):
+    with refuses(f"{stream.__name__} can be read only once", remedy="make its iterator anew"):
         examples_from_loader(loader, None, None)
     assert next(iter(loader))[1].tolist()[0] == 0
 
@@ -302,13 +306,13 @@ def test_a_weighted_sampler_is_said_to_count_each_example_once():
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ((torch.zeros(3),), r"argument `data`.*got \(Tensor\)"),
-        ((torch.zeros(3), [0, 1, 2]), r"argument `data`.*\(Tensor, list\)"),
+        ((torch.zeros(3),), ("argument `data`", "got (Tensor)")),
+        ((torch.zeros(3), [0, 1, 2]), ("argument `data`", "(Tensor, list)")),
         ((torch.zeros(3), torch.tensor(1)), "argument `data`"),
-        ((torch.zeros(3), torch.zeros(2)), "equally many inputs and targets.*got 3 and 2"),
+        ((torch.zeros(3), torch.zeros(2)), ("equally many inputs and targets", "got 3 and 2")),
         ((torch.zeros(0, 3), torch.zeros(0)), "at least one; got 0 and 0"),
     ],
 )
 def test_tensors_that_are_no_examples(tensors, message):
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         examples_from_tensors(tensors, None, None)

@@ -13,6 +13,7 @@ from lightning_bayes.rows.reader import RowReader
 from lightning_bayes.rows.routes import GRAPH, LAYER, Plan
 from lightning_bayes.rows.rows import OuterRows
 from tests.cases import NETWORKS, make_case
+from tests.refusals import refuses
 
 
 class Bare(nn.Module):
@@ -141,7 +142,7 @@ def test_a_parameter_that_no_call_holds_takes_the_graph_and_says_so():
 
 
 def test_backpack_alone_refuses_what_it_lacks():
-    with pytest.raises(ValueError, match=r'backend="backpack" has no derivatives for .*in_proj'):
+    with refuses('backend="backpack" has no derivatives for', remedy="in_proj"):
         of_case(make_case("attention", "regression"), "backpack")
 
 

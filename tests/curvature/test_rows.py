@@ -12,6 +12,7 @@ from lightning_bayes.rows.reader import RowReader
 from lightning_bayes.rows.rows import DenseRows, OuterRows
 from tests.cases import NETWORKS, make_case
 from tests.reference import per_example_jacobians
+from tests.refusals import refuses
 
 
 def read(case, likelihood=None):
@@ -144,5 +145,5 @@ def test_gradients_that_are_not_finite_are_no_evidence(structure):
             return torch.sqrt(0.0 * self.layer(x).square())
 
     data = (torch.randn(5, 5), torch.tensor([0, 1, 2, 0, 1]))
-    with pytest.raises(EvidenceUnavailableError, match=r"gradient of the parameter 'layer\.weight'"):
+    with refuses("gradient of the parameter 'layer.weight'", error=EvidenceUnavailableError):
         laplace_evidence(Root(), data, structure=structure)

@@ -20,6 +20,7 @@ from lightning_bayes.structures.base import Budget, Problem
 from lightning_bayes.structures.blocks import BlockCurvature
 from lightning_bayes.structures.blocks_sampled import SampledBlockCurvature
 from tests.cases import make_case
+from tests.refusals import refuses
 
 PRECISION, SIZE, BATCHES = 0.4, 2, 20
 
@@ -251,18 +252,18 @@ def test_how_rows_are_kept_changes_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"num_blocks": 8}, r"`num_blocks` to be None beside structure='auto'"),
+        ({"num_blocks": 8}, "`num_blocks` to be None beside structure='auto'"),
         ({"num_blocks": 0, "structure": "blocks"}, "num_blocks"),
         (
             {"num_blocks": 1, "structure": "blocks"},
-            "`num_blocks` to be 8 or more, got 1.*num_blocks=8, or None",
+            ("`num_blocks` to be 8 or more, got 1", "num_blocks=8, or None"),
         ),
         ({"num_blocks": 7, "structure": "blocks"}, "`num_blocks` to be 8 or more, got 7"),
         ({"num_blocks": 8, "structure": "blocks", "tolerance": 1.0}, "tolerance"),
     ],
 )
 def test_wrong_use_is_refused(arguments, words):
-    with pytest.raises(ValueError, match=words):
+    with refuses(words):
         make_case().evidence(**arguments)
 
 

@@ -9,6 +9,7 @@ from lightning_bayes import laplace_evidence
 from lightning_bayes.priors.subset import last_layer, matching
 from tests.cases import make_case
 from tests.reference import assert_agrees
+from tests.refusals import refuses
 
 
 class Backwards(nn.Module):
@@ -71,9 +72,7 @@ def test_the_last_layer_is_the_one_called_last_on_the_way_to_the_outputs(name):
 def test_a_frozen_last_layer_is_still_the_last_layer():
     network, x = Backwards(), torch.randn(2, 5)
     network.head.requires_grad_(False)
-    with pytest.raises(
-        ValueError, match=r"last layer, \['head.weight', 'head.bias'\], is frozen.*Unfreeze it"
-    ):
+    with refuses("last layer, ['head.weight', 'head.bias'], is frozen", remedy="Unfreeze it"):
         last_layer(network, lambda: network(x))
     assert not network.head.weight.requires_grad
     network.head.bias.requires_grad_(True)
@@ -83,7 +82,7 @@ def test_a_frozen_last_layer_is_still_the_last_layer():
 @pytest.mark.parametrize("make", [nn.ReLU, Backwards])
 def test_outputs_that_no_layer_leads_to(make):
     network, x = make(), torch.randn(2, 5)
-    with pytest.raises(ValueError, match=r"no layer of .* leads to the outputs.*subset_of_weights=\['head"):
+    with refuses("no layer of", remedy=("leads to the outputs", "subset_of_weights=['head")):
         last_layer(network, lambda: network(x).detach())
 
 
@@ -91,9 +90,7 @@ def test_patterns():
     names = ["stem.weight", "stem.bias", "head.weight", "head.bias"]
     assert matching(names, ["head.*"]) == ["head.weight", "head.bias"]
     assert matching(names, ["head.weight", "*.bias"]) == ["stem.bias", "head.weight", "head.bias"]
-    with pytest.raises(
-        ValueError, match=r"patterns \['tail.\*'\] of subset_of_weights match no trainable.*'stem"
-    ):
+    with refuses("patterns ['tail.*'] of subset_of_weights match no trainable", remedy="'stem"):
         matching(names, ["head.*", "tail.*"])
 
 
@@ -133,10 +130,10 @@ def test_a_prior_for_the_subset_alone_is_enough():
     for subset in ("last_layer", ["4.*"]):
         evidence = case.evidence(subset_of_weights=subset, prior_precision={"4.weight": 1.0, "4.bias": 2.0})
         assert evidence.prior_precision == {"4.weight": 1.0, "4.bias": 2.0}
-        with pytest.raises(ValueError, match=r"no pattern for \['4.bias'\]"):
+        with refuses("no pattern for ['4.bias']"):
             case.evidence(subset_of_weights=subset, prior_precision={"4.weight": 1.0})
 
 
 def test_a_pattern_without_a_parameter():
-    with pytest.raises(ValueError, match=r"patterns \['head.\*'\] of subset_of_weights match no trainable"):
+    with refuses("patterns ['head.*'] of subset_of_weights match no trainable"):
         make_case("mlp").evidence(subset_of_weights=["head.*"])

@@ -14,6 +14,7 @@ from lightning_bayes.functional import (
     stability_ratio,
     variance_inflation,
 )
+from tests.refusals import refuses
 
 curvatures = st.floats(1e-3, 1e3)
 momenta = st.floats(0.01, 0.99)
@@ -133,21 +134,21 @@ def test_beyond_the_edge_there_is_no_stationary_variance():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: stability_edge(1.0), r"`momentum` to be a number in \[0, 1\), but got 1.0"),
-        (lambda: stability_edge(-0.1), r"`momentum`.*got -0.1"),
-        (lambda: stability_edge(0.9, 1.0), r"`dampening`.*got 1.0"),
-        (lambda: stability_edge(0.9, 0.1, nesterov=True), r"`nesterov` to be False.*dampening 0.1"),
-        (lambda: stability_edge(nesterov=True), r"`nesterov` to be False without momentum.*momentum 0.0"),
-        (lambda: stability_edge(0.9, nesterov=1), r"`nesterov` to be a boolean, but got 1"),
-        (lambda: stability_ratio(-0.1, 1.0), r"`learning_rate`.*at least 0, but got -0.1"),
-        (lambda: stability_ratio(0.1, math.nan), r"`curvature`.*got nan"),
-        (lambda: stability_ratio(0.1, None), r"`curvature`.*got None"),
-        (lambda: largest_stable_learning_rate(math.inf), r"`curvature`.*got inf"),
-        (lambda: variance_inflation(0.1, -1.0), r"`curvature`.*at least 0, but got -1.0"),
-        (lambda: keskar_sharpness(-1.0, 0.0), r"`loss` to be above -1, but got -1.0"),
-        (lambda: keskar_sharpness(0.0, math.nan), r"`largest_loss`.*got nan"),
+        (lambda: stability_edge(1.0), "`momentum` to be a number in [0, 1), but got 1.0"),
+        (lambda: stability_edge(-0.1), ("`momentum`", "got -0.1")),
+        (lambda: stability_edge(0.9, 1.0), ("`dampening`", "got 1.0")),
+        (lambda: stability_edge(0.9, 0.1, nesterov=True), ("`nesterov` to be False", "dampening 0.1")),
+        (lambda: stability_edge(nesterov=True), ("`nesterov` to be False without momentum", "momentum 0.0")),
+        (lambda: stability_edge(0.9, nesterov=1), "`nesterov` to be a boolean, but got 1"),
+        (lambda: stability_ratio(-0.1, 1.0), ("`learning_rate`", "at least 0, but got -0.1")),
+        (lambda: stability_ratio(0.1, math.nan), ("`curvature`", "got nan")),
+        (lambda: stability_ratio(0.1, None), ("`curvature`", "got None")),
+        (lambda: largest_stable_learning_rate(math.inf), ("`curvature`", "got inf")),
+        (lambda: variance_inflation(0.1, -1.0), ("`curvature`", "at least 0, but got -1.0")),
+        (lambda: keskar_sharpness(-1.0, 0.0), "`loss` to be above -1, but got -1.0"),
+        (lambda: keskar_sharpness(0.0, math.nan), ("`largest_loss`", "got nan")),
     ],
 )
 def test_wrong_arguments(call, message):
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         call()

@@ -1,34 +1,19 @@
 """Law 6: a callback that measures never ends a fit that would have run without it."""
 
-import inspect
-import math
 import re
-import warnings
 from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from lightning_bayes import GradientNoiseScale, LaplaceEvidence, ScalingAdvisor, SGDNoiseScale, Stability
 
 from . import not_allowed as no
-from .not_allowed import LEAVE_OUT, NETWORK, SMALL_ADVISOR, Row
-from .processes import run_script
+from .not_allowed import EVERY_STEP, LEAVE_OUT, NETWORK, SMALL_ADVISOR, Row, finite_of, run
 
-NAMES = ("LaplaceEvidence", "SGDNoiseScale", "GradientNoiseScale", "Stability", "ScalingAdvisor")
-KEYS = {
-    LaplaceEvidence: "bayes/log_evidence",
-    SGDNoiseScale: "bayes/noise_scale",
-    GradientNoiseScale: "bayes/gradient_noise_trace",
-    Stability: "bayes/largest_eigenvalue",
-}
-EVERY_STEP = partial(GradientNoiseScale, every_n_steps=1)
-ALL = [LaplaceEvidence, SGDNoiseScale, EVERY_STEP, Stability, SMALL_ADVISOR]
-UNRESTRICTED = {"weights_only": False} if "weights_only" in inspect.signature(Trainer.fit).parameters else {}
 READ_NETWORK = r"network="
 
 ROWS = [
@@ -40,8 +25,6 @@ ROWS = [
         {"callback": NETWORK},
         no.Manual,
     ),
-    Row("manual-sgd", SGDNoiseScale, "automatic optimization", "Remove the callback", LEAVE_OUT, no.Manual),
-    Row("manual-gradient", EVERY_STEP, "automatic optimization", "Remove the callback", LEAVE_OUT, no.Manual),
     Row(
         "manual-stability",
         Stability,
@@ -49,9 +32,6 @@ ROWS = [
         READ_NETWORK,
         {"callback": partial(Stability, network="net", likelihood="classification")},
         no.Manual,
-    ),
-    Row(
-        "manual-advisor", SMALL_ADVISOR, "automatic optimization", "Remove the callback", LEAVE_OUT, no.Manual
     ),
     Row(
         "two-losses",
@@ -347,41 +327,6 @@ ROWS = [
 ]
 
 
-def run(tmp_path, row, *callbacks, epochs=1, ckpt_path=None):
-    """Fit from one seed; gives the Trainer, the module and our warnings with the step of each."""
-    seed_everything(0, verbose=False)
-    trainer = Trainer(
-        max_epochs=epochs,
-        callbacks=list(callbacks),
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"logger": False, "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks)}
-        | row.trainer,
-    )
-    module = row.module()
-    ours = []
-
-    def note(message, *args, **kwargs):
-        text = str(message)
-        if text.startswith(NAMES):
-            ours.append((trainer.global_step, text))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = note
-        trainer.fit(module, row.data(), ckpt_path=ckpt_path, **UNRESTRICTED)
-    return trainer, module, ours
-
-
-def finite_of(trainer, callback):
-    if isinstance(callback, ScalingAdvisor):
-        return bool(callback.advice)
-    value = trainer.callback_metrics.get(KEYS[type(callback)])
-    return value is not None and math.isfinite(value)
-
-
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_not_allowed(tmp_path, row):
     bare_trainer, bare, _ = run(tmp_path, row)
@@ -413,91 +358,6 @@ def test_not_allowed(tmp_path, row):
 def after_the_reason(row, text):
     """What a warning says behind the reason: there the way out is."""
     return text[re.search(row.message, text).start() :]
-
-
-@pytest.mark.parametrize("kind", ALL, ids=NAMES)
-def test_on_error_is_checked_at_construction(kind):
-    with pytest.raises(ValueError, match=r"`on_error`.*'maybe'"):
-        kind(on_error="maybe")
-
-
-@pytest.mark.parametrize(
-    "pair",
-    [
-        (SGDNoiseScale(), SGDNoiseScale()),
-        (LaplaceEvidence("full"), LaplaceEvidence("diag")),
-        (Stability(), Stability(curvature="ggn")),
-    ],
-    ids=lambda pair: type(pair[0]).__name__,
-)
-def test_two_of_one_kind_under_one_prefix(tmp_path, pair):
-    """Of two that share their state as well, Lightning's own Trainer says so when it is made."""
-    with pytest.raises(ValueError, match=r"`log_key_prefix`.*Remove"):
-        run(tmp_path, Row("two", type(pair[0]), "", ""), *pair)
-
-
-@pytest.mark.parametrize("kind", [LaplaceEvidence, SGDNoiseScale, EVERY_STEP, Stability], ids=NAMES[:4])
-def test_early_stopping_on_a_key_that_is_off(tmp_path, kind):
-    row = Row("stopped", kind, "", "", module=no.Manual)
-    if kind is not SGDNoiseScale:
-        row = Row("stopped", kind, "", "", module=no.stepping(no.fails_in_eval(KeyError("mask"))))
-    key = KEYS[type(kind())]
-    _, _, ours = run(tmp_path, row, kind(), EarlyStopping(key, patience=9), epochs=3)
-    assert f"EarlyStopping monitors {key}" in ours[0][1]
-    assert "check_finite=False" in ours[0][1]
-    stopping = EarlyStopping(key, patience=9, check_finite=False)
-    trainer, _, ours = run(tmp_path, row, kind(), stopping, epochs=3)
-    assert trainer.current_epoch == 3
-    assert "check_finite" not in ours[0][1]
-
-
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [(kind, name) for kind in ALL[:4] for name in kind().LOGGED],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_every_key_can_be_monitored_where_there_is_no_value(tmp_path, kind, name):
-    """A regression has no ratio, Adam no SGD noise scale, a run that cannot be read nothing at all."""
-    for step in (no.absolute, no.regression):
-        row = Row("monitored", kind, "", "", module=no.scheduled(step, f"bayes/{name}"))
-        monitors = [
-            EarlyStopping(f"bayes/{name}", patience=9, check_finite=False),
-            ModelCheckpoint(tmp_path, monitor=f"bayes/{name}"),
-        ]
-        trainer, _, _ = run(tmp_path, row, kind(), *monitors, epochs=2)
-        assert trainer.current_epoch == 2
-
-
-HISTORIES = [
-    {"history": [(0, {"log_evidence": 1.0, "unheard_of": 2.0})]},
-    {"history": [(0, {})]},
-    {"history": 3},
-    {},
-]
-STORED = [
-    *((LaplaceEvidence, stored) for stored in HISTORIES),
-    *((Stability, stored) for stored in HISTORIES),
-    (EVERY_STEP, {"parts": ("",), "averages": {"unheard_of": torch.zeros(3)}}),
-    (EVERY_STEP, {"averages": 3}),
-    (SMALL_ADVISOR, {"net": {"peak": "unheard_of"}}),
-    (SMALL_ADVISOR, {"net": 3}),
-]
-
-
-@pytest.mark.parametrize(("kind", "stored"), STORED)
-def test_checkpoint_of_another_version(tmp_path, kind, stored):
-    row, callback = Row("resumed", kind, "", ""), kind()
-    trainer, _, _ = run(tmp_path, row, callback)
-    path = tmp_path / "of_another.ckpt"
-    trainer.save_checkpoint(path)
-    checkpoint = torch.load(path, weights_only=False)
-    checkpoint["callbacks"][callback.state_key] = stored
-    torch.save(checkpoint, path)
-    resumed = kind()
-    trainer, _, ours = run(tmp_path, row, resumed, epochs=2, ckpt_path=path)
-    assert trainer.current_epoch == 2
-    assert len(ours) <= 1, ours
-    assert finite_of(trainer, resumed), ours
 
 
 class BuiltInSetup(no.Small):
@@ -581,16 +441,3 @@ def test_memory_where_everything_was_tried(tmp_path, callback, taken):
     _, _, ours = run(tmp_path, Row("memory", type(callback), "", "", module=module), callback)
     assert f"Leave {type(callback).__name__} out of this run." in ours[0][1]
     assert not any(f"{name}=" in ours[0][1] for name in taken)
-
-
-def test_one_rank_fails(tmp_path):
-    """Both finish training, and both say so: rank 1 why, rank 0 that another could not go on."""
-    run_script("law_6_ddp_script", tmp_path)
-    first, second = (torch.load(tmp_path / f"law-6-{rank}.pt") for rank in (0, 1))
-    assert first["steps"] == second["steps"] == 4
-    for kind, key in ((LaplaceEvidence, "bayes/log_evidence"), (Stability, "bayes/largest_eigenvalue")):
-        for rank in (first, second):
-            assert math.isnan(rank["logged"][key])
-            assert sum(text.startswith(f"{kind.__name__}: ") for text in rank["ours"]) <= 1
-        assert any(text.startswith(f"{kind.__name__}: ") for text in first["ours"])
-    assert any("KeyError" in text for text in second["ours"])
