@@ -221,6 +221,7 @@ def _with_options(message: str) -> str:
 def _saved(given: Mapping[str, Any]) -> SavedAdvice:
     """What is asked for, as it would be saved."""
     reference = read_reference(given["reference"]) if "reference" in given else None
+    configurations = _configurations(given, reference)
     targets = _named(given, TARGETS)
     if not targets and reference is None:
         flags = ", ".join(option.flag for option in TARGETS.values())
@@ -231,7 +232,6 @@ def _saved(given: Mapping[str, Any]) -> SavedAdvice:
         raise ValueError(
             "--reference alone has nothing to be compared with: give --lr and the rest, or a target"
         )
-    configurations = _configurations(given, reference)
     advice = []
     for name, configuration in configurations.items() if targets else ():
         piece = advise(configuration, name=name, **targets, **_named(given, MEASURED))
