@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from enum import Enum, auto
 from typing import Any
 
 import pytest
@@ -11,7 +12,15 @@ from lightning_bayes import LaplaceEvidence
 from tests.scenarios import loader, trainer
 
 Words = str | Sequence[str]
-UNSAID = object()
+
+
+class Unsaid(Enum):
+    """Whatever was got; its name is the same in every process, which collect the same tests."""
+
+    UNSAID = auto()
+
+
+UNSAID = Unsaid.UNSAID
 """A value that a message need not repeat."""
 
 
