@@ -265,8 +265,8 @@ Rows = OuterRows | DenseRows
 class RowChunk:
     """Rows of one batch of examples, for some columns of the root.
 
-    A batch of many columns comes in several blocks, one after the other; the first of them has
-    `columns.start == 0`. Every block of a batch has the same `layers` in the same order.
+    A batch of many columns comes in several chunks, one after the other; the first of them has
+    `columns.start == 0`. Every chunk of a batch has the same `layers` in the same order.
     """
 
     num_examples: int
