@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.evidence.result import Evidence
 from lightning_bayes.evidence.search import Optimum, maximize_evidence
-from lightning_bayes.evidence.totals import LossScale, Totals, mean_loss
+from lightning_bayes.evidence.totals import LossReduction, Totals
 from lightning_bayes.functional import evidence as terms
 from lightning_bayes.numerics.cholesky import SMALL_ROUNDING, rounding_of_log_det
 from lightning_bayes.numerics.devices import accumulation_dtype
@@ -23,19 +23,19 @@ NEGLIGIBLE = 1e-12
 
 
 def evidence_of(
-    totals: Totals, loss_scale: LossScale = mean_loss, start: Mapping[str, float] | None = None
+    totals: Totals, reduction: LossReduction | None = None, start: Mapping[str, float] | None = None
 ) -> Evidence:
     """The evidence at the prior and the dispersion that were given, or at those that maximise it.
 
     Args:
         totals: Of one pass over the data.
-        loss_scale: Of the training loss, for a prior from weight decay.
+        reduction: Of the training loss, for a prior from weight decay; None for the mean of its examples.
         start: λ of each parameter where a search for them may begin.
 
     Raises:
         EvidenceUnavailableError: If a term overflows, or the cost has no minimum to expand about.
     """
-    totals = replace(totals, loss_scale=loss_scale, start=start)
+    totals = replace(totals, reduction=reduction, start=start)
     optimum = maximize_evidence(totals)
     # In units of the dispersion φ the curvature is that of the unit loss and the prior is φλ.
     scaled, precision, method = optimum.scaled, optimum.precision, totals.method

@@ -67,7 +67,7 @@ def laplace_evidence(
         structure: "full" (exact, or a bracket of width `tolerance`), "blocks" (a bracket in time linear in N and
             bounded memory, wider the larger N), "kron", "kron_joint" (weight and bias of a layer in one
             block), "kron_expand" (positions of convolutions and sequences apart), "diag"; "auto" takes the first of
-            "full", "blocks" and "kron" that stays within the memory and time stated in `curvature.structures`.
+            "full", "blocks" and "kron" that stays within the memory and time of `Budget`.
         subset_of_weights: "all"; "last_layer", the layer that is called last on the way to the outputs; or a
             list of parameter-name patterns (`["head.*"]`). The other parameters are conditioned on.
         curvature: "ggn"; "hessian", the true Hessian, dense, for small models, an error where the cost has no

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,18 @@ from lightning_bayes.structures.base import Curvature, Problem
 from lightning_bayes.structures.hessian_reader import HessianReader
 from lightning_bayes.structures.registry import STRUCTURES, choose_structure, evaluation_seconds
 
-LossScale = Callable[[float, float], float]
-"""From the loss's terms per example and the dispersion to s of `Prior.precision`."""
 
+@dataclass(frozen=True)
+class LossReduction:
+    """How the loss that is trained on reduces its examples, which says what a weight decay stands for.
 
-def mean_loss(terms_per_example: float, dispersion: float) -> float:
-    """Return s of a loss that is the mean per-example negative log-likelihood."""
-    return 1.0
+    Attributes:
+        kind: As in PyTorch's losses.
+        batch_size: Examples of one training_step.
+    """
+
+    kind: Literal["mean", "sum"]
+    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Totals:
         held: Parameters that are conditioned on.
         dispersion: φ, as given or estimated from the unit loss alone.
         started: By `time.perf_counter`.
-        loss_scale: Of the training loss, for a prior from weight decay.
+        reduction: Of the training loss, for a prior from weight decay; None for the mean of its examples.
         start: λ of each parameter of a search that ended near, at earlier weights say.
     """
 
@@ -60,12 +66,15 @@ class Totals:
     num_terms: float
     dispersion: float
     started: float
-    loss_scale: LossScale = mean_loss
+    reduction: LossReduction | None = None
     start: Mapping[str, float] | None = None
 
     def precision_at(self, dispersion: float) -> dict[str, float]:
         """λ of each parameter tensor for a dispersion φ; that of an optimized one stands for nothing."""
-        scale = self.loss_scale(self.num_terms / self.num_examples, dispersion)
+        if self.reduction is None:
+            return self.prior.precision(self.num_examples)
+        per_example, training = self.num_terms / self.num_examples, self.reduction
+        scale = self.likelihood.loss_scale(training.kind, per_example, training.batch_size, dispersion)
         return self.prior.precision(self.num_examples, scale)
 
 

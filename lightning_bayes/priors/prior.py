@@ -51,6 +51,14 @@ class Prior:
         factor = num_examples / loss_scale if self.per_example else 1.0
         return {name: strength * factor for name, strength in self.strengths.items()}
 
+    def start_from(self, precision: "float | Mapping[str, float]") -> dict[str, float] | None:
+        """λ of each parameter where a search may begin, from what an earlier one has found; None for no search."""
+        if not self.optimized:
+            return None
+        if not isinstance(precision, Mapping):
+            return dict.fromkeys(self.strengths, precision)
+        return dict(precision) if precision.keys() == set(self.strengths) else None
+
     @property
     def rises_together(self) -> bool:
         """Whether the λ of all parameters are `strengths` times one number, whatever is found."""

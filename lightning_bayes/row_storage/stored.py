@@ -1,7 +1,7 @@
 """Rows that are kept beyond their batch: inner products between them, share by share of K = V Λ⁻¹ Vᵀ.
 
 A kept layer holds rows of many examples, indexed [column, example]. As they are, its share is ⟨v₍ₙ,c₎, v₍ₘ,d₎⟩/λ;
-`outer_gram` has linear maps, whose rows need not be written down, and `keeping` says which way a layer goes.
+`factored` has linear maps, whose rows need not be written down, and `collector` says which way a layer goes.
 """
 
 from abc import ABC, abstractmethod

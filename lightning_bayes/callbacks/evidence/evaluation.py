@@ -1,7 +1,6 @@
 """The evidence of the module that a Trainer trains, on its training data: rehearsed on one batch, then evaluated."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -9,7 +8,6 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
 from lightning_bayes.callbacks.evidence.progress import shown_in_bar
 from lightning_bayes.callbacks.trainer.checks import warn_of_averages
@@ -23,7 +21,7 @@ from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.evidence.evaluate import evidence_of
 from lightning_bayes.evidence.options import Method, sampling_if_many_columns
 from lightning_bayes.evidence.result import Evidence
-from lightning_bayes.evidence.totals import read_all, rehearse
+from lightning_bayes.evidence.totals import LossReduction, read_all, rehearse
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.priors.prior import Prior, PriorPrecision
 from lightning_bayes.priors.subset import last_layer
@@ -112,18 +110,11 @@ class Evaluation:
         captured = reader.read(first[1], first[0])
         subset = self.method.subset_of_weights
         prior = prior_of(trainer, reader.original, self.prior_precision, subset, rehearsed.last_layer)
-        start = _start(before, prior)
-
-        def loss_scale(terms_per_example: float, dispersion: float) -> float:
-            return captured.likelihood.loss_scale(
-                captured.reduction, terms_per_example, training_batch_size, dispersion
-            )
-
         # Parameters are unfrozen and datasets grow during a run: then the choice is made again.
         same = rehearsed.sizes == (list(prior.strengths), examples.num_examples)
         method = (rehearsed.chosen if same else None) or rehearsed.asked
         forwards = (
-            BatchForward(partial(_outputs_and_targets, reader, index), batch)
+            BatchForward(partial(reader.outputs_and_targets, index), batch)
             for index, batch in chain([first], batches)
         )
         totals = read_all(
@@ -135,7 +126,8 @@ class Evaluation:
             examples.num_examples,
             examples.num_batches,
         )
-        return evidence_of(totals, loss_scale, start)
+        start = prior.start_from(before.prior_precision) if before and before.prior_optimized else None
+        return evidence_of(totals, LossReduction(captured.reduction, training_batch_size), start)
 
     def _choose(
         self,
@@ -154,7 +146,7 @@ class Evaluation:
         if changed is not None:
             rank_zero_warn(f"LaplaceEvidence: {changed}")
         # The evidence has a loader of its own: what cannot be read from that one must fail now as well.
-        own = BatchForward(partial(_outputs_and_targets, reader, 0), next(iter(examples.read())))
+        own = BatchForward(partial(reader.outputs_and_targets, 0), next(iter(examples.read())))
         settled = Rehearsed(asked, last_layer, len(captured.outputs))
         try:
             rehearsal = rehearse(reader.network, own, captured.likelihood, prior, asked, number)
@@ -167,18 +159,3 @@ class Evaluation:
                 rank_zero_info(f"LaplaceEvidence: {sentence}.")
         sizes = list(prior.strengths), number
         return replace(settled, chosen=rehearsal.method, sizes=sizes, seconds=rehearsal.seconds)
-
-
-def _start(before: Evidence | None, prior: Prior) -> dict[str, float] | None:
-    """Where the search for λ may begin: at what the epoch before has come to."""
-    if before is None or not prior.optimized or not before.prior_optimized:
-        return None
-    precision = before.prior_precision
-    if not isinstance(precision, Mapping):
-        return dict.fromkeys(prior.strengths, precision)
-    return dict(precision) if precision.keys() == set(prior.strengths) else None
-
-
-def _outputs_and_targets(reader: ModuleReader, index: int, batch: Any) -> tuple[Tensor, Tensor]:
-    captured = reader.read(batch, index)
-    return captured.outputs, captured.targets

@@ -93,6 +93,11 @@ class ModuleReader:
             )
         return captured
 
+    def outputs_and_targets(self, batch_idx: int, batch: Any) -> tuple[Tensor, Tensor]:
+        """What `read` returns of a batch from the loader, without its loss."""
+        captured = self.read(batch, batch_idx)
+        return captured.outputs, captured.targets
+
     def loss(self, batch: Any, batch_idx: int, *, transferred: bool = False) -> Tensor:
         """Run one batch as Lightning would and return the loss that training steps on, whatever it is made of.
 
