@@ -69,7 +69,7 @@ class LaplaceEvidence(EpochReadings[Evidence]):
     Args:
         structure: "full" (exact), "blocks" (a bracket, linear in N), "kron", "kron_joint", "kron_expand", "diag";
             "auto" takes the first of "full", "blocks" and "kron" within the memory and time stated in
-            `lightning_bayes.structures.registry`, and says which.
+            `lightning_bayes.structures.base.Budget`, and says which.
         likelihood: "auto" reads it from the loss in training_step, with its class weights, label smoothing and
             ignored targets; "classification", "binary", "regression", "gaussian_nll" or a `Likelihood` such as
             `Gaussian(sigma=0.1)` must be of the loss's kind unless `network` is given, and its own parameters
