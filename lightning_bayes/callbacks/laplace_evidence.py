@@ -59,7 +59,8 @@ class LaplaceEvidence(EpochReadings[Evidence]):
     for the whole training set, under the prefix: `log_evidence`, `log_evidence_ratio` (against guessing),
     `log_likelihood`, `weight_penalty`, `log_occam_factor`, `effective_parameters`, `newton_decrement`,
     `prior_precision` (one key per value where parameters differ), `noise_variance` for regression, the bounds
-    `lower` and `upper` where they are finite, and `log_evidence_stderr` where it is not 0. They are there for
+    `lower` and `upper` where they are finite, `log_evidence_stderr` and `lower_stderr` where they are not 0,
+    `prior_optimized` (1 or 0) and, where it is cheap, `log_evidence_best_prior`. They are there for
     `ModelCheckpoint(monitor=...)` and `EarlyStopping(monitor=...)`; with `val_check_interval < 1` give these
     `save_on_train_epoch_end=True` and `check_on_train_epoch_end=True`.
 
@@ -106,6 +107,10 @@ class LaplaceEvidence(EpochReadings[Evidence]):
     Raises:
         ValueError: At construction for wrong arguments; at the start of fit for one that names something that is not
             there, and for a second LaplaceEvidence under the same keys.
+
+    Example::
+
+        trainer = Trainer(callbacks=[LaplaceEvidence(), EarlyStopping("bayes/log_evidence", mode="max")])
     """
 
     LOGGED = KEYS
@@ -152,9 +157,9 @@ class LaplaceEvidence(EpochReadings[Evidence]):
             self.method, self.likelihood, prior_precision, network, batch_size, max_examples
         )
         self._rehearsed: Rehearsed | None = None
-        self._started = math.nan
-        self._spent = 0.0
-        self._last_took: float | None = None
+        self._started = math.nan  # when training began, in seconds of the monotonic clock
+        self._spent = 0.0  # seconds of all evaluations of this fit
+        self._last_took: float | None = None  # seconds of the last one
 
     @cached_property  # Lightning asks at every hook
     @override
@@ -199,7 +204,10 @@ class LaplaceEvidence(EpochReadings[Evidence]):
             )
 
     def should_evaluate(self, trainer: Trainer) -> bool:
-        """Whether the epoch that ends now is evaluated; override for another policy."""
+        """Say whether the epoch that ends now is evaluated; override for another policy.
+
+        Called after every epoch, on every process; the first one's answer counts for all.
+        """
         if (trainer.current_epoch + 1) % self.every_n_epochs != 0:
             return False
         if self.max_overhead is None or self._last_took is None:
@@ -209,7 +217,7 @@ class LaplaceEvidence(EpochReadings[Evidence]):
 
     @property
     @override
-    def LESS_MEMORY(self) -> str:  # type: ignore[override] # depends on what was tried
+    def less_memory(self) -> str:
         steps = [] if self.batch_size == 1 else [f"batch_size={max(1, (self.batch_size or 32) // 4)}"]
         fewer = min(100, (self.max_examples or self._num_examples) // 2)
         steps += [f"max_examples={fewer}"] if fewer else []

@@ -61,8 +61,6 @@ class MeasuringCallback(Callback):
     """How the names of the callback's keys begin, without the prefix."""
     ALWAYS_LOGGED: ClassVar[tuple[str, ...]] = ()
     """Of these, the names that are logged as NaN though no monitor reads them: curves show the gap."""
-    LESS_MEMORY: ClassVar[str] = ""
-    """What to change where memory does not suffice."""
     HELD: ClassVar[str] = ""
     """The attribute that holds what was measured."""
 
@@ -75,6 +73,11 @@ class MeasuringCallback(Callback):
         self.is_off = False
         """Whether trouble has ended the measuring, not the fit."""
         self._last_logged_step = -1
+
+    @property
+    def less_memory(self) -> str:
+        """What to change where memory does not suffice; a sentence, empty where nothing helps."""
+        return ""
 
     @property
     def way_out(self) -> str:
@@ -250,7 +253,7 @@ class MeasuringCallback(Callback):
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
             words in text.lower() for words in OUT_OF_MEMORY
         ):
-            way_out = self.LESS_MEMORY or self.way_out
+            way_out = self.less_memory or self.way_out
             return f"Memory does not suffice ({type(error).__name__}: {text[:200]}). {way_out}"
         whose = "Code of lightning-bayes itself" if ours else "The module's code, run on a copy in eval mode,"
         way_out = f"Leave {type(self).__name__} out of this run, and report it." if ours else self.way_out

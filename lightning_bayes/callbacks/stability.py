@@ -199,7 +199,7 @@ class Stability(EpochReadings[StabilityReading]):
 
     @property
     @override
-    def LESS_MEMORY(self) -> str:  # type: ignore[override] # depends on what was tried
+    def less_memory(self) -> str:
         fewer = min(self.max_examples, self._num_examples) // 8
         steps = [f"max_examples={fewer}"] if fewer else []
         steps += [] if self.batch_size == 1 else ["batch_size=1"]

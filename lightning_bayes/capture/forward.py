@@ -25,8 +25,10 @@ Forward = Callable[[], tuple[Tensor, Tensor]]
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 ROUNDING = 3e3
 """Difference, in units of the type's rounding, that the size of a batch may make by the kernels that it chooses."""
-PERTURBATION, AMPLIFIED = 8.0, 100.0
-"""Relative change of weights, in units of rounding, and how many times what that does passes for rounding."""
+PERTURBATION = 8.0
+"""Relative change of each weight, in units of rounding, that shows how far the network amplifies rounding."""
+AMPLIFIED = 100.0
+"""Differences up to this many times the effect of `PERTURBATION` pass for rounding."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class CapturedLoss:
 
     @property
     def scale(self) -> float:
-        """How many times the likelihood's `unit_loss` of this batch the loss is."""
+        """The factor s for which the loss is s · `unit_loss` of this batch, up to a constant."""
         scale = self.likelihood.loss_scale("sum", 1.0, 1, 1.0)
         if self.reduction == "sum":
             return scale

@@ -18,7 +18,7 @@ from lightning_bayes.numerics.devices import accumulation_dtype
 
 TOLERANCE = 1e-10
 """In ln λ, of the best prior for all parameters."""
-NEGLIGIBLE = 1e-12
+NOTHING_DETERMINED = 1e-12
 """Effective parameters below which the data determine nothing."""
 
 
@@ -111,7 +111,7 @@ def _best_common_prior(
         if rounding_of_log_det(len(values) + accurate.sum().item() / scaled, values.dtype) <= SMALL_ROUNDING:
             largest = log_likelihood - 0.5 * best * norm - 0.5 * log_det
             if len(precisions) == 1 and log_evidence > largest:
-                # By rounding: at the best one it would be the same.
+                # No λ beats the maximum: the excess is rounding.
                 return log_evidence, precisions.pop()
             return largest, best
     return None
@@ -137,7 +137,7 @@ def _best_common_precision(eigenvalues: Tensor, squared_norm: float) -> float | 
     most = math.log(rank / squared_norm)
     above = slope(most)
     determined = terms.effective_parameters(eigenvalues, math.exp(most)).item()
-    if determined <= NEGLIGIBLE:
+    if determined <= NOTHING_DETERMINED:
         return None
     least = math.log(determined / squared_norm)
     if slope(least) <= 0.0 or above >= 0.0:  # within rounding of one end

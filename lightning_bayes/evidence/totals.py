@@ -16,7 +16,7 @@ from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.numerics.sampling_estimates import draw_blocks
 from lightning_bayes.priors.prior import Prior
 from lightning_bayes.row_storage.collector import kept_widths
-from lightning_bayes.rows.reader import RowReader
+from lightning_bayes.rows.reader import BatchRows, RowReader
 from lightning_bayes.rows.rows import RowChunk
 from lightning_bayes.structures.base import Curvature, Problem
 from lightning_bayes.structures.hessian_reader import HessianReader
@@ -128,13 +128,11 @@ def read_all(
     for name, weight in weights.items():
         check_finite(weight, f"the parameter {name!r}")
     curved: Curvature | None = None
-    seen, batches, unit_loss, num_terms = 0, 0, 0.0, 0.0
-    null_loss: float | None = 0.0
-    gradient = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    sums = _Sums({name: torch.zeros_like(weight) for name, weight in weights.items()})
     for forward in forwards:
         batch = reader.read(forward, likelihood)
-        # Of a batch that is not in the sample of blocks all but its rows, which take C passes.
-        rows = batch.chunks if sample is None or sample.role(batches) is not None else ()
+        # A batch outside the sample of blocks adds its loss and gradient; its rows would cost C backward passes.
+        rows = batch.chunks if sample is None or sample.role(sums.num_batches) is not None else ()
         for chunk in rows:
             if curved is None:
                 problem, method, _ = _settled(
@@ -143,20 +141,15 @@ def read_all(
                 curved = STRUCTURES[method.structure](replace(problem, block_sample=sample))
                 announce(reader.split)
             curved.update(chunk)
-        seen, batches = seen + batch.num_examples, batches + 1
-        unit_loss += batch.unit_loss
-        num_terms += batch.num_terms
-        null_loss = None if null_loss is None or batch.null_loss is None else null_loss + batch.null_loss
-        for name, part in batch.gradient.items():
-            gradient[name] += part
+        sums.add(batch)
     if curved is None:
         raise ValueError("The training data are empty: there is nothing to take the evidence of.")
-    if method.num_blocks is not None and batches != num_batches:
+    if method.num_blocks is not None and sums.num_batches != num_batches:
         raise ValueError(
-            f"The data came in {batches} batches where {num_batches} were expected, and a sample of blocks of them "
+            f"The data came in {sums.num_batches} batches where {num_batches} were expected, and a sample of blocks of them "
             "stands for all. Use structure='blocks' without num_blocks=."
         )
-    if num_terms == 0.0:
+    if sums.num_terms == 0.0:
         raise EvidenceUnavailableError("No target counts: the loss ignores them all.")
     held = tuple(name for name, _ in network.named_parameters() if name not in weights)
     return Totals(
@@ -169,15 +162,37 @@ def read_all(
             name: weight.square().sum(dtype=accumulation_dtype(weight.device)).item()
             for name, weight in weights.items()
         },
-        gradient=gradient,
+        gradient=sums.gradient,
         held=held,
-        unit_loss=unit_loss,
-        null_loss=null_loss,
-        num_examples=seen,
-        num_terms=num_terms,
-        dispersion=likelihood.estimate_dispersion(unit_loss, num_terms),
+        unit_loss=sums.unit_loss,
+        null_loss=sums.null_loss,
+        num_examples=sums.num_examples,
+        num_terms=sums.num_terms,
+        dispersion=likelihood.estimate_dispersion(sums.unit_loss, sums.num_terms),
         started=started,
     )
+
+
+@dataclass
+class _Sums:
+    """What batches add up to beside their rows."""
+
+    gradient: dict[str, Tensor]
+    unit_loss: float = 0.0
+    null_loss: float | None = 0.0
+    num_terms: float = 0.0
+    num_examples: int = 0
+    num_batches: int = 0
+
+    def add(self, batch: BatchRows) -> None:
+        self.num_examples += batch.num_examples
+        self.num_batches += 1
+        self.unit_loss += batch.unit_loss
+        self.num_terms += batch.num_terms
+        if self.null_loss is not None:
+            self.null_loss = None if batch.null_loss is None else self.null_loss + batch.null_loss
+        for name, part in batch.gradient.items():
+            self.gradient[name] += part
 
 
 def rehearse(

@@ -171,7 +171,8 @@ class RowReader:
             again: Runs the batch once more and takes the columns back to all calls.
             roots: All columns of the batch where these are the first of them; None where the plan has been tried.
         """
-        self._read += roots is not None
+        if roots is not None:  # the first columns of a batch
+            self._read += 1
         batch = make()
         if self._plan is not None:
             is_due = self._proofs is None or self._read in self._proofs
@@ -181,5 +182,6 @@ class RowReader:
             batch = again()
         every = batch.roots if roots is None else roots
         plan, proved = make_plan(self._network, self.parameters, batch, every, self._backend, self._apart)
-        self._plan, self.split = plan if proved else None, plan.summary()
+        self._plan = plan if proved else None
+        self.split = plan.summary()
         return plan.layers(batch)

@@ -228,7 +228,7 @@ class DenseRows:
                 total = weights.to(rows).flatten() @ rows
         except torch.cuda.OutOfMemoryError:
             raise
-        except RuntimeError:  # a backward pass that vmap does not know
+        except RuntimeError:  # a backward pass that vmap does not know: unproved, the plan takes another way
             return {}
         return {self.name: left @ total.reshape(len(left), -1) @ right}
 

@@ -48,7 +48,7 @@ class Budget:
         sampled_rows: Rows outside S that are held back as a random sample.
         kronecker_exact: Parameters up to which a tensor without a Kronecker form keeps its exact block, larger
             ones its diagonal.
-        kronecker_left_out: Entries of a second moment up to which it is decomposed again for each group of
+        kronecker_left_out: Side of a second moment up to which it is decomposed again for each group of
             sampled columns.
     """
 

@@ -80,7 +80,10 @@ class DualCurvature(Curvature):
         return factorised.log_det, factorised.gamma
 
     def _rescaled(self, precision: Mapping[str, float]) -> "_Factorised | None":
-        """From the spectrum, where there is one of a multiple of the prior: a search for one λ asks for it first."""
+        """Divide the K and the eigenvalues that are known by s, for a prior s times theirs; None for no such prior.
+
+        A search for one λ asks for the spectrum before it asks for anything else.
+        """
         if self._known is None:
             return None
         before, gram, eigenvalues = self._known

@@ -33,7 +33,7 @@ from lightning_bayes.row_storage.collector import (
 )
 from lightning_bayes.row_storage.stored import KeptRows
 
-NEGLIGIBLE = 1e-3
+NEGLIGIBLE_NATS = 1e-3
 """What rows that are left out may add to the log-determinant in all, in nats, however large its rounding."""
 
 
@@ -246,7 +246,7 @@ def without_negligible(
 
     By Hadamard the others add at most Σ ln(1 + K_ii) to ln det(I + K). They may take eps · tr(I + K) in all, which
     a factor in floating point does not tell from nothing (sums over 10,000 entries near 1 round by more), and no
-    more than `NEGLIGIBLE`, and are to be a share of all. Where the factor will be one in float64 all rows stay.
+    more than `NEGLIGIBLE_NATS`, and are to be a share of all. Where the factor will be one in float64 all rows stay.
     On the 784-800-10 net of 1,000 digits a search for λ takes 56 s with it and 84 s without (two cores).
     """
     grams = example_grams(layers, precision)
@@ -254,7 +254,7 @@ def without_negligible(
         return layers, None
     eigenvalues = torch.linalg.eigvalsh(grams.to(accumulation_dtype(grams.device))).clamp_(min=0.0)
     rounding = torch.finfo(grams.dtype).eps * (eigenvalues.numel() + eigenvalues.sum().item())
-    allowance = min(rounding, NEGLIGIBLE)
+    allowance = min(rounding, NEGLIGIBLE_NATS)
     ascending = eigenvalues.flatten().sort().values
     if (ascending.log1p().cumsum(0) <= allowance).sum() < share * len(ascending):
         return layers, None

@@ -37,7 +37,7 @@ class KroneckerCurvature(Curvature):
 
     Sampled columns are kept in groups, whose jackknife corrects the log-determinant and the effective
     parameters in `at` and gives their standard errors; `spectrum` and `log_det_and_traces` are not corrected, and
-    nor is `at` where a factor has more than `Budget.kronecker_left_out` entries.
+    nor is `at` where a factor has a side above `Budget.kronecker_left_out`.
 
     Args:
         problem: Sizes.

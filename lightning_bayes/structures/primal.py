@@ -51,11 +51,11 @@ class PrimalCurvature(Curvature):
         if not rows:
             return
         if len(self._rows) + _num_rows(rows) > self.problem.budget.primal_rows * self.problem.num_parameters:
-            self._accurate()  # from now on batch by batch
+            self._in_float64()  # from now on batch by batch
         self._rows.add(rows)
         self._quick = None
         if self._matrix is not None:
-            self._accurate()
+            self._in_float64()
 
     @override
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
@@ -73,7 +73,7 @@ class PrimalCurvature(Curvature):
 
     @override
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:
-        matrix = self._accurate()
+        matrix = self._in_float64()
         return eigenvalues_of(whitened(matrix, whitening(precision, self._sizes, matrix)))
 
     @override
@@ -91,8 +91,8 @@ class PrimalCurvature(Curvature):
         traces = shrinkage_of(factor, self._sizes.values())
         return log_det_of(factor), dict(zip(self._sizes, traces, strict=True))
 
-    def _accurate(self) -> Tensor:
-        """G in float64, on and above the diagonal."""
+    def _in_float64(self) -> Tensor:
+        """Add the rows that are kept to G in float64, and return it, on and above the diagonal."""
         if self._matrix is None:
             p, device = self.problem.num_parameters, self.problem.device
             self._matrix = torch.zeros(p, p, dtype=accumulation_dtype(device), device=device)
@@ -110,14 +110,14 @@ class PrimalCurvature(Curvature):
         return self._quick
 
     def _factor(self, precision: Mapping[str, float]) -> Tensor:
-        """Of I + Λ⁻¹ᐟ² G Λ⁻¹ᐟ²."""
+        """Return the Cholesky factor of I + Λ⁻¹ᐟ² G Λ⁻¹ᐟ², in the first type that can be believed."""
         factor = None
         if self._rows:
             matrix = self._quick_matrix()
             scale = whitening(precision, self._sizes, matrix)
             factor = cholesky_in_place(whitened(matrix, scale), SMALL_ROUNDING)
         if factor is None:
-            matrix = self._accurate()
+            matrix = self._in_float64()
             factor = cholesky_in_place(whitened(matrix, whitening(precision, self._sizes, matrix)))
         if factor is None:
             raise spoilt()

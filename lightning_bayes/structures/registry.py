@@ -27,7 +27,7 @@ ROOT_COPIES = 3.0
 CALIBRATION_SIZE = 768
 """Rows of the square matrices whose product is timed."""
 EIGEN = 12.0
-"""Multiplications of a product that an eigendecomposition of equal size takes as long as, in units of n³."""
+"""Time of an eigendecomposition n × n, in units of n³ multiplications of a matrix product."""
 SEARCH = 4.0
 """Factorisations that a search for the prior takes."""
 BACKWARD_FLOP = 1e8

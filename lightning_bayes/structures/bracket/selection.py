@@ -18,7 +18,7 @@ from lightning_bayes.structures.base import Budget
 
 MAX_MARKED = 512
 """Columns of the factor that are computed at most."""
-NEGLIGIBLE = 0.05
+NEGLIGIBLE_SHARE = 0.05
 """Share of the bracket's width that the smallest rows, which nothing is subtracted from, take together."""
 
 
@@ -125,7 +125,7 @@ def select(
     size = budget.marked_rows
     ascending, order = rows.eigenvalues.sort()
     added = ascending.log1p().cumsum(0)
-    negligible = min(int((added <= NEGLIGIBLE * width).sum()), len(order) - 1)
+    negligible = min(int((added <= NEGLIGIBLE_SHARE * width).sum()), len(order) - 1)
     width -= added[negligible - 1].item() if negligible else 0.0
     deflation = _Deflation(rows, order[negligible:], precision)
     kept = deflation.keep(width)
