@@ -146,8 +146,8 @@ def read_all(
         raise ValueError("The training data are empty: there is nothing to take the evidence of.")
     if method.num_blocks is not None and sums.num_batches != num_batches:
         raise ValueError(
-            f"The data came in {sums.num_batches} batches where {num_batches} were expected, and a sample of blocks of them "
-            "stands for all. Use structure='blocks' without num_blocks=."
+            f"The data came in {sums.num_batches} batches where {num_batches} were expected, and a sample of "
+            "blocks of them stands for all. Use structure='blocks' without num_blocks=."
         )
     if sums.num_terms == 0.0:
         raise EvidenceUnavailableError("No target counts: the loss ignores them all.")
