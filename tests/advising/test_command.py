@@ -221,19 +221,20 @@ def test_help(capsys):
 
 @pytest.mark.slow
 def test_as_a_process(tmp_path):
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "lightning_bayes", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-            cwd=tmp_path,
-        )
-
-    finished = run("advise", *RUN, "--target-batch-size", "8192", "--json")
+    finished = subprocess.run(
+        [sys.executable, "-m", "lightning_bayes", "advise", *RUN, "--target-batch-size", "8192", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        cwd=tmp_path,
+    )
     assert finished.returncode == 0, finished.stderr
     rate = json.loads(finished.stdout)["advice"][0]["moves"][0]["exact"]["learning_rate"]
     assert math.isclose(rate, 0.1 * (50_000 / 256 - 1) / (50_000 / 8192 - 1))
-    wrong = run("advise", "--lr", "0.1")
-    assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1
+
+
+def test_wrong_use_is_one_line_and_status_2(capsys):
+    with pytest.raises(SystemExit) as error:
+        advise("--lr", "0.1")
+    assert error.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1

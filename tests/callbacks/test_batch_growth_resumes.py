@@ -1,6 +1,8 @@
 """A run that breaks down in mid-schedule and is resumed is, bit for bit, the run that did not."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,12 +93,12 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, case, checkpoint):
     whole, _ = run(tmp_path / "whole", case, checkpoint=checkpoint)
     assert len(set(column(whole, "batch_size"))) > 1
     per_epoch = [math.ceil(NUM_ROWS / size) for size in column(whole, "loader")]
+    # In the epoch after the batch cannot grow further; checkpoints of all epochs before it are there.
+    broken, last = run(tmp_path / "broken", case, crash=sum(per_epoch[:5]) + 1, checkpoint=checkpoint)
+    assert len(broken.epochs) == 5
+    saved = {int(re.search(r"epoch=(\d+)", path.name)[1]): path for path in Path(last).parent.iterdir()}
     for epoch in (1, 2, 4):  # the last of its batch size, the first, and when the batch cannot grow further
-        folder = tmp_path / str(epoch)
-        crash = sum(per_epoch[: epoch + 1]) + 1  # the first batch of the epoch after
-        broken, last = run(folder, case, crash=crash, checkpoint=checkpoint)
-        assert len(broken.epochs) == epoch + 1
-        resumed, _ = run(folder, case, ckpt_path=last, checkpoint=checkpoint)
+        resumed, _ = run(tmp_path / "broken", case, ckpt_path=saved[epoch], checkpoint=checkpoint)
         assert differences(resumed, whole) == []
         left = 5 - epoch
         assert resumed.epochs[-left:] == whole.epochs[-left:]

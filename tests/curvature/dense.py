@@ -33,7 +33,7 @@ def dense_matrix(model, inputs, targets, loss, curvature):
 
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         if curvature == "hessian":
-            return hessian(lambda vector: loss(outputs(vector), targets), flat)
+            return hessian(lambda vector: loss(outputs(vector), targets), flat, vectorize=True)
         slopes = jacobian(outputs, flat).flatten(0, -2)
         at = outputs(flat).detach()
         bent = hessian(lambda f: loss(f, targets), at).reshape(at.numel(), at.numel())

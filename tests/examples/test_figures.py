@@ -31,18 +31,18 @@ REDUCED = Preset(
         logistic_precisions=(1e-4, 1e-2, 1.0, 100.0, 1e4, 1e5),
         lightning_precision=1.0,
         net_seeds=2,
-        net_examples=300,
-        net_hidden=800,
+        net_examples=150,
+        net_hidden=100,
         net_precisions=(0.1, 1.0, 10.0),
         random_precisions=(0.1, 10.0),
-        sharpness_batches=(32, 300),
+        sharpness_batches=(32, 150),
         sharpness_rate=0.1,
         sharpness_loss=0.02,
         sharpness_precision=1.0,
         langevin_seeds=2,
         langevin_precisions=(100.0, 1000.0),
         langevin_chains=32,
-        langevin_times=20.0,
+        langevin_times=10.0,
     ),
 )
 
@@ -88,7 +88,7 @@ def test_l2_exact_evidence_chooses_better_than_kron_and_diag(claims):
 
 
 def test_sharpness_large_batches_end_in_sharper_minima(claims):
-    # Which batch size the evidence prefers is not settled by 300 examples and two seeds.
+    # Which batch size the evidence prefers is not settled by 150 examples and two seeds.
     eigenvalue, trace, *_ = claims["sharpness"]
     assert eigenvalue > 0 and trace > 0
 

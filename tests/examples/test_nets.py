@@ -77,7 +77,7 @@ def test_a_loss_out_of_reach_is_said():
 @pytest.mark.slow
 def test_a_net_memorises_random_labels_and_its_exact_evidence_says_so():
     true, random = (
-        measure(load_digits(), NetSettings(150, 800, labels, 0.1, 0)) for labels in ("true", "random")
+        measure(load_digits(), NetSettings(150, 200, labels, 0.1, 0)) for labels in ("true", "random")
     )
     assert true.train_accuracy == random.train_accuracy == 1.0
     assert true.test_accuracy > 0.6 and random.test_accuracy < 0.15
