@@ -17,7 +17,7 @@ from tests.scenarios import Module, cross_entropy, fit, loader, mlp, tensors
 
 
 def test_likelihood_of_another_kind_than_the_loss(tmp_path):
-    subject = "likelihood=Gaussian(sigma=None) was given, but training_step uses F.cross_entropy"
+    subject = "likelihood=Gaussian() was given, but training_step uses F.cross_entropy"
     callback = LaplaceEvidence(likelihood="regression")
     fit_refuses(tmp_path, Module(mlp(), cross_entropy), subject, remedy="'auto'", callback=callback)
 

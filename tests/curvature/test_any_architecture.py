@@ -19,12 +19,13 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from lightning_bayes.evidence.laplace import laplace_evidence
 from lightning_bayes.evidence.result import Evidence
 from lightning_bayes.likelihoods import Categorical
-from lightning_bayes.structures.base import Budget
+from lightning_bayes.structures.base import DEFAULT_BUDGET, Budget
 from lightning_bayes.structures.bracket.bracket import BracketCurvature
 from lightning_bayes.structures.diagonal import DiagonalCurvature
 from lightning_bayes.structures.dual import DualCurvature
 from lightning_bayes.structures.primal import PrimalCurvature
 from lightning_bayes.structures.registry import STRUCTURES
+from tests.cases import evidence_within
 from tests.reference import Density, SlowTwin, assert_agrees, categorical
 from tests.refusals import refuses
 
@@ -364,10 +365,15 @@ def tagged(routed: bool) -> tuple[SlowTwin, DataLoader]:
 
 
 def tags_evidence(
-    twin: SlowTwin, loader: DataLoader, precision: float = PRECISION, **options: object
+    twin: SlowTwin,
+    loader: DataLoader,
+    precision: float = PRECISION,
+    budget: Budget = DEFAULT_BUDGET,
+    **options: object,
 ) -> Evidence:
     """The engine's."""
-    return laplace_evidence(
+    return evidence_within(
+        budget,
         twin.model,
         loader,
         likelihood=Categorical(class_dim=-1),
