@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -11,8 +12,15 @@ from lightning_bayes import LaplaceEvidence
 from tests.scenarios import loader, trainer
 
 Words = str | Sequence[str]
-UNSAID = object()
-"""A value that a message need not repeat."""
+
+
+class Unsaid(Enum):
+    """A value that a message need not repeat; by its name in the names of tests."""
+
+    UNSAID = "unsaid"
+
+
+UNSAID = Unsaid.UNSAID
 
 
 def named(message: str, argument: Words, got: Any = UNSAID, remedy: Words = ()) -> None:
