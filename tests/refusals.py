@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import contextmanager
-from enum import Enum, auto
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -15,13 +15,12 @@ Words = str | Sequence[str]
 
 
 class Unsaid(Enum):
-    """Whatever was got; its name is the same in every process, which collect the same tests."""
+    """A value that a message need not repeat; by its name in the names of tests."""
 
-    UNSAID = auto()
+    UNSAID = "unsaid"
 
 
 UNSAID = Unsaid.UNSAID
-"""A value that a message need not repeat."""
 
 
 def named(message: str, argument: Words, got: Any = UNSAID, remedy: Words = ()) -> None:
