@@ -124,7 +124,7 @@ class GradientNoiseScale(MeasuringCallback):
 
     @property
     def layer_estimates(self) -> dict[str, GradientNoise]:
-        """The same for each layer; empty unless `per_layer`."""
+        """The latest estimate of each layer; empty unless `per_layer`."""
         return dict(zip(self._parts, self._metric.parts(), strict=False)) if self.per_layer else {}
 
     @property

@@ -60,7 +60,7 @@ class MeasuringCallback(Callback):
     LOGGED: ClassVar[tuple[str, ...]] = ()
     """How the names of the callback's keys begin, without the prefix."""
     ALWAYS_LOGGED: ClassVar[tuple[str, ...]] = ()
-    """Of these, the names that are logged as NaN though no monitor reads them: curves show the gap."""
+    """Names among these that are logged as NaN though no monitor reads them, so that curves show the gap."""
     HELD: ClassVar[str] = ""
     """The attribute that holds what was measured."""
 

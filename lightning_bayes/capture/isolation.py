@@ -75,7 +75,7 @@ def seed_streams() -> None:
 
 @cache
 def _num_cuda_devices() -> int:
-    """As it was at the first call: without a driver torch looks for one at each."""
+    """Count once: without a driver torch looks for one at each call."""
     return torch.cuda.device_count()
 
 

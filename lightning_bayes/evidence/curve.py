@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DECADES = 3
-"""Of the default grid, below and above the optimum."""
+"""Decades of the default grid below the optimum, and above it."""
 POINTS_PER_DECADE = 10
 
 

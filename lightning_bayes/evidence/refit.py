@@ -20,7 +20,7 @@ RESOLUTION = 0.2
 REACH = 30.0
 """Distance in ln λ from the first one at which the search for a maximum gives up: thirteen powers of ten."""
 LONGEST_STEP = 3.0
-"""Of that search, relative to the step before: scipy's own, of 110, is out of reach at once."""
+"""Longest step of that search, relative to the step before: scipy's own, of 110, is out of reach at once."""
 
 
 def refit_prior_precision(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 MOST_PRIOR_LINES = 6
-"""Of the one screen."""
+"""Lines about the prior that one screen has room for."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 MAX_ROOT_BYTES = 8e9
-"""Of the square root of one batch; a larger one is refused rather than left to the operating system."""
+"""Memory of the square root of one batch; a larger one is refused rather than left to the operating system."""
 
 
 class Likelihood(ABC):

@@ -10,7 +10,7 @@ from lightning_bayes.loss_curvature.mean_loss import MeanLoss
 BOX = 1e-3
 """ε of Keskar et al., who also take 5e-4."""
 ITERATIONS = 10
-"""Of L-BFGS-B, as theirs."""
+"""Iterations of L-BFGS-B, as many as theirs."""
 
 
 def largest_loss_in_box(function: MeanLoss, direction: Tensor, box: float = BOX) -> tuple[float, float]:

@@ -30,9 +30,9 @@ class BatchLoss:
     loss: Callable[[], Tensor]
     """Runs the network and returns the loss that training steps on, with its graph."""
     captured: Callable[[], CapturedLoss]
-    """The same for the outputs that it is computed from, which not every loss lets be read."""
+    """Runs the network and returns the outputs that the loss is computed from, where it lets them be read."""
     weight: float
-    """Of this batch's loss in the mean."""
+    """Weight of this batch's loss in the mean."""
 
 
 class MeanLoss:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 MAX_BYTES = 1e9
-"""Of the basis; fewer vectors are kept between restarts where they are longer."""
+"""Memory of the basis; fewer vectors are kept between restarts where they are longer."""
 LARGEST_BASIS = 64
 SMALLEST_BASIS = 4
 SYMMETRY = 10.0

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 SEED = 0
-"""Of the draw, a stream of its own."""
+"""Seed of the draw, which has a stream of its own."""
 BASE_SHARE = 0.5
-"""Of the blocks that are read."""
+"""Share of the blocks that are read whose rows are the base."""
 
 
 @dataclass(frozen=True)

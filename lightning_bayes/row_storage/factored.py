@@ -43,7 +43,7 @@ class KeptOuter(KeptRows):
         return tuple(name for name in (self.weight, self.bias) if name is not None)
 
     def parts(self, num_rows: int) -> Iterator[KeptRows]:
-        """See `KeptRows`: some output channels at a time, then the bias."""
+        """Yield some output channels at a time, then the bias."""
         if self.paired:
             yield self
             return
@@ -157,7 +157,7 @@ class KeptOuter(KeptRows):
         return replace(self, rows=rows, inputs=self.inputs[needed], owners=owners)
 
     def merge(self, others: Sequence[Self], dim: int) -> Self:
-        """See `KeptRows`. Shorter examples get positions whose gradient and input are zero."""
+        """Join these rows and others. Shorter examples get positions whose gradient and input are zero."""
         every = [self, *others]
         if dim == 0:
             return replace(self, rows=torch.cat([kept.rows for kept in every]))

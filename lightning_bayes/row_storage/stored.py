@@ -68,7 +68,7 @@ class KeptRows(ABC):
 
     @abstractmethod
     def to(self, dtype: torch.dtype) -> Self:
-        """The same rows in another floating type."""
+        """Return the rows in another floating type."""
 
     def widen(self, columns: int) -> Self:
         """These rows with rows of zeros up to so many columns: neither det(I + K) nor tr K(I + K)⁻¹ changes."""
@@ -98,7 +98,7 @@ class KeptDense(KeptRows):
         return (self.name,)
 
     def parts(self, num_rows: int) -> Iterator[KeptRows]:
-        """See `KeptRows`: one."""
+        """Yield the rows, in one piece."""
         yield self
 
     @override

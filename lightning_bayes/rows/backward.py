@@ -27,7 +27,7 @@ class Batch:
     outputs: Tensor  # [N, ...]
     roots: Tensor  # [C, N, ...]
     grads: list[list[Tensor | None]]
-    """Of each call, of each of its outputs: [C, *shape], None without influence."""
+    """Gradients in each output of each call: [C, *shape], None without influence."""
 
     @classmethod
     def of(cls, calls: list[Call], outputs: Tensor, roots: Tensor, grads: Iterable[Tensor | None]) -> "Batch":

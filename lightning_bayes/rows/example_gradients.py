@@ -115,7 +115,7 @@ class ExampleGradientReader(RowReader):
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of one parameter: Σ ‖gₙ‖², ‖Σ gₙ‖² and, where it was formed, Σ gₙ, flat."""
+    """What one parameter adds up to: Σ ‖gₙ‖², ‖Σ gₙ‖² and, where it was formed, Σ gₙ, flat."""
 
     squares: Tensor
     squared_total: Tensor

@@ -36,9 +36,9 @@ class BatchRows:
     unit_loss: float
     """In units of the dispersion."""
     null_loss: float | None
-    """Of guessing."""
+    """Summed unit loss of guessing, None where there is no guess."""
     gradient: dict[str, Tensor]
-    """Of `unit_loss`, per parameter, in its shape."""
+    """Gradient of `unit_loss`, per parameter, in its shape."""
     chunks: Iterator[RowChunk]
     """To be consumed once, before the next batch is read."""
 

@@ -37,11 +37,11 @@ class Plan:
     parameters: Mapping[str, nn.Parameter]
     ways: Mapping[str, str]
     layouts: dict[nn.Module, tuple[Layout | None, ...]]
-    """Of the outputs that carry a gradient, by module; None where calls differ, or examples cannot be told."""
+    """Where examples stand in the outputs that carry a gradient, by module; None where calls differ, or examples cannot be told."""
     num_examples: int
-    """Of the batch that it was made for: one example does not tell where those of a batch stand."""
+    """Examples of the batch that it was made for: one example does not tell where those of a batch stand."""
     argument_layouts: ArgumentLayouts = field(default_factory=dict)
-    """Of the calls that are replayed, as far as they have been found."""
+    """Where examples stand in the calls that are replayed, as far as they have been found."""
 
     @cached_property
     def is_of_layers(self) -> bool:

@@ -272,7 +272,7 @@ class RowChunk:
     num_examples: int
     columns: slice
     num_columns: int
-    """Of the whole root, or the number of samples where columns are sampled."""
+    """Columns of the whole root, or the number of samples where columns are sampled."""
     layers: list[Rows]
 
 

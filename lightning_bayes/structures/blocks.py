@@ -40,7 +40,7 @@ from lightning_bayes.structures.diagonal import DiagonalCurvature
 from lightning_bayes.structures.dual_system import System, factorise
 
 SEED = 0
-"""Of that sample, a stream of its own."""
+"""Seed of the random sample, which has a stream of its own."""
 LADDER = [10.0 ** (step / 2) for step in range(-6, 7)]
 """Values of s at which R_ii is kept, in units of the one that is expected."""
 EXPECTED = LADDER.index(1.0)
@@ -124,7 +124,7 @@ class BlockCurvature(Curvature):
             self._empty_keeper()
 
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
-        """See `Curvature.at`.
+        """Answer for one prior, of those in proportion to the one that the pass was made for.
 
         Raises:
             ValueError: If the precisions are not in proportion to those that the pass was made for.

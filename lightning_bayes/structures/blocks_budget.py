@@ -3,7 +3,7 @@
 from lightning_bayes.structures.base import Problem
 
 SEARCHED_SHARE = 0.125
-"""Of these operations where the prior is sought, so that several are tried."""
+"""Share of `Budget.kept_flop` for each prior where several are tried."""
 MIN_LANDMARKS = 128
 """Landmark rows where the data are many."""
 LANDMARK_FLOP = 7e11

@@ -51,7 +51,7 @@ class SampledBlockCurvature(Curvature):
         self._held: list[list[KeptRows]] = []
 
     def update(self, chunk: RowChunk) -> None:
-        """See `Curvature.update`; the blocks of the batches that are read, in their order."""
+        """Take in the rows of the batches that are read, in their order."""
         if chunk.columns.start == 0:
             self._role = next(self._roles)
             self._keeper = RowKeeper(self._keeper)

@@ -196,7 +196,7 @@ class LinearBlock(Block):
         return self.problem.shapes[self.weight][1:].numel() + self.joint  # type: ignore[index]
 
     def _input_spectrum(self, precision: Mapping[str, float]) -> Spectrum:
-        """Of N·A with the bias's entry scaled to the weight's precision."""
+        """Return the spectrum of N·A with the bias's entry scaled to the weight's precision."""
         ratio, scale = 1.0, None
         if self.joint:
             ratio = precision[self.weight] / precision[self.bias]  # type: ignore[index]
@@ -251,14 +251,14 @@ class _Moments:
         return self._width <= self._largest_left_out
 
     def spectrum(self) -> Spectrum:
-        """Of all groups together."""
+        """Return the spectrum of all groups together."""
         if self._spectrum is None:
             whole = self._groups[0] if len(self._groups) == 1 else SecondMoment.merged(self._groups)
             self._spectrum = whole.spectrum(self._dtype)
         return self._spectrum
 
     def eigenvalues(self, without: int | None) -> Tensor:
-        """Of all groups, or of all but one."""
+        """Return the eigenvalues of all groups, or of all but one."""
         if without is None:
             return self.spectrum().values
         if not self.leaves_out_exactly:
@@ -275,7 +275,7 @@ def _tensor_summary(
     gradient: Mapping[str, Tensor] | None,
     accurate: torch.dtype,
 ) -> BlockSummary:
-    """Of one tensor with a matrix of its own."""
+    """Summarise one tensor that has a matrix of its own."""
     rotated, rest = None, 0.0
     if gradient is not None:
         rotated, rest = spectrum.coordinates(gradient[name].reshape(1, -1))
@@ -285,7 +285,7 @@ def _tensor_summary(
 def _summary(
     name: str, values: Tensor, rotated: Tensor | None, rest: float, precision: float
 ) -> BlockSummary:
-    """Of whitened eigenvalues, and a gradient in their eigenvectors' coordinates with what these leave out of it."""
+    """Summarise whitened eigenvalues, and a gradient in their eigenvectors' coordinates with what these leave out of it."""
     inverse = 1 / (1 + values)
     quadratic = 0.0 if rotated is None else (rotated.square() * inverse).sum().item() + rest
     gamma = (values * inverse).sum().item()

@@ -23,7 +23,7 @@ from lightning_bayes.structures.primal import PrimalCurvature
 DEFAULT_SAMPLES = 64
 """Columns that "auto" samples of more outputs than `Budget.columns`, where all are beyond its budget."""
 ROOT_COPIES = 3.0
-"""Of the root of one batch, while it is formed."""
+"""Copies of the root of one batch that exist while it is formed."""
 CALIBRATION_SIZE = 768
 """Rows of the square matrices whose product is timed."""
 EIGEN = 12.0

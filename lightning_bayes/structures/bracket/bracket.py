@@ -35,7 +35,7 @@ NUM_PROBES = 64
 NUM_SAMPLES = 32
 """Rows outside S that the point estimate looks at."""
 ROUNDING_SHARE = 0.05
-"""Of the bracket that the allowance may take before everything is done in float64."""
+"""Share of the bracket that the allowance may take before everything is done in float64."""
 IN_FLOAT64 = 2.0
 """Times that the operations of a bracket take for which float32 is not good enough."""
 DECREMENT_TOLERANCE = 5e-3
@@ -58,7 +58,7 @@ class BracketCurvature(DualCurvature):
         self._exact_at.clear()
 
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
-        """See `Curvature.at`.
+        """Answer for one prior, to within the tolerance.
 
         `log_det` adds to the lower bound an estimate of what the other rows add, Σ ln(1 + R_ii) with R the Schur
         complement of all of S, from a random sample of them; its standard error is reported, and the bounds do

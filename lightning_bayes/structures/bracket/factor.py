@@ -27,7 +27,7 @@ class SplitFactor(Factor):
 
     @property
     def log_det(self) -> float:
-        """Of I + K_SS."""
+        """Ln det(I + K_SS)."""
         return log_det_of(self.head) + log_det_of(self.tail)
 
     @property

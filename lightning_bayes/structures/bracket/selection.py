@@ -23,7 +23,7 @@ NEGLIGIBLE_SHARE = 0.05
 
 
 def operations(rows: int, product: int) -> float:
-    """Of the log-determinant of so many rows whose inner products take so many multiplications."""
+    """Count those of the log-determinant of so many rows whose inner products take so many multiplications."""
     return float(rows) ** 2 * product + rows**3 / 3
 
 
@@ -46,7 +46,7 @@ class Selection:
         return self.chosen[self.head.shape[1] :]
 
     def headless(self) -> "Selection":
-        """The same S without the columns of its factor."""
+        """Return S without the columns of its factor."""
         return replace(self, head=self.head[:, :0])
 
 
