@@ -14,7 +14,7 @@ PAIR_OVERHEAD = 16
 """Multiplications that one product of two position-wise inner products counts as: it is bound by memory."""
 
 Form = tuple[bool, bool]
-"""How a linear map's rows are stored: whether inner products go by pairs of positions, and whether factors are kept."""
+"""How a linear map's rows are stored: whether products go by pairs of positions, and whether factors are kept."""
 
 
 class RowKeeper:

@@ -25,7 +25,7 @@ from lightning_bayes.rows.uses import Use
 MAX_ARGUMENT_LAYOUTS = 64
 """Combinations of layouts that are tried for the arguments of one call."""
 ArgumentLayouts = dict[tuple[nn.Module, tuple[int, ...]], tuple[Layout | None, ...] | None]
-"""Where examples stand in the arguments of a module's calls, by their dimensions; None where there are none that are right."""
+"""Where examples stand in the arguments of a module's calls, by their dimensions; None where none is right."""
 
 _ONE_BY_ONE: "WeakSet[nn.Module]" = WeakSet()
 """Modules whose backward pass cannot be vmapped over columns as well as over examples."""

@@ -37,7 +37,7 @@ class Plan:
     parameters: Mapping[str, nn.Parameter]
     ways: Mapping[str, str]
     layouts: dict[nn.Module, tuple[Layout | None, ...]]
-    """Where examples stand in the outputs that carry a gradient, by module; None where calls differ, or examples cannot be told."""
+    """Where examples stand in the outputs that carry a gradient, by module; None where they cannot be told."""
     num_examples: int
     """Examples of the batch that it was made for: one example does not tell where those of a batch stand."""
     argument_layouts: ArgumentLayouts = field(default_factory=dict)

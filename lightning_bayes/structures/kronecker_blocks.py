@@ -285,7 +285,7 @@ def _tensor_summary(
 def _summary(
     name: str, values: Tensor, rotated: Tensor | None, rest: float, precision: float
 ) -> BlockSummary:
-    """Summarise whitened eigenvalues, and a gradient in their eigenvectors' coordinates with what these leave out of it."""
+    """Summarise whitened eigenvalues, and a gradient in their eigenvectors' coordinates with what these leave out."""
     inverse = 1 / (1 + values)
     quadratic = 0.0 if rotated is None else (rotated.square() * inverse).sum().item() + rest
     gamma = (values * inverse).sum().item()
