@@ -59,7 +59,11 @@ def test_a_refit_that_raises_leaves_the_best_round_so_far(broken, error):
 
 
 @pytest.mark.parametrize(
-    ("sign", "way"), [(1.0, "grows: .* the largest has"), (-1.0, "falls towards 0: .* the smallest has")]
+    ("sign", "way"),
+    [
+        (1.0, ("grows:", "the largest has the most")),
+        (-1.0, ("falls towards 0:", "the smallest has the most")),
+    ],
 )
 def test_evidence_without_a_maximum_says_which_end_it_rises_to(sign, way, monkeypatch):
     """By evidence made up for the purpose: ±ln λ."""
@@ -72,7 +76,7 @@ def test_evidence_without_a_maximum_says_which_end_it_rises_to(sign, way, monkey
         return replace(found, log_evidence=slope)
 
     monkeypatch.setattr("lightning_bayes.evidence.refit.laplace_evidence", made_up)
-    with refuses(f"rises as the prior precision {way} the most"):
+    with refuses(("rises as the prior precision", *way)):
         refit_prior_precision(model, (X, targets), refit, likelihood=Gaussian(1.0))
     best = min(refit.weights) if sign > 0 else max(refit.weights)
     assert model.weight.item() == best
