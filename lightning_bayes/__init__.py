@@ -1,5 +1,6 @@
 """Bayesian evidence, SGD noise scale and scaling advice for PyTorch Lightning."""
 
+from lightning_bayes import earlier_modules  # noqa: F401 - registers them
 from lightning_bayes.callbacks import (
     BatchSizeScheduler,
     GradientNoiseScale,

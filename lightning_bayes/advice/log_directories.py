@@ -131,7 +131,8 @@ def _hyper_parameters(path: Path) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}  # objects among the hyper-parameters; the error above names what is needed
     named = {str(name): value for name, value in document.items()} if isinstance(document, Mapping) else {}
-    named.setdefault("learning_rate", named.get("lr"))
+    rates = [value for name, value in named.items() if name in ("learning_rate", "lr") and value is not None]
+    named["learning_rate"] = rates[-1] if rates else None
     values = {name: named[name] for name in USED if named.get(name) is not None}
     accumulated = named.get("accumulate_grad_batches")
     if isinstance(accumulated, int) and isinstance(values.get("batch_size"), int):

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_bayes.callbacks.trainer.checks import with_way_out
 from lightning_bayes.callbacks.trainer.module_reader import is_named
+from lightning_bayes.capture.loss import WAY_OUT
 from lightning_bayes.functional._validation import string
 
 OnError = Literal["warn", "raise"]
@@ -211,7 +212,7 @@ class MeasuringCallback(Callback):
         self.is_off = True
         name = type(self).__name__
         if self.on_error == "raise":
-            if isinstance(error, ValueError) and str(error) != with_way_out(error, self.way_out):
+            if isinstance(error, ValueError) and WAY_OUT in str(error):
                 raise ValueError(with_way_out(error, self.way_out)) from error
             raise error or RuntimeError(f"{name} failed in another process, which says why.")
         reason = (

@@ -127,7 +127,7 @@ class SGDNoiseScale(MeasuringCallback):
             return
         settings = changing_settings(trainer)
         if self._in_force is None or settings != self._settings:  # most steps are made as the one before
-            self._in_force = self.noise_scales(read_configuration(trainer, self.dataset_size))
+            self._in_force = self._named_scales(read_configuration(trainer, self.dataset_size))
             self._settings = settings
         if self.logging_interval == "step":
             values = self._in_force
@@ -138,18 +138,23 @@ class SGDNoiseScale(MeasuringCallback):
     def _end_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._in_force is None:
             # No optimizer step yet (a skipped epoch): what the next step would use.
-            self._in_force = self.noise_scales(read_configuration(trainer, self.dataset_size))
+            self._in_force = self._named_scales(read_configuration(trainer, self.dataset_size))
         self._log_epoch(trainer, pl_module, self._in_force)
 
     def noise_scales(self, configuration: TrainerConfiguration) -> dict[str, float]:
-        """Names, without their prefix, and values that are logged of a configuration.
+        """Log keys and values of a configuration.
 
         Args:
             configuration: as `read_configuration` gives it.
 
         Returns:
-            One name for each kind of noise scale on which the groups agree, else one per group.
+            One key for each kind of noise scale on which the groups agree, else one per group.
         """
+        named = self._named_scales(configuration)
+        return {f"{self.log_key_prefix}{name}": value for name, value in named.items()}
+
+    def _named_scales(self, configuration: TrainerConfiguration) -> dict[str, float]:
+        """Return the same by names without their prefix."""
         scales_of: dict[str, dict[str, float]] = {}
         for group in configuration.groups:
             adaptive = isinstance(group.configuration, AdamConfiguration)

@@ -128,9 +128,9 @@ class Likelihood(ABC):
         given = []
         for name, parameter in inspect.signature(type(self)).parameters.items():
             value = getattr(self, name, parameter.default)
-            shown = value.tolist() if isinstance(value, Tensor) else value
-            if shown != parameter.default:
-                given.append(f"{name}={shown!r}")
+            shown = repr(value.tolist() if isinstance(value, Tensor) else value)
+            if shown != repr(parameter.default):  # by its text: an array has no one truth value
+                given.append(f"{name}={shown}")
         return f"{type(self).__name__}({', '.join(given)})"
 
 

@@ -137,7 +137,7 @@ def _attempt(
     if solution is not None and solution.batch_size < 1:
         return None, (
             f"The {name} rule asks for a batch of {solution.batch_size:.3g}: a batch holds at least one example, so"
-            f" no batch has so large a noise scale at a learning rate of {solution.learning_rate:g}."
+            f" no batch has so much noise at a learning rate of {solution.learning_rate:g}."
         )
     return solution, ""
 

@@ -19,6 +19,8 @@ VERSION = 1
 NON_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 # What a field is called in files of earlier versions: a move of SGD had no "advised" beside "exact".
 EARLIER_NAMES = {"advised": "exact"}
+# Fields that files of earlier versions do not have, which get their defaults; every other one must be there.
+LATER_FIELDS = {"reduction", "averaged_batches", "safe", "limited_by"}
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,19 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(kind: Any, value: Any) -> Any:
-    """A value of the annotated type; a field that a file does not have gets its default."""
+    """A value of the annotated type.
+
+    Raises:
+        LookupError: If a field is missing.
+        TypeError: If the value is of another type.
+    """
     members = _members(kind)
     records = [get_origin(one) or one for one in members if is_dataclass(get_origin(one) or one)]
+    if value is None and type(None) in members:
+        return None
+    shape = _shape(members, records)
+    if not isinstance(value, shape):
+        raise TypeError(f"expected a JSON {'object' if shape is Mapping else 'array'}, got {value!r}")
     if isinstance(value, Mapping) and records:
         # Two kinds of configuration are told apart by their optimizer.
         record = records[0]
@@ -101,13 +113,22 @@ def _decode(kind: Any, value: Any) -> Any:
             record = {one.optimizer: one for one in records}[value["optimizer"]]
         entry = {**{name: value[old] for name, old in EARLIER_NAMES.items() if old in value}, **value}
         hints = get_type_hints(record)
-        names = [field.name for field in fields(record) if field.name in entry]
+        names = [
+            field.name for field in fields(record) if field.name in entry or field.name not in LATER_FIELDS
+        ]
         return record(**{name: _decode(hints[name], entry[name]) for name in names})
     if isinstance(value, Mapping):
         return {key: _decode(get_args(kind)[1], item) for key, item in value.items()}
     if isinstance(value, list):
         return tuple(_decode(get_args(kind)[0], item) for item in value)
     return NON_FINITE.get(value, value) if isinstance(value, str) and float in members else value
+
+
+def _shape(members: list[Any], records: list[Any]) -> type:
+    """What JSON has in the place of such a value: an object, an array, or anything that stands by itself."""
+    if records or any(get_origin(one) is Mapping for one in members):
+        return Mapping
+    return list if any(get_origin(one) is tuple for one in members) else object
 
 
 def _members(kind: Any) -> list[Any]:
