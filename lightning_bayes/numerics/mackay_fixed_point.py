@@ -2,8 +2,8 @@
 
 In x = ln λ the log-evidence has the slope ½ (γ − λ‖ω‖²). MacKay's step goes to T(x) = ln γ(x) − ln ‖ω‖², whose
 own slope −tr K(I + K)⁻² / tr K(I + K)⁻¹ lies between −1 and 0. So r(x) = T(x) − x falls at a rate between 1 and 2,
-and has one zero. Secants of r, held to these rates, find it in three or four steps. On the 784-800-10 net of 1,000
-digits a search takes eight factorisations and 56 s, with a bracket and Brent's method 19 and 177 s (two cores).
+and has one zero. Secants of r, held to these rates, find it in three or four steps.
+What that saves beside SciPy's secant method is in docs/benchmarks/worth.md.
 """
 
 import math

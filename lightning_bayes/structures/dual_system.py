@@ -247,7 +247,7 @@ def without_negligible(
     By Hadamard the others add at most Σ ln(1 + K_ii) to ln det(I + K). They may take eps · tr(I + K) in all, which
     a factor in floating point does not tell from nothing (sums over 10,000 entries near 1 round by more), and no
     more than `NEGLIGIBLE_NATS`, and are to be a share of all. Where the factor will be one in float64 all rows stay.
-    On the 784-800-10 net of 1,000 digits a search for λ takes 56 s with it and 84 s without (two cores).
+    What that saves is in docs/benchmarks/worth.md.
     """
     grams = example_grams(layers, precision)
     if not keeps_the_identity(grams.diagonal(dim1=-2, dim2=-1)):
