@@ -1,6 +1,6 @@
 """The options that `laplace_evidence` and `LaplaceEvidence` share, and their checks."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -30,7 +30,7 @@ class Method:
     num_samples: int | None = None
     subset_of_weights: Subset = "all"
     num_blocks: int | None = None
-    budget: Budget = DEFAULT_BUDGET
+    budget: Budget = field(default=DEFAULT_BUDGET, repr=False)
 
     def __post_init__(self) -> None:
         require_subset(self.subset_of_weights)
