@@ -20,6 +20,10 @@ def as_trained(model):
     return network
 
 
+BATCHED = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
+"""Whether torch differentiates every layer in a batch: 2.4 does not know group norm."""
+
+
 def dense_matrix(model, inputs, targets, loss, curvature):
     """[p, p] of loss(model(inputs), targets) in all parameters put end to end."""
     network = as_trained(model)
@@ -33,7 +37,7 @@ def dense_matrix(model, inputs, targets, loss, curvature):
 
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         if curvature == "hessian":
-            return hessian(lambda vector: loss(outputs(vector), targets), flat, vectorize=True)
+            return hessian(lambda vector: loss(outputs(vector), targets), flat, vectorize=BATCHED)
         slopes = jacobian(outputs, flat).flatten(0, -2)
         at = outputs(flat).detach()
         bent = hessian(lambda f: loss(f, targets), at).reshape(at.numel(), at.numel())
