@@ -80,3 +80,18 @@ def test_evidence_without_a_maximum_says_which_end_it_rises_to(sign, way, monkey
         refit_prior_precision(model, (X, targets), refit, likelihood=Gaussian(1.0))
     best = min(refit.weights) if sign > 0 else max(refit.weights)
     assert model.weight.item() == best
+
+
+@pytest.mark.parametrize("refit", [None, 3, "train"])
+def test_a_refit_that_is_no_function_is_refused(refit):
+    with refuses("`refit` to be a function", got=refit, remedy="(model, prior_precision)"):
+        refit_prior_precision(nn.Linear(1, 1), (X, X), refit)
+
+
+@pytest.mark.parametrize("model", [nn.Linear, 3, None])
+def test_a_model_that_is_no_module_is_refused(model):
+    remedy = "give an instance" if model is nn.Linear else type(model).__name__
+    with refuses("`model` to be a torch.nn.Module", remedy=remedy):
+        refit_prior_precision(model, (X, X), lambda model, precision: None)
+    with refuses("`model` to be a torch.nn.Module", remedy=remedy):
+        laplace_evidence(model, (X, X), likelihood="regression")

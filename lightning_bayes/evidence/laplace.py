@@ -19,7 +19,7 @@ from lightning_bayes.evidence.evaluate import evidence_of
 from lightning_bayes.evidence.options import Method, sampling_if_many_columns
 from lightning_bayes.evidence.result import Evidence
 from lightning_bayes.evidence.totals import Totals, read_all
-from lightning_bayes.functional._validation import check_options
+from lightning_bayes.functional._validation import check_options, module
 from lightning_bayes.likelihoods import Likelihood, resolve_likelihood
 from lightning_bayes.priors.prior import (
     PriorPrecision,
@@ -141,10 +141,7 @@ class Computation(Method):
 
     def run(self, model: nn.Module, data: object, conclude: Callable[[Totals], _Result]) -> _Result:
         """Read the data once and return what `conclude` makes of the totals."""
-        if not isinstance(model, nn.Module):
-            raise ValueError(
-                f"Expected argument `model` to be a torch.nn.Module, got {type(model).__name__}."
-            )
+        module("model", model)
         likelihood, device = resolve_likelihood(self.likelihood), require_device(self.device)
         if self.subset_of_weights != "last_layer":  # a wrong prior is found before the data are read
             prior_from(model, self.prior_precision, subset=self._named_subset(model))

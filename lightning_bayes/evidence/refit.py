@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_bayes.evidence.laplace import laplace_evidence
 from lightning_bayes.evidence.result import Evidence
-from lightning_bayes.functional._validation import positive
+from lightning_bayes.functional._validation import function, module, positive
 
 SHIFT = 20.0
 """Added to ln λ: scipy's tolerance is relative to its variable, and ln λ may be anything near 0."""
@@ -56,6 +56,8 @@ def refit_prior_precision(
     """
     if "prior_precision" in arguments:
         raise ValueError("refit_prior_precision() looks for `prior_precision`; give `start`, where to begin.")
+    module("model", model)
+    function("refit", refit, "(model, prior_precision) -> None")
     first = math.log(positive("start", start)) + SHIFT
     rounds = _Rounds(model, data, refit, arguments)
     before = copy.deepcopy(model.state_dict())

@@ -1,4 +1,4 @@
-"""Checks of numbers and strings given as arguments, in one place.
+"""Checks of what is given as arguments, in one place.
 
 Every error is a ValueError that names the argument, what was required and what was got.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from numbers import Real
+
+from torch import nn
 
 ROUNDING = 1e-12
 """Relative distance from a whole number that counts as rounding."""
@@ -115,3 +117,20 @@ def check_options(batch_size: object, max_examples: object) -> None:
     """
     for name, value in (("batch_size", batch_size), ("max_examples", max_examples)):
         optional_count(name, value)  # type: ignore[arg-type] # that is what is checked
+
+
+def module(name: str, value: object) -> None:
+    """Refuse what is no module, such as a class of modules."""
+    if not isinstance(value, nn.Module):
+        got = (
+            f"the class {value.__name__}; give an instance of it"
+            if isinstance(value, type)
+            else type(value).__name__
+        )
+        raise ValueError(f"Expected argument `{name}` to be a torch.nn.Module, got {got}.")
+
+
+def function(name: str, value: object, signature: str) -> None:
+    """Refuse what cannot be called as the signature says, such as "(outputs, targets) -> mean loss"."""
+    if not callable(value):
+        raise ValueError(f"Expected argument `{name}` to be a function {signature}, got {value!r}.")

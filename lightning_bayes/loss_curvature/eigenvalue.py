@@ -13,7 +13,7 @@ from lightning_bayes.capture.as_written import throw_away_copy
 from lightning_bayes.capture.inputs_and_targets import examples_of_data, forward_of_pair, require_device
 from lightning_bayes.capture.isolation import isolated
 from lightning_bayes.capture.loss import capture_loss, loss_of
-from lightning_bayes.functional._validation import check_options, count, positive
+from lightning_bayes.functional._validation import check_options, count, function, module, positive
 from lightning_bayes.loss_curvature.mean_loss import BatchLoss, MeanLoss, norms_as_in
 from lightning_bayes.loss_curvature.stability_reading import require_curvature
 from lightning_bayes.numerics.lanczos import largest_eigenpair
@@ -154,13 +154,8 @@ def _check(
     batch_size: object,
     max_products: object,
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"Expected argument `model` to be a torch.nn.Module, got {type(model).__name__}.")
-    if not callable(loss):
-        raise ValueError(
-            "Expected argument `loss` to be a function (outputs, targets) -> mean loss, such as "
-            f"torch.nn.functional.mse_loss, got {loss!r}."
-        )
+    module("model", model)
+    function("loss", loss, "(outputs, targets) -> mean loss, such as torch.nn.functional.mse_loss")
     require_curvature(curvature)
     check_options(batch_size, max_examples)
     if count("max_products", max_products) < SMALLEST_NUMBER_OF_PRODUCTS:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_bayes.capture.autograd_graph import graph_nodes
+
 Subset = str | Sequence[str]
 """ "all", "last_layer", or patterns of parameter names."""
 
@@ -66,7 +68,7 @@ def last_layer(network: nn.Module, run: Callable[[], Tensor]) -> list[str]:
     try:
         with torch.enable_grad(), _noted_calls(network) as calls:
             outputs = run()
-        reached = _graph_of(outputs)
+        reached = set(graph_nodes([outputs]))
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -115,18 +117,6 @@ def _noted_calls(network: nn.Module) -> Iterator[list[tuple[nn.Module, list[obje
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _graph_of(outputs: Tensor) -> set[object]:
-    """Every node that a backward pass from `outputs` goes through."""
-    visited: set[object] = set()
-    pending: list[Any] = [outputs.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in visited:
-            visited.add(node)
-            pending.extend(parent for parent, _ in node.next_functions)
-    return visited
 
 
 def _whole_layer(network: nn.Module, layer: nn.Module) -> list[str]:

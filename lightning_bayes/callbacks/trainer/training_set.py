@@ -188,19 +188,7 @@ def dataset_size_of(loader: Any, trainer: Trainer, given: int | None) -> tuple[i
     # Under a distributed strategy Lightning wraps a custom sampler: its length is then that of the sampler's
     # whole draw, and elsewhere the whole training set's.
     source = sampler.dataset if isinstance(sampler, DistributedSampler) else getattr(loader, "dataset", None)
-    if source is None:
-        raise ValueError(
-            "Expected the training loader to have a `dataset` whose length is that of the training set, but got"
-            f" {type(loader).__name__} without one. Give a torch DataLoader; or pass the number of training examples"
-            " as `dataset_size=` where the callback takes it (SGDNoiseScale, BatchSizeScheduler)."
-        )
-    whole = known_length(source) or 0
-    if whole < 1:
-        raise ValueError(
-            f"Expected a training set with a length of at least 1, but got {type(source).__name__} without one. Pass"
-            " the number of training examples as `dataset_size=` where the callback takes it (SGDNoiseScale,"
-            " BatchSizeScheduler), or give the dataset a `__len__`."
-        )
+    whole = _length_of(source, loader)
     drawn, examples = counted or (whole, whole)
     draws = known_length(sampler)
     if not isinstance(sampler, KNOWN_SAMPLERS) and draws not in (None, whole):
@@ -226,6 +214,24 @@ def dataset_size_of(loader: Any, trainer: Trainer, given: int | None) -> tuple[i
             " sees, count as the size of the training set."
         )
     return examples, notes
+
+
+def _length_of(source: Any, loader: Any) -> int:
+    """The examples of a training set, at least one; refuses one that has no length."""
+    if source is None:
+        raise ValueError(
+            "Expected the training loader to have a `dataset` whose length is that of the training set, but got"
+            f" {type(loader).__name__} without one. Give a torch DataLoader; or pass the number of training examples"
+            " as `dataset_size=` where the callback takes it (SGDNoiseScale, BatchSizeScheduler)."
+        )
+    whole = known_length(source) or 0
+    if whole < 1:
+        raise ValueError(
+            f"Expected a training set with a length of at least 1, but got {type(source).__name__} without one. Pass"
+            " the number of training examples as `dataset_size=` where the callback takes it (SGDNoiseScale,"
+            " BatchSizeScheduler), or give the dataset a `__len__`."
+        )
+    return whole
 
 
 def _counted(loader: Any, sampler: Any, trainer: Trainer) -> tuple[int, int] | None:
