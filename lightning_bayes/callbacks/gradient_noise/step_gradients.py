@@ -90,12 +90,13 @@ class StepGradients:
         if self.method == "auto":
             trial = CopiedGradients(trainer, module, self._names, by_example=True)
             obstacle = _too_few(trainer, batch) or trial.why_not_by_example(batch, batch_idx)
-            self.method = "per_example"
-            if obstacle is not None:
-                self.method = "micro_batches" if num_micro_batches(trainer) > 1 else "split_batch"
-                rank_zero_info(
-                    f'GradientNoiseScale: method="{self.method}", because examples cannot be told apart. {obstacle}'
-                )
+            if obstacle is None:
+                self.method = "per_example"
+                return trial
+            self.method = "micro_batches" if num_micro_batches(trainer) > 1 else "split_batch"
+            rank_zero_info(
+                f'GradientNoiseScale: method="{self.method}", because examples cannot be told apart. {obstacle}'
+            )
         if self.method == "micro_batches":
             return TrainingGradients(trainer, module, self._names)
         if too_few := _too_few(trainer, batch):
