@@ -1,0 +1,160 @@
+"""Traces of functions of a symmetric matrix that is known by its products with vectors, by stochastic Lanczos quadrature.
+
+For a vector z of random signs, zᵀf(A)z has the mean tr f(A) (Hutchinson 1990), and k steps of Lanczos' recurrence from z
+turn it into a sum over k nodes: Gauss's rule |z|² e₁ᵀf(T)e₁ (Golub & Meurant, Matrices, Moments and Quadrature, 2010; Ubaru,
+Chen & Saad 2017). For f = ln Gauss's rule lies above zᵀf(A)z, and Gauss-Radau's, with one node at a lower end of
+the spectrum, below: their gap says when there are steps enough.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_bayes.numerics.devices import accumulation_dtype
+from lightning_bayes.numerics.lanczos import orthogonalised
+
+EXHAUSTED = 10.0
+"""Units of rounding, relative to the largest |eigenvalue| seen, below which a vector's Krylov space is invariant."""
+
+Function = Callable[[Tensor], Tensor]
+"""From eigenvalues to values, entry by entry."""
+
+
+def random_signs(num_vectors: int, like: Tensor, seed: int = 0) -> Tensor:
+    """Vectors [num_vectors, n] of ±1 with the type and device of `like` [n]; one seed is the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(0, 2, (num_vectors, len(like)), generator=generator, dtype=torch.int8)
+    return bits.to(like.device).to(like.dtype).mul_(2.0).sub_(1.0)
+
+
+@dataclass(frozen=True)
+class TraceEstimate:
+    """An estimate of tr f(A) from several vectors."""
+
+    value: float
+    """Its mean over the vectors, each between its two rules."""
+    stderr: float
+    """Standard error of the mean over random signs, 0 where f(A) is diagonal."""
+    gap: float
+    """Between Gauss's and Gauss-Radau's rule, its mean over the vectors: twice the error of too few steps at most."""
+
+
+class LanczosRecurrences:
+    """Lanczos' recurrence from several vectors side by side, so that one product serves all of them.
+
+    Each vector has an orthonormal basis V of its own, kept whole and used for full reorthogonalisation, and
+    the tridiagonal T = VᵀAV in float64.
+
+    Args:
+        product: Vectors [k, n] -> [k, n], A times each, for a symmetric A.
+        starts: z [k, n], none of them zero.
+    """
+
+    def __init__(self, product: Callable[[Tensor], Tensor], starts: Tensor) -> None:
+        self._product = product
+        self._norms = torch.linalg.vector_norm(starts, dim=1)
+        self._basis = [(starts / self._norms.unsqueeze(1)).unsqueeze(0)]  # [1, k, n] for each step
+        self._diagonal: list[Tensor] = []  # α, [k] for each step
+        self._beside: list[Tensor] = []  # β after each step, 0 where the space is exhausted
+        self._starts = starts
+
+    @property
+    def num_steps(self) -> int:
+        """Products so far."""
+        return len(self._diagonal)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every vector's quadrature is exact, but for rounding."""
+        return bool(self._beside) and not bool(self._beside[-1].any())
+
+    def extend(self) -> None:
+        """Take one more step, of one product for all vectors."""
+        latest = self._basis[-1]
+        remainder, coefficients = orthogonalised(self._product(latest[0]), self._basis)
+        self._diagonal.append(coefficients[-1].cpu().double())
+        beta = torch.linalg.vector_norm(remainder, dim=1)
+        scale = max(alpha.abs().max().item() for alpha in self._diagonal)
+        alive = beta > EXHAUSTED * torch.finfo(beta.dtype).eps * max(scale, beta.max().item())
+        if self.num_steps >= latest.shape[2]:
+            alive = torch.zeros_like(alive)
+        beta = torch.where(alive, beta, torch.zeros_like(beta))
+        self._beside.append(beta.cpu().double())
+        # An exhausted vector goes on as zero: its products are zero, and its T is cut off where it ended.
+        following = torch.where(alive.unsqueeze(1), remainder / beta.unsqueeze(1), torch.zeros_like(remainder))
+        self._basis.append(following.unsqueeze(0))
+
+    def gauss(self, function: Function) -> Tensor:
+        """Gauss's rule for zᵀf(A)z: [k] in float64."""
+        return torch.stack([self._rule(function, self._tridiagonal(j)) for j in range(len(self._norms))]) * self._squares()
+
+    def radau(self, function: Function, node: float) -> Tensor:
+        """Gauss-Radau's rule for zᵀf(A)z with a node at a lower end of A's spectrum: [k] in float64.
+
+        T gets one more row, whose diagonal entry α makes the node an eigenvalue (Golub & Meurant, section 6.2).
+        """
+        rules = []
+        for j in range(len(self._norms)):
+            matrix = self._tridiagonal(j)
+            beta = self._beside[len(matrix) - 1][j]
+            if beta > 0.0:
+                shifted = matrix - node * torch.eye(len(matrix), dtype=matrix.dtype)
+                unit = torch.zeros(len(matrix), dtype=matrix.dtype)
+                unit[-1] = beta**2
+                alpha = node + torch.linalg.solve(shifted, unit)[-1]
+                matrix = torch.nn.functional.pad(matrix, (0, 1, 0, 1))
+                matrix[-1, -1], matrix[-1, -2], matrix[-2, -1] = alpha, beta, beta
+            rules.append(self._rule(function, matrix, node))
+        return torch.stack(rules) * self._squares()
+
+    def images(self, function: Function) -> Tensor:
+        """Return f(A)z ≈ |z| V f(T) e₁ of each vector, [k, n]."""
+        total = torch.zeros_like(self._starts)
+        for j, norm in enumerate(self._norms):
+            values, vectors = torch.linalg.eigh(self._tridiagonal(j))
+            weights = (vectors @ (function(values) * vectors[0])).to(total) * norm
+            for weight, step in zip(weights, self._basis, strict=False):
+                total[j] += weight * step[0, j]
+        return total
+
+    def trace(self, function: Function, node: float) -> TraceEstimate:
+        """Estimate tr f(A) from vectors of random signs, for an f whose even derivatives have one sign, such as ln.
+
+        With x_j = z_j ∘ f(A)z_j, of which entry i has the mean f(A)_ii and the variance Σ_{l≠i} f(A)_il²,
+        Var zᵀf(A)z = 2 Σ_i Var x_i: the spread of the *entries* over the vectors tells the error of the mean,
+        far better than the spread of the few sums does. One vector has no spread; then f(A)_ii counts as 0, and the
+        error is an upper bound.
+
+        Args:
+            function: f.
+            node: A number that no eigenvalue of A is below.
+        """
+        gauss, radau = self.gauss(function), self.radau(function, node)
+        entries = (self._starts * self.images(function)).to(accumulation_dtype(self._starts.device))
+        num_vectors = len(entries)
+        spread = entries.var(0).sum() if num_vectors > 1 else entries.square().sum()
+        return TraceEstimate(
+            value=(0.5 * (gauss + radau)).mean().item(),
+            stderr=(2.0 * spread.item() / num_vectors) ** 0.5,
+            gap=(gauss - radau).abs().mean().item(),
+        )
+
+    def _squares(self) -> Tensor:
+        return self._norms.cpu().double().square()
+
+    def _tridiagonal(self, j: int) -> Tensor:
+        """T of one vector, up to where its space was exhausted."""
+        beside = torch.stack(self._beside)[:, j]
+        ended = (beside == 0.0).nonzero()
+        size = int(ended[0]) + 1 if len(ended) else len(beside)
+        off = beside[: size - 1]
+        return torch.diag(torch.stack(self._diagonal)[:size, j]) + torch.diag(off, 1) + torch.diag(off, -1)
+
+    @staticmethod
+    def _rule(function: Function, matrix: Tensor, least: float | None = None) -> Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        if least is not None:
+            values = values.clamp(min=least)
+        return (vectors[0].square() * function(values)).sum()
