@@ -90,17 +90,22 @@ def test_the_stated_error_of_few_vectors_is_right_on_average():
     right = function_of(matrix, torch.log)
     variance = 2.0 * (right.square().sum() - right.diagonal().square().sum()).item() / 3
     stated = [
-        run(matrix, random_signs(3, matrix[0], seed), 25).trace(torch.log, least).stderr ** 2 for seed in range(60)
+        run(matrix, random_signs(3, matrix[0], seed), 25).trace(torch.log, least).stderr ** 2
+        for seed in range(60)
     ]
     mean = sum(stated) / len(stated)
     assert mean == pytest.approx(variance, rel=0.1)
-    assert max(stated) < 1.6 * variance  # that of the three sums alone would be many times too small and too large
+    assert (
+        max(stated) < 1.6 * variance
+    )  # that of the three sums alone would be many times too small and too large
 
 
 @given(st.integers(0, 10_000), st.integers(1, 5), st.floats(0.1, 5.0))
 def test_more_steps_narrow_the_gap(seed, num_vectors, decades):
     matrix, least = matrix_of(15, seed=seed, decades=decades)
-    recurrences = LanczosRecurrences(lambda vectors: vectors @ matrix, random_signs(num_vectors, matrix[0], seed))
+    recurrences = LanczosRecurrences(
+        lambda vectors: vectors @ matrix, random_signs(num_vectors, matrix[0], seed)
+    )
     gaps = []
     for _ in range(8):
         recurrences.extend()

@@ -83,12 +83,17 @@ class LanczosRecurrences:
         beta = torch.where(alive, beta, torch.zeros_like(beta))
         self._beside.append(beta.cpu().double())
         # An exhausted vector goes on as zero: its products are zero, and its T is cut off where it ended.
-        following = torch.where(alive.unsqueeze(1), remainder / beta.unsqueeze(1), torch.zeros_like(remainder))
+        following = torch.where(
+            alive.unsqueeze(1), remainder / beta.unsqueeze(1), torch.zeros_like(remainder)
+        )
         self._basis.append(following.unsqueeze(0))
 
     def gauss(self, function: Function) -> Tensor:
         """Gauss's rule for zᵀf(A)z: [k] in float64."""
-        return torch.stack([self._rule(function, self._tridiagonal(j)) for j in range(len(self._norms))]) * self._squares()
+        return (
+            torch.stack([self._rule(function, self._tridiagonal(j)) for j in range(len(self._norms))])
+            * self._squares()
+        )
 
     def radau(self, function: Function, node: float) -> Tensor:
         """Gauss-Radau's rule for zᵀf(A)z with a node at a lower end of A's spectrum: [k] in float64.

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,17 +39,46 @@ def quadratic_form(
         gradient: g of each parameter tensor.
         tolerance: Relative rise at which the steps end.
     """
+    return climbed(
+        partial(dot_all, layers),
+        lambda coefficients: dict(combine_all(layers, coefficients)),
+        precondition,
+        precision,
+        {name: g.to(layers[0].rows) for name, g in gradient.items()},
+        tolerance,
+    )
+
+
+def climbed(
+    dot: Callable[[Vector], Tensor],
+    combine: Callable[[Tensor], Vector],
+    precondition: Callable[[Vector], dict[str, Tensor]],
+    precision: Mapping[str, float],
+    gradient: Vector,
+    tolerance: float = REFINEMENT_TOLERANCE,
+) -> float:
+    """`quadratic_form` for a V that is known by its products alone.
+
+    Args:
+        dot: V times a vector.
+        combine: Vᵀ times what `dot` returns.
+        precondition: (G + Λ)⁻¹, or something near it, times a vector.
+        precision: λ of each parameter tensor.
+        gradient: g of each parameter tensor, in the rows' type.
+        tolerance: Relative rise at which the steps end.
+    """
     # Of entries up to 1, so that squares do not overflow in float32.
     sizes = [g.abs().max().item() for g in gradient.values() if g.numel()]
     unit = max(sizes, default=0.0)
     if unit == 0.0 or not math.isfinite(sum(sizes)):
         return sum(sizes)
-    scaled = {name: (g / unit).to(layers[0].rows) for name, g in gradient.items()}
-    return unit**2 * _climb(layers, precondition, precision, scaled, tolerance)
+    scaled = {name: g / unit for name, g in gradient.items()}
+    return unit**2 * _climb(dot, combine, precondition, precision, scaled, tolerance)
 
 
 def _climb(
-    layers: Sequence[KeptRows],
+    dot: Callable[[Vector], Tensor],
+    combine: Callable[[Tensor], Vector],
     precondition: Callable[[Vector], dict[str, Tensor]],
     precision: Mapping[str, float],
     gradient: Vector,
@@ -65,7 +95,7 @@ def _climb(
     for _ in range(MAX_REFINEMENTS):
         if decrease <= 0.0:  # nothing left, or nothing that the preconditioner can still see
             return value
-        along = _dot(layers, direction)
+        along = dot(direction)
         prior = sum(precision[name] * direction[name].square().sum().item() for name in names)
         step = decrease / (along.square().sum().item() + prior)
         # Along the direction the value rises by decrease² over the curvature. Where the preconditioner is the
@@ -73,7 +103,7 @@ def _climb(
         value += step * decrease
         if abs(1.0 - step) * decrease <= tolerance * value:
             return value
-        seen = dict(_combine(layers, along))
+        seen = combine(along)
         curved = {name: precision[name] * direction[name] + seen.get(name, 0.0) for name in names}
         residual = {name: residual[name] - step * curved[name] for name in names}
         # What is left, rᵀ(G + Λ)⁻¹r, is at most rᵀΛ⁻¹r.
@@ -125,18 +155,18 @@ def woodbury(
 
     def precondition(vector: Vector) -> dict[str, Tensor]:
         scaled = {name: part / precision[name] for name, part in vector.items()}
-        seen = dict(_combine(layers, solve(_dot(layers, scaled))))
+        seen = dict(combine_all(layers, solve(dot_all(layers, scaled))))
         return {name: part - seen.get(name, 0.0) / precision[name] for name, part in scaled.items()}
 
     return precondition
 
 
-def _dot(layers: Sequence[KeptRows], vectors: Mapping[str, Tensor]) -> Tensor:
+def dot_all(layers: Sequence[KeptRows], vectors: Mapping[str, Tensor]) -> Tensor:
     """V times a vector, as [C, N]."""
     return torch.stack([layer.dot(vectors) for layer in layers]).sum(0)
 
 
-def _combine(layers: Sequence[KeptRows], coefficients: Tensor) -> Iterator[tuple[str, Tensor]]:
+def combine_all(layers: Sequence[KeptRows], coefficients: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Vᵀ times coefficients [C, N], parameter by parameter."""
     for layer in layers:
         yield from layer.combine(coefficients).items()

@@ -18,6 +18,7 @@ from lightning_bayes.structures.diagonal import DiagonalCurvature
 from lightning_bayes.structures.dual import DualCurvature
 from lightning_bayes.structures.hessian import HessianCurvature
 from lightning_bayes.structures.kronecker import KroneckerCurvature
+from lightning_bayes.structures.lanczos import LanczosCurvature
 from lightning_bayes.structures.primal import PrimalCurvature
 
 DEFAULT_SAMPLES = 64
@@ -54,6 +55,7 @@ def block_curvature(problem: Problem) -> Curvature:
 
 STRUCTURES: dict[str, Callable[[Problem], Curvature]] = {
     "full": full_curvature,
+    "lanczos": LanczosCurvature,
     "blocks": block_curvature,
     "kron": KroneckerCurvature,
     "kron_joint": partial(KroneckerCurvature, joint=True),
