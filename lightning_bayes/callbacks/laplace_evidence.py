@@ -94,6 +94,8 @@ class LaplaceEvidence(EpochReadings[Evidence]):
         num_samples: Columns of the loss Hessian's root to sample, for "kron" and "diag"; None for all, or 64
             where structure="auto" meets more than 512 outputs per example whose columns are beyond its budget.
         num_blocks: Batches whose rows "blocks" reads, eight or more, see `laplace_evidence`; None for all.
+        num_probes: Random vectors of "lanczos", see `laplace_evidence`; None for 8.
+        max_stderr: Standard error in nats until which "lanczos" adds vectors, see `laplace_evidence`.
         max_overhead: Largest share of the training time that the callback may take, 0.1 for a tenth: epochs
             are skipped until an evaluation as long as the last fits. The first is always made. A key of a
             skipped epoch keeps its last value for monitors.
@@ -133,6 +135,8 @@ class LaplaceEvidence(EpochReadings[Evidence]):
         tolerance: float | None = None,
         num_samples: int | None = None,
         num_blocks: int | None = None,
+        num_probes: int | None = None,
+        max_stderr: float | None = None,
         max_overhead: float | None = None,
         log_key_prefix: str = "bayes/",
         on_error: OnError = "warn",
@@ -147,7 +151,15 @@ class LaplaceEvidence(EpochReadings[Evidence]):
             on_error=on_error,
         )
         self.method = Method(
-            structure, curvature, backend, tolerance, num_samples, subset_of_weights, num_blocks
+            structure,
+            curvature,
+            backend,
+            tolerance,
+            num_samples,
+            subset_of_weights,
+            num_blocks,
+            num_probes,
+            max_stderr,
         )
         require_prior_precision(prior_precision, also=("auto", "optimize_per_group"))
         self.prior_precision = prior_precision

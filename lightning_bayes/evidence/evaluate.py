@@ -82,6 +82,8 @@ def evidence_of(
         num_negative_eigenvalues=summary.num_negative,
         num_samples=method.num_samples,
         num_blocks=method.num_blocks,
+        newton_decrement_error=0.5 * summary.quadratic_error / optimum.dispersion,
+        log_evidence_dof=summary.log_det_dof,
         lower_stderr=0.5 * summary.upper_stderr,
         subset_of_weights=subset if isinstance(subset, str) else tuple(subset),
         log_evidence_best_prior=None if best is None else best[0],

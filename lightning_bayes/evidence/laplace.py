@@ -47,6 +47,8 @@ def laplace_evidence(
     tolerance: float | None = None,
     num_samples: int | None = None,
     num_blocks: int | None = None,
+    num_probes: int | None = None,
+    max_stderr: float | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Evidence:
@@ -64,7 +66,8 @@ def laplace_evidence(
             "gaussian_nll" (means, then variances), or a `Likelihood` with its own parameters, such as
             `Gaussian(sigma=0.1)` or `Categorical(label_smoothing=0.1, ignore_index=0)`. Sequences are logits
             [N, C, T] or [N, T, C] with targets [N, T].
-        structure: "full" (exact, or a bracket of width `tolerance`), "blocks" (a bracket in time linear in N and
+        structure: "full" (exact, or a bracket of width `tolerance`), "lanczos" (an unbiased estimate of the exact
+            value with its standard error, for any size), "blocks" (a bracket in time linear in N and
             bounded memory, wider the larger N), "kron", "kron_joint" (weight and bias of a layer in one
             block), "kron_expand" (positions of convolutions and sequences apart), "diag"; "auto" takes the first of
             "full", "blocks" and "kron" that stays within the memory and time of `Budget`.
@@ -88,6 +91,10 @@ def laplace_evidence(
         num_blocks: Batches whose rows "blocks" reads, eight or more, drawn at random, the same at every call; None
             for all. The log-likelihood stays that of all examples (one gradient pass); `lower`, and with it the
             value, is then an unbiased estimate of a lower bound with a standard error, `upper` a certified bound.
+        num_probes: Random vectors of "lanczos", the same at every call; None for 8. The standard error falls with
+            their square root, the time rises with them.
+        max_stderr: Standard error of the log-evidence in nats until which "lanczos" adds vectors; None for
+            `num_probes` of them. What it will cost is logged; beyond 1,024 vectors a warning says so instead.
         device: Where to compute; None for the model's own device.
         progress: Whether to show a progress bar.
 
@@ -115,6 +122,8 @@ def laplace_evidence(
         tolerance=tolerance,
         num_samples=num_samples,
         num_blocks=num_blocks,
+        num_probes=num_probes,
+        max_stderr=max_stderr,
         device=device,
         progress=progress,
     )

@@ -11,6 +11,8 @@ from lightning_bayes.structures.registry import DEFAULT_SAMPLES, STRUCTURES, sam
 
 CURVATURES = ("ggn", "hessian", "hessian_positive")
 BACKENDS = ("auto", "backpack", "autograd")
+DEFAULT_PROBES = 8
+"""Random vectors of "lanczos"."""
 FEWEST_BLOCKS = 8
 """Batches whose rows "blocks" may read: intervals from two to four were seen to cover 0.3 of the truths for 0.95."""
 
@@ -30,6 +32,9 @@ class Method:
     num_samples: int | None = None
     subset_of_weights: Subset = "all"
     num_blocks: int | None = None
+    num_probes: int | None = None
+    max_stderr: float | None = None
+    seed: int = field(default=0, repr=False)
     budget: Budget = field(default=DEFAULT_BUDGET, repr=False)
 
     def __post_init__(self) -> None:
@@ -47,6 +52,10 @@ class Method:
                 "the batches tell how far off the other half may be, and the standard error of fewer does not "
                 f"hold what it says. Use num_blocks={FEWEST_BLOCKS}, or None for all batches."
             )
+        if self.num_probes is not None:
+            count("num_probes", self.num_probes)
+        if self.max_stderr is not None:
+            positive("max_stderr", self.max_stderr)
         if self.is_hessian and self.structure not in ("auto", "full"):
             raise ValueError(
                 f"Expected argument `structure` to be 'auto' or 'full' beside curvature={self.curvature!r}, got "
@@ -62,7 +71,7 @@ class Method:
     def _combinations(self) -> list[tuple[str, str | None, bool, str, str]]:
         """Options with the one value that some others leave them: whether these do, which they are, and why."""
         structure, curvature = f"structure={self.structure!r}", f"curvature={self.curvature!r}"
-        no_samples = self.structure in ("full", "blocks") or self.tolerance is not None
+        no_samples = self.structure in ("full", "lanczos", "blocks") or self.tolerance is not None
         of_exact = (
             "it is the width of a bracket about the exact log-evidence, which "
             'structure="full" and "auto" give.'
@@ -71,12 +80,20 @@ class Method:
             "with sampled columns the matrix is right on average only, and neither exact nor bracketed. Use "
             'structure="kron" or "diag".'
         )
+        of_lanczos = (
+            'it is of the random vectors that structure="lanczos" takes, and "auto" where that is what it chooses.'
+        )
+        not_lanczos = self.structure not in ("auto", "lanczos")
         of_blocks = 'it is the number of batches whose rows structure="blocks" reads.'
         by_autograd = 'the Hessian is formed by autograd, whole and exact. Use curvature="ggn".'
         return [
             ("tolerance", None, self.structure not in ("auto", "full"), structure, of_exact),
             ("num_samples", None, no_samples, f"{structure} and tolerance={self.tolerance!r}", on_average),
             ("num_blocks", None, self.structure != "blocks", structure, of_blocks),
+            ("num_probes", None, not_lanczos, structure, of_lanczos),
+            ("max_stderr", None, not_lanczos, structure, of_lanczos),
+            ("num_probes", None, self.is_hessian, curvature, by_autograd),
+            ("max_stderr", None, self.is_hessian, curvature, by_autograd),
             ("tolerance", None, self.is_hessian, curvature, by_autograd),
             ("num_samples", None, self.is_hessian, curvature, by_autograd),
             ("backend", "auto", self.is_hessian, curvature, by_autograd),

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from scipy.special import ndtri, stdtrit
+
 MOST_PRIOR_LINES = 6
 """Lines about the prior that one screen has room for."""
 
@@ -32,7 +34,7 @@ class Evidence:
         prior_precision: λ, or one for each parameter where they differ.
         num_examples: N.
         num_parameters: p, the parameters that carry a prior.
-        structure: "full", "blocks", "kron", "kron_joint", "kron_expand" or "diag".
+        structure: "full", "lanczos", "blocks", "kron", "kron_joint", "kron_expand" or "diag".
         curvature: "ggn", "hessian" or "hessian_positive" (the eigenvalues λᵢ ≥ λ of the cost's Hessian alone).
         seconds: What it took.
         effective_parameters_stderr: Standard error of `effective_parameters`; 0 where it is exact.
@@ -56,6 +58,8 @@ class Evidence:
             maximises it at these weights and this noise: the number to compare runs of different weight decay by.
             None where it would cost too much, or there is no such λ.
         best_prior_precision: That λ.
+        log_evidence_dof: Degrees of freedom of `log_evidence_stderr`, infinite where it is as good as certain.
+        newton_decrement_error: What `newton_decrement` may be too small by at most; 0 where it is exact.
     """
 
     log_evidence: float
@@ -86,6 +90,19 @@ class Evidence:
     lower_stderr: float = 0.0
     log_evidence_best_prior: float | None = None
     best_prior_precision: float | None = None
+    log_evidence_dof: float = math.inf
+    newton_decrement_error: float = 0.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of `log_evidence`, as far as its standard error from sampling goes.
+
+        By Student's t with `log_evidence_dof` degrees of freedom. Of "lanczos" it is one of the exact log-evidence.
+        """
+        if not math.isfinite(self.log_evidence_stderr):
+            return -math.inf, math.inf
+        reach = self.log_evidence_stderr * _quantile(self.log_evidence_dof)
+        return self.log_evidence - reach, self.log_evidence + reach
 
     @property
     def at_minimum(self) -> bool:
@@ -152,6 +169,9 @@ class Evidence:
         per_example = f"{self.log_evidence / self.num_examples:+.4f} per example"
         if not self.log_evidence_stderr:
             return per_example
+        if self.structure == "lanczos":
+            reach = _quantile(self.log_evidence_dof) * self.log_evidence_stderr
+            return f"± {self.log_evidence_stderr:.2g} (95 %: ± {reach:.2g}), {per_example}"
         if math.isfinite(self.log_evidence_stderr):
             sampling = f"± {self.log_evidence_stderr:.2g} from sampling"
         else:
@@ -176,7 +196,8 @@ class Evidence:
                 f"{self.structure}; log-evidence at most {self.upper:,.2f}, and at least {self.lower:,.2f} ± "
                 f"{self.lower_stderr:.2g}: estimated from {self.num_blocks} batches, not certified"
             )
-        return f"{self.structure}{columns}; log-evidence in [{self.lower:,.2f}, {self.upper:,.2f}]"
+        certified = " certified" if self.structure == "lanczos" else ""
+        return f"{self.structure}{columns}; log-evidence{certified} in [{self.lower:,.2f}, {self.upper:,.2f}]"
 
     def _eigenvalue_lines(self) -> list[str]:
         if self.num_eigenvalues_below_prior is None:
@@ -198,6 +219,11 @@ class Evidence:
             rest = len(lines) - MOST_PRIOR_LINES + 1
             lines[MOST_PRIOR_LINES - 1 :] = [f"{'':<22}{'...':>16}  and {rest} more"]
         return lines
+
+
+def _quantile(dof: float) -> float:
+    """Of 97.5 %, of Student's t."""
+    return float(ndtri(0.975) if math.isinf(dof) else stdtrit(dof, 0.975))
 
 
 def _shorten(names: tuple[str, ...] | list[str], at_most: int = 4) -> str:

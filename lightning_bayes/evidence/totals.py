@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_bayes.capture.forward import Forward
 from lightning_bayes.errors import EvidenceUnavailableError, check_finite
-from lightning_bayes.evidence.options import Method
+from lightning_bayes.evidence.options import DEFAULT_PROBES, Method
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.numerics.sampling_estimates import draw_blocks
@@ -255,6 +255,9 @@ def _settled(
         sought=bool(prior.optimized) or likelihood.optimizes_dispersion,
         curvature=method.curvature,
         budget=method.budget,
+        num_probes=method.num_probes or DEFAULT_PROBES,
+        max_stderr=None if method.max_stderr is None else 2.0 * method.max_stderr,
+        seed=method.seed,
     )
     structure, reason = choose_structure(method.structure, problem)
     return problem, method if structure == method.structure else replace(method, structure=structure), reason

@@ -6,8 +6,8 @@ Chen & Saad 2017). For f = ln Gauss's rule lies above zᵀf(A)z, and Gauss-Radau
 the spectrum, below: their gap says when there are steps enough.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -22,23 +22,58 @@ Function = Callable[[Tensor], Tensor]
 """From eigenvalues to values, entry by entry."""
 
 
-def random_signs(num_vectors: int, like: Tensor, seed: int = 0) -> Tensor:
-    """Vectors [num_vectors, n] of ±1 with the type and device of `like` [n]; one seed is the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    bits = torch.randint(0, 2, (num_vectors, len(like)), generator=generator, dtype=torch.int8)
-    return bits.to(like.device).to(like.dtype).mul_(2.0).sub_(1.0)
+def random_signs(numbers: Iterable[int], like: Tensor) -> Tensor:
+    """Vectors of ±1 [k, n], one for each number, with the type and device of `like` [n]; the same on every device."""
+    vectors = []
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        vectors.append(torch.randint(0, 2, (len(like),), generator=generator, dtype=torch.int8))
+    return torch.stack(vectors).to(like.device).to(like.dtype).mul_(2.0).sub_(1.0)
 
 
-@dataclass(frozen=True)
-class TraceEstimate:
-    """An estimate of tr f(A) from several vectors."""
+class SampledTrace:
+    """An estimate of tr A from pairs (z, Az) of vectors of random signs, taken in group by group.
 
-    value: float
-    """Its mean over the vectors, each between its two rules."""
-    stderr: float
-    """Standard error of the mean over random signs, 0 where f(A) is diagonal."""
-    gap: float
-    """Between Gauss's and Gauss-Radau's rule, its mean over the vectors: twice the error of too few steps at most."""
+    With x_j = z_j ∘ Az_j, of which entry i has the mean A_ii and the variance Σ_{l≠i} A_il², Var zᵀAz = 2 Σ_i Var x_i
+    for a symmetric A, and at most that for any: the spread of the *entries* over the vectors tells the error of the
+    mean far better than that of the few sums does. One vector has no spread; then A_ii counts as 0, and the error is
+    an upper bound.
+    """
+
+    def __init__(self) -> None:
+        self.num_vectors = 0
+        self._sums: Tensor = torch.zeros(())  # Σ_j x_j and Σ_j x_j², [n]
+        self._squares: Tensor = torch.zeros(())
+
+    def add(self, signs: Tensor, images: Tensor) -> None:
+        """Take in z and Az, both [k, n]."""
+        entries = (signs * images).to(accumulation_dtype(signs.device))
+        self._sums = self._sums.to(entries) + entries.sum(0)
+        self._squares = self._squares.to(entries) + entries.square().sum(0)
+        self.num_vectors += len(signs)
+
+    @property
+    def mean(self) -> float:
+        """Of zᵀAz."""
+        return self._sums.sum().item() / self.num_vectors
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the mean, 0 where A is diagonal."""
+        return (2.0 * self._variances().sum().item() / self.num_vectors) ** 0.5
+
+    @property
+    def degrees_of_freedom(self) -> float:
+        """Of that error, by Satterthwaite (1946): as many as vectors less one where one entry is all of it."""
+        variances = self._variances()
+        squares = variances.square().sum().item()
+        return max(self.num_vectors - 1, 1) * (variances.sum().item() ** 2 / squares if squares else math.inf)
+
+    def _variances(self) -> Tensor:
+        if self.num_vectors == 1:
+            return self._squares
+        spread = self._squares - self._sums.square() / self.num_vectors
+        return spread.clamp(min=0.0) / (self.num_vectors - 1)
 
 
 class LanczosRecurrences:
@@ -124,27 +159,18 @@ class LanczosRecurrences:
                 total[j] += weight * step[0, j]
         return total
 
-    def trace(self, function: Function, node: float) -> TraceEstimate:
-        """Estimate tr f(A) from vectors of random signs, for an f whose even derivatives have one sign, such as ln.
-
-        With x_j = z_j ∘ f(A)z_j, of which entry i has the mean f(A)_ii and the variance Σ_{l≠i} f(A)_il²,
-        Var zᵀf(A)z = 2 Σ_i Var x_i: the spread of the *entries* over the vectors tells the error of the mean,
-        far better than the spread of the few sums does. One vector has no spread; then f(A)_ii counts as 0, and the
-        error is an upper bound.
+    def between(self, function: Function, node: float) -> tuple[Tensor, Tensor]:
+        """Return the middle of the two rules and their distance, of an f whose even derivatives have one sign.
 
         Args:
-            function: f.
+            function: f, such as ln.
             node: A number that no eigenvalue of A is below.
+
+        Returns:
+            [k] each, in float64. Half the distance is the error of too few steps at most.
         """
         gauss, radau = self.gauss(function), self.radau(function, node)
-        entries = (self._starts * self.images(function)).to(accumulation_dtype(self._starts.device))
-        num_vectors = len(entries)
-        spread = entries.var(0).sum() if num_vectors > 1 else entries.square().sum()
-        return TraceEstimate(
-            value=(0.5 * (gauss + radau)).mean().item(),
-            stderr=(2.0 * spread.item() / num_vectors) ** 0.5,
-            gap=(gauss - radau).abs().mean().item(),
-        )
+        return 0.5 * (gauss + radau), (gauss - radau).abs()
 
     def _squares(self) -> Tensor:
         return self._norms.cpu().double().square()

@@ -1,7 +1,7 @@
-"""The rows of many batches, each example's turned to the eigenbasis of its own block of K, and products with K.
+"""All rows of a training set, each example's turned to the eigenbasis of its own block of K, and products with them.
 
-Batches stay apart, so that nothing of the size of all rows is put together, and what is turned is the coefficients
-of the rows rather than the rows: with U the eigenvectors of an example's block, U (w) goes in and Uᵀ comes out.
+What is turned is the coefficients of the rows rather than the rows: with U the eigenvectors of an example's block, U w
+goes in and Uᵀ comes out. In that basis random signs have a small part of the variance that they have in others.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,77 +11,89 @@ from torch import Tensor
 
 from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.row_storage.collector import example_grams
-from lightning_bayes.row_storage.largest_rows import RowSet
-from lightning_bayes.row_storage.newton_decrement import combine_all, dot_all
+from lightning_bayes.row_storage.largest_rows import RowReservoir, RowSet
+from lightning_bayes.row_storage.row_products import Parameters, RowProducts
 from lightning_bayes.row_storage.stored import KeptRows
-
-Parameters = dict[str, Tensor]
-"""One number for each entry of each parameter."""
 
 
 class EigenbasisRows:
-    """V of all batches at one prior; rows are numbered batch by batch, i·N + n within one of N examples.
+    """V of all batches in one basis for all multiples of a prior; rows are numbered batch by batch, i·N + n within.
 
     Args:
-        batches: The layers of each batch, [C, N, ...].
         precision: λ of each parameter tensor.
+        num_selected: Rows with the largest K_ii that are kept by themselves.
     """
 
-    def __init__(self, batches: Sequence[Sequence[KeptRows]], precision: Mapping[str, float]) -> None:
-        self._batches = batches
-        self._precision = precision
+    def __init__(self, precision: Mapping[str, float], num_selected: int) -> None:
+        self.precision = precision
         self._rotations: list[Tensor] = []  # U [N, C, C] of each batch
-        diagonals = []
-        for layers in batches:
-            grams = example_grams(layers, precision)
-            values, vectors = torch.linalg.eigh(grams.to(accumulation_dtype(grams.device)))
-            self._rotations.append(vectors.to(grams))
-            diagonals.append(values.clamp_(min=0.0).mT.flatten())
-        self.diagonal = torch.cat(diagonals)
-        """K_ii of every row."""
-        self._sizes = [len(part) for part in diagonals]
+        self._diagonals: list[Tensor] = []
+        self._largest = RowReservoir(num_selected)
+        self._number = 0
 
-    def combine(self, coefficients: Tensor) -> Parameters:
-        """Vᵀ times coefficients [rows]."""
-        total: Parameters = {}
-        for layers, rotations, part in self._parts(coefficients):
-            turned = torch.einsum("ncd,dn->cn", rotations, part.view(-1, len(rotations)))
-            for name, share in combine_all(layers, turned):
-                total[name] = total[name] + share if name in total else share
-        return total
+    def add(self, layers: Sequence[KeptRows]) -> None:
+        """Take in the rows [C, N] of the next batch, of which the rotation and the largest are kept."""
+        grams = example_grams(layers, self.precision)
+        values, vectors = torch.linalg.eigh(grams.to(accumulation_dtype(grams.device)))
+        # The signs of eigenvectors are arbitrary: fixed, the same random signs mean the same from epoch to epoch.
+        leading = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+        rotations = (vectors * leading.sign()).to(grams)
+        diagonal = values.clamp_(min=0.0).mT.flatten()
+        numbers = torch.arange(len(diagonal), device=diagonal.device) + self._number
+        turned = {layer.names: _in_one_line(layer.rotate(rotations)) for layer in layers}
+        self._largest.offer(RowSet(turned, numbers.to(diagonal).unsqueeze(1)), diagonal)
+        self._rotations.append(rotations)
+        self._diagonals.append(diagonal)
+        self._number += len(diagonal)
 
-    def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        """V times a vector: [rows]."""
-        return torch.cat(
+    def __len__(self) -> int:
+        return self._number
+
+    def diagonal(self) -> Tensor:
+        """K_ii of every row at `precision`: [rows] in the accurate type."""
+        self._diagonals = [torch.cat(self._diagonals)]
+        return self._diagonals[0]
+
+    def largest(self) -> tuple[list[KeptRows], Tensor]:
+        """The selected rows as [1, S], and their numbers."""
+        self._largest.close()
+        drawn = self._largest.rows()
+        if drawn is None:
+            raise ValueError("There are no rows to select from.")
+        return list(drawn[0].layers.values()), drawn[0].values[:, 0].long()
+
+    def combine(self, products: RowProducts, coefficients: Tensor) -> Parameters:
+        """Vᵀ times coefficients [k, rows]: [k, *shape] of each parameter."""
+        sizes = [len(rotations) * rotations.shape[1] for rotations in self._rotations]
+        parts = zip(self._rotations, coefficients.split(sizes, 1), strict=True)
+        return products.combine(
             [
-                torch.einsum("ncd,cn->dn", rotations, dot_all(layers, vectors)).flatten()
-                for layers, rotations in zip(self._batches, self._rotations, strict=True)
+                torch.einsum("ncd,kdn->kcn", rotations, part.unflatten(1, (-1, len(rotations))))
+                for rotations, part in parts
             ]
         )
 
-    def select(self, numbers: Tensor) -> list[KeptRows]:
-        """Some rows, by their ascending numbers, as [1, R]; a layer that a batch lacks has zeros for its rows."""
-        pieces, start = [], 0
-        for layers, rotations, size in zip(self._batches, self._rotations, self._sizes, strict=True):
-            own = numbers[(numbers >= start) & (numbers < start + size)] - start
-            start += size
-            if len(own) == 0:
-                continue
-            columns, examples = own // len(rotations), own % len(rotations)
-            single = {layer.names: layer.rotate(rotations).select(columns, examples) for layer in layers}
-            pieces.append(RowSet(single, self.diagonal.new_zeros(len(own), 0)))
-        return list(pieces[0].joined(pieces[1:]).layers.values())
+    def dot(self, products: RowProducts, vectors: Mapping[str, Tensor]) -> Tensor:
+        """V times vectors [k, *shape] of each parameter: [k, rows]."""
+        of_batches = zip(self._rotations, products.dot(vectors), strict=True)
+        return torch.cat(
+            [torch.einsum("ncd,kcn->kdn", rotations, part).flatten(1) for rotations, part in of_batches], 1
+        )
 
-    def cross(self, rows: Sequence[KeptRows]) -> Iterator[Tensor]:
-        """K between some rows [1, R] and those of one batch after the other: [R, rows of the batch]."""
-        for layers, rotations in zip(self._batches, self._rotations, strict=True):
+    def cross(self, products: RowProducts, rows: Sequence[KeptRows]) -> Iterator[Tensor]:
+        """K at `precision` between some rows [1, R] and those of one batch after the other: [R, rows of the batch]."""
+        for layers, rotations in zip(products.batches(), self._rotations, strict=True):
             shared = {layer.names: layer for layer in layers}
             total = torch.zeros(rows[0].num_rows, layers[0].num_rows).to(rotations)
             for layer in rows:
                 if layer.names in shared:
-                    total += layer.cross(shared[layer.names], self._precision)
+                    total += layer.cross(shared[layer.names], self.precision)
             apart = total.view(len(total), -1, len(rotations))
             yield torch.einsum("ncd,rcn->rdn", rotations, apart).flatten(1)
 
-    def _parts(self, coefficients: Tensor) -> Iterator[tuple[Sequence[KeptRows], Tensor, Tensor]]:
-        return zip(self._batches, self._rotations, coefficients.split(self._sizes), strict=True)
+
+def _in_one_line(layer: KeptRows) -> KeptRows:
+    """Rows [C, N] as [1, C·N]."""
+    columns, examples = layer.rows.shape[:2]
+    numbers = torch.arange(columns * examples, device=layer.rows.device)
+    return layer.select(numbers // examples, numbers % examples)

@@ -39,14 +39,23 @@ def quadratic_form(
         gradient: g of each parameter tensor.
         tolerance: Relative rise at which the steps end.
     """
-    return climbed(
+    value, left = climbed(
         partial(dot_all, layers),
         lambda coefficients: dict(combine_all(layers, coefficients)),
         precondition,
         precision,
         {name: g.to(layers[0].rows) for name, g in gradient.items()},
         tolerance,
+        MAX_REFINEMENTS,
     )
+    if left > tolerance * value:
+        warnings.warn(
+            f"The Newton decrement has not converged in {MAX_REFINEMENTS} steps and is a lower bound: the prior "
+            "precision is too small for the floating-point type, or the tolerance too wide. A larger prior precision, "
+            "a float64 model or a smaller tolerance avoids this.",
+            stacklevel=2,
+        )
+    return value
 
 
 def climbed(
@@ -55,25 +64,32 @@ def climbed(
     precondition: Callable[[Vector], dict[str, Tensor]],
     precision: Mapping[str, float],
     gradient: Vector,
-    tolerance: float = REFINEMENT_TOLERANCE,
-) -> float:
-    """`quadratic_form` for a V that is known by its products alone.
+    tolerance: float,
+    max_steps: int,
+) -> tuple[float, float]:
+    """`quadratic_form` for a V that is known by its products alone, without the warning.
 
     Args:
         dot: V times a vector.
         combine: Vᵀ times what `dot` returns.
-        precondition: (G + Λ)⁻¹, or something near it, times a vector.
+        precondition: (G + Λ)⁻¹, or the inverse of a matrix below G + Λ, times a vector.
         precision: λ of each parameter tensor.
         gradient: g of each parameter tensor, in the rows' type.
         tolerance: Relative rise at which the steps end.
+        max_steps: After which they end anyhow.
+
+    Returns:
+        A value, and what it may be below gᵀ(G + Λ)⁻¹g at most (Meurant & Tichý, *On computing quadrature-based bounds
+        for the A-norm of the error in conjugate gradients*, Numerical Algorithms 62, 2013).
     """
     # Of entries up to 1, so that squares do not overflow in float32.
     sizes = [g.abs().max().item() for g in gradient.values() if g.numel()]
     unit = max(sizes, default=0.0)
     if unit == 0.0 or not math.isfinite(sum(sizes)):
-        return sum(sizes)
+        return sum(sizes), 0.0
     scaled = {name: g / unit for name, g in gradient.items()}
-    return unit**2 * _climb(dot, combine, precondition, precision, scaled, tolerance)
+    value, left = _climb(dot, combine, precondition, precision, scaled, tolerance, max_steps)
+    return unit**2 * value, unit**2 * left
 
 
 def _climb(
@@ -83,7 +99,8 @@ def _climb(
     precision: Mapping[str, float],
     gradient: Vector,
     tolerance: float,
-) -> float:
+    max_steps: int,
+) -> tuple[float, float]:
     names, residual = list(gradient), dict(gradient)
 
     def inner(left: Vector, right: Vector) -> float:
@@ -91,35 +108,36 @@ def _climb(
 
     direction = precondition(residual)
     decrease = inner(residual, direction)
-    value = 0.0
-    for _ in range(MAX_REFINEMENTS):
+    value, radau, left = 0.0, 1.0, decrease
+    for _ in range(max_steps):
         if decrease <= 0.0:  # nothing left, or nothing that the preconditioner can still see
-            return value
+            return value, 0.0
         along = dot(direction)
         prior = sum(precision[name] * direction[name].square().sum().item() for name in names)
         step = decrease / (along.square().sum().item() + prior)
         # Along the direction the value rises by decrease² over the curvature. Where the preconditioner is the
         # inverse of G + Λ, or of a matrix below it, no more than `decrease` was left before: (1 − step) of it is now.
         value += step * decrease
-        if abs(1.0 - step) * decrease <= tolerance * value:
-            return value
+        left = abs(1.0 - step) * decrease
+        if left <= tolerance * value:
+            return value, left
         seen = combine(along)
         curved = {name: precision[name] * direction[name] + seen.get(name, 0.0) for name in names}
         residual = {name: residual[name] - step * curved[name] for name in names}
         # What is left, rᵀ(G + Λ)⁻¹r, is at most rᵀΛ⁻¹r.
-        if sum(residual[name].square().sum().item() / precision[name] for name in names) <= tolerance * value:
-            return value
+        left = sum(residual[name].square().sum().item() / precision[name] for name in names)
+        if left <= tolerance * value:
+            return value, left
         whitened = precondition(residual)
         ahead = inner(residual, whitened)
+        # Gauss-Radau's bound with a node at 1, the smallest eigenvalue of the preconditioned matrix.
+        radau = max(radau - step, 0.0) / (max(radau - step, 0.0) + ahead / decrease) if ahead > 0.0 else 0.0
+        left = min(left, radau * ahead)
+        if left <= tolerance * value:
+            return value, left
         direction = {name: whitened[name] + ahead / decrease * direction[name] for name in names}
         decrease = ahead
-    warnings.warn(
-        f"The Newton decrement has not converged in {MAX_REFINEMENTS} steps and is a lower bound: the prior "
-        "precision is too small for the floating-point type, or the tolerance too wide. A larger prior precision, a "
-        "float64 model or a smaller tolerance avoids this.",
-        stacklevel=2,
-    )
-    return value
+    return value, left
 
 
 def by_factor(
@@ -163,10 +181,16 @@ def woodbury(
 
 def dot_all(layers: Sequence[KeptRows], vectors: Mapping[str, Tensor]) -> Tensor:
     """V times a vector, as [C, N]."""
-    return torch.stack([layer.dot(vectors) for layer in layers]).sum(0)
+    return dot_each(layers, {name: vector.unsqueeze(0) for name, vector in vectors.items()})[0]
 
 
 def combine_all(layers: Sequence[KeptRows], coefficients: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Vᵀ times coefficients [C, N], parameter by parameter."""
     for layer in layers:
-        yield from layer.combine(coefficients).items()
+        for name, share in layer.combine(coefficients.unsqueeze(0)).items():
+            yield name, share[0]
+
+
+def dot_each(layers: Sequence[KeptRows], vectors: Mapping[str, Tensor]) -> Tensor:
+    """V times k vectors, [k, *shape] of each parameter, as [k, C, N]."""
+    return torch.stack([layer.dot(vectors) for layer in layers]).sum(0)

@@ -1,5 +1,6 @@
 """What every curvature structure answers."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ class Budget:
         landmarks: Landmark rows of "blocks" where the data are few; halved until the pass fits its operations.
         pool_rows: Rows of the first batches that are held back to choose the landmarks from, where they are
             short.
+        stored_bytes: Rows of "lanczos" that are stored; more are formed again for each product with them.
+        basis_bytes: Bases of its random vectors that are stored; where more are needed the vectors take turns.
         sampled_rows: Rows outside S that are held back as a random sample.
         kronecker_exact: Parameters up to which a tensor without a Kronecker form keeps its exact block, larger
             ones its diagonal.
@@ -71,6 +74,8 @@ class Budget:
     least_kept: int = 64
     landmarks: int = 1024
     pool_rows: int = 8192
+    stored_bytes: float = 2.5e9
+    basis_bytes: float = 1e9
     sampled_rows: int = 256
     kronecker_exact: int = 1024
     kronecker_left_out: int = 1024
@@ -98,6 +103,9 @@ class Problem:
         sought: Whether prior precisions are to be found.
         rises_together: Whether every Λ that will be asked for is `strengths` times one number.
         curvature: Of which matrix: "ggn", or the true Hessian as "hessian" or "hessian_positive".
+        num_probes: Random vectors of "lanczos".
+        max_stderr: Standard error of its log-determinant, until which there are more of them; None for no more.
+        seed: Of these vectors.
     """
 
     shapes: Mapping[str, torch.Size]
@@ -117,6 +125,9 @@ class Problem:
     rises_together: bool = True
     curvature: str = "ggn"
     budget: Budget = DEFAULT_BUDGET
+    num_probes: int = 8
+    max_stderr: float | None = None
+    seed: int = 0
 
     @property
     def num_parameters(self) -> int:
@@ -144,6 +155,8 @@ class CurvatureSummary:
         effective_parameters: tr G(G + Λ)⁻¹.
         quadratic: gᵀ(G + Λ)⁻¹g for the gradient g that was given.
         log_det_stderr: 0 where nothing is sampled.
+        log_det_dof: Degrees of freedom of that error.
+        quadratic_error: What `quadratic` may be too small by at most.
         effective_parameters_stderr: 0 where the trace is exact.
         upper_stderr: Of the upper bound where it is an estimate from sampled blocks; 0 where it is certain.
         num_below_prior: Eigenvalues of the true Hessian of the whitened cost below 1, which is λᵢ < λ; None for
@@ -156,6 +169,8 @@ class CurvatureSummary:
     effective_parameters: float
     quadratic: float
     log_det_stderr: float = 0.0
+    log_det_dof: float = math.inf
+    quadratic_error: float = 0.0
     effective_parameters_stderr: float = 0.0
     upper_stderr: float = 0.0
     num_below_prior: int | None = None

@@ -10,211 +10,213 @@ estimated by stochastic Lanczos quadrature with random signs (Ubaru, Chen & Saad
 Wenger et al. 2022): S and D leave it a small condition number and a small variance.
 """
 
+import logging
 import math
+import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_bayes.errors import EvidenceUnavailableError
-from lightning_bayes.numerics.cholesky import log_det_of, rounding_of_log_det, solve
-from lightning_bayes.numerics.devices import accumulation_dtype
-from lightning_bayes.numerics.lanczos_quadrature import LanczosRecurrences, TraceEstimate, random_signs
-from lightning_bayes.row_storage.collector import RowKeeper, cross_all
+from lightning_bayes.numerics.cholesky import rounding_of_log_det
+from lightning_bayes.numerics.lanczos_quadrature import LanczosRecurrences, SampledTrace, random_signs
+from lightning_bayes.row_storage.collector import RowKeeper
 from lightning_bayes.row_storage.eigenbasis_rows import EigenbasisRows
-from lightning_bayes.row_storage.newton_decrement import climbed, combine_all, dot_all, woodbury
-from lightning_bayes.row_storage.stored import KeptRows
+from lightning_bayes.row_storage.row_products import RowProducts, StoredRows
 from lightning_bayes.rows.rows import RowChunk
 from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
+from lightning_bayes.structures.schur_complement import SchurComplement, SelectedRows
 
-NUM_PROBES = 8
-"""Vectors of random signs."""
 GAP_SHARE = 0.1
 """Of the standard error, that the gap between Gauss's and Gauss-Radau's rule may be at the end."""
 MAX_STEPS = 200
-"""Products after which Lanczos ends, with the rest of the gap in the standard error and a warning."""
+"""Steps after which Lanczos ends, with the rest of the gap in the standard error and a warning."""
+MAX_PROBES = 1024
+"""Vectors that `max_stderr` may ask for."""
+EXPECTED_STEPS = 40
+"""By which the memory of the bases is planned."""
 SELECTED_PRODUCTS = 16.0
 """Products with one vector that S may take."""
 SMALLEST_SELECTION = 64
-DECREMENT_TOLERANCE = 1e-4
+DECREMENT_TOLERANCE = 1e-3
 """Relative rise of the Newton decrement at which its refinement ends."""
+SEARCH_PROBES = 2
+"""Vectors that a search for the prior takes. γ to a percent gives its λ to a percent, and the log-evidence at that λ
+lies below the maximum by some 1e-4 of γ/4."""
+
+
+@dataclass
+class _Answer:
+    """The estimates at one prior, from the vectors so far."""
+
+    schur: SchurComplement
+    log: SampledTrace  # of ln M
+    gamma: SampledTrace  # of M⁻¹ D^-½ Q' D^-½
+    middle: float = 0.0  # Σ over vectors of zᵀ ln M z
+    gap: float = 0.0
 
 
 class LanczosCurvature(Curvature):
     """The rows of all batches, S of them exactly, and random vectors for what they leave.
 
+    The vectors are the same at every prior and epoch, so that differences are surer than values.
+
     Args:
         problem: Sizes.
-        num_probes: Vectors of random signs.
-        num_selected: Rows of S; None for as many as cost about `SELECTED_PRODUCTS` products.
-        seed: Of the vectors: the same at every prior and epoch, so that differences are surer than values.
     """
 
-    def __init__(
-        self, problem: Problem, num_probes: int = NUM_PROBES, num_selected: int | None = None, seed: int = 0
-    ) -> None:
+    def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self._num_probes, self._num_selected, self._seed = num_probes, num_selected, seed
+        self._shape = problem.strengths or dict.fromkeys(problem.shapes, 1.0)
+        self._rows = EigenbasisRows(self._shape, num_selected(problem))
+        self._stored = StoredRows()
         self._keeper = RowKeeper()
-        self._batches: list[list[KeptRows]] = []
+        self._selected: SelectedRows | None = None
+        self._answers: dict[float, _Answer] = {}
+        self._seconds = 0.0  # of the last prior's first vectors
 
     @override
     def update(self, chunk: RowChunk) -> None:
         self._keeper.add(chunk)
         if chunk.columns.stop == chunk.num_columns:
-            self._batches.append(self._keeper.layers())
+            layers = self._keeper.layers()
+            self._rows.add(layers)
+            self._stored.add(layers)
             self._keeper = RowKeeper(self._keeper)
 
     @override
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
-        rows = EigenbasisRows(self._batches, precision)
-        schur = SchurComplement(rows, self._largest(rows.diagonal), precision)
-        estimate, gamma, gamma_stderr = schur.trace_of_log(self._num_probes, self._seed)
-        slack = rounding_of_log_det(len(rows.diagonal) + rows.diagonal.sum().item(), self.problem.dtype)
-        lower, upper = max(schur.log_det - slack, 0.0), schur.log_det + schur.above + slack
+        started = time.perf_counter()
+        answer = self._answer(precision, self.problem.num_probes)
+        self._seconds = time.perf_counter() - started
+        self._refined(answer)
+        schur = answer.schur
+        log_det = schur.log_det_selected + schur.log_det_bound
+        slack = rounding_of_log_det(
+            len(self._rows) + schur.diagonal.sum().item() + schur.gamma_selected, self.problem.dtype
+        )
+        value, missing = schur.quadratic_form(gradient, DECREMENT_TOLERANCE)
+        vectors = answer.log.num_vectors
         return CurvatureSummary(
-            log_det=schur.log_det
-            + schur.above
-            + estimate.value,  # not cut off at the bounds: that would be biased
-            bounds=(lower, upper),
-            effective_parameters=schur.gamma + gamma,
-            quadratic=schur.quadratic_form(gradient),
-            log_det_stderr=estimate.stderr,
-            effective_parameters_stderr=gamma_stderr,
+            # Not cut off at the bounds: that would bias it.
+            log_det=log_det + answer.middle / vectors,
+            bounds=(max(schur.log_det_selected - slack, 0.0), log_det + slack),
+            effective_parameters=schur.gamma_selected + answer.gamma.mean,
+            quadratic=value,
+            log_det_stderr=math.hypot(answer.log.stderr, 0.5 * answer.gap),
+            effective_parameters_stderr=answer.gamma.stderr,
+            log_det_dof=answer.log.degrees_of_freedom,
+            quadratic_error=missing,
         )
 
-    def _largest(self, diagonal: Tensor) -> Tensor:
-        number = self._num_selected or num_selected(self.problem, len(diagonal))
-        return diagonal.topk(min(number, len(diagonal))).indices.sort().values
+    @override
+    def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
+        answer = self._answer(precision, min(SEARCH_PROBES, self.problem.num_probes))
+        schur = answer.schur
+        log_det = schur.log_det_selected + schur.log_det_bound + answer.middle / answer.log.num_vectors
+        return log_det, schur.gamma_selected + answer.gamma.mean
 
+    def _answer(self, precision: Mapping[str, float], num_probes: int) -> _Answer:
+        """The estimates at a prior from so many vectors at least, and from more until `max_stderr` is met."""
+        selected = self._selected
+        if selected is None:
+            selected = self._selected = SelectedRows(self._rows, self._products())
+        name, value = next(iter(precision.items()))
+        scale = value / self._shape[name]
+        if scale not in self._answers:
+            self._answers[scale] = _Answer(SchurComplement(selected, scale), SampledTrace(), SampledTrace())
+        answer = self._answers[scale]
+        while (missing := num_probes - answer.log.num_vectors) > 0:
+            self._add_vectors(answer, -(-missing // -(-missing // self._at_once)))
+        return answer
 
-def num_selected(problem: Problem, num_rows: int) -> int:
-    """|S| that costs about `SELECTED_PRODUCTS` products with a vector: K_S and a triangular solve for every row."""
-    product = 2.0 * problem.num_examples * max(problem.num_parameters, problem.rank * problem.kept_width)
-    size = float(SMALLEST_SELECTION)
-    while num_rows * size * (problem.gram_width + size) < SELECTED_PRODUCTS * product:
-        size *= 2**0.5
-    return round(size)
-
-
-class SchurComplement:
-    """I + Q of the rows outside S, by its products with vectors, and what is known of it exactly.
-
-    Vectors are [rows] over all rows and 0 on S.
-
-    Args:
-        rows: All.
-        chosen: Ascending numbers of S.
-        precision: λ of each parameter tensor.
-
-    Raises:
-        EvidenceUnavailableError: If I + K_SS has no Cholesky factor in the accurate type.
-    """
-
-    def __init__(self, rows: EigenbasisRows, chosen: Tensor, precision: Mapping[str, float]) -> None:
-        self._rows, self._chosen, self._precision = rows, chosen, precision
-        self._selected = rows.select(chosen)
-        accurate = accumulation_dtype(chosen.device)
-        precise = [layer.to(accurate) for layer in self._selected]
-        matrix = cross_all(precise, precise, precision)
-        matrix.diagonal().add_(1.0)
-        self._factor, info = torch.linalg.cholesky_ex(0.5 * (matrix + matrix.mT))
-        if info.item():
-            raise EvidenceUnavailableError(
-                f"I + K of {len(chosen)} selected rows is not positive definite even in {accurate}: the rows are of "
-                "extreme scale. Raise the prior precision."
+    def _refined(self, answer: _Answer) -> None:
+        """Add vectors until the standard error is `max_stderr` at most, having said what that costs."""
+        most, stderr = self.problem.max_stderr or math.inf, answer.log.stderr
+        if stderr <= most:
+            return
+        before = answer.log.num_vectors
+        wanted = math.ceil(1.05 * before * (stderr / most) ** 2)
+        seconds = (wanted - before) * self._seconds / before
+        cost = (
+            f"a standard error of {0.5 * most:.3g} nats takes about {wanted:,} random vectors in the place of {before}, "
+            f"which gave {0.5 * stderr:.3g}: some {seconds:,.0f} s more"
+        )
+        if wanted > MAX_PROBES:
+            warnings.warn(
+                f"structure='lanczos' stays at its {before} vectors: {cost}, beyond {MAX_PROBES:,}. Say so by num_probes= "
+                "to have it all the same, or accept a larger max_stderr=.",
+                stacklevel=2,
             )
-        self.log_det = log_det_of(self._factor)
-        """ln det(I + K_SS)."""
-        self._remains = torch.ones_like(rows.diagonal)
-        self._remains[chosen] = 0.0
-        seen, twice = self._seen()
-        self._diagonal = ((rows.diagonal - seen).clamp(min=0.0)) * self._remains  # Q_ii
-        self._growth = (self._diagonal - twice).clamp(min=0.0) * self._remains  # minus its derivative in ln λ
+            return
+        logging.getLogger("lightning_bayes").info("structure='lanczos': %s.", cost)
+        while answer.log.stderr > most and answer.log.num_vectors < 2 * wanted:
+            self._add_vectors(answer, min(self._at_once, max(2, wanted - answer.log.num_vectors)))
 
-    def _seen(self) -> tuple[Tensor, Tensor]:
-        """K_iS A⁻¹ K_Si and K_iS A⁻² K_Si of every row, A = I + K_SS."""
-        once, twice = [], []
-        inverse = torch.cholesky_inverse(self._factor)
-        whitener = torch.linalg.solve_triangular(
-            self._factor, torch.eye(len(inverse)).to(self._factor), upper=False
-        )
-        for cross in self._rows.cross(self._selected):
-            once.append((whitener.to(cross) @ cross).square().sum(0, dtype=self._factor.dtype))
-            twice.append((inverse.to(cross) @ cross).square().sum(0, dtype=self._factor.dtype))
-        return torch.cat(once), torch.cat(twice)
+    def _products(self) -> RowProducts:
+        return self._stored
 
     @property
-    def above(self) -> float:
-        """Σ_{i∉S} ln(1 + Q_ii)."""
-        return self._diagonal.log1p().sum().item()
+    def _at_once(self) -> int:
+        """Vectors whose bases fit the memory."""
+        basis = len(self._rows) * self.problem.dtype.itemsize * EXPECTED_STEPS
+        return max(1, int(self.problem.budget.basis_bytes // basis))
 
-    @property
-    def gamma(self) -> float:
-        """Minus the derivative of `log_det` + `above` in ln λ."""
-        own = len(self._factor) - torch.cholesky_inverse(self._factor).diagonal().sum().item()
-        return own + (self._growth / (1.0 + self._diagonal)).sum().item()
-
-    def trace_of_log(self, num_probes: int, seed: int) -> tuple[TraceEstimate, float, float]:
-        """Estimate tr ln M, and its part of γ with that one's standard error."""
-        like = self._rows.diagonal.to(self._selected[0].rows.dtype)
-        signs = random_signs(num_probes, like, seed) * self._remains.to(like)
-        if not signs.any():
-            return TraceEstimate(0.0, 0.0, 0.0), 0.0, 0.0
-        scale = (1.0 + self._diagonal).rsqrt().to(like)
-        recurrences = LanczosRecurrences(lambda vectors: scale * self._product(scale * vectors), signs)
-        least = 1.0 / (1.0 + self._diagonal.max().item())
+    def _add_vectors(self, answer: _Answer, number: int) -> None:
+        """Run Lanczos from some more vectors until their two rules agree to a part of the standard error."""
+        schur, seen = answer.schur, answer.log.num_vectors
+        first = self.problem.seed * 2**20 + seen
+        diagonal = self._rows.diagonal()
+        signs = schur.masked(random_signs(range(first, first + number), diagonal.to(self.problem.dtype)))
+        if not signs.any():  # all rows are selected
+            answer.log.add(signs, signs)
+            answer.gamma.add(signs, signs)
+            return
+        recurrences = LanczosRecurrences(schur.product, signs)
+        share, stderr, due = (number / max(self.problem.num_probes, number)) ** 0.5, math.inf, 1
         while True:
             recurrences.extend()
-            estimate = recurrences.trace(torch.log, least)
-            if recurrences.exhausted or estimate.gap <= GAP_SHARE * estimate.stderr:
+            middle, gaps = recurrences.between(_log, schur.least)
+            gap = gaps.mean().item()
+            if recurrences.exhausted or recurrences.num_steps >= MAX_STEPS:
                 break
-            if recurrences.num_steps >= MAX_STEPS:
-                warnings.warn(
-                    f"structure='lanczos' has not converged in {MAX_STEPS} products: {estimate.gap:.3g} nats remain "
-                    "between its two rules, half of which is in the standard error. A larger prior precision avoids it.",
-                    stacklevel=2,
-                )
-                estimate = TraceEstimate(
-                    estimate.value, math.hypot(estimate.stderr, 0.5 * estimate.gap), estimate.gap
-                )
-                break
-        # γ's part is the derivative of tr ln M in ln t at t K: zᵀ M⁻¹ (D^-½ Q′ D^-½ − ½ (D′/D) M − ½ M (D′/D)) z.
-        ratio = (self._growth / (1.0 + self._diagonal)).to(like)
-        solved = recurrences.images(torch.reciprocal)
-        grown = scale * self._product(scale * signs, derivative=True)
-        image = recurrences.images(lambda values: values)
-        entries = solved * (grown - 0.5 * ratio * image) - 0.5 * ratio
-        samples = entries.sum(1, dtype=self._factor.dtype)
-        spread = samples.std().item() / num_probes**0.5 if num_probes > 1 else math.inf
-        return estimate, samples.mean().item(), spread
+            # The images cost as much as a reorthogonalisation: now and then, and where the gap seems small enough.
+            if recurrences.num_steps == due or gap <= GAP_SHARE * share * stderr:
+                due = 2 * recurrences.num_steps
+                trial = SampledTrace()
+                trial.add(signs, recurrences.images(_log))
+                stderr = trial.stderr
+                if gap <= GAP_SHARE * share * stderr:
+                    break
+        answer.log.add(signs, recurrences.images(_log))
+        answer.gamma.add(signs, schur.growth(recurrences.images(_reciprocal)))
+        answer.middle += middle.sum().item()
+        total = seen + number
+        answer.gap = (answer.gap * seen + gap * number) / total
+        if answer.gap > answer.log.stderr:
+            warnings.warn(
+                f"structure='lanczos' has not converged in {recurrences.num_steps} steps: {0.5 * answer.gap:.3g} nats "
+                "remain between its two rules, half of which is in the standard error. A larger prior precision "
+                "avoids it.",
+                stacklevel=2,
+            )
 
-    def quadratic_form(self, gradient: Mapping[str, Tensor]) -> float:
-        """gᵀ(G + Λ)⁻¹g of all rows, with S as the preconditioner."""
-        like = self._selected[0].rows
-        scaled = {name: part.to(like) for name, part in gradient.items()}
-        inverse = woodbury(self._selected, self._solve, self._precision)
-        return climbed(
-            self._rows.dot, self._rows.combine, inverse, self._precision, scaled, DECREMENT_TOLERANCE
-        )
 
-    def _product(self, vectors: Tensor, derivative: bool = False) -> Tensor:
-        """I + Q times vectors [k, rows]; or its derivative in t, at t = 1, where K is t K."""
-        return torch.stack([self._of_one(vector, derivative) for vector in vectors])
+def _log(eigenvalues: Tensor) -> Tensor:
+    return eigenvalues.log()
 
-    def _of_one(self, vector: Tensor, derivative: bool) -> Tensor:
-        combined = self._rows.combine(vector)
-        pulled = {name: part / self._precision[name] for name, part in combined.items()}
-        solved = self._solve(dot_all(self._selected, pulled))
-        if derivative:
-            solved = solved + self._solve(solved)
-        for name, part in combine_all(self._selected, solved):
-            pulled[name] = pulled[name] - part / self._precision[name]
-        image = self._rows.dot(pulled) * self._remains.to(vector)
-        return image if derivative else vector + image
 
-    def _solve(self, coefficients: Tensor) -> Tensor:
-        """(I + K_SS)⁻¹ times coefficients [1, S]."""
-        return solve(self._factor, coefficients.mT.to(self._factor)).mT.to(coefficients)
+def _reciprocal(eigenvalues: Tensor) -> Tensor:
+    return eigenvalues.reciprocal()
+
+
+def num_selected(problem: Problem) -> int:
+    """|S| that costs about `SELECTED_PRODUCTS` products with a vector: K_S and its rotation for every row."""
+    product = 2.0 * problem.num_examples * max(problem.num_parameters, problem.rank * problem.kept_width)
+    memory = problem.budget.kept_bytes / (problem.kept_width * problem.dtype.itemsize)
+    size = float(SMALLEST_SELECTION)
+    while problem.num_rows * size * (problem.gram_width + size) < SELECTED_PRODUCTS * product:
+        size *= 2**0.5
+    return max(1, min(round(size), int(memory), int((problem.budget.kept_bytes / 16) ** 0.5)))

@@ -83,12 +83,13 @@ def test_products_with_vectors_of_selected_rows(columns, examples, positions, ou
     for rows in (kept, kept.select(order // examples, order % examples)):
         inputs = rows.inputs if rows.owners is None else rows.inputs[rows.owners]
         flat = {"w": torch.einsum("cnto,nti->cnoi", rows.rows, inputs), "b": rows.rows.sum(2)}
-        vectors = {"w": torch.randn(out, width).double(), "b": torch.randn(out).double()}
-        expected = (flat["w"] * vectors["w"]).sum((2, 3)) + (flat["b"] * vectors["b"]).sum(2)
+        vectors = {"w": torch.randn(3, out, width).double(), "b": torch.randn(3, out).double()}
+        expected = torch.einsum("cnoi,koi->kcn", flat["w"], vectors["w"])
+        expected += torch.einsum("cno,ko->kcn", flat["b"], vectors["b"])
         torch.testing.assert_close(rows.dot(vectors), expected)
-        coefficients = torch.randn(rows.rows.shape[:2]).double()
+        coefficients = torch.randn(3, *rows.rows.shape[:2]).double()
         for name, combined in rows.combine(coefficients).items():
-            torch.testing.assert_close(combined, torch.einsum("cn,cn...->...", coefficients, flat[name]))
+            torch.testing.assert_close(combined, torch.einsum("kcn,cn...->k...", coefficients, flat[name]))
 
 
 @pytest.mark.parametrize("paired", [True, False])
