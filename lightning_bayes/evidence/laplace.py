@@ -15,6 +15,7 @@ from lightning_bayes.capture.as_written import throw_away_copy
 from lightning_bayes.capture.examples import Examples
 from lightning_bayes.capture.inputs_and_targets import examples_of_data, forward_of_pair, require_device
 from lightning_bayes.capture.isolation import isolated
+from lightning_bayes.capture.repeated_forwards import RepeatedForwards
 from lightning_bayes.evidence.evaluate import evidence_of
 from lightning_bayes.evidence.options import Method, sampling_if_many_columns
 from lightning_bayes.evidence.result import Evidence
@@ -170,7 +171,10 @@ class Computation(Method):
             method, subset = self._settled(network, first, where, examples)
             prior = prior_from(network, self.prior_precision, subset=subset)
             whole = batches if first is None else itertools.chain([first], batches)
-            forwards = (forward_of_pair(network, batch, where) for batch in whole)
+            forwards = RepeatedForwards(
+                (forward_of_pair(network, batch, where) for batch in whole),
+                lambda: (forward_of_pair(network, batch, where) for batch in examples.read()),
+            )
             announce = logging.getLogger("lightning_bayes").info
             for note in (*examples.notes, likelihood.note):
                 if note is not None:

@@ -1,14 +1,16 @@
 """One pass over the data, read into a curvature, and what else its batches add up to."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_bayes.capture.forward import Forward
+from lightning_bayes.capture.repeated_forwards import RepeatedForwards
 from lightning_bayes.errors import EvidenceUnavailableError, check_finite
 from lightning_bayes.evidence.options import DEFAULT_PROBES, Method
 from lightning_bayes.likelihoods import Likelihood
@@ -16,6 +18,7 @@ from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.numerics.sampling_estimates import draw_blocks
 from lightning_bayes.priors.prior import Prior
 from lightning_bayes.row_storage.collector import kept_widths
+from lightning_bayes.rows.products import DataPasses
 from lightning_bayes.rows.reader import BatchRows, RowReader
 from lightning_bayes.rows.rows import RowChunk
 from lightning_bayes.structures.base import Curvature, Problem
@@ -97,7 +100,7 @@ class Rehearsal:
 
 def read_all(
     network: nn.Module,
-    forwards: Iterable[Forward],
+    forwards: RepeatedForwards,
     likelihood: Likelihood,
     prior: Prior,
     method: Method,
@@ -109,7 +112,7 @@ def read_all(
 
     Args:
         network: A throw-away copy in eval mode.
-        forwards: One callable a batch.
+        forwards: One callable a batch, for one pass or, where the structure needs them, for more.
         likelihood: Of the targets given the outputs.
         prior: Of parameters of `network`.
         method: How the curvature is computed.
@@ -129,16 +132,25 @@ def read_all(
         check_finite(weight, f"the parameter {name!r}")
     curved: Curvature | None = None
     sums = _Sums({name: torch.zeros_like(weight) for name, weight in weights.items()})
-    for forward in forwards:
+    # Which structure "auto" takes is known after the first batch.
+    forwards.keep = method.structure in ("auto", "lanczos")
+    for forward in forwards():
         batch = reader.read(forward, likelihood)
-        # A batch outside the sample of blocks adds its loss and gradient; its rows would cost C backward passes.
-        rows = batch.chunks if sample is None or sample.role(sums.num_batches) is not None else ()
+        # Such a batch adds its loss and gradient; its rows would cost C backward passes.
+        skipped = (curved is not None and not curved.reads_rows) or (
+            sample is not None and sample.role(sums.num_batches) is None
+        )
+        rows = () if skipped else batch.chunks
         for chunk in rows:
             if curved is None:
                 problem, method, _ = _settled(
                     chunk, reader.parameters, likelihood, prior, method, num_examples
                 )
-                curved = STRUCTURES[method.structure](replace(problem, block_sample=sample))
+                read = partial(reader.read, likelihood=likelihood)
+                passes = DataPasses(network, reader.parameters, likelihood, forwards, read)
+                problem = replace(problem, block_sample=sample, passes=passes)
+                curved = STRUCTURES[method.structure](problem)
+                forwards.keep = forwards.keep and curved.rereads
                 announce(reader.split)
             curved.update(chunk)
         sums.add(batch)

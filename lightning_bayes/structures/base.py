@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_bayes.numerics.sampling_estimates import BlockSample
+from lightning_bayes.rows.products import DataPasses
 from lightning_bayes.rows.rows import RowChunk
 
 
@@ -106,6 +107,7 @@ class Problem:
         num_probes: Random vectors of "lanczos".
         max_stderr: Standard error of its log-determinant, until which there are more of them; None for no more.
         seed: Of these vectors.
+        passes: Products by further passes over the data; None where these can be read once only.
     """
 
     shapes: Mapping[str, torch.Size]
@@ -128,6 +130,7 @@ class Problem:
     num_probes: int = 8
     max_stderr: float | None = None
     seed: int = 0
+    passes: DataPasses | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -188,6 +191,10 @@ class Curvature(ABC):
     """Whether a search for a prior that goes up and down as a whole takes the spectrum, and not factors."""
     chooses_rows = False
     """Whether rows are chosen for one prior, so that a search for a prior goes by `of_chosen_rows`."""
+    reads_rows = True
+    """Whether batches after the first need their rows to be formed."""
+    rereads = False
+    """Whether answers take further passes over the data."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem

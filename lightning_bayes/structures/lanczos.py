@@ -22,9 +22,8 @@ from typing_extensions import override
 
 from lightning_bayes.numerics.cholesky import rounding_of_log_det
 from lightning_bayes.numerics.lanczos_quadrature import LanczosRecurrences, SampledTrace, random_signs
-from lightning_bayes.row_storage.collector import RowKeeper
 from lightning_bayes.row_storage.eigenbasis_rows import EigenbasisRows
-from lightning_bayes.row_storage.row_products import RowProducts, StoredRows
+from lightning_bayes.row_storage.row_products import BatchCollector, RereadRows, RowProducts, StoredRows
 from lightning_bayes.rows.rows import RowChunk
 from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
 from lightning_bayes.structures.schur_complement import SchurComplement, SelectedRows
@@ -71,20 +70,21 @@ class LanczosCurvature(Curvature):
         super().__init__(problem)
         self._shape = problem.strengths or dict.fromkeys(problem.shapes, 1.0)
         self._rows = EigenbasisRows(self._shape, num_selected(problem))
+        self._collector = BatchCollector()
         self._stored = StoredRows()
-        self._keeper = RowKeeper()
+        # Without a way to read them again rows are stored whatever they take.
+        self.rereads = problem.passes is not None and stored_bytes(problem) > problem.budget.stored_bytes
         self._selected: SelectedRows | None = None
         self._answers: dict[float, _Answer] = {}
         self._seconds = 0.0  # of the last prior's first vectors
 
     @override
     def update(self, chunk: RowChunk) -> None:
-        self._keeper.add(chunk)
-        if chunk.columns.stop == chunk.num_columns:
-            layers = self._keeper.layers()
+        layers = self._collector.add(chunk)
+        if layers is not None:
             self._rows.add(layers)
-            self._stored.add(layers)
-            self._keeper = RowKeeper(self._keeper)
+            if not self.rereads:
+                self._stored.add(layers)
 
     @override
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
@@ -156,7 +156,8 @@ class LanczosCurvature(Curvature):
             self._add_vectors(answer, min(self._at_once, max(2, wanted - answer.log.num_vectors)))
 
     def _products(self) -> RowProducts:
-        return self._stored
+        passes = self.problem.passes
+        return RereadRows(passes) if self.rereads and passes is not None else self._stored
 
     @property
     def _at_once(self) -> int:
@@ -220,3 +221,8 @@ def num_selected(problem: Problem) -> int:
     while problem.num_rows * size * (problem.gram_width + size) < SELECTED_PRODUCTS * product:
         size *= 2**0.5
     return max(1, min(round(size), int(memory), int((problem.budget.kept_bytes / 16) ** 0.5)))
+
+
+def stored_bytes(problem: Problem) -> float:
+    """Memory of all rows."""
+    return float(problem.num_rows) * problem.kept_width * problem.dtype.itemsize

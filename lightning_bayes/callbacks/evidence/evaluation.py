@@ -1,6 +1,7 @@
 """The evidence of the module that a Trainer trains, on its training data: rehearsed on one batch, then evaluated."""
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -17,6 +18,7 @@ from lightning_bayes.callbacks.trainer.training_set import examples_of, step_bat
 from lightning_bayes.capture.examples import Examples
 from lightning_bayes.capture.forward import BatchForward
 from lightning_bayes.capture.loss import CapturedLoss
+from lightning_bayes.capture.repeated_forwards import RepeatedForwards
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.evidence.evaluate import evidence_of
 from lightning_bayes.evidence.options import Method, sampling_if_many_columns
@@ -113,13 +115,17 @@ class Evaluation:
         # Parameters are unfrozen and datasets grow during a run: then the choice is made again.
         same = rehearsed.sizes == (list(prior.strengths), examples.num_examples)
         method = (rehearsed.chosen if same else None) or rehearsed.asked
-        forwards = (
-            BatchForward(partial(reader.outputs_and_targets, index), batch)
-            for index, batch in chain([first], batches)
-        )
+
+
+        def forwards(batches: Iterable[tuple[int, Any]]) -> Iterator[BatchForward]:
+            for index, batch in batches:
+                yield BatchForward(partial(reader.outputs_and_targets, index), batch)
+
         totals = read_all(
             reader.network,
-            forwards,
+            RepeatedForwards(
+                forwards(chain([first], batches)), lambda: forwards(enumerate(examples.read()))
+            ),
             captured.likelihood,
             prior,
             method,
