@@ -35,6 +35,8 @@ class Method:
     num_probes: int | None = None
     max_stderr: float | None = None
     seed: int = field(default=0, repr=False)
+    by_products: bool = field(default=False, repr=False)
+    """Whether "lanczos" takes products with G alone and forms no column; found out from the outputs."""
     budget: Budget = field(default=DEFAULT_BUDGET, repr=False)
 
     def __post_init__(self) -> None:
@@ -108,7 +110,7 @@ class Method:
 def sampling_if_many_columns(
     method: Method, outputs: Tensor, num_examples: int, num_parameters: int, batch_size: int
 ) -> tuple[Method, str | None]:
-    """Let structure="auto" sample where all columns of the root are many and beyond its budget.
+    """Let structure="auto" sample where all columns of the root are many and beyond its budget, "lanczos" do without.
 
     Args:
         method: As it was asked for.
@@ -120,6 +122,8 @@ def sampling_if_many_columns(
     Returns:
         The method to take, and a sentence that says what was changed, None for nothing.
     """
+    if method.structure == "lanczos" and outputs[:1].numel() > method.budget.columns:
+        return replace(method, by_products=True), None
     asked = method.structure != "auto" or method.num_samples is not None or method.tolerance is not None
     if asked or method.is_hessian:
         return method, None

@@ -235,7 +235,9 @@ def rehearse(
 
 def _reader_of(network: nn.Module, prior: Prior, method: Method) -> RowReader | HessianReader:
     if method.curvature == "ggn":
-        return RowReader(network, prior.strengths, method.num_samples, method.backend)
+        # Without columns one that is sampled tells how the network is read.
+        columns = 1 if method.by_products else method.num_samples
+        return RowReader(network, prior.strengths, columns, method.backend)
     return HessianReader(network, prior.strengths, method.budget)
 
 
@@ -270,6 +272,7 @@ def _settled(
         num_probes=method.num_probes or DEFAULT_PROBES,
         max_stderr=None if method.max_stderr is None else 2.0 * method.max_stderr,
         seed=method.seed,
+        by_products=method.by_products,
     )
     structure, reason = choose_structure(method.structure, problem)
     return problem, method if structure == method.structure else replace(method, structure=structure), reason

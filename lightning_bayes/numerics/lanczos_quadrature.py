@@ -15,6 +15,8 @@ from torch import Tensor
 from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.numerics.lanczos import orthogonalised
 
+CHECKS = 16
+"""The rules are compared at each step first, then at one in so many of the steps so far."""
 EXHAUSTED = 10.0
 """Units of rounding, relative to the largest |eigenvalue| seen, below which a vector's Krylov space is invariant."""
 
@@ -93,7 +95,7 @@ class LanczosRecurrences:
         self._basis = [(starts / self._norms.unsqueeze(1)).unsqueeze(0)]  # [1, k, n] for each step
         self._diagonal: list[Tensor] = []  # α, [k] for each step
         self._beside: list[Tensor] = []  # β after each step, 0 where the space is exhausted
-        self._starts = starts
+        self.starts = starts
 
     @property
     def num_steps(self) -> int:
@@ -151,7 +153,7 @@ class LanczosRecurrences:
 
     def images(self, function: Function) -> Tensor:
         """Return f(A)z ≈ |z| V f(T) e₁ of each vector, [k, n]."""
-        total = torch.zeros_like(self._starts)
+        total = torch.zeros_like(self.starts)
         for j, norm in enumerate(self._norms):
             values, vectors = torch.linalg.eigh(self._tridiagonal(j))
             weights = (vectors @ (function(values) * vectors[0])).to(total) * norm
@@ -189,3 +191,38 @@ class LanczosRecurrences:
         if least is not None:
             values = values.clamp(min=least)
         return (vectors[0].square() * function(values)).sum()
+
+
+def converge(
+    recurrences: LanczosRecurrences, function: Function, node: float, share: float, max_steps: int
+) -> tuple[Tensor, float]:
+    """Extend recurrences from random signs until their two rules agree to a share of the standard error of tr f(A).
+
+    Args:
+        recurrences: New.
+        function: f.
+        node: A number that no eigenvalue of A is below.
+        share: Of the standard error of the mean over these vectors.
+        max_steps: After which they are left as they are.
+
+    Returns:
+        The middle of the two rules of each vector [k], and the mean distance of the two.
+    """
+    stderr, due = math.inf, 1
+    while True:
+        recurrences.extend()
+        steps = recurrences.num_steps
+        if steps % max(1, steps // CHECKS) and not recurrences.exhausted and steps < max_steps:
+            continue  # eigenvalues of k matrices a check
+        middle, gaps = recurrences.between(function, node)
+        gap = gaps.mean().item()
+        if recurrences.exhausted or steps >= max_steps:
+            return middle, gap
+        # The images cost as much as a reorthogonalisation: now and then, and where the gap seems small enough.
+        if steps >= due or gap <= share * stderr:
+            due = 2 * steps
+            trial = SampledTrace()
+            trial.add(recurrences.starts, recurrences.images(function))
+            stderr = trial.stderr
+            if gap <= share * stderr:
+                return middle, gap

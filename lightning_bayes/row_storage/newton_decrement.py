@@ -82,62 +82,102 @@ def climbed(
         A value, and what it may be below gᵀ(G + Λ)⁻¹g at most (Meurant & Tichý, *On computing quadrature-based bounds
         for the A-norm of the error in conjugate gradients*, Numerical Algorithms 62, 2013).
     """
-    # Of entries up to 1, so that squares do not overflow in float32.
-    sizes = [g.abs().max().item() for g in gradient.values() if g.numel()]
-    unit = max(sizes, default=0.0)
-    if unit == 0.0 or not math.isfinite(sum(sizes)):
-        return sum(sizes), 0.0
-    scaled = {name: g / unit for name, g in gradient.items()}
-    value, left = _climb(dot, combine, precondition, precision, scaled, tolerance, max_steps)
-    return unit**2 * value, unit**2 * left
+
+    def curve(direction: Vector) -> tuple[float, Callable[[], Vector]]:
+        along = dot(direction)
+        prior = sum(value * direction[name].square().sum().item() for name, value in precision.items())
+
+        def image() -> Vector:
+            seen = combine(along)
+            return {n: value * direction[n] + seen.get(n, 0.0) for n, value in precision.items()}
+
+        return along.square().sum().item() + prior, image
+
+    return _climb(curve, precondition, precision, gradient, tolerance, max_steps)
+
+
+def climbed_by_products(
+    times: Callable[[Tensor], Tensor],
+    precondition: Callable[[Tensor], Tensor],
+    start: Tensor,
+    tolerance: float,
+    max_steps: int,
+) -> tuple[float, float]:
+    """gᵀA⁻¹g as `climbed` returns it, for an A ≥ I that is known by its products.
+
+    Args:
+        times: A times a vector.
+        precondition: The inverse of a matrix between I and A, or near it, times a vector.
+        start: g.
+        tolerance: Relative rise at which the steps end.
+        max_steps: After which they end anyhow.
+    """
+    whole = "g"
+
+    def curve(direction: Vector) -> tuple[float, Callable[[], Vector]]:
+        image = times(direction[whole])
+        return (direction[whole] * image).sum().item(), lambda: {whole: image}
+
+    return _climb(
+        curve,
+        lambda vector: {whole: precondition(vector[whole])},
+        {whole: 1.0},
+        {whole: start},
+        tolerance,
+        max_steps,
+    )
 
 
 def _climb(
-    dot: Callable[[Vector], Tensor],
-    combine: Callable[[Tensor], Vector],
+    curve: Callable[[Vector], tuple[float, Callable[[], Vector]]],
     precondition: Callable[[Vector], dict[str, Tensor]],
     precision: Mapping[str, float],
     gradient: Vector,
     tolerance: float,
     max_steps: int,
 ) -> tuple[float, float]:
-    names, residual = list(gradient), dict(gradient)
+    """`climbed` for a matrix by what it makes of a direction d: dᵀAd, and Ad where that is wanted."""
+    # Of entries up to 1, so that squares do not overflow in float32.
+    sizes = [g.abs().max().item() for g in gradient.values() if g.numel()]
+    unit = max(sizes, default=0.0)
+    if unit == 0.0 or not math.isfinite(sum(sizes)):
+        return sum(sizes), 0.0
+    residual: dict[str, Tensor] = {name: g / unit for name, g in gradient.items()}
 
     def inner(left: Vector, right: Vector) -> float:
-        return sum((left[name] * right[name]).sum().item() for name in names)
+        return sum((part * right[name]).sum().item() for name, part in left.items())
 
     direction = precondition(residual)
     decrease = inner(residual, direction)
     value, radau, left = 0.0, 1.0, decrease
     for _ in range(max_steps):
         if decrease <= 0.0:  # nothing left, or nothing that the preconditioner can still see
-            return value, 0.0
-        along = dot(direction)
-        prior = sum(precision[name] * direction[name].square().sum().item() for name in names)
-        step = decrease / (along.square().sum().item() + prior)
+            left = 0.0
+            break
+        curvature, image = curve(direction)
+        step = decrease / curvature
         # Along the direction the value rises by decrease² over the curvature. Where the preconditioner is the
-        # inverse of G + Λ, or of a matrix below it, no more than `decrease` was left before: (1 − step) of it is now.
+        # inverse of A, or of a matrix below it, no more than `decrease` was left before: (1 − step) of it is now.
         value += step * decrease
         left = abs(1.0 - step) * decrease
         if left <= tolerance * value:
-            return value, left
-        seen = combine(along)
-        curved = {name: precision[name] * direction[name] + seen.get(name, 0.0) for name in names}
-        residual = {name: residual[name] - step * curved[name] for name in names}
+            break
+        curved = image()
+        residual = {name: part - step * curved[name] for name, part in residual.items()}
         # What is left, rᵀ(G + Λ)⁻¹r, is at most rᵀΛ⁻¹r.
-        left = sum(residual[name].square().sum().item() / precision[name] for name in names)
+        left = sum(part.square().sum().item() / precision[name] for name, part in residual.items())
         if left <= tolerance * value:
-            return value, left
+            break
         whitened = precondition(residual)
         ahead = inner(residual, whitened)
         # Gauss-Radau's bound with a node at 1, the smallest eigenvalue of the preconditioned matrix.
         radau = max(radau - step, 0.0) / (max(radau - step, 0.0) + ahead / decrease) if ahead > 0.0 else 0.0
         left = min(left, radau * ahead)
         if left <= tolerance * value:
-            return value, left
-        direction = {name: whitened[name] + ahead / decrease * direction[name] for name in names}
+            break
+        direction = {name: part + ahead / decrease * direction[name] for name, part in whitened.items()}
         decrease = ahead
-    return value, left
+    return unit**2 * value, unit**2 * left
 
 
 def by_factor(

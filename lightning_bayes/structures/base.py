@@ -107,6 +107,7 @@ class Problem:
         num_probes: Random vectors of "lanczos".
         max_stderr: Standard error of its log-determinant, until which there are more of them; None for no more.
         seed: Of these vectors.
+        by_products: Whether products with G take the place of rows.
         passes: Products by further passes over the data; None where these can be read once only.
     """
 
@@ -130,6 +131,7 @@ class Problem:
     num_probes: int = 8
     max_stderr: float | None = None
     seed: int = 0
+    by_products: bool = False
     passes: DataPasses | None = None
 
     @property

@@ -18,7 +18,8 @@ from lightning_bayes.structures.diagonal import DiagonalCurvature
 from lightning_bayes.structures.dual import DualCurvature
 from lightning_bayes.structures.hessian import HessianCurvature
 from lightning_bayes.structures.kronecker import KroneckerCurvature
-from lightning_bayes.structures.lanczos import LanczosCurvature
+from lightning_bayes.structures.lanczos.parameter_space import ParameterSpaceLanczos
+from lightning_bayes.structures.lanczos.row_space import RowSpaceLanczos
 from lightning_bayes.structures.primal import PrimalCurvature
 
 DEFAULT_SAMPLES = 64
@@ -53,9 +54,14 @@ def block_curvature(problem: Problem) -> Curvature:
     return BlockCurvature(problem) if problem.block_sample is None else SampledBlockCurvature(problem)
 
 
+def lanczos_curvature(problem: Problem) -> Curvature:
+    """Return the estimate in the space of rows, or in that of parameters where not all columns are read."""
+    return ParameterSpaceLanczos(problem) if problem.by_products else RowSpaceLanczos(problem)
+
+
 STRUCTURES: dict[str, Callable[[Problem], Curvature]] = {
     "full": full_curvature,
-    "lanczos": LanczosCurvature,
+    "lanczos": lanczos_curvature,
     "blocks": block_curvature,
     "kron": KroneckerCurvature,
     "kron_joint": partial(KroneckerCurvature, joint=True),
@@ -94,10 +100,10 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
             f"structure={structure!r} needs all columns of the Hessian's root, and they are sampled. Use "
             'structure="kron" or structure="diag".'
         )
-    if structure == "blocks" and not problem.rises_together:
+    if structure in ("blocks", "lanczos") and not problem.rises_together:
         raise ValueError(
-            'structure="blocks" drops rows as they come, for prior precisions in fixed proportions, and several are '
-            'to be found. Use prior_precision="optimize" for one, or structure="full" or structure="kron".'
+            f"structure={structure!r} selects rows as they come, for prior precisions in fixed proportions, and several "
+            'are to be found. Use prior_precision="optimize" for one, or structure="full" or structure="kron".'
         )
     if structure == "blocks" and problem.block_sample is None and _is_cheaper(problem):
         sizes += "; less than the bounds take, so structure='full' is quicker here and has no bounds to need"

@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.row_storage.collector import cross_all
 from lightning_bayes.row_storage.eigenbasis_rows import EigenbasisRows
 from lightning_bayes.row_storage.newton_decrement import climbed, dot_each, woodbury
 from lightning_bayes.row_storage.row_products import RowProducts
-
-DECREMENT_STEPS = 100
-"""Steps of conjugate gradients that the Newton decrement may take."""
+from lightning_bayes.structures.lanczos.known_part import DECREMENT_STEPS, KnownPart
 
 
 class SelectedRows:
@@ -37,84 +36,70 @@ class SelectedRows:
         self.remains = torch.ones(len(rows), dtype=accurate, device=self.numbers.device)
         """1 outside S, 0 in it: [rows]."""
         self.remains[self.numbers] = 0.0
-        self._seen: dict[float, tuple[Tensor, Tensor]] = {}
+        self._taken: dict[float, Tensor] = {}
 
     def prepare(self, scales: Sequence[float]) -> None:
         """Compute what S takes from the diagonal at some priors, together: one pass over the rows."""
-        weights, wanted = [], [scale for scale in scales if scale not in self._seen]
-        for scale in wanted:
-            shrunk = 1.0 / (1.0 + self.values / scale) / scale**2
-            weights += [shrunk, shrunk**2 * scale**2]
-        if not weights:
+        wanted = [scale for scale in scales if scale not in self._taken]
+        if not wanted:
             return
+        weights = torch.stack([1.0 / (scale * (scale + self.values)) for scale in wanted])
         pieces = []
         for cross in self.all.cross(self.products, self.layers):
             along = (self.vectors.mT.to(cross) @ cross).to(self.values).square_()
-            pieces.append(torch.stack(weights) @ along)
-        whole = torch.cat(pieces, 1) * self.remains
-        self._seen |= {scale: (whole[2 * i], whole[2 * i + 1]) for i, scale in enumerate(wanted)}
+            pieces.append(weights @ along)
+        self._taken |= zip(wanted, torch.cat(pieces, 1) * self.remains, strict=True)
 
-    def taken(self, scale: float) -> tuple[Tensor, Tensor]:
-        """K_iS A⁻¹ K_Si and K_iS A⁻² K_Si of every row outside S, with A = I + K_SS, at `scale` times the prior."""
+    def taken(self, scale: float) -> Tensor:
+        """K_iS (I + K_SS)⁻¹ K_Si of every row outside S, at `scale` times the prior: [rows]."""
         self.prepare([scale])
-        return self._seen[scale]
+        return self._taken[scale]
 
 
-class SchurComplement:
-    """I + Q at one prior. Vectors are [k, rows] over all rows and 0 on S.
+class SchurComplement(KnownPart):
+    """I + Q at one prior, scaled by its diagonal D: M = D^-½ (I + Q) D^-½. Vectors are 0 on S.
+
+    ln det(I + K) = ln det(I + K_SS) + Σ ln D_ii + tr ln M, and tr ln M ≤ 0 (Hadamard).
 
     Args:
         selected: S.
         scale: s; the prior is s times that of the rows, and K is theirs over s.
-
-    Attributes:
-        log_det_selected: ln det(I + K_SS).
-        diagonal: Q_ii, [rows], 0 on S.
     """
 
     def __init__(self, selected: SelectedRows, scale: float) -> None:
         self._selected, self._scale = selected, scale
+        self._precision = {name: value * scale for name, value in selected.all.precision.items()}
         self._shrinkage = 1.0 / (1.0 + selected.values / scale)
-        self.log_det_selected = (selected.values / scale).log1p().sum().item()
         whole = selected.all.diagonal() / scale * selected.remains
-        once, twice = selected.taken(scale)
-        self.diagonal = (whole - once).clamp(min=0.0)
-        growth = (self.diagonal - twice).clamp(min=0.0)
+        left = (whole - selected.taken(scale)).clamp(min=0.0)  # Q_ii
+        of_selected = (selected.values / scale).log1p().sum().item()
+        self.log_det = of_selected + left.log1p().sum().item()
+        self.gamma = len(selected.values) - self._shrinkage.sum().item()
+        self.bounds = of_selected, self.log_det
+        self.magnitude = len(left) + left.sum().item() + len(selected.values)
+        self.least = 1.0 / (1.0 + left.max().item())
         like = selected.layers[0].rows
-        self._root = (1.0 + self.diagonal).rsqrt().to(like)
+        self._root = (1.0 + left).rsqrt().to(like)
         self._mask = selected.remains.to(like)
-        own = len(selected.values) - self._shrinkage.sum().item()
-        self.gamma_by_diagonal = own + (growth / (1.0 + self.diagonal)).sum().item()
-        """γ where M is the identity."""
-        self.gamma_selected = own
-        """tr K_SS(I + K_SS)⁻¹."""
 
-    @property
-    def log_det_bound(self) -> float:
-        """Σ_{i∉S} ln(1 + Q_ii), which ln det(I + Q) is at most."""
-        return self.diagonal.log1p().sum().item()
+    @override
+    def masked(self, vectors: Tensor) -> Tensor:
+        return vectors * self._mask
 
-    @property
-    def least(self) -> float:
-        """A number that no eigenvalue of M is below."""
-        return 1.0 / (1.0 + self.diagonal.max().item())
-
+    @override
     def product(self, vectors: Tensor) -> Tensor:
-        """M = D^-½ (I + Q) D^-½ times vectors, with D its diagonal."""
         inner = self._root * vectors
         return self._root * (inner + self._times_q(inner, growing=False))
 
-    def growth(self, vectors: Tensor) -> Tensor:
-        """D^-½ (dQ/d ln t) D^-½ times vectors, at t = 1 for t K in the place of K."""
-        return self._root * self._times_q(self._root * vectors, growing=True)
+    @override
+    def gamma_image(self, vectors: Tensor, solved: Tensor) -> Tensor:
+        # γ = tr K_SS(I + K_SS)⁻¹ + tr (I + Q)⁻¹Q', with Q' the derivative in ln t of the Q that t K has.
+        return self._root * self._times_q(self._root * solved, growing=True)
 
-    def masked(self, vectors: Tensor) -> Tensor:
-        """Return vectors with 0 on S."""
-        return vectors * self._mask
-
+    @override
     def quadratic_form(self, gradient: Mapping[str, Tensor], tolerance: float) -> tuple[float, float]:
         """gᵀ(G + Λ)⁻¹g of all rows with S as the preconditioner, from below, and what may be missing of it."""
-        selected, precision = self._selected, self._precision
+        selected = self._selected
         like = selected.layers[0].rows
         scaled = {name: part.to(like) for name, part in gradient.items()}
 
@@ -126,12 +111,8 @@ class SchurComplement:
                 name: v[0] for name, v in selected.all.combine(selected.products, coefficients).items()
             }
 
-        inverse = woodbury(selected.layers, self._solve, precision)
-        return climbed(dot, combine, inverse, precision, scaled, tolerance, DECREMENT_STEPS)
-
-    @property
-    def _precision(self) -> dict[str, float]:
-        return {name: value * self._scale for name, value in self._selected.all.precision.items()}
+        inverse = woodbury(selected.layers, self._solve, self._precision)
+        return climbed(dot, combine, inverse, self._precision, scaled, tolerance, DECREMENT_STEPS)
 
     def _times_q(self, vectors: Tensor, growing: bool) -> Tensor:
         selected, precision = self._selected, self._precision

@@ -1,0 +1,175 @@
+"""An unbiased estimate of the exact log-determinant by stochastic Lanczos quadrature, with its standard error.
+
+What is known exactly is divided out, and tr ln M of what is left is estimated with vectors of random signs (Ubaru, Chen
+& Saad, SIAM J. Matrix Anal. Appl. 2017; with a preconditioner Wenger et al., ICML 2022).
+"""
+
+import logging
+import math
+import time
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_bayes.numerics.cholesky import rounding_of_log_det
+from lightning_bayes.numerics.lanczos_quadrature import (
+    LanczosRecurrences,
+    SampledTrace,
+    converge,
+    random_signs,
+)
+from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
+from lightning_bayes.structures.lanczos.known_part import KnownPart
+
+GAP_SHARE = 0.1
+"""Of the standard error, that the gap between Gauss's and Gauss-Radau's rule may be at the end."""
+MAX_STEPS = 200
+"""Steps after which Lanczos ends, with the rest of the gap in the standard error and a warning."""
+MAX_PROBES = 1024
+"""Vectors that `max_stderr` may ask for."""
+EXPECTED_STEPS = 40
+"""By which the memory of the bases is planned."""
+DECREMENT_TOLERANCE = 1e-3
+"""Relative rise of the Newton decrement at which its refinement ends."""
+SEARCH_PROBES = 2
+"""Vectors that a search for the prior takes. γ to a percent gives its λ to a percent, and the log-evidence at that λ
+lies below the maximum by some 1e-4 of γ/4."""
+
+
+@dataclass
+class _Answer:
+    """The estimates at one prior, from the vectors so far."""
+
+    known: KnownPart
+    log: SampledTrace  # of ln M
+    gamma: SampledTrace  # of what M⁻¹ adds to γ
+    middle: float = 0.0  # Σ over vectors of zᵀ ln M z
+    gap: float = 0.0
+    seconds: float = 0.0
+
+
+class SampledLogDet(Curvature):
+    """The estimate, whatever is known beforehand.
+
+    The vectors are the same at every prior and epoch, so that differences are surer than values.
+
+    Args:
+        problem: Sizes.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.shape = dict(problem.strengths or dict.fromkeys(problem.shapes, 1.0))
+        """Λ of each tensor, which every prior is a multiple of."""
+        self._answers: dict[float, _Answer] = {}
+
+    @abstractmethod
+    def known_part(self, scale: float) -> KnownPart:
+        """What is known exactly at `scale` times `shape`."""
+
+    @abstractmethod
+    def like(self) -> Tensor:
+        """A vector [n] of the type and on the device of those of the known part."""
+
+    @override
+    def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
+        answer = self._answer(precision, self.problem.num_probes)
+        self._refined(answer)
+        known = answer.known
+        slack = rounding_of_log_det(known.magnitude, self.problem.dtype)
+        value, missing = known.quadratic_form(gradient, DECREMENT_TOLERANCE)
+        return CurvatureSummary(
+            # Not cut off at the bounds: that would bias it.
+            log_det=known.log_det + answer.middle / answer.log.num_vectors,
+            bounds=(max(known.bounds[0] - slack, 0.0), known.bounds[1] + slack),
+            effective_parameters=known.gamma + answer.gamma.mean,
+            quadratic=value,
+            log_det_stderr=math.hypot(answer.log.stderr, 0.5 * answer.gap),
+            effective_parameters_stderr=answer.gamma.stderr,
+            log_det_dof=answer.log.degrees_of_freedom,
+            quadratic_error=missing,
+        )
+
+    @override
+    def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
+        answer = self._answer(precision, min(SEARCH_PROBES, self.problem.num_probes))
+        log_det = answer.known.log_det + answer.middle / answer.log.num_vectors
+        return log_det, answer.known.gamma + answer.gamma.mean
+
+    def _answer(self, precision: Mapping[str, float], num_probes: int) -> _Answer:
+        """The estimates at a prior from so many vectors at least, and from more until `max_stderr` is met."""
+        name, value = next(iter(precision.items()))
+        scale = value / self.shape[name]
+        if scale not in self._answers:
+            self._answers[scale] = _Answer(self.known_part(scale), SampledTrace(), SampledTrace())
+        answer = self._answers[scale]
+        while (missing := num_probes - answer.log.num_vectors) > 0:
+            self._add_vectors(answer, -(-missing // -(-missing // self._at_once)))
+        return answer
+
+    def _refined(self, answer: _Answer) -> None:
+        """Add vectors until the standard error is `max_stderr` at most, having said what that costs."""
+        most, stderr = self.problem.max_stderr or math.inf, answer.log.stderr
+        if stderr <= most:
+            return
+        before = answer.log.num_vectors
+        wanted = math.ceil(1.05 * before * (stderr / most) ** 2)
+        seconds = (wanted - before) * answer.seconds / before
+        cost = (
+            f"a standard error of {0.5 * most:.3g} nats takes about {wanted:,} random vectors in the place of {before}, "
+            f"which gave {0.5 * stderr:.3g}: some {seconds:,.0f} s more"
+        )
+        if wanted > MAX_PROBES:
+            warnings.warn(
+                f"structure='lanczos' stays at its {before} vectors: {cost}, beyond {MAX_PROBES:,}. Say so by num_probes= "
+                "to have it all the same, or accept a larger max_stderr=.",
+                stacklevel=2,
+            )
+            return
+        logging.getLogger("lightning_bayes").info("structure='lanczos': %s.", cost)
+        while answer.log.stderr > most and answer.log.num_vectors < 2 * wanted:
+            self._add_vectors(answer, min(self._at_once, max(2, wanted - answer.log.num_vectors)))
+
+    @property
+    def _at_once(self) -> int:
+        """Vectors whose bases fit the memory."""
+        basis = len(self.like()) * self.problem.dtype.itemsize * EXPECTED_STEPS
+        return max(1, int(self.problem.budget.basis_bytes // basis))
+
+    def _add_vectors(self, answer: _Answer, number: int) -> None:
+        """Run Lanczos from some more vectors until their two rules agree to a part of the standard error."""
+        known, seen, started = answer.known, answer.log.num_vectors, time.perf_counter()
+        first = self.problem.seed * 2**20 + seen
+        signs = known.masked(random_signs(range(first, first + number), self.like()))
+        share = (number / max(self.problem.num_probes, number)) ** 0.5
+        if not signs.any():  # all rows are selected
+            answer.log.add(signs, signs)
+            answer.gamma.add(signs, signs)
+            return
+        recurrences = LanczosRecurrences(known.product, signs)
+        middle, gap = converge(recurrences, _log, known.least, GAP_SHARE * share, MAX_STEPS)
+        answer.log.add(signs, recurrences.images(_log))
+        answer.gamma.add(signs, known.gamma_image(signs, recurrences.images(_reciprocal)))
+        answer.middle += middle.sum().item()
+        answer.seconds += time.perf_counter() - started
+        total = seen + number
+        answer.gap = (answer.gap * seen + gap * number) / total
+        if answer.gap > answer.log.stderr:
+            warnings.warn(
+                f"structure='lanczos' has not converged in {recurrences.num_steps} steps: {0.5 * answer.gap:.3g} nats "
+                "remain between its two rules, half of which is in the standard error. A larger prior precision "
+                "avoids it.",
+                stacklevel=2,
+            )
+
+
+def _log(eigenvalues: Tensor) -> Tensor:
+    return eigenvalues.log()
+
+
+def _reciprocal(eigenvalues: Tensor) -> Tensor:
+    return eigenvalues.reciprocal()

@@ -1,0 +1,76 @@
+"""The estimate in the space of rows: the largest exactly, random vectors for the Schur complement on the others.
+
+Rows stand in each example's own eigenbasis. With S the largest rows and I + Q = (I + K)/(I + K_SS) the Schur complement
+on the others, D its diagonal and M = D^-½ (I + Q) D^-½,
+
+    ln det(I + K) = ln det(I + K_SS) + Σ_{i∉S} ln(1 + Q_ii) + tr ln M .
+
+The first term is a certified lower bound, the first two an upper one, since by Hadamard tr ln M ≤ 0. S and D leave the
+third a small condition number and a small variance.
+"""
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_bayes.row_storage.eigenbasis_rows import EigenbasisRows
+from lightning_bayes.row_storage.row_products import BatchCollector, RereadRows, StoredRows
+from lightning_bayes.rows.rows import RowChunk
+from lightning_bayes.structures.base import Problem
+from lightning_bayes.structures.lanczos.estimate import SampledLogDet
+from lightning_bayes.structures.lanczos.schur_complement import SchurComplement, SelectedRows
+
+SELECTED_PRODUCTS = 16.0
+"""Products with one vector that S may take."""
+SMALLEST_SELECTION = 64
+
+
+class RowSpaceLanczos(SampledLogDet):
+    """All rows, stored where they fit `Budget.stored_bytes`, or read again for each product.
+
+    Args:
+        problem: Sizes.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self._rows = EigenbasisRows(self.shape, num_selected(problem))
+        self._collector = BatchCollector()
+        self._stored = StoredRows()
+        # Without a way to read them again rows are stored whatever they take.
+        self.rereads = problem.passes is not None and stored_bytes(problem) > problem.budget.stored_bytes
+        self._selected: SelectedRows | None = None
+
+    @override
+    def update(self, chunk: RowChunk) -> None:
+        layers = self._collector.add(chunk)
+        if layers is not None:
+            self._rows.add(layers)
+            if not self.rereads:
+                self._stored.add(layers)
+
+    @override
+    def known_part(self, scale: float) -> SchurComplement:
+        if self._selected is None:
+            passes = self.problem.passes
+            reread = self.rereads and passes is not None
+            self._selected = SelectedRows(self._rows, RereadRows(passes) if reread else self._stored)
+        return SchurComplement(self._selected, scale)
+
+    @override
+    def like(self) -> Tensor:
+        return self._rows.diagonal().to(self.problem.dtype)
+
+
+def num_selected(problem: Problem) -> int:
+    """|S| that costs about `SELECTED_PRODUCTS` products with a vector: K_S and its rotation for every row."""
+    product = 2.0 * problem.num_examples * max(problem.num_parameters, problem.rank * problem.kept_width)
+    memory = problem.budget.kept_bytes / (problem.kept_width * problem.dtype.itemsize)
+    size = float(SMALLEST_SELECTION)
+    while problem.num_rows * size * (problem.gram_width + size) < SELECTED_PRODUCTS * product:
+        size *= 2**0.5
+    return max(1, min(round(size), int(memory), int((problem.budget.kept_bytes / 16) ** 0.5)))
+
+
+def stored_bytes(problem: Problem) -> float:
+    """Memory of all rows."""
+    return float(problem.num_rows) * problem.kept_width * problem.dtype.itemsize
