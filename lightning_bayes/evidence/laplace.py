@@ -193,7 +193,9 @@ class Computation(Method):
     ) -> tuple[Method, list[str] | None]:
         """What only outputs can tell: how many there are, and which layer comes last."""
         subset = self._named_subset(network)
-        if first is None or (self.structure not in ("auto", "lanczos") and self.subset_of_weights != "last_layer"):
+        if first is None or (
+            self.structure not in ("auto", "lanczos") and self.subset_of_weights != "last_layer"
+        ):
             return self, subset
         few = forward_of_pair(network, _first_examples(first), device)
         if self.subset_of_weights == "last_layer":

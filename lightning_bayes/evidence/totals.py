@@ -251,7 +251,7 @@ def _settled(
 ) -> tuple[Problem, Method, str]:
     """The sizes by the first chunk of rows, the method with its structure chosen, and a sentence that says why."""
     first = next(iter(parameters.values()))
-    kept_width, gram_width = kept_widths(chunk)
+    kept_width, gram_width, map_width = kept_widths(chunk)
     problem = Problem(
         shapes={name: parameter.shape for name, parameter in parameters.items()},
         num_examples=num_examples,
@@ -259,6 +259,7 @@ def _settled(
         batch_size=chunk.num_examples,
         kept_width=kept_width,
         gram_width=gram_width,
+        map_width=map_width,
         dtype=first.dtype,
         device=first.device,
         tolerance=method.tolerance,

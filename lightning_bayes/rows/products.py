@@ -216,7 +216,10 @@ class DataPasses:
     def _zeros(self, num_vectors: int) -> dict[str, Tensor]:
         return {
             name: torch.zeros(
-                num_vectors, *parameter.shape, dtype=accumulation_dtype(parameter.device), device=parameter.device
+                num_vectors,
+                *parameter.shape,
+                dtype=accumulation_dtype(parameter.device),
+                device=parameter.device,
             )
             for name, parameter in self.parameters.items()
         }

@@ -19,7 +19,8 @@ class Budget:
 
     Attributes:
         memory: Bytes that "auto" lets the exact matrix and its rows take.
-        flop: Operations that "auto" lets the exact matrix take: about fifteen seconds on two CPU cores.
+        seconds: That "auto" lets an exact matrix take, or else "lanczos", beside the reading of the rows. In a Trainer
+            the larger of ten and those of one epoch of training take their place.
         columns: Outputs per example up to which "auto" reads all columns of the loss Hessian's root, whatever
             they cost.
         hessian_memory: Bytes that the true Hessian, scaled, and its eigenvectors may take: 7,905 parameters.
@@ -57,7 +58,7 @@ class Budget:
     """
 
     memory: float = 2e9
-    flop: float = 1.5e12
+    seconds: float = 60.0
     columns: int = 512
     hessian_memory: float = 2e9
     searched_spectrum: int = 1024
@@ -96,6 +97,7 @@ class Problem:
         batch_size: Examples whose rows exist at one time before a structure has taken them in.
         kept_width: Numbers that a row is kept as beyond its batch, see `kept_widths`.
         gram_width: Multiplications of the inner product of two kept rows.
+        map_width: Multiplications of one example on its way through the network, about.
         tolerance: Width in nats of the bracket about the log-evidence that is accepted; None for exact.
         sampled: Whether the columns of a batch are samples, of which G is the mean in expectation.
         strengths: Λ of each parameter tensor up to one factor, where that is known beforehand.
@@ -117,6 +119,7 @@ class Problem:
     batch_size: int
     kept_width: int
     gram_width: int
+    map_width: int
     dtype: torch.dtype
     device: torch.device
     tolerance: float | None = None

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from lightning_bayes.structures.diagonal import DiagonalCurvature
 from lightning_bayes.structures.dual import DualCurvature
 from lightning_bayes.structures.hessian import HessianCurvature
 from lightning_bayes.structures.kronecker import KroneckerCurvature
+from lightning_bayes.structures.lanczos.cost import lanczos_flop
 from lightning_bayes.structures.lanczos.parameter_space import ParameterSpaceLanczos
 from lightning_bayes.structures.lanczos.row_space import RowSpaceLanczos
 from lightning_bayes.structures.primal import PrimalCurvature
@@ -109,29 +110,38 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
         sizes += "; less than the bounds take, so structure='full' is quicker here and has no bounds to need"
     if structure == "full" and memory > total_memory(problem.device):
         raise ValueError(f'structure="full" does not fit on {problem.device}: {sizes}. Use {cheaper}.')
-    if structure == "full" and flop > problem.budget.flop:
+    if structure == "full" and structure_seconds(problem, structure) > problem.budget.seconds:
         warnings.warn(f'structure="full" will be slow: {sizes}. Faster: {cheaper}.', stacklevel=3)
     return structure, sizes
 
 
 def _within_budget(problem: Problem, sizes: str) -> tuple[str, str]:
-    """The first of "full", "blocks" and "kron" that the budget allows."""
-    budget = (
-        f"the budget of {_readable(problem.budget.memory, 'B')} and {_readable(problem.budget.flop, 'FLOP')}"
-    )
+    """The first of "full", "lanczos" and "kron" that the budget allows."""
+    budget = f"the budget of {_readable(problem.budget.memory, 'B')} and {problem.budget.seconds:.3g} s"
     overrides = 'structure="full" or max_examples= overrides'
     if problem.sampled:
         return "kron", f"{sizes}, but its columns are sampled, from which there is no exact matrix"
-    if _fits(problem.budget, *full_cost(problem)):
+    exact = structure_seconds(problem, "full")
+    if full_cost(problem)[0] <= problem.budget.memory and exact <= problem.budget.seconds:
         return "full", f"{sizes}, within {budget}"
     if problem.tolerance is not None:
         raise ValueError(
             f"tolerance={problem.tolerance:g} is not to be had within {budget}: {sizes}. structure='full' tries it "
             "all the same, max_examples= takes fewer examples; without tolerance= the bounds are as wide as they are."
         )
-    if problem.rises_together and _fits(problem.budget, *blocks_cost(problem)) and not _is_cheaper(problem):
-        return "blocks", f"{sizes}, beyond {budget}, which allows bounds from the largest rows; {overrides}"
-    return "kron", f"{sizes}, beyond {budget}; {overrides}"
+    beyond = f"{sizes}, beyond {budget}"
+    if not problem.rises_together:
+        return "kron", f"{beyond}; {overrides}"
+    seconds = structure_seconds(problem, "lanczos")
+    if seconds <= problem.budget.seconds:
+        return "lanczos", (
+            f"{beyond}, which allows {problem.num_probes} random vectors for what the largest rows leave (about "
+            f"{seconds:.2g} s); {overrides}"
+        )
+    return "kron", (
+        f"{beyond}; structure='lanczos' gives the exact value with a standard error in about {_duration(seconds)}, "
+        "max_examples= takes fewer examples"
+    )
 
 
 def samples_of_many_columns(
@@ -154,12 +164,13 @@ def samples_of_many_columns(
     calls = columns * -(-num_examples // batch_size)
     each = 6.0 * num_parameters * (columns / min(sizes) if len(sizes) > 1 else 1.0)
     flop = num_examples * columns * each + calls * BACKWARD_FLOP
-    if columns <= budget.columns or _fits(budget, memory, flop):
+    seconds = flop / _rate(outputs.dtype, outputs.device)
+    if columns <= budget.columns or (memory <= budget.memory and seconds <= budget.seconds):
         return None
     return (
         f"The loss has {columns:,} outputs per example, so structure='auto' takes structure='kron' with "
         f"num_samples={DEFAULT_SAMPLES} random columns of the loss Hessian's root: all of them take about "
-        f'{memory / 1e9:.3g} GB and {flop / 1e12:.3g} TFLOP to read. structure="kron" with '
+        f'{memory / 1e9:.3g} GB and {_duration(seconds)} to read. structure="kron" with '
         'num_samples=None takes all columns; structure="full" or tolerance= goes for the exact value.'
     )
 
@@ -170,16 +181,16 @@ def _is_cheaper(problem: Problem) -> bool:
     return exact[0] <= max(bounds[0], problem.budget.memory) and exact[1] <= bounds[1]
 
 
-def _fits(budget: Budget, memory: float, flop: float) -> bool:
-    return memory <= budget.memory and flop <= budget.flop
-
-
 def _readable(amount: float, unit: str) -> str:
     for prefix in ("", "k", "M", "G"):
         if amount < 1000:
             return f"{amount:.3g} {prefix}{unit}"
         amount /= 1000
     return f"{amount:.3g} T{unit}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 100 else f"{seconds / 60:.2g} min"
 
 
 def full_cost(problem: Problem) -> tuple[float, float]:
@@ -218,7 +229,12 @@ def evaluation_seconds(problem: Problem, structure: str, read: float) -> float:
         read: Seconds of reading one batch.
     """
     batches = problem.num_examples / problem.batch_size
-    return batches * read + _structure_flop(problem, structure) / _rate(problem.dtype, problem.device)
+    return batches * read + structure_seconds(problem, structure)
+
+
+def structure_seconds(problem: Problem, structure: str) -> float:
+    """Seconds of a structure's answers without the reading of the rows, within a factor of about three."""
+    return _structure_flop(problem, structure) / _rate(problem.dtype, problem.device)
 
 
 def _structure_flop(problem: Problem, structure: str) -> float:
@@ -226,6 +242,8 @@ def _structure_flop(problem: Problem, structure: str) -> float:
         return 2.0 * EIGEN * problem.num_parameters**3
     if structure == "full":
         return full_cost(problem)[1] * (SEARCH if problem.sought else 1.0)
+    if structure == "lanczos":
+        return (SEARCH if problem.sought else 1.0) * lanczos_flop(problem)
     if structure == "blocks":
         return blocks_cost(problem)[1]
     if structure == "diag":
@@ -240,8 +258,9 @@ def _structure_flop(problem: Problem, structure: str) -> float:
     return flop
 
 
+@cache
 def _rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Multiplications a second of a matrix product; random state is left alone."""
+    """Multiplications a second of a matrix product, measured once; random state is left alone."""
     matrix = torch.full((CALIBRATION_SIZE, CALIBRATION_SIZE), 0.5, dtype=dtype, device=device)
     times = []
     for _ in range(2):  # the first wakes threads up

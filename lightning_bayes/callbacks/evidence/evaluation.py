@@ -116,16 +116,13 @@ class Evaluation:
         same = rehearsed.sizes == (list(prior.strengths), examples.num_examples)
         method = (rehearsed.chosen if same else None) or rehearsed.asked
 
-
         def forwards(batches: Iterable[tuple[int, Any]]) -> Iterator[BatchForward]:
             for index, batch in batches:
                 yield BatchForward(partial(reader.outputs_and_targets, index), batch)
 
         totals = read_all(
             reader.network,
-            RepeatedForwards(
-                forwards(chain([first], batches)), lambda: forwards(enumerate(examples.read()))
-            ),
+            RepeatedForwards(forwards(chain([first], batches)), lambda: forwards(enumerate(examples.read()))),
             captured.likelihood,
             prior,
             method,

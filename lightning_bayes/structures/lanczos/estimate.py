@@ -23,6 +23,7 @@ from lightning_bayes.numerics.lanczos_quadrature import (
     random_signs,
 )
 from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
+from lightning_bayes.structures.lanczos.cost import EXPECTED_STEPS
 from lightning_bayes.structures.lanczos.known_part import KnownPart
 
 GAP_SHARE = 0.1
@@ -31,8 +32,6 @@ MAX_STEPS = 200
 """Steps after which Lanczos ends, with the rest of the gap in the standard error and a warning."""
 MAX_PROBES = 1024
 """Vectors that `max_stderr` may ask for."""
-EXPECTED_STEPS = 40
-"""By which the memory of the bases is planned."""
 DECREMENT_TOLERANCE = 1e-3
 """Relative rise of the Newton decrement at which its refinement ends."""
 SEARCH_PROBES = 2

@@ -17,11 +17,9 @@ from lightning_bayes.row_storage.newton_decrement import climbed_by_products
 from lightning_bayes.rows.products import DataPasses
 from lightning_bayes.rows.rows import RowChunk
 from lightning_bayes.structures.base import Problem
+from lightning_bayes.structures.lanczos.cost import SKETCHED
 from lightning_bayes.structures.lanczos.estimate import SampledLogDet
 from lightning_bayes.structures.lanczos.known_part import DECREMENT_STEPS, KnownPart
-
-SKETCHED = 96
-"""Directions of the sketch, each of one product with G."""
 
 
 class ParameterSpaceLanczos(SampledLogDet):

@@ -16,12 +16,9 @@ from lightning_bayes.row_storage.eigenbasis_rows import EigenbasisRows
 from lightning_bayes.row_storage.row_products import BatchCollector, RereadRows, StoredRows
 from lightning_bayes.rows.rows import RowChunk
 from lightning_bayes.structures.base import Problem
+from lightning_bayes.structures.lanczos.cost import num_selected, stored_bytes
 from lightning_bayes.structures.lanczos.estimate import SampledLogDet
 from lightning_bayes.structures.lanczos.schur_complement import SchurComplement, SelectedRows
-
-SELECTED_PRODUCTS = 16.0
-"""Products with one vector that S may take."""
-SMALLEST_SELECTION = 64
 
 
 class RowSpaceLanczos(SampledLogDet):
@@ -59,18 +56,3 @@ class RowSpaceLanczos(SampledLogDet):
     @override
     def like(self) -> Tensor:
         return self._rows.diagonal().to(self.problem.dtype)
-
-
-def num_selected(problem: Problem) -> int:
-    """|S| that costs about `SELECTED_PRODUCTS` products with a vector: K_S and its rotation for every row."""
-    product = 2.0 * problem.num_examples * max(problem.num_parameters, problem.rank * problem.kept_width)
-    memory = problem.budget.kept_bytes / (problem.kept_width * problem.dtype.itemsize)
-    size = float(SMALLEST_SELECTION)
-    while problem.num_rows * size * (problem.gram_width + size) < SELECTED_PRODUCTS * product:
-        size *= 2**0.5
-    return max(1, min(round(size), int(memory), int((problem.budget.kept_bytes / 16) ** 0.5)))
-
-
-def stored_bytes(problem: Problem) -> float:
-    """Memory of all rows."""
-    return float(problem.num_rows) * problem.kept_width * problem.dtype.itemsize

@@ -107,9 +107,7 @@ class SchurComplement(KnownPart):
             return selected.all.dot(selected.products, {name: v.unsqueeze(0) for name, v in vector.items()})
 
         def combine(coefficients: Tensor) -> dict[str, Tensor]:
-            return {
-                name: v[0] for name, v in selected.all.combine(selected.products, coefficients).items()
-            }
+            return {name: v[0] for name, v in selected.all.combine(selected.products, coefficients).items()}
 
         inverse = woodbury(selected.layers, self._solve, self._precision)
         return climbed(dot, combine, inverse, self._precision, scaled, tolerance, DECREMENT_STEPS)
