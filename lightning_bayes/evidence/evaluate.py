@@ -84,6 +84,10 @@ def evidence_of(
         num_blocks=method.num_blocks,
         newton_decrement_error=0.5 * summary.quadratic_error / optimum.dispersion,
         log_evidence_dof=summary.log_det_dof,
+        samples=tuple(
+            terms.log_evidence(log_likelihood, penalty, terms.log_occam_factor(log_det))
+            for log_det in summary.samples
+        ),
         lower_stderr=0.5 * summary.upper_stderr,
         subset_of_weights=subset if isinstance(subset, str) else tuple(subset),
         log_evidence_best_prior=None if best is None else best[0],

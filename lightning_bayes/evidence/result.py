@@ -1,8 +1,9 @@
 """The result: a number, its parts, and what is known of its errors."""
 
 import math
+import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from scipy.special import ndtri, stdtrit
 
@@ -59,6 +60,7 @@ class Evidence:
             None where it would cost too much, or there is no such λ.
         best_prior_precision: That λ.
         log_evidence_dof: Degrees of freedom of `log_evidence_stderr`, infinite where it is as good as certain.
+        samples: The log-evidence by each random vector of "lanczos", of which `log_evidence` is the mean.
         newton_decrement_error: What `newton_decrement` may be too small by at most; 0 where it is exact.
     """
 
@@ -92,6 +94,19 @@ class Evidence:
     best_prior_precision: float | None = None
     log_evidence_dof: float = math.inf
     newton_decrement_error: float = 0.0
+    samples: tuple[float, ...] = field(default=(), repr=False)
+
+    def above(self, other: "Evidence") -> tuple[float, float]:
+        """By how much this log-evidence is above another one, and the standard error of that.
+
+        Two evaluations by "lanczos" take the same random vectors, at every prior and epoch, so that their difference
+        is surer than either. By the spread of the vectors' own differences: few of them, so allow for Student's t.
+        """
+        difference = self.log_evidence - other.log_evidence
+        paired = [mine - its for mine, its in zip(self.samples, other.samples, strict=False)]
+        if len(paired) < 2:
+            return difference, math.hypot(self.log_evidence_stderr, other.log_evidence_stderr)
+        return difference, statistics.stdev(paired) / len(paired) ** 0.5
 
     @property
     def interval(self) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -164,6 +164,7 @@ class CurvatureSummary:
         quadratic: gᵀ(G + Λ)⁻¹g for the gradient g that was given.
         log_det_stderr: 0 where nothing is sampled.
         log_det_dof: Degrees of freedom of that error.
+        samples: The log-determinant by each random vector, of which `log_det` is the mean.
         quadratic_error: What `quadratic` may be too small by at most.
         effective_parameters_stderr: 0 where the trace is exact.
         upper_stderr: Of the upper bound where it is an estimate from sampled blocks; 0 where it is certain.
@@ -179,6 +180,7 @@ class CurvatureSummary:
     log_det_stderr: float = 0.0
     log_det_dof: float = math.inf
     quadratic_error: float = 0.0
+    samples: tuple[float, ...] = ()
     effective_parameters_stderr: float = 0.0
     upper_stderr: float = 0.0
     num_below_prior: int | None = None
@@ -198,6 +200,8 @@ class Curvature(ABC):
     """Whether rows are chosen for one prior, so that a search for a prior goes by `of_chosen_rows`."""
     reads_rows = True
     """Whether batches after the first need their rows to be formed."""
+    costly_priors = False
+    """Whether every further prior takes about as long as the first."""
     rereads = False
     """Whether answers take further passes over the data."""
 
@@ -216,6 +220,10 @@ class Curvature(ABC):
             precision: λ of each parameter tensor.
             gradient: g of each parameter tensor, in its shape.
         """
+
+    def prepare(self, precisions: Sequence[Mapping[str, float]]) -> None:
+        """Learn which priors will be asked for, where answers to all together cost less."""
+        return None
 
     def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
         """The log-determinant of `at`, and γ, which is minus its derivative in ln s for the prior s·Λ."""

@@ -10,7 +10,7 @@ import time
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from typing_extensions import override
@@ -46,9 +46,19 @@ class _Answer:
     known: KnownPart
     log: SampledTrace  # of ln M
     gamma: SampledTrace  # of what M⁻¹ adds to γ
-    middle: float = 0.0  # Σ over vectors of zᵀ ln M z
+    samples: list[float] = field(default_factory=list)  # zᵀ ln M z of each vector
     gap: float = 0.0
     seconds: float = 0.0
+
+    @property
+    def log_det(self) -> float:
+        """The mean over the vectors."""
+        return self.known.log_det + sum(self.samples) / len(self.samples)
+
+    @property
+    def effective_parameters(self) -> float:
+        """γ."""
+        return self.known.gamma + self.gamma.mean
 
 
 class SampledLogDet(Curvature):
@@ -60,6 +70,8 @@ class SampledLogDet(Curvature):
         problem: Sizes.
     """
 
+    costly_priors = True
+
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self.shape = dict(problem.strengths or dict.fromkeys(problem.shapes, 1.0))
@@ -69,6 +81,11 @@ class SampledLogDet(Curvature):
     @abstractmethod
     def known_part(self, scale: float) -> KnownPart:
         """What is known exactly at `scale` times `shape`."""
+
+    def scale_of(self, precision: Mapping[str, float]) -> float:
+        """Of which multiple of `shape` a prior is."""
+        name, value = next(iter(precision.items()))
+        return value / self.shape[name]
 
     @abstractmethod
     def like(self) -> Tensor:
@@ -83,26 +100,25 @@ class SampledLogDet(Curvature):
         value, missing = known.quadratic_form(gradient, DECREMENT_TOLERANCE)
         return CurvatureSummary(
             # Not cut off at the bounds: that would bias it.
-            log_det=known.log_det + answer.middle / answer.log.num_vectors,
+            log_det=answer.log_det,
             bounds=(max(known.bounds[0] - slack, 0.0), known.bounds[1] + slack),
-            effective_parameters=known.gamma + answer.gamma.mean,
+            effective_parameters=answer.effective_parameters,
             quadratic=value,
             log_det_stderr=math.hypot(answer.log.stderr, 0.5 * answer.gap),
             effective_parameters_stderr=answer.gamma.stderr,
             log_det_dof=answer.log.degrees_of_freedom,
             quadratic_error=missing,
+            samples=tuple(known.log_det + sample for sample in answer.samples),
         )
 
     @override
     def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
         answer = self._answer(precision, min(SEARCH_PROBES, self.problem.num_probes))
-        log_det = answer.known.log_det + answer.middle / answer.log.num_vectors
-        return log_det, answer.known.gamma + answer.gamma.mean
+        return answer.log_det, answer.effective_parameters
 
     def _answer(self, precision: Mapping[str, float], num_probes: int) -> _Answer:
         """The estimates at a prior from so many vectors at least, and from more until `max_stderr` is met."""
-        name, value = next(iter(precision.items()))
-        scale = value / self.shape[name]
+        scale = self.scale_of(precision)
         if scale not in self._answers:
             self._answers[scale] = _Answer(self.known_part(scale), SampledTrace(), SampledTrace())
         answer = self._answers[scale]
@@ -148,12 +164,13 @@ class SampledLogDet(Curvature):
         if not signs.any():  # all rows are selected
             answer.log.add(signs, signs)
             answer.gamma.add(signs, signs)
+            answer.samples += [0.0] * number
             return
         recurrences = LanczosRecurrences(known.product, signs)
         middle, gap = converge(recurrences, _log, known.least, GAP_SHARE * share, MAX_STEPS)
         answer.log.add(signs, recurrences.images(_log))
         answer.gamma.add(signs, known.gamma_image(signs, recurrences.images(_reciprocal)))
-        answer.middle += middle.sum().item()
+        answer.samples += middle.tolist()
         answer.seconds += time.perf_counter() - started
         total = seen + number
         answer.gap = (answer.gap * seen + gap * number) / total

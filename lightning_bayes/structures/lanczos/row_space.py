@@ -9,6 +9,9 @@ The first term is a certified lower bound, the first two an upper one, since by 
 third a small condition number and a small variance.
 """
 
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
 from torch import Tensor
 from typing_extensions import override
 
@@ -35,7 +38,6 @@ class RowSpaceLanczos(SampledLogDet):
         self._stored = StoredRows()
         # Without a way to read them again rows are stored whatever they take.
         self.rereads = problem.passes is not None and stored_bytes(problem) > problem.budget.stored_bytes
-        self._selected: SelectedRows | None = None
 
     @override
     def update(self, chunk: RowChunk) -> None:
@@ -46,12 +48,17 @@ class RowSpaceLanczos(SampledLogDet):
                 self._stored.add(layers)
 
     @override
+    def prepare(self, precisions: Sequence[Mapping[str, float]]) -> None:
+        self._selection.prepare([self.scale_of(precision) for precision in precisions])
+
+    @override
     def known_part(self, scale: float) -> SchurComplement:
-        if self._selected is None:
-            passes = self.problem.passes
-            reread = self.rereads and passes is not None
-            self._selected = SelectedRows(self._rows, RereadRows(passes) if reread else self._stored)
-        return SchurComplement(self._selected, scale)
+        return SchurComplement(self._selection, scale)
+
+    @cached_property
+    def _selection(self) -> SelectedRows:
+        passes = self.problem.passes if self.rereads else None
+        return SelectedRows(self._rows, self._stored if passes is None else RereadRows(passes))
 
     @override
     def like(self) -> Tensor:
