@@ -170,6 +170,7 @@ class LaplaceEvidence(EpochReadings[Evidence]):
         )
         self._rehearsed: Rehearsed | None = None
         self._started = math.nan  # when training began, in seconds of the monotonic clock
+        self._first_epoch = 0
         self._spent = 0.0  # seconds of all evaluations of this fit
         self._last_took: float | None = None  # seconds of the last one
 
@@ -182,6 +183,7 @@ class LaplaceEvidence(EpochReadings[Evidence]):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._rehearsed = None
         self._started, self._spent, self._last_took = time.monotonic(), 0.0, None
+        self._first_epoch = trainer.current_epoch
         super().on_train_start(trainer, pl_module)
 
     @override
@@ -193,6 +195,9 @@ class LaplaceEvidence(EpochReadings[Evidence]):
         start = time.monotonic()
         # A fit that is resumed at the end of an epoch has no first batch before it.
         rehearsed, before = self._rehearsed or Rehearsed(self.method), self.latest
+        if before is None:
+            epochs = 1 + trainer.current_epoch - self._first_epoch
+            self._rehearsed = rehearsed = rehearsed.measured((start - self._started - self._spent) / epochs)
         take = partial(self._evaluation.evidence, trainer, pl_module, rehearsed, before)
         evidence = trainer.strategy.broadcast(self._take(trainer, take))
         self._last_took = time.monotonic() - start

@@ -3,7 +3,8 @@
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -180,8 +181,9 @@ class Computation(Method):
                 if note is not None:
                     announce(f"{note}.")
             sizes = examples.num_examples, examples.num_batches
-            totals = read_all(network, forwards, likelihood, prior, method, *sizes, announce)
-            return conclude(totals)
+            with _reported(self.progress) as report:
+                totals = read_all(network, forwards, likelihood, prior, method, *sizes, announce, report)
+                return conclude(totals)
 
     def _named_subset(self, network: nn.Module) -> list[str] | None:
         if isinstance(self.subset_of_weights, str):
@@ -226,3 +228,23 @@ def _tracked(examples: Examples, progress: bool) -> Iterable[Any]:
     from rich.progress import track  # noqa: PLC0415 - only for the progress bar
 
     return track(examples.read(), description="evidence", total=examples.num_batches)
+
+
+@contextmanager
+def _reported(progress: bool) -> Iterator[Callable[[str], object]]:
+    """What takes a few words on what is being done, and shows them from the first on."""
+    if not progress:
+        yield lambda text: None
+        return
+    from rich.status import Status  # noqa: PLC0415 - only for the progress bar
+
+    status = Status("evidence")
+
+    def report(text: str) -> None:
+        status.update(f"evidence: {text}")
+        status.start()
+
+    try:
+        yield report
+    finally:
+        status.stop()

@@ -23,7 +23,15 @@ from lightning_bayes.rows.reader import BatchRows, RowReader
 from lightning_bayes.rows.rows import RowChunk
 from lightning_bayes.structures.base import Curvature, Problem
 from lightning_bayes.structures.hessian_reader import HessianReader
-from lightning_bayes.structures.registry import STRUCTURES, choose_structure, evaluation_seconds
+from lightning_bayes.structures.registry import (
+    STRUCTURES,
+    choose_structure,
+    evaluation_seconds,
+    lanczos_seconds,
+)
+
+LEAST_SECONDS = 10.0
+"""That "auto" may take in a Trainer, however short an epoch is."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +98,14 @@ class Rehearsal:
         reason: A sentence that says why.
         split: A sentence that says by which derivatives the rows are read.
         seconds: That the whole will take, within a factor of about three; without the loading of the data.
+        problem: The sizes that the choice was made for.
     """
 
     method: Method
     reason: str
     split: str
     seconds: float
+    problem: Problem
 
 
 def read_all(
@@ -107,6 +117,7 @@ def read_all(
     num_examples: int,
     num_batches: int,
     announce: Callable[[str], None] = lambda sentence: None,
+    report: Callable[[str], object] = lambda text: None,
 ) -> Totals:
     """Read every batch: rows into a structure, or Hessians into their sum.
 
@@ -119,6 +130,7 @@ def read_all(
         num_examples: Examples to expect, for the choice of a structure; the evidence counts those it sees.
         num_batches: Of the pass; where batches are sampled as blocks it must be right.
         announce: Takes the one line that says by which derivatives the rows are read.
+        report: Takes a few words on what is being done after the pass, now and then.
 
     Raises:
         ValueError: If there is no batch, or a batch cannot be read.
@@ -148,7 +160,7 @@ def read_all(
                 )
                 read = partial(reader.read, likelihood=likelihood)
                 passes = DataPasses(network, reader.parameters, likelihood, forwards, read)
-                problem = replace(problem, block_sample=sample, passes=passes)
+                problem = replace(problem, block_sample=sample, passes=passes, report=report)
                 curved = STRUCTURES[method.structure](problem)
                 forwards.keep = forwards.keep and curved.rereads
                 announce(reader.split)
@@ -223,14 +235,26 @@ def rehearse(
     """
     reader = _reader_of(network, prior, method)
     start = time.perf_counter()
-    first = next(reader.read(forward, likelihood).chunks)
-    problem, method, reason = _settled(first, reader.parameters, likelihood, prior, method, num_examples)
+    batch = reader.read(forward, likelihood)
+    passed = time.perf_counter()
+    first = next(batch.chunks)
     if method.curvature == "ggn":  # again: the first batch is also where the plan is made
         start = time.perf_counter()
-        for chunk in reader.read(forward, likelihood).chunks:
+        batch = reader.read(forward, likelihood)
+        passed = time.perf_counter()
+        for chunk in batch.chunks:
             kept_widths(chunk)  # looks at all of it
-    seconds = evaluation_seconds(problem, method.structure, time.perf_counter() - start)
-    return Rehearsal(method, reason, reader.split, seconds)
+    read, batches = time.perf_counter() - start, num_examples / batch.num_examples
+    epoch = batches * (passed - start)
+    if method.budget.seconds is None:
+        method = replace(method, budget=replace(method.budget, seconds=max(LEAST_SECONDS, epoch)))
+    problem, method, reason = _settled(first, reader.parameters, likelihood, prior, method, num_examples)
+    seconds = evaluation_seconds(problem, method.structure, read)
+    if method.structure == "lanczos":
+        read_again = partial(reader.read, likelihood=likelihood)
+        passes = DataPasses(network, reader.parameters, likelihood, lambda: [forward], read_again)
+        seconds = lanczos_seconds(replace(problem, passes=passes), batches, read)
+    return Rehearsal(method, reason, reader.split, seconds, problem)
 
 
 def _reader_of(network: nn.Module, prior: Prior, method: Method) -> RowReader | HessianReader:

@@ -194,7 +194,12 @@ class LanczosRecurrences:
 
 
 def converge(
-    recurrences: LanczosRecurrences, function: Function, node: float, share: float, max_steps: int
+    recurrences: LanczosRecurrences,
+    function: Function,
+    node: float,
+    share: float,
+    max_steps: int,
+    watch: Callable[[int, float], None] = lambda steps, gap: None,
 ) -> tuple[Tensor, float]:
     """Extend recurrences from random signs until their two rules agree to a share of the standard error of tr f(A).
 
@@ -204,6 +209,7 @@ def converge(
         node: A number that no eigenvalue of A is below.
         share: Of the standard error of the mean over these vectors.
         max_steps: After which they are left as they are.
+        watch: Is told the steps so far and the mean distance of the two rules.
 
     Returns:
         The middle of the two rules of each vector [k], and the mean distance of the two.
@@ -216,6 +222,7 @@ def converge(
             continue  # eigenvalues of k matrices a check
         middle, gaps = recurrences.between(function, node)
         gap = gaps.mean().item()
+        watch(steps, gap)
         if recurrences.exhausted or steps >= max_steps:
             return middle, gap
         # The images cost as much as a reorthogonalisation: now and then, and where the gap seems small enough.

@@ -39,9 +39,12 @@ class EigenbasisRows:
         leading = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
         rotations = (vectors * leading.sign()).to(grams)
         diagonal = values.clamp_(min=0.0).mT.flatten()
-        numbers = torch.arange(len(diagonal), device=diagonal.device) + self._number
-        turned = {layer.names: _in_one_line(layer.rotate(rotations)) for layer in layers}
-        self._largest.offer(RowSet(turned, numbers.to(diagonal).unsqueeze(1)), diagonal)
+        wanted = (diagonal > self._largest.threshold).nonzero().squeeze(1)
+        if len(wanted):
+            columns, examples = wanted // len(grams), wanted % len(grams)
+            turned = {layer.names: layer.rotate(rotations).select(columns, examples) for layer in layers}
+            numbers = (wanted + self._number).to(diagonal).unsqueeze(1)
+            self._largest.offer(RowSet(turned, numbers), diagonal[wanted])
         self._rotations.append(rotations)
         self._diagonals.append(diagonal)
         self._number += len(diagonal)
@@ -91,9 +94,3 @@ class EigenbasisRows:
             apart = total.view(len(total), -1, len(rotations))
             yield torch.einsum("ncd,rcn->rdn", rotations, apart).flatten(1)
 
-
-def _in_one_line(layer: KeptRows) -> KeptRows:
-    """Rows [C, N] as [1, C·N]."""
-    columns, examples = layer.rows.shape[:2]
-    numbers = torch.arange(columns * examples, device=layer.rows.device)
-    return layer.select(numbers // examples, numbers % examples)

@@ -1,6 +1,6 @@
-"""Products with the rows of a whole data set, and with the Gauss-Newton matrix, by passes over the data; no row formed.
+"""Products with the rows of a whole data set and with its Gauss-Newton matrix, by passes over the data.
 
-With the symbols of `rows`, row (n, c) of V is v₍ₙ,c₎ = JₙᵀR[c, n] and G = VᵀV = Σₙ JₙᵀΛₙJₙ, in units of the dispersion:
+No row is formed. With v₍ₙ,c₎ = JₙᵀR[c, n] row (n, c) of V, and G = VᵀV = Σₙ JₙᵀΛₙJₙ in units of the dispersion:
 
 - Vᵀu = Σₙ Jₙᵀ(Σ_c u₍c,n₎ R[c, n]) is one backward pass of the outputs.
 - (Vw)₍ₙ,c₎ = ⟨Jₙw, R[c, n]⟩, and Jw is the derivative of ⟨Jᵀs, w⟩ in s, which is linear in it: one backward pass of a
@@ -19,21 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_bayes.capture.autograd_graph import check_differentiable
+from lightning_bayes.capture.autograd_graph import IN_ORDINARY_OPERATIONS, check_differentiable
 from lightning_bayes.capture.forward import Forward, forward_of
 from lightning_bayes.capture.module_calls import plain_kernels, tensors_of
-from lightning_bayes.errors import check_finite
 from lightning_bayes.likelihoods import Likelihood
-from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.rows.backward import quiet_loops, vectorised
 from lightning_bayes.rows.reader import BatchRows
 from lightning_bayes.rows.rows import RowChunk
 
-BATCHED_BYTES = 2**26
-"""Bytes that what a module returns may take for all vectors of one batched backward pass, one vector at least.
-
-The pass holds a few such tensors at a time.
-"""
+BATCHED_BYTES = 2**22
+"""Bytes that what one module returns may take for all vectors of one batched backward pass, one vector at least."""
+OTHERWISE = 'structure="full", "blocks", "kron" and "diag" do without.'
 
 
 @dataclass
@@ -41,28 +37,23 @@ class VectorPasses:
     """Backward passes of several vectors through one graph: batched, or one after the other where vmap cannot."""
 
     one_by_one: bool = False
+    """Whether vmap cannot batch this network's backward pass, which is found out."""
 
     def back(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequence[Tensor]
     ) -> tuple[Tensor | None, ...]:
-        """Gradients [k, *shape] of Σ ⟨seed, output⟩ in each input, None without influence; the graph stays.
+        """Gradients of Σ ⟨seed, output⟩ in each input, [k, *shape], None without influence; the graph stays.
 
         Args:
             outputs: Each of its own shape.
             inputs: On the way to them.
             seeds: k for each output, [k, *shape].
         """
-
-        def of(grads: Sequence[Tensor], batched: bool) -> tuple[Tensor | None, ...]:
-            return torch.autograd.grad(
-                outputs, inputs, grads, retain_graph=True, allow_unused=True, is_grads_batched=batched
-            )
-
         num_vectors = len(seeds[0])
         if num_vectors > 1 and not self.one_by_one:
             try:
                 with quiet_loops():
-                    return of(seeds, batched=True)
+                    return _gradients(outputs, inputs, seeds, batched=True)
             except torch.cuda.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # an operation that vmap does not know
@@ -72,18 +63,28 @@ class VectorPasses:
                     "backward pass (%s).",
                     error,
                 )
-        each = [of([seed[j] for seed in seeds], batched=False) for j in range(num_vectors)]
+        each = [_gradients(outputs, inputs, [seed[j] for seed in seeds]) for j in range(num_vectors)]
         return tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True))
+
+
+def _gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequence[Tensor], batched: bool = False
+) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(
+        outputs, inputs, seeds, retain_graph=True, allow_unused=True, is_grads_batched=batched
+    )
 
 
 @dataclass(frozen=True)
 class BatchJacobian:
-    """J of the prepared outputs of one batch in the parameters, by its products.
+    """The Jacobian J of the prepared outputs of one batch in the parameters, as a linear map.
 
     Attributes:
-        outputs: With their graph, [N, ...].
+        outputs: [N, ...], with their graph.
         targets: Prepared.
         width: Bytes of the largest tensor that a module returned.
+        dual: s, of the outputs' shape, None where J itself is not asked for.
+        pulled_back: Jᵀs of the parameters with influence, a function of s.
     """
 
     outputs: Tensor
@@ -91,10 +92,8 @@ class BatchJacobian:
     parameters: Mapping[str, nn.Parameter]
     width: int
     passes: VectorPasses
-    seed: Tensor | None
-    """s, where J is to be multiplied from the right."""
-    pulled: Mapping[str, Tensor]
-    """Jᵀs of the parameters with influence, with its graph."""
+    dual: Tensor | None
+    pulled_back: Mapping[str, Tensor]
 
     def chunks(self, num_vectors: int) -> Iterator[slice]:
         """Parts of k vectors that go through the network together."""
@@ -103,32 +102,45 @@ class BatchJacobian:
             yield slice(start, min(start + size, num_vectors))
 
     def transposed_times(self, seeds: Tensor) -> dict[str, Tensor]:
-        """Jᵀ times vectors [k, N, ...], for each parameter with influence [k, *shape]."""
+        """Jᵀ times vectors [k, N, ...]: [k, *shape] for each parameter with influence."""
         parts = self.passes.back([self.outputs], list(self.parameters.values()), [seeds])
         return {name: part for name, part in zip(self.parameters, parts, strict=True) if part is not None}
 
     def times(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        """J times vectors [k, *shape] of each parameter, [k, N, ...]."""
-        num_vectors = len(next(iter(vectors.values())))
-        if not self.pulled:
-            return self.outputs.new_zeros(num_vectors, *self.outputs.shape)
-        seeds = [vectors[name].to(part.dtype) for name, part in self.pulled.items()]
-        (image,) = self.passes.back(list(self.pulled.values()), [self.seed], seeds)
-        return image
+        """J times vectors [k, *shape] of each parameter: [k, N, ...].
+
+        Raises:
+            ValueError: If PyTorch cannot differentiate the gradient of this network.
+        """
+        shape = (_num_vectors(vectors), *self.outputs.shape)
+        if self.dual is None or not self.pulled_back:
+            return self.outputs.new_zeros(shape)
+        seeds = [vectors[name].to(part.dtype) for name, part in self.pulled_back.items()]
+        try:
+            (image,) = self.passes.back(list(self.pulled_back.values()), [self.dual], seeds)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ValueError(
+                f"The gradient of this network has no derivative: {error}. {IN_ORDINARY_OPERATIONS} {OTHERWISE}"
+            ) from error
+        return self.outputs.new_zeros(shape) if image is None else image
 
 
 class DataPasses:
-    """V and G of a data set as linear maps, each product one pass over the data.
+    """V and G of a whole data set as linear maps: a product with k vectors is one pass over the data.
 
-    Vectors of parameters are {name: [k, *shape]}; those of rows are one tensor [k, C, N] for each batch, C in the order
-    of `likelihood.sqrt_hessian`, and may have another C where sequences have another length.
+    Vectors of parameters are {name: [k, *shape]}. Those of rows are one tensor [k, C, N] for each batch, with the
+    columns in the order of `likelihood.sqrt_hessian`; C differs between batches whose sequences differ in length.
+
+    Networks that draw random numbers draw the same ones at each pass, and leave the streams of torch as they are.
 
     Args:
         network: A throw-away copy in eval mode.
-        parameters: Those that carry a prior, by name.
+        parameters: Those that carry a prior.
         likelihood: Of the targets given the outputs.
         forwards: Gives the same batches again at each call.
-        read: Returns what one batch says, with its rows.
+        read: Returns what one batch says, with its rows; None where these are not wanted again.
     """
 
     def __init__(
@@ -145,11 +157,11 @@ class DataPasses:
         self._likelihood = likelihood
         self._forwards = forwards
         self._passes = VectorPasses()
-        self._checked = False
-        self._recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
+        self._is_checked = False  # that the gradient has a derivative
+        self._is_recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
         for module in network.modules():
             if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-                module.sparse = False
+                module.sparse = False  # a sparse gradient has no derivative
 
     def chunks(self) -> Iterator[RowChunk]:
         """The rows of all batches once more."""
@@ -159,74 +171,103 @@ class DataPasses:
             yield from self._read(forward).chunks
 
     def combine(self, coefficients: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Vᵀu = Σ u₍c,n₎ v₍ₙ,c₎, {name: [k, *shape]}, for u of each batch [k, C, N]."""
+        """Vᵀu = Σ u₍c,n₎ v₍ₙ,c₎: {name: [k, *shape]}, for u of each batch [k, C, N].
+
+        Raises:
+            ValueError: If there are not as many u as batches.
+        """
         sums = self._zeros(len(coefficients[0]))
-        for batch, own in zip(self._batches(), coefficients, strict=True):
+        for number, (forward, own) in enumerate(zip(self._forwards(), coefficients, strict=True)):
+            batch = self._batch(number, forward)
             root = self._likelihood.sqrt_hessian(batch.outputs, batch.targets)
             for chunk in batch.chunks(len(own)):
                 seeds = torch.einsum("kcn,cno->kno", own[chunk].to(root), root.flatten(2))
-                self._add(sums, chunk, batch.transposed_times(seeds.view(-1, *root.shape[1:])))
+                _add(sums, chunk, batch.transposed_times(seeds.view(-1, *root.shape[1:])))
+            del batch  # its graph, before there is another one
         return self._rounded(sums)
 
     def dot(self, vectors: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        """Vw, for each batch [k, C, N], for w {name: [k, *shape]}."""
-        num_vectors = len(next(iter(vectors.values())))
-        for batch in self._batches(twice=True):
-            root = self._likelihood.sqrt_hessian(batch.outputs, batch.targets).flatten(2)
-            along = [batch.times(_part(vectors, chunk)) for chunk in batch.chunks(num_vectors)]
-            yield torch.einsum("kno,cno->kcn", torch.cat(along).flatten(2), root)
+        """Vw: the inner products ⟨v₍ₙ,c₎, w⟩ of each batch, [k, C, N], for w {name: [k, *shape]}.
+
+        Raises:
+            ValueError: If PyTorch cannot differentiate the gradient of this network.
+        """
+        for number, forward in enumerate(self._forwards()):
+            yield self._dot_batch(number, forward, vectors)
+
+    def _dot_batch(self, number: int, forward: Forward, vectors: Mapping[str, Tensor]) -> Tensor:
+        batch = self._batch(number, forward, right=True)
+        root = self._likelihood.sqrt_hessian(batch.outputs, batch.targets).flatten(2)
+        images = [batch.times(_some(vectors, chunk)) for chunk in batch.chunks(_num_vectors(vectors))]
+        return torch.einsum("kno,cno->kcn", torch.cat(images).flatten(2), root)
 
     def product(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gw, {name: [k, *shape]}, for w of such shapes."""
-        num_vectors = len(next(iter(vectors.values())))
-        sums = self._zeros(num_vectors)
-        for batch in self._batches(twice=True):
-            for chunk in batch.chunks(num_vectors):
-                along = batch.times(_part(vectors, chunk))
-                curved = self._likelihood.hessian_product(batch.outputs, batch.targets, along)
-                self._add(sums, chunk, batch.transposed_times(curved))
+        """Gw: {name: [k, *shape]}, for w of such shapes; no column of a root is formed.
+
+        Raises:
+            ValueError: If PyTorch cannot differentiate the gradient of this network.
+        """
+        sums = self._zeros(_num_vectors(vectors))
+        for number, forward in enumerate(self._forwards()):
+            batch = self._batch(number, forward, right=True)
+            for chunk in batch.chunks(_num_vectors(vectors)):
+                image = batch.times(_some(vectors, chunk))
+                curved = self._likelihood.hessian_product(batch.outputs, batch.targets, image)
+                _add(sums, chunk, batch.transposed_times(curved))
+            del batch  # its graph, before there is another one
         return self._rounded(sums)
 
-    def _batches(self, twice: bool = False) -> Iterator[BatchJacobian]:
-        for forward in self._forwards():
-            with torch.enable_grad(), self._kernels(), _widths(self._network) as widths:
-                outputs, targets, _ = forward_of(forward, self._likelihood)
-                seed, pulled = None, {}
-                if twice:
-                    seed = torch.zeros_like(outputs, requires_grad=True)
-                    parts = torch.autograd.grad(
-                        outputs, list(self.parameters.values()), seed, create_graph=True, allow_unused=True
-                    )
-                    pulled = {n: p for n, p in zip(self.parameters, parts, strict=True) if p is not None}
-                    if not self._checked:
-                        check_differentiable(list(pulled.values()))
-                        self._checked = True
-            width = max([outputs.numel() * outputs.element_size(), *widths])
-            yield BatchJacobian(outputs, targets, self.parameters, width, self._passes, seed, pulled)
+    def _batch(self, number: int, forward: Forward, right: bool = False) -> BatchJacobian:
+        """Run the network on one batch, with what J itself needs where it is multiplied from the right."""
+        dual: Tensor | None = None
+        pulled_back: dict[str, Tensor] = {}
+        with self._same_draws(number), torch.enable_grad(), self._kernels(), _widths(self._network) as widths:
+            outputs, targets, _ = forward_of(forward, self._likelihood)
+            if right:
+                # Any s does; some people's backward passes leave out what is 0.
+                dual = torch.ones_like(outputs, requires_grad=True)
+                parts = torch.autograd.grad(
+                    outputs, list(self.parameters.values()), dual, create_graph=True, allow_unused=True
+                )
+                pulled_back = {
+                    name: part
+                    for name, part in zip(self.parameters, parts, strict=True)
+                    if part is not None and part.requires_grad
+                }
+                if not self._is_checked:  # once: the batches go through the same operations
+                    check_differentiable(list(pulled_back.values()), OTHERWISE)
+                    self._is_checked = True
+        width = max(outputs.numel() * outputs.element_size(), *widths)
+        return BatchJacobian(outputs, targets, self.parameters, width, self._passes, dual, pulled_back)
+
+    @contextmanager
+    def _same_draws(self, number: int) -> Iterator[None]:
+        device = next(iter(self.parameters.values())).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.default_generator.manual_seed(number)
+            if device.type == "cuda":
+                torch.cuda.manual_seed_all(number)
+            yield
 
     @contextmanager
     def _kernels(self) -> Iterator[None]:
+        """Those whose backward pass has a backward pass, which fused ones of recurrent layers do not."""
         with ExitStack() as stack:
             stack.enter_context(plain_kernels())
-            if self._recurrent:
+            if self._is_recurrent:
                 stack.enter_context(vectorised())
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             yield
 
     def _zeros(self, num_vectors: int) -> dict[str, Tensor]:
+        # In float64 the additions would take a quarter of the time of wide layers, whose gradients of one batch have
+        # been rounded already.
         return {
-            name: torch.zeros(
-                num_vectors,
-                *parameter.shape,
-                dtype=accumulation_dtype(parameter.device),
-                device=parameter.device,
+            name: parameter.new_zeros(
+                (num_vectors, *parameter.shape), dtype=torch.promote_types(parameter.dtype, torch.float32)
             )
             for name, parameter in self.parameters.items()
         }
-
-    def _add(self, sums: dict[str, Tensor], chunk: slice, parts: Mapping[str, Tensor]) -> None:
-        for name, part in parts.items():
-            sums[name][chunk] += part
 
     def _rounded(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: total.to(self.parameters[name].dtype) for name, total in sums.items()}
@@ -235,7 +276,7 @@ class DataPasses:
 @contextmanager
 def _widths(network: nn.Module) -> Iterator[list[int]]:
     """Note the bytes of each tensor that a module returns."""
-    widths: list[int] = []
+    widths: list[int] = [0]
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
         widths.extend(tensor.numel() * tensor.element_size() for tensor in tensors_of(output))
@@ -248,5 +289,14 @@ def _widths(network: nn.Module) -> Iterator[list[int]]:
             handle.remove()
 
 
-def _part(vectors: Mapping[str, Tensor], chunk: slice) -> dict[str, Tensor]:
+def _num_vectors(vectors: Mapping[str, Tensor]) -> int:
+    return len(next(iter(vectors.values())))
+
+
+def _some(vectors: Mapping[str, Tensor], chunk: slice) -> dict[str, Tensor]:
     return {name: vector[chunk] for name, vector in vectors.items()}
+
+
+def _add(sums: Mapping[str, Tensor], chunk: slice, parts: Mapping[str, Tensor]) -> None:
+    for name, part in parts.items():
+        sums[name][chunk] += part

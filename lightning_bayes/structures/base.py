@@ -2,8 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from lightning_bayes.numerics.sampling_estimates import BlockSample
 from lightning_bayes.rows.products import DataPasses
 from lightning_bayes.rows.rows import RowChunk
 
+MINUTE = 60.0
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -19,8 +21,8 @@ class Budget:
 
     Attributes:
         memory: Bytes that "auto" lets the exact matrix and its rows take.
-        seconds: That "auto" lets an exact matrix take, or else "lanczos", beside the reading of the rows. In a Trainer
-            the larger of ten and those of one epoch of training take their place.
+        seconds: That "auto" lets an exact matrix take, or else "lanczos", beside the reading of the rows. None for a
+            minute, or in a Trainer for the larger of ten seconds and an epoch of training.
         columns: Outputs per example up to which "auto" reads all columns of the loss Hessian's root, whatever
             they cost.
         hessian_memory: Bytes that the true Hessian, scaled, and its eigenvectors may take: 7,905 parameters.
@@ -58,7 +60,7 @@ class Budget:
     """
 
     memory: float = 2e9
-    seconds: float = 60.0
+    seconds: float | None = None
     columns: int = 512
     hessian_memory: float = 2e9
     searched_spectrum: int = 1024
@@ -81,6 +83,12 @@ class Budget:
     sampled_rows: int = 256
     kronecker_exact: int = 1024
     kronecker_left_out: int = 1024
+
+
+    @property
+    def allowed_seconds(self) -> float:
+        """`seconds`, or a minute."""
+        return MINUTE if self.seconds is None else self.seconds
 
 
 DEFAULT_BUDGET = Budget()
@@ -111,6 +119,7 @@ class Problem:
         seed: Of these vectors.
         by_products: Whether products with G take the place of rows.
         passes: Products by further passes over the data; None where these can be read once only.
+        report: Takes a few words on what is being done.
     """
 
     shapes: Mapping[str, torch.Size]
@@ -136,6 +145,7 @@ class Problem:
     seed: int = 0
     by_products: bool = False
     passes: DataPasses | None = None
+    report: Callable[[str], object] = field(default=lambda text: None, repr=False)
 
     @property
     def num_parameters(self) -> int:

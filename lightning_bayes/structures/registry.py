@@ -18,7 +18,8 @@ from lightning_bayes.structures.diagonal import DiagonalCurvature
 from lightning_bayes.structures.dual import DualCurvature
 from lightning_bayes.structures.hessian import HessianCurvature
 from lightning_bayes.structures.kronecker import KroneckerCurvature
-from lightning_bayes.structures.lanczos.cost import lanczos_flop
+from lightning_bayes.structures.lanczos.cost import EXPECTED_STEPS, SKETCHED, lanczos_flop, selection_flop
+from lightning_bayes.structures.lanczos.estimate import SampledLogDet
 from lightning_bayes.structures.lanczos.parameter_space import ParameterSpaceLanczos
 from lightning_bayes.structures.lanczos.row_space import RowSpaceLanczos
 from lightning_bayes.structures.primal import PrimalCurvature
@@ -33,6 +34,8 @@ EIGEN = 12.0
 """Time of an eigendecomposition n × n, in units of n³ multiplications of a matrix product."""
 SEARCH = 4.0
 """Factorisations that a search for the prior takes."""
+LANCZOS_SEARCH = 2.5
+"""The same of all vectors: a search takes few of them."""
 BACKWARD_FLOP = 1e8
 """Operations that one call of a backward pass counts as, however little it does: about a millisecond."""
 
@@ -110,19 +113,19 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
         sizes += "; less than the bounds take, so structure='full' is quicker here and has no bounds to need"
     if structure == "full" and memory > total_memory(problem.device):
         raise ValueError(f'structure="full" does not fit on {problem.device}: {sizes}. Use {cheaper}.')
-    if structure == "full" and structure_seconds(problem, structure) > problem.budget.seconds:
+    if structure == "full" and structure_seconds(problem, structure) > problem.budget.allowed_seconds:
         warnings.warn(f'structure="full" will be slow: {sizes}. Faster: {cheaper}.', stacklevel=3)
     return structure, sizes
 
 
 def _within_budget(problem: Problem, sizes: str) -> tuple[str, str]:
     """The first of "full", "lanczos" and "kron" that the budget allows."""
-    budget = f"the budget of {_readable(problem.budget.memory, 'B')} and {problem.budget.seconds:.3g} s"
+    budget = f"the budget of {_readable(problem.budget.memory, 'B')} and {problem.budget.allowed_seconds:.3g} s"
     overrides = 'structure="full" or max_examples= overrides'
     if problem.sampled:
         return "kron", f"{sizes}, but its columns are sampled, from which there is no exact matrix"
     exact = structure_seconds(problem, "full")
-    if full_cost(problem)[0] <= problem.budget.memory and exact <= problem.budget.seconds:
+    if full_cost(problem)[0] <= problem.budget.memory and exact <= problem.budget.allowed_seconds:
         return "full", f"{sizes}, within {budget}"
     if problem.tolerance is not None:
         raise ValueError(
@@ -133,7 +136,7 @@ def _within_budget(problem: Problem, sizes: str) -> tuple[str, str]:
     if not problem.rises_together:
         return "kron", f"{beyond}; {overrides}"
     seconds = structure_seconds(problem, "lanczos")
-    if seconds <= problem.budget.seconds:
+    if seconds <= problem.budget.allowed_seconds:
         return "lanczos", (
             f"{beyond}, which allows {problem.num_probes} random vectors for what the largest rows leave (about "
             f"{seconds:.2g} s); {overrides}"
@@ -165,7 +168,7 @@ def samples_of_many_columns(
     each = 6.0 * num_parameters * (columns / min(sizes) if len(sizes) > 1 else 1.0)
     flop = num_examples * columns * each + calls * BACKWARD_FLOP
     seconds = flop / _rate(outputs.dtype, outputs.device)
-    if columns <= budget.columns or (memory <= budget.memory and seconds <= budget.seconds):
+    if columns <= budget.columns or (memory <= budget.memory and seconds <= budget.allowed_seconds):
         return None
     return (
         f"The loss has {columns:,} outputs per example, so structure='auto' takes structure='kron' with "
@@ -232,6 +235,28 @@ def evaluation_seconds(problem: Problem, structure: str, read: float) -> float:
     return batches * read + structure_seconds(problem, structure)
 
 
+def lanczos_seconds(problem: Problem, batches: float, read: float) -> float:
+    """Seconds of an evaluation by "lanczos", by the time of one step over one batch, which it reads once more.
+
+    Args:
+        problem: With passes over that one batch.
+        batches: Of the whole pass.
+        read: Seconds of reading one batch.
+    """
+    curvature = lanczos_curvature(problem)
+    if not isinstance(curvature, SampledLogDet):
+        raise TypeError(f"{type(curvature).__name__} takes no steps.")
+    if problem.passes is not None and curvature.reads_rows:
+        for chunk in problem.passes.chunks():
+            curvature.update(chunk)
+    steps, search = EXPECTED_STEPS, LANCZOS_SEARCH if problem.sought else 1.0
+    if problem.by_products:
+        steps += SKETCHED // problem.num_probes
+    readings = 1.0 if problem.by_products or not curvature.rereads else 2.0
+    selecting = 0.0 if problem.by_products else selection_flop(problem) / _rate(problem.dtype, problem.device)
+    return batches * (readings * read + search * steps * curvature.step_seconds()) + search * selecting
+
+
 def structure_seconds(problem: Problem, structure: str) -> float:
     """Seconds of a structure's answers without the reading of the rows, within a factor of about three."""
     return _structure_flop(problem, structure) / _rate(problem.dtype, problem.device)
@@ -243,7 +268,7 @@ def _structure_flop(problem: Problem, structure: str) -> float:
     if structure == "full":
         return full_cost(problem)[1] * (SEARCH if problem.sought else 1.0)
     if structure == "lanczos":
-        return (SEARCH if problem.sought else 1.0) * lanczos_flop(problem)
+        return (LANCZOS_SEARCH if problem.sought else 1.0) * lanczos_flop(problem)
     if structure == "blocks":
         return blocks_cost(problem)[1]
     if structure == "diag":

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_bayes.callbacks.evidence.progress import shown_in_bar
+from lightning_bayes.callbacks.evidence.progress import bar_line, shown_in_bar
 from lightning_bayes.callbacks.trainer.checks import warn_of_averages
 from lightning_bayes.callbacks.trainer.module_reader import ModuleReader, NetworkOption
 from lightning_bayes.callbacks.trainer.optimizers import announce_prior, prior_of
@@ -23,10 +23,12 @@ from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.evidence.evaluate import evidence_of
 from lightning_bayes.evidence.options import Method, sampling_if_many_columns
 from lightning_bayes.evidence.result import Evidence
-from lightning_bayes.evidence.totals import LossReduction, read_all, rehearse
+from lightning_bayes.evidence.totals import LEAST_SECONDS, LossReduction, read_all, rehearse
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.priors.prior import Prior, PriorPrecision
 from lightning_bayes.priors.subset import last_layer
+from lightning_bayes.structures.base import Problem
+from lightning_bayes.structures.registry import choose_structure
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Rehearsed:
         chosen: The method with its structure chosen; None where the batch had no evidence.
         sizes: Parameters and N that the choice was made for.
         seconds: That an evaluation is expected to take.
+        problem: All that the choice was made by.
     """
 
     asked: Method
@@ -48,6 +51,19 @@ class Rehearsed:
     chosen: Method | None = None
     sizes: tuple[list[str], int] | None = None
     seconds: float = 0.0
+    problem: Problem | None = None
+
+    def measured(self, epoch: float) -> "Rehearsed":
+        """The choice of "auto" once more, for the seconds that an epoch of training has taken."""
+        chosen, problem = self.chosen, self.problem
+        if chosen is None or problem is None or "auto" != self.asked.structure or self.asked.budget.seconds is not None:
+            return self
+        budget = replace(problem.budget, seconds=max(LEAST_SECONDS, epoch))
+        structure, reason = choose_structure("auto", replace(problem, budget=budget))
+        if structure == chosen.structure:
+            return self
+        rank_zero_info(f"LaplaceEvidence: an epoch has taken {epoch:.3g} s: structure={structure!r}. {reason}.")
+        return replace(self, chosen=replace(chosen, structure=structure, budget=budget))
 
 
 @dataclass(frozen=True)
@@ -120,17 +136,21 @@ class Evaluation:
             for index, batch in batches:
                 yield BatchForward(partial(reader.outputs_and_targets, index), batch)
 
-        totals = read_all(
-            reader.network,
-            RepeatedForwards(forwards(chain([first], batches)), lambda: forwards(enumerate(examples.read()))),
-            captured.likelihood,
-            prior,
-            method,
-            examples.num_examples,
-            examples.num_batches,
-        )
         start = prior.start_from(before.prior_precision) if before and before.prior_optimized else None
-        return evidence_of(totals, LossReduction(captured.reduction, training_batch_size), start)
+        with bar_line(trainer) as report:
+            totals = read_all(
+                reader.network,
+                RepeatedForwards(
+                    forwards(chain([first], batches)), lambda: forwards(enumerate(examples.read()))
+                ),
+                captured.likelihood,
+                prior,
+                method,
+                examples.num_examples,
+                examples.num_batches,
+                report=report,
+            )
+            return evidence_of(totals, LossReduction(captured.reduction, training_batch_size), start)
 
     def _choose(
         self,
@@ -161,4 +181,10 @@ class Evaluation:
             if sentence is not None:
                 rank_zero_info(f"LaplaceEvidence: {sentence}.")
         sizes = list(prior.strengths), number
-        return replace(settled, chosen=rehearsal.method, sizes=sizes, seconds=rehearsal.seconds)
+        return replace(
+            settled,
+            chosen=rehearsal.method,
+            sizes=sizes,
+            seconds=rehearsal.seconds,
+            problem=rehearsal.problem,
+        )

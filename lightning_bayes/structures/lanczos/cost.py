@@ -36,12 +36,16 @@ def lanczos_flop(problem: Problem) -> float:
     if problem.by_products:
         once = OVERHEAD * examples * problem.map_width
         return (EXPECTED_STEPS + SKETCHED / vectors) * (3.0 + 4.0 * vectors) * once
-    size = num_selected(problem)
-    selecting = float(problem.num_rows) * size * (problem.gram_width + size)
     bases = 2.0 * EXPECTED_STEPS**2 * vectors * problem.num_rows * MEMORY_BOUND
     if stored_bytes(problem) > problem.budget.stored_bytes:
         steps = EXPECTED_STEPS * (4.0 + 4.0 * vectors) * OVERHEAD * examples * problem.map_width
     else:
         reading = problem.rank * problem.kept_width * max(vectors, MEMORY_BOUND)
         steps = 2.0 * EXPECTED_STEPS * examples * (vectors * problem.map_width + reading)
-    return selecting + bases + steps
+    return selection_flop(problem) + bases + steps
+
+
+def selection_flop(problem: Problem) -> float:
+    """Operations of what S takes from every row."""
+    size = num_selected(problem)
+    return float(problem.num_rows) * size * (problem.gram_width + size)

@@ -91,6 +91,13 @@ class SampledLogDet(Curvature):
     def like(self) -> Tensor:
         """A vector [n] of the type and on the device of those of the known part."""
 
+    def step_seconds(self) -> float:
+        """Seconds of one step of all vectors over the batches so far."""
+        known, signs = self.known_part(1.0), random_signs(range(self.problem.num_probes), self.like())
+        start = time.perf_counter()
+        known.product(signs)
+        return time.perf_counter() - start
+
     @override
     def at(self, precision: Mapping[str, float], gradient: Mapping[str, Tensor]) -> CurvatureSummary:
         answer = self._answer(precision, self.problem.num_probes)
@@ -167,7 +174,11 @@ class SampledLogDet(Curvature):
             answer.samples += [0.0] * number
             return
         recurrences = LanczosRecurrences(known.product, signs)
-        middle, gap = converge(recurrences, _log, known.least, GAP_SHARE * share, MAX_STEPS)
+
+        def watch(steps: int, gap: float) -> None:
+            self.problem.report(f"lanczos, step {steps}: {0.5 * gap:.3g} nats between its rules")
+
+        middle, gap = converge(recurrences, _log, known.least, GAP_SHARE * share, MAX_STEPS, watch)
         answer.log.add(signs, recurrences.images(_log))
         answer.gamma.add(signs, known.gamma_image(signs, recurrences.images(_reciprocal)))
         answer.samples += middle.tolist()
