@@ -67,30 +67,42 @@ class EigenbasisRows:
 
     def combine(self, products: RowProducts, coefficients: Tensor) -> Parameters:
         """Vᵀ times coefficients [k, rows]: [k, *shape] of each parameter."""
-        sizes = [len(rotations) * rotations.shape[1] for rotations in self._rotations]
-        parts = zip(self._rotations, coefficients.split(sizes, 1), strict=True)
         return products.combine(
             [
-                torch.einsum("ncd,kdn->kcn", rotations, part.unflatten(1, (-1, len(rotations))))
-                for rotations, part in parts
+                torch.einsum("ncd,kdn->kcn", rotations, coefficients[:, own].unflatten(1, (-1, len(rotations))))
+                for own, rotations in zip(self._columns(), self._rotations, strict=True)
             ]
         )
 
     def dot(self, products: RowProducts, vectors: Mapping[str, Tensor]) -> Tensor:
         """V times vectors [k, *shape] of each parameter: [k, rows]."""
-        of_batches = zip(self._rotations, products.dot(vectors), strict=True)
-        return torch.cat(
-            [torch.einsum("ncd,kcn->kdn", rotations, part).flatten(1) for rotations, part in of_batches], 1
-        )
+        # Into one tensor: small ones between those of a batch would keep the memory of these from being used again.
+        like = next(iter(vectors.values()))
+        whole = like.new_empty(len(like), len(self))
+        for columns, rotations, part in zip(self._columns(), self._rotations, products.dot(vectors), strict=True):
+            whole[:, columns] = torch.einsum("ncd,kcn->kdn", rotations, part).flatten(1)
+        return whole
 
-    def cross(self, products: RowProducts, rows: Sequence[KeptRows]) -> Iterator[Tensor]:
-        """K at `precision` between some rows [1, R] and those of one batch after the other: [R, rows of the batch]."""
-        for layers, rotations in zip(products.batches(), self._rotations, strict=True):
+    def cross(self, products: RowProducts, rows: Sequence[KeptRows]) -> Iterator[tuple[slice, Tensor]]:
+        """K at `precision` between some rows [1, R] and those of one batch after the other: [R, rows of the batch].
+
+        Returns:
+            Where the batch's rows stand, and the matrix.
+        """
+        of_batches = zip(self._columns(), self._rotations, products.batches(), strict=True)
+        for columns, rotations, layers in of_batches:
             shared = {layer.names: layer for layer in layers}
             total = torch.zeros(rows[0].num_rows, layers[0].num_rows).to(rotations)
             for layer in rows:
                 if layer.names in shared:
                     total += layer.cross(shared[layer.names], self.precision)
             apart = total.view(len(total), -1, len(rotations))
-            yield torch.einsum("ncd,rcn->rdn", rotations, apart).flatten(1)
+            yield columns, torch.einsum("ncd,rcn->rdn", rotations, apart).flatten(1)
 
+    def _columns(self) -> Iterator[slice]:
+        """Where the rows of one batch after the other stand."""
+        start = 0
+        for rotations in self._rotations:
+            size = len(rotations) * rotations.shape[1]
+            yield slice(start, start + size)
+            start += size

@@ -123,12 +123,13 @@ class KeptOuter(KeptRows):
 
     @override
     def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        outputs = self.inputs.new_zeros(())  # what the vectors make of the inputs: [N, T, k, out]
-        if self.weight is not None:
+        biases = None if self.bias is None else vectors[self.bias]
+        if self.weight is not None:  # what the vectors make of the inputs: [N, T, k, out]
             maps = vectors[self.weight].flatten(2)
-            outputs = outputs + (self._own_inputs() @ maps.flatten(0, 1).mT).unflatten(2, maps.shape[:2])
-        if self.bias is not None:
-            outputs = outputs + vectors[self.bias]
+            each = None if biases is None else biases.flatten()
+            outputs = F.linear(self._own_inputs(), maps.flatten(0, 1), each).unflatten(2, maps.shape[:2])
+        else:
+            outputs = vectors[self.names[0]]
         _, n, t, out = self.rows.shape
         seen = outputs.expand(n, t, -1, out).transpose(2, 3).flatten(1, 2)  # [N, T·out, k]
         # A product for each example, [C, T·out] times [T·out, k]: half the time of what einsum makes of it.

@@ -56,7 +56,7 @@ class Rehearsed:
     def measured(self, epoch: float) -> "Rehearsed":
         """The choice of "auto" once more, for the seconds that an epoch of training has taken."""
         chosen, problem = self.chosen, self.problem
-        if chosen is None or problem is None or "auto" != self.asked.structure or self.asked.budget.seconds is not None:
+        if chosen is None or problem is None or self.asked.structure != "auto" or self.asked.budget.seconds is not None:
             return self
         budget = replace(problem.budget, seconds=max(LEAST_SECONDS, epoch))
         structure, reason = choose_structure("auto", replace(problem, budget=budget))

@@ -44,11 +44,12 @@ class SelectedRows:
         if not wanted:
             return
         weights = torch.stack([1.0 / (scale * (scale + self.values)) for scale in wanted])
-        pieces = []
-        for cross in self.all.cross(self.products, self.layers):
+        # Into one tensor: small ones between those of a batch would keep the memory of these from being used again.
+        whole = self.remains.new_empty(len(wanted), len(self.all))
+        for columns, cross in self.all.cross(self.products, self.layers):
             along = (self.vectors.mT.to(cross) @ cross).to(self.values).square_()
-            pieces.append(weights @ along)
-        self._taken |= zip(wanted, torch.cat(pieces, 1) * self.remains, strict=True)
+            torch.matmul(weights, along, out=whole[:, columns])
+        self._taken |= zip(wanted, whole.mul_(self.remains), strict=True)
 
     def taken(self, scale: float) -> Tensor:
         """K_iS (I + K_SS)⁻¹ K_Si of every row outside S, at `scale` times the prior: [rows]."""
@@ -115,8 +116,8 @@ class SchurComplement(KnownPart):
     def _times_q(self, vectors: Tensor, growing: bool) -> Tensor:
         selected, precision = self._selected, self._precision
         pulled = selected.all.combine(selected.products, vectors)
-        for name, part in pulled.items():
-            part /= precision[name]
+        for name in pulled:
+            pulled[name] /= precision[name]
         solved = self._solve(dot_each(selected.layers, pulled))
         if growing:  # dQ = V(1 − Π)²Vᵀ/λ for Q = V(1 − Π)Vᵀ/λ, Π = V_Sᵀ(I + K_SS)⁻¹V_S/λ
             solved = solved + self._solve(solved)
