@@ -51,8 +51,8 @@ def quadratic_form(
     if left > tolerance * value:
         warnings.warn(
             f"The Newton decrement has not converged in {MAX_REFINEMENTS} steps and is a lower bound: the prior "
-            "precision is too small for the floating-point type, or the tolerance too wide. A larger prior precision, "
-            "a float64 model or a smaller tolerance avoids this.",
+            "precision is too small for the floating-point type, or the tolerance too wide. A larger prior "
+            "precision, a float64 model or a smaller tolerance avoids this.",
             stacklevel=2,
         )
     return value

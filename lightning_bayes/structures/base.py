@@ -51,6 +51,7 @@ class Budget:
         pool_rows: Rows of the first batches that are held back to choose the landmarks from, where they are
             short.
         stored_bytes: Rows of "lanczos" that are stored; more are formed again for each product with them.
+        selected_rows: Rows that "lanczos" selects; None for as many as cost about as much as they save.
         basis_bytes: Bases of its random vectors that are stored; where more are needed the vectors take turns.
         sampled_rows: Rows outside S that are held back as a random sample.
         kronecker_exact: Parameters up to which a tensor without a Kronecker form keeps its exact block, larger
@@ -79,11 +80,11 @@ class Budget:
     landmarks: int = 1024
     pool_rows: int = 8192
     stored_bytes: float = 2.5e9
+    selected_rows: int | None = None
     basis_bytes: float = 1e9
     sampled_rows: int = 256
     kronecker_exact: int = 1024
     kronecker_left_out: int = 1024
-
 
     @property
     def allowed_seconds(self) -> float:

@@ -106,8 +106,8 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
         )
     if structure in ("blocks", "lanczos") and not problem.rises_together:
         raise ValueError(
-            f"structure={structure!r} selects rows as they come, for prior precisions in fixed proportions, and several "
-            'are to be found. Use prior_precision="optimize" for one, or structure="full" or structure="kron".'
+            f"structure={structure!r} selects rows as they come, for prior precisions in fixed proportions, "
+            'and several are to be found. Use prior_precision="optimize" for one, or structure="full" or structure="kron".'
         )
     if structure == "blocks" and problem.block_sample is None and _is_cheaper(problem):
         sizes += "; less than the bounds take, so structure='full' is quicker here and has no bounds to need"
@@ -120,7 +120,9 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
 
 def _within_budget(problem: Problem, sizes: str) -> tuple[str, str]:
     """The first of "full", "lanczos" and "kron" that the budget allows."""
-    budget = f"the budget of {_readable(problem.budget.memory, 'B')} and {problem.budget.allowed_seconds:.3g} s"
+    budget = (
+        f"the budget of {_readable(problem.budget.memory, 'B')} and {problem.budget.allowed_seconds:.3g} s"
+    )
     overrides = 'structure="full" or max_examples= overrides'
     if problem.sampled:
         return "kron", f"{sizes}, but its columns are sampled, from which there is no exact matrix"

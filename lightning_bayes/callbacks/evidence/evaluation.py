@@ -55,14 +55,16 @@ class Rehearsed:
 
     def measured(self, epoch: float) -> "Rehearsed":
         """The choice of "auto" once more, for the seconds that an epoch of training has taken."""
-        chosen, problem = self.chosen, self.problem
-        if chosen is None or problem is None or self.asked.structure != "auto" or self.asked.budget.seconds is not None:
+        chosen, problem, asked = self.chosen, self.problem, self.asked
+        if chosen is None or problem is None or asked.structure != "auto" or asked.budget.seconds is not None:
             return self
         budget = replace(problem.budget, seconds=max(LEAST_SECONDS, epoch))
         structure, reason = choose_structure("auto", replace(problem, budget=budget))
         if structure == chosen.structure:
             return self
-        rank_zero_info(f"LaplaceEvidence: an epoch has taken {epoch:.3g} s: structure={structure!r}. {reason}.")
+        rank_zero_info(
+            f"LaplaceEvidence: an epoch has taken {epoch:.3g} s: structure={structure!r}. {reason}."
+        )
         return replace(self, chosen=replace(chosen, structure=structure, budget=budget))
 
 

@@ -1,7 +1,7 @@
 """An unbiased estimate of the exact log-determinant by stochastic Lanczos quadrature, with its standard error.
 
-What is known exactly is divided out, and tr ln M of what is left is estimated with vectors of random signs (Ubaru, Chen
-& Saad, SIAM J. Matrix Anal. Appl. 2017; with a preconditioner Wenger et al., ICML 2022).
+What is known exactly is divided out, and tr ln M of what is left is estimated with vectors of random signs (Ubaru,
+Chen & Saad, SIAM J. Matrix Anal. Appl. 2017; with a preconditioner Wenger et al., ICML 2022).
 """
 
 import logging
@@ -142,13 +142,13 @@ class SampledLogDet(Curvature):
         wanted = math.ceil(1.05 * before * (stderr / most) ** 2)
         seconds = (wanted - before) * answer.seconds / before
         cost = (
-            f"a standard error of {0.5 * most:.3g} nats takes about {wanted:,} random vectors in the place of {before}, "
-            f"which gave {0.5 * stderr:.3g}: some {seconds:,.0f} s more"
+            f"a standard error of {0.5 * most:.3g} nats takes about {wanted:,} random vectors in the place of "
+            f"{before}, which gave {0.5 * stderr:.3g}: some {seconds:,.0f} s more"
         )
         if wanted > MAX_PROBES:
             warnings.warn(
-                f"structure='lanczos' stays at its {before} vectors: {cost}, beyond {MAX_PROBES:,}. Say so by num_probes= "
-                "to have it all the same, or accept a larger max_stderr=.",
+                f"structure='lanczos' stays at its {before} vectors: {cost}, beyond {MAX_PROBES:,} vectors. Ask for "
+                "so many by num_probes=, or accept a larger max_stderr=.",
                 stacklevel=2,
             )
             return
@@ -187,8 +187,8 @@ class SampledLogDet(Curvature):
         answer.gap = (answer.gap * seen + gap * number) / total
         if answer.gap > answer.log.stderr:
             warnings.warn(
-                f"structure='lanczos' has not converged in {recurrences.num_steps} steps: {0.5 * answer.gap:.3g} nats "
-                "remain between its two rules, half of which is in the standard error. A larger prior precision "
+                f"structure='lanczos' has not converged in {recurrences.num_steps} steps: {0.5 * answer.gap:.3g} "
+                "nats remain between its two rules, half of which is in the standard error. A larger prior precision "
                 "avoids it.",
                 stacklevel=2,
             )
