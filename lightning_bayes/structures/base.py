@@ -1,5 +1,6 @@
-"""What every curvature structure answers."""
+"""What every curvature structure answers, and what it may take."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -77,6 +78,15 @@ class Budget:
 
 
 DEFAULT_BUDGET = Budget()
+
+
+def total_memory(device: torch.device) -> float:
+    """Bytes that a device has, or the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return float("inf")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_bayes.numerics.devices import total_memory
-from lightning_bayes.structures.base import Budget, Curvature, Problem
+from lightning_bayes.structures.base import Budget, Curvature, Problem, total_memory
 from lightning_bayes.structures.blocks import BlockCurvature
 from lightning_bayes.structures.blocks_budget import blocks_cost
 from lightning_bayes.structures.blocks_sampled import SampledBlockCurvature
@@ -77,13 +76,12 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
             machine's memory; if "full" or "blocks" was asked for where columns are sampled, or "blocks" where
             several prior precisions are to be found.
     """
+    p, rows, available = problem.num_parameters, problem.num_rows, total_memory(problem.device)
     if problem.curvature != "ggn":
-        return "full", f"The Hessian of {problem.num_parameters:,} parameters is dense"
+        return "full", f"The Hessian of {p:,} parameters is dense"
     memory, flop = full_cost(problem)
-    sizes = (
-        f"{problem.num_parameters:,} parameters, {problem.num_rows:,} rows: exact takes about "
-        f"{_readable(memory, 'B')} and {_readable(flop, 'FLOP')}"
-    )
+    takes = f"{_readable(memory, 'B')} and {_readable(flop, 'FLOP')}"
+    sizes = f"{p:,} parameters, {rows:,} rows: exact takes about {takes}"
     cheaper = 'structure="kron", structure="diag" or max_examples='
     if structure == "auto":
         return _within_budget(problem, sizes)
@@ -99,7 +97,7 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
         )
     if structure == "blocks" and problem.block_sample is None and _is_cheaper(problem):
         sizes += "; less than the bounds take, so structure='full' is quicker here and has no bounds to need"
-    if structure == "full" and memory > total_memory(problem.device):
+    if structure == "full" and memory > available:
         raise ValueError(f'structure="full" does not fit on {problem.device}: {sizes}. Use {cheaper}.')
     if structure == "full" and flop > problem.budget.flop:
         warnings.warn(f'structure="full" will be slow: {sizes}. Faster: {cheaper}.', stacklevel=3)
