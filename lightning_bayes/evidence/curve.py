@@ -207,11 +207,12 @@ def _evaluated(totals: Totals, grid: list[float], best: float) -> EvidenceCurve:
 
 def _terms(totals: Totals, precision: float) -> tuple[float, ...]:
     """Log-likelihood, weight penalty, log-determinant, γ and bounds at one λ, the noise optimized if asked for."""
-    optimum = maximize_evidence(replace(totals, prior=Prior(dict.fromkeys(totals.weights, precision))))
+    totals = replace(totals, prior=Prior(dict.fromkeys(totals.weights, precision)))
+    taken = maximize_evidence(totals) if totals.needs_search else totals.at()
     nothing = {name: torch.zeros_like(weight) for name, weight in totals.weights.items()}
-    summary = totals.curved.at(optimum.scaled, nothing)
+    summary = totals.curved.at(taken.scaled, nothing)
     return (
-        totals.likelihood.log_likelihood(totals.unit_loss, optimum.dispersion, totals.num_terms),
+        taken.log_likelihood,
         0.5 * precision * sum(totals.squared_norms.values()),
         summary.log_det,
         summary.effective_parameters,

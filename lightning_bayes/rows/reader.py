@@ -43,6 +43,29 @@ class BatchRows:
     """To be consumed once, before the next batch is read."""
 
 
+@dataclass
+class BatchSums:
+    """What batches add up to beside their rows."""
+
+    gradient: dict[str, Tensor]
+    unit_loss: float = 0.0
+    null_loss: float | None = 0.0
+    num_terms: float = 0.0
+    num_examples: int = 0
+    num_batches: int = 0
+
+    def add(self, batch: BatchRows) -> None:
+        """Add all of a batch but its rows."""
+        self.num_examples += batch.num_examples
+        self.num_batches += 1
+        self.unit_loss += batch.unit_loss
+        self.num_terms += batch.num_terms
+        if self.null_loss is not None:
+            self.null_loss = None if batch.null_loss is None else self.null_loss + batch.null_loss
+        for name, part in batch.gradient.items():
+            self.gradient[name] += part
+
+
 class RowReader:
     """Reads the rows of some parameters of a network, one batch at a time.
 
