@@ -104,9 +104,14 @@ class Totals:
         return self.likelihood.estimate_dispersion(self.unit_loss, self.num_terms)
 
     def at(self, dispersion: float | None = None) -> Hyperparameters:
-        """What is known without a search, for one φ, None for `dispersion`; an optimized λ stands for nothing."""
-        phi, scale, training = self.dispersion if dispersion is None else dispersion, 1.0, self.reduction
+        """λ that is given, and the log-likelihood, at one φ; the λ of an optimized parameter stands for nothing.
+
+        Args:
+            dispersion: φ, None for `Totals.dispersion`.
+        """
+        phi = self.dispersion if dispersion is None else dispersion
         log_likelihood = self.likelihood.log_likelihood(self.unit_loss, phi, self.num_terms)
+        scale, training = 1.0, self.reduction
         if training is not None:
             terms_per_example = self.num_terms / self.num_examples
             scale = self.likelihood.loss_scale(training.kind, terms_per_example, training.batch_size, phi)
@@ -165,7 +170,7 @@ def read_all(
         for name, weight in weights.items()
     }
     for name, squared_norm in squared_norms.items():
-        if not math.isfinite(squared_norm):
+        if not math.isfinite(squared_norm):  # else no entry is NaN or infinite
             check_finite(weights[name], f"the parameter {name!r}")
     curved: Curvature | None = None
     sums = BatchSums({name: torch.zeros_like(weight) for name, weight in weights.items()})

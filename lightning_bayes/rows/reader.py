@@ -194,7 +194,9 @@ class RowReader:
         if roots is not None:  # the first columns of a batch
             self._read += 1
         layers = self._by_plan(make, roots)
-        return self._by_new_plan(make if self._plan is None else again, roots) if layers is None else layers
+        if layers is None:
+            layers = self._by_new_plan(make if self._plan is None else again, roots)
+        return layers
 
     def _by_plan(self, make: Callable[[], Batch], roots: Tensor | None) -> list[Rows] | None:
         """The rows of a batch by the plan, tried where that is due; None where there is no plan, or it is not right.

@@ -172,6 +172,7 @@ class CurvatureSummary:
     num_negative: int | None = None
 
 
+@dataclass(eq=False)
 class Curvature(ABC):
     """One view of a matrix G, built block by block: of VᵀV from its rows, of a true Hessian from those of batches.
 
@@ -179,13 +180,15 @@ class Curvature(ABC):
     of priors once all blocks are in. λ > 0 for each parameter tensor; a mapping from names holds them.
     """
 
-    searches_by_spectrum = False
-    """Whether a search for a prior that goes up and down as a whole takes the spectrum, and not factors."""
+    problem: Problem
+
     chooses_rows = False
     """Whether rows are chosen for one prior, so that a search for a prior goes by `of_chosen_rows`."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    @property
+    def searches_by_spectrum(self) -> bool:
+        """Whether a search for a prior that goes up and down as a whole takes the spectrum, and not factors."""
+        return False
 
     @abstractmethod
     def update(self, chunk: RowChunk) -> None:

@@ -33,12 +33,16 @@ class PrimalCurvature(Curvature):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self.searches_by_spectrum = problem.is_small
         self._sizes = {name: shape.numel() for name, shape in problem.shapes.items()}
         self._accurate = accumulation_dtype(problem.device)
         self._rows = _RowBuffer(problem)
         self._quick: Tensor | None = None  # on and above the diagonal, from `_rows`
         self._matrix: Tensor | None = None  # the same in float64, from all rows that are not kept
+
+    @property
+    @override
+    def searches_by_spectrum(self) -> bool:
+        return self.problem.is_small
 
     @override
     def update(self, chunk: RowChunk) -> None:
