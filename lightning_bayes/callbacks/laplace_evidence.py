@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -195,11 +196,12 @@ class LaplaceEvidence(EpochReadings[Evidence]):
         start = time.monotonic()
         # A fit that is resumed at the end of an epoch has no first batch before it.
         rehearsed, before = self._rehearsed or Rehearsed(self.method), self.latest
-        if before is None:
-            epochs = 1 + trainer.current_epoch - self._first_epoch
-            self._rehearsed = rehearsed = rehearsed.measured((start - self._started - self._spent) / epochs)
-        take = partial(self._evaluation.evidence, trainer, pl_module, rehearsed, before)
+        epochs = 1 + trainer.current_epoch - self._first_epoch
+        training = (start - self._started - self._spent) / epochs
+        take = partial(self._evaluation.evidence, trainer, pl_module, rehearsed, before, training)
         evidence = trainer.strategy.broadcast(self._take(trainer, take))
+        if before is None and evidence is not None:
+            self._settle(rehearsed, evidence.structure, training)
         self._last_took = time.monotonic() - start
         self._spent += self._last_took
         if evidence is not None:
@@ -210,6 +212,17 @@ class LaplaceEvidence(EpochReadings[Evidence]):
             values = dict.fromkeys((*UNAVAILABLE, *known), math.nan)
         # A monitor of what this likelihood or structure has not (a ratio, of a regression) finds NaN there.
         self._log_epoch(trainer, pl_module, values)
+
+    def _settle(self, rehearsed: Rehearsed, structure: str, training: float) -> None:
+        """Keep to the structure of the first evaluation: those of one key are compared."""
+        expected = rehearsed.chosen
+        if expected is None or expected.structure == structure:
+            return
+        rank_zero_info(
+            f"LaplaceEvidence: structure={structure!r} from now on and not {expected.structure!r}, since an epoch of "
+            f"training took {training:.2g} s."
+        )
+        self._rehearsed = replace(rehearsed, chosen=replace(rehearsed.asked, structure=structure))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -226,11 +226,11 @@ def _terms(totals: Totals, precision: float) -> tuple[tuple[float, float], Curva
     if math.isnan(precision):
         unknown = CurvatureSummary(math.nan, (math.nan, math.nan), math.nan, math.nan)
         return (math.nan, math.nan), unknown
-    optimum = maximize_evidence(replace(totals, prior=Prior(dict.fromkeys(totals.weights, precision))))
+    totals = replace(totals, prior=Prior(dict.fromkeys(totals.weights, precision)))
+    taken = maximize_evidence(totals) if totals.needs_search else totals.at()
     nothing = {name: torch.zeros_like(weight) for name, weight in totals.weights.items()}
-    log_likelihood = totals.likelihood.log_likelihood(totals.unit_loss, optimum.dispersion, totals.num_terms)
     penalty = 0.5 * precision * sum(totals.squared_norms.values())
-    return (log_likelihood, penalty), totals.curved.at(optimum.scaled, nothing)
+    return (taken.log_likelihood, penalty), totals.curved.at(taken.scaled, nothing)
 
 
 def _checked(prior_precisions: Sequence[float] | Tensor) -> list[float]:

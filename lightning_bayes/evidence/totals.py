@@ -1,9 +1,10 @@
 """One pass over the data, read into a curvature, and what else its batches add up to."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -19,7 +20,7 @@ from lightning_bayes.numerics.sampling_estimates import draw_blocks
 from lightning_bayes.priors.prior import Prior
 from lightning_bayes.row_storage.collector import kept_widths
 from lightning_bayes.rows.products import DataPasses
-from lightning_bayes.rows.reader import BatchRows, RowReader
+from lightning_bayes.rows.reader import BatchSums, RowReader
 from lightning_bayes.rows.rows import RowChunk
 from lightning_bayes.structures.base import Curvature, Problem
 from lightning_bayes.structures.hessian_reader import HessianReader
@@ -48,6 +49,26 @@ class LossReduction:
 
 
 @dataclass(frozen=True)
+class Hyperparameters:
+    """Where the log-evidence is taken: at a λ and a φ that are given, or at those that maximise it.
+
+    Attributes:
+        precision: λ of each parameter tensor.
+        dispersion: φ.
+        log_likelihood: Summed log-density of the targets at this φ, nats.
+    """
+
+    precision: dict[str, float]
+    dispersion: float
+    log_likelihood: float
+
+    @property
+    def scaled(self) -> dict[str, float]:
+        """φλ: the prior in units of the dispersion, which the curvature is in."""
+        return {name: self.dispersion * value for name, value in self.precision.items()}
+
+
+@dataclass(frozen=True)
 class Totals:
     """What one pass over the data adds up to, in units of the dispersion: all that the evidence is made of.
 
@@ -57,7 +78,6 @@ class Totals:
         squared_norms: ‖ω‖² of each of these.
         gradient: Of the summed unit loss.
         held: Parameters that are conditioned on.
-        dispersion: φ, as given or estimated from the unit loss alone.
         started: By `time.perf_counter`.
         reduction: Of the training loss, for a prior from weight decay; None for the mean of its examples.
         start: λ of each parameter of a search that ended near, at earlier weights say.
@@ -75,18 +95,37 @@ class Totals:
     null_loss: float | None
     num_examples: int
     num_terms: float
-    dispersion: float
     started: float
     reduction: LossReduction | None = None
     start: Mapping[str, float] | None = None
 
-    def precision_at(self, dispersion: float) -> dict[str, float]:
-        """λ of each parameter tensor for a dispersion φ; that of an optimized one stands for nothing."""
-        if self.reduction is None:
-            return self.prior.precision(self.num_examples)
-        per_example, training = self.num_terms / self.num_examples, self.reduction
-        scale = self.likelihood.loss_scale(training.kind, per_example, training.batch_size, dispersion)
-        return self.prior.precision(self.num_examples, scale)
+    @property
+    def needs_search(self) -> bool:
+        """Whether some λ, or φ, is to maximise the log-evidence."""
+        return bool(self.prior.optimized) or self.likelihood.optimizes_dispersion
+
+    @cached_property
+    def dispersion(self) -> float:
+        """φ, as given or estimated from the unit loss alone.
+
+        Raises:
+            EvidenceUnavailableError: If the residuals that it is estimated from are all zero.
+        """
+        return self.likelihood.estimate_dispersion(self.unit_loss, self.num_terms)
+
+    def at(self, dispersion: float | None = None) -> Hyperparameters:
+        """λ that is given, and the log-likelihood, at one φ; the λ of an optimized parameter stands for nothing.
+
+        Args:
+            dispersion: φ, None for `Totals.dispersion`.
+        """
+        phi = self.dispersion if dispersion is None else dispersion
+        log_likelihood = self.likelihood.log_likelihood(self.unit_loss, phi, self.num_terms)
+        scale, training = 1.0, self.reduction
+        if training is not None:
+            terms_per_example = self.num_terms / self.num_examples
+            scale = self.likelihood.loss_scale(training.kind, terms_per_example, training.batch_size, phi)
+        return Hyperparameters(self.prior.precision(self.num_examples, scale), phi, log_likelihood)
 
 
 @dataclass(frozen=True)
@@ -98,14 +137,12 @@ class Rehearsal:
         reason: A sentence that says why.
         split: A sentence that says by which derivatives the rows are read.
         seconds: That the whole will take, within a factor of about three; without the loading of the data.
-        problem: The sizes that the choice was made for.
     """
 
     method: Method
     reason: str
     split: str
     seconds: float
-    problem: Problem
 
 
 def read_all(
@@ -140,32 +177,37 @@ def read_all(
     reader = _reader_of(network, prior, method)
     sample = None if method.num_blocks is None else draw_blocks(num_batches, method.num_blocks)
     weights = {name: parameter.detach() for name, parameter in reader.parameters.items()}
-    for name, weight in weights.items():
-        check_finite(weight, f"the parameter {name!r}")
+    squared_norms = {
+        name: weight.square().sum(dtype=accumulation_dtype(weight.device)).item()
+        for name, weight in weights.items()
+    }
+    for name, squared_norm in squared_norms.items():
+        if not math.isfinite(squared_norm):  # else no entry is NaN or infinite
+            check_finite(weights[name], f"the parameter {name!r}")
     curved: Curvature | None = None
-    sums = _Sums({name: torch.zeros_like(weight) for name, weight in weights.items()})
+    sums = BatchSums({name: torch.zeros_like(weight) for name, weight in weights.items()})
     # Which structure "auto" takes is known after the first batch.
     forwards.keep = method.structure in ("auto", "lanczos")
     for forward in forwards():
         batch = reader.read(forward, likelihood)
-        # Such a batch adds its loss and gradient; its rows would cost C backward passes.
-        skipped = (curved is not None and not curved.reads_rows) or (
+        # A batch that is left out adds its loss and gradient; its rows would cost C backward passes.
+        left_out = (curved is not None and not curved.reads_rows) or (
             sample is not None and sample.role(sums.num_batches) is None
         )
-        rows = () if skipped else batch.chunks
+        rows = () if left_out else batch.chunks
+        sums.add(batch)
         for chunk in rows:
             if curved is None:
                 problem, method, _ = _settled(
                     chunk, reader.parameters, likelihood, prior, method, num_examples
                 )
                 read = partial(reader.read, likelihood=likelihood)
-                passes = DataPasses(network, reader.parameters, likelihood, forwards, read)
+                passes = partial(DataPasses, network, reader.parameters, likelihood, forwards, read)
                 problem = replace(problem, block_sample=sample, passes=passes, report=report)
                 curved = STRUCTURES[method.structure](problem)
                 forwards.keep = forwards.keep and curved.rereads
                 announce(reader.split)
             curved.update(chunk)
-        sums.add(batch)
     if curved is None:
         raise ValueError("The training data are empty: there is nothing to take the evidence of.")
     if method.num_blocks is not None and sums.num_batches != num_batches:
@@ -182,41 +224,15 @@ def read_all(
         likelihood=likelihood,
         prior=prior,
         weights=weights,
-        squared_norms={
-            name: weight.square().sum(dtype=accumulation_dtype(weight.device)).item()
-            for name, weight in weights.items()
-        },
+        squared_norms=squared_norms,
         gradient=sums.gradient,
         held=held,
         unit_loss=sums.unit_loss,
         null_loss=sums.null_loss,
         num_examples=sums.num_examples,
         num_terms=sums.num_terms,
-        dispersion=likelihood.estimate_dispersion(sums.unit_loss, sums.num_terms),
         started=started,
     )
-
-
-@dataclass
-class _Sums:
-    """What batches add up to beside their rows."""
-
-    gradient: dict[str, Tensor]
-    unit_loss: float = 0.0
-    null_loss: float | None = 0.0
-    num_terms: float = 0.0
-    num_examples: int = 0
-    num_batches: int = 0
-
-    def add(self, batch: BatchRows) -> None:
-        self.num_examples += batch.num_examples
-        self.num_batches += 1
-        self.unit_loss += batch.unit_loss
-        self.num_terms += batch.num_terms
-        if self.null_loss is not None:
-            self.null_loss = None if batch.null_loss is None else self.null_loss + batch.null_loss
-        for name, part in batch.gradient.items():
-            self.gradient[name] += part
 
 
 def rehearse(
@@ -252,9 +268,9 @@ def rehearse(
     seconds = evaluation_seconds(problem, method.structure, read)
     if method.structure == "lanczos":
         read_again = partial(reader.read, likelihood=likelihood)
-        passes = DataPasses(network, reader.parameters, likelihood, lambda: [forward], read_again)
+        passes = partial(DataPasses, network, reader.parameters, likelihood, lambda: [forward], read_again)
         seconds = lanczos_seconds(replace(problem, passes=passes), batches, read)
-    return Rehearsal(method, reason, reader.split, seconds, problem)
+    return Rehearsal(method, reason, reader.split, seconds)
 
 
 def _reader_of(network: nn.Module, prior: Prior, method: Method) -> RowReader | HessianReader:

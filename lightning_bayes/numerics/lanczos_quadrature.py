@@ -2,8 +2,8 @@
 
 For a vector z of random signs, zᵀf(A)z has the mean tr f(A) (Hutchinson 1990), and k steps of Lanczos' recurrence
 from z turn it into a sum over k nodes: Gauss's rule |z|² e₁ᵀf(T)e₁ (Golub & Meurant, Matrices, Moments and
-Quadrature, 2010; Ubaru, Chen & Saad, SIAM J. Matrix Anal. Appl. 2017). For f = ln Gauss's rule lies above zᵀf(A)z, and
-Gauss-Radau's, with one node at a lower end of the spectrum, below: their gap says when there are steps enough.
+Quadrature, 2010; Ubaru, Chen & Saad, SIAM J. Matrix Anal. Appl. 2017). For f = ln Gauss's rule lies above zᵀf(A)z,
+and Gauss-Radau's, with one node at a lower end of the spectrum, below: their gap says when there are steps enough.
 """
 
 import math

@@ -1,6 +1,7 @@
-"""What every curvature structure answers."""
+"""What every curvature structure answers, and what it may take."""
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -95,6 +96,15 @@ class Budget:
 DEFAULT_BUDGET = Budget()
 
 
+def total_memory(device: torch.device) -> float:
+    """Bytes that a device has, or the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return float("inf")
+
+
 @dataclass(frozen=True)
 class Problem:
     """The sizes that a structure can plan with before it has seen a row.
@@ -119,7 +129,7 @@ class Problem:
         max_stderr: Standard error of its log-determinant, until which there are more of them; None for no more.
         seed: Of these vectors.
         by_products: Whether products with G take the place of rows.
-        passes: Products by further passes over the data; None where these can be read once only.
+        passes: Makes products by further passes over the data; None where these can be read once only.
         report: Takes a few words on what is being done.
     """
 
@@ -145,7 +155,7 @@ class Problem:
     max_stderr: float | None = None
     seed: int = 0
     by_products: bool = False
-    passes: DataPasses | None = None
+    passes: Callable[[], DataPasses] | None = None
     report: Callable[[str], object] = field(default=lambda text: None, repr=False)
 
     @property
@@ -198,6 +208,7 @@ class CurvatureSummary:
     num_negative: int | None = None
 
 
+@dataclass(eq=False)
 class Curvature(ABC):
     """One view of a matrix G, built block by block: of VᵀV from its rows, of a true Hessian from those of batches.
 
@@ -205,8 +216,8 @@ class Curvature(ABC):
     of priors once all blocks are in. λ > 0 for each parameter tensor; a mapping from names holds them.
     """
 
-    searches_by_spectrum = False
-    """Whether a search for a prior that goes up and down as a whole takes the spectrum, and not factors."""
+    problem: Problem
+
     chooses_rows = False
     """Whether rows are chosen for one prior, so that a search for a prior goes by `of_chosen_rows`."""
     reads_rows = True
@@ -216,8 +227,10 @@ class Curvature(ABC):
     rereads = False
     """Whether answers take further passes over the data."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    @property
+    def searches_by_spectrum(self) -> bool:
+        """Whether a search for a prior that goes up and down as a whole takes the spectrum, and not factors."""
+        return False
 
     @abstractmethod
     def update(self, chunk: RowChunk) -> None:

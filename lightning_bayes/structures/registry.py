@@ -8,8 +8,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from lightning_bayes.numerics.devices import total_memory
-from lightning_bayes.structures.base import Budget, Curvature, Problem
+from lightning_bayes.structures.base import Budget, Curvature, Problem, total_memory
 from lightning_bayes.structures.blocks import BlockCurvature
 from lightning_bayes.structures.blocks_budget import blocks_cost
 from lightning_bayes.structures.blocks_sampled import SampledBlockCurvature
@@ -58,7 +57,7 @@ def block_curvature(problem: Problem) -> Curvature:
     return BlockCurvature(problem) if problem.block_sample is None else SampledBlockCurvature(problem)
 
 
-def lanczos_curvature(problem: Problem) -> Curvature:
+def lanczos_curvature(problem: Problem) -> SampledLogDet:
     """Return the estimate in the space of rows, or in that of parameters where not all columns are read."""
     return ParameterSpaceLanczos(problem) if problem.by_products else RowSpaceLanczos(problem)
 
@@ -89,13 +88,12 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
             machine's memory; if "full" or "blocks" was asked for where columns are sampled, or "blocks" where
             several prior precisions are to be found.
     """
+    p, rows, available = problem.num_parameters, problem.num_rows, total_memory(problem.device)
     if problem.curvature != "ggn":
-        return "full", f"The Hessian of {problem.num_parameters:,} parameters is dense"
+        return "full", f"The Hessian of {p:,} parameters is dense"
     memory, flop = full_cost(problem)
-    sizes = (
-        f"{problem.num_parameters:,} parameters, {problem.num_rows:,} rows: exact takes about "
-        f"{_readable(memory, 'B')} and {_readable(flop, 'FLOP')}"
-    )
+    takes = f"{_readable(memory, 'B')} and {_readable(flop, 'FLOP')}"
+    sizes = f"{p:,} parameters, {rows:,} rows: exact takes about {takes}"
     cheaper = 'structure="kron", structure="diag" or max_examples='
     if structure == "auto":
         return _within_budget(problem, sizes)
@@ -107,11 +105,12 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
     if structure in ("blocks", "lanczos") and not problem.rises_together:
         raise ValueError(
             f"structure={structure!r} selects rows as they come, for prior precisions in fixed proportions, "
-            'and several are to be found. Use prior_precision="optimize" for one, or structure="full" or structure="kron".'
+            "and several are to be found. Use prior_precision='optimize' for one, or structure='full' or "
+            "structure='kron'."
         )
     if structure == "blocks" and problem.block_sample is None and _is_cheaper(problem):
         sizes += "; less than the bounds take, so structure='full' is quicker here and has no bounds to need"
-    if structure == "full" and memory > total_memory(problem.device):
+    if structure == "full" and memory > available:
         raise ValueError(f'structure="full" does not fit on {problem.device}: {sizes}. Use {cheaper}.')
     if structure == "full" and structure_seconds(problem, structure) > problem.budget.allowed_seconds:
         warnings.warn(f'structure="full" will be slow: {sizes}. Faster: {cheaper}.', stacklevel=3)
@@ -246,10 +245,8 @@ def lanczos_seconds(problem: Problem, batches: float, read: float) -> float:
         read: Seconds of reading one batch.
     """
     curvature = lanczos_curvature(problem)
-    if not isinstance(curvature, SampledLogDet):
-        raise TypeError(f"{type(curvature).__name__} takes no steps.")
     if problem.passes is not None and curvature.reads_rows:
-        for chunk in problem.passes.chunks():
+        for chunk in problem.passes().chunks():
             curvature.update(chunk)
     steps, search = EXPECTED_STEPS, LANCZOS_SEARCH if problem.sought else 1.0
     if problem.by_products:

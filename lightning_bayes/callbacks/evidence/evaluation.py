@@ -1,7 +1,6 @@
 """The evidence of the module that a Trainer trains, on its training data: rehearsed on one batch, then evaluated."""
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -27,8 +26,6 @@ from lightning_bayes.evidence.totals import LEAST_SECONDS, LossReduction, read_a
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.priors.prior import Prior, PriorPrecision
 from lightning_bayes.priors.subset import last_layer
-from lightning_bayes.structures.base import Problem
-from lightning_bayes.structures.registry import choose_structure
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,6 @@ class Rehearsed:
         chosen: The method with its structure chosen; None where the batch had no evidence.
         sizes: Parameters and N that the choice was made for.
         seconds: That an evaluation is expected to take.
-        problem: All that the choice was made by.
     """
 
     asked: Method
@@ -51,21 +47,6 @@ class Rehearsed:
     chosen: Method | None = None
     sizes: tuple[list[str], int] | None = None
     seconds: float = 0.0
-    problem: Problem | None = None
-
-    def measured(self, epoch: float) -> "Rehearsed":
-        """The choice of "auto" once more, for the seconds that an epoch of training has taken."""
-        chosen, problem, asked = self.chosen, self.problem, self.asked
-        if chosen is None or problem is None or asked.structure != "auto" or asked.budget.seconds is not None:
-            return self
-        budget = replace(problem.budget, seconds=max(LEAST_SECONDS, epoch))
-        structure, reason = choose_structure("auto", replace(problem, budget=budget))
-        if structure == chosen.structure:
-            return self
-        rank_zero_info(
-            f"LaplaceEvidence: an epoch has taken {epoch:.3g} s: structure={structure!r}. {reason}."
-        )
-        return replace(self, chosen=replace(chosen, structure=structure, budget=budget))
 
 
 @dataclass(frozen=True)
@@ -108,7 +89,12 @@ class Evaluation:
         return rehearsed
 
     def evidence(
-        self, trainer: Trainer, module: LightningModule, rehearsed: Rehearsed, before: Evidence | None
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        rehearsed: Rehearsed,
+        before: Evidence | None,
+        epoch_seconds: float,
     ) -> Evidence:
         """Evaluate the module as it is now on all training data.
 
@@ -117,6 +103,7 @@ class Evaluation:
             module: The user's.
             rehearsed: On the first batch.
             before: Of the epoch before, at whose λ a search begins.
+            epoch_seconds: Of training, which "auto" goes by when it settles at the first evaluation.
 
         Raises:
             EvidenceUnavailableError: If these weights have no evidence.
@@ -133,17 +120,23 @@ class Evaluation:
         # Parameters are unfrozen and datasets grow during a run: then the choice is made again.
         same = rehearsed.sizes == (list(prior.strengths), examples.num_examples)
         method = (rehearsed.chosen if same else None) or rehearsed.asked
-
-        def forwards(batches: Iterable[tuple[int, Any]]) -> Iterator[BatchForward]:
-            for index, batch in batches:
-                yield BatchForward(partial(reader.outputs_and_targets, index), batch)
-
+        if before is None and rehearsed.asked.structure == "auto" and self.method.budget.seconds is None:
+            # The first batch could only say what an epoch might take.
+            budget = replace(self.method.budget, seconds=max(LEAST_SECONDS, epoch_seconds))
+            method = replace(rehearsed.asked, budget=budget)
+        outputs = reader.outputs_and_targets
         start = prior.start_from(before.prior_precision) if before and before.prior_optimized else None
         with bar_line(trainer) as report:
             totals = read_all(
                 reader.network,
                 RepeatedForwards(
-                    forwards(chain([first], batches)), lambda: forwards(enumerate(examples.read()))
+                    (
+                        BatchForward(partial(outputs, index), batch)
+                        for index, batch in chain([first], batches)
+                    ),
+                    lambda: (
+                        BatchForward(partial(outputs, i), batch) for i, batch in enumerate(examples.read())
+                    ),
                 ),
                 captured.likelihood,
                 prior,
@@ -183,10 +176,4 @@ class Evaluation:
             if sentence is not None:
                 rank_zero_info(f"LaplaceEvidence: {sentence}.")
         sizes = list(prior.strengths), number
-        return replace(
-            settled,
-            chosen=rehearsal.method,
-            sizes=sizes,
-            seconds=rehearsal.seconds,
-            problem=rehearsal.problem,
-        )
+        return replace(settled, chosen=rehearsal.method, sizes=sizes, seconds=rehearsal.seconds)

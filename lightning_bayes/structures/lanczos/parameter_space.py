@@ -32,7 +32,7 @@ class ParameterSpaceLanczos(SampledLogDet):
         super().__init__(problem)
         if problem.passes is None:
             raise ValueError("structure='lanczos' reads such data more than once.")
-        self._whitened = WhitenedGGN(problem.passes, self.shape)
+        self._whitened = WhitenedGGN(problem.passes(), self.shape)
         self._sketch: NystromSketch | None = None
 
     @override

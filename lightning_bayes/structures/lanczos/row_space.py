@@ -58,7 +58,7 @@ class RowSpaceLanczos(SampledLogDet):
     @cached_property
     def _selection(self) -> SelectedRows:
         passes = self.problem.passes if self.rereads else None
-        return SelectedRows(self._rows, self._stored if passes is None else RereadRows(passes))
+        return SelectedRows(self._rows, self._stored if passes is None else RereadRows(passes()))
 
     @override
     def like(self) -> Tensor:
