@@ -200,7 +200,7 @@ class LaplaceEvidence(EpochReadings[Evidence]):
         training = (start - self._started - self._spent) / epochs
         take = partial(self._evaluation.evidence, trainer, pl_module, rehearsed, before, training)
         evidence = trainer.strategy.broadcast(self._take(trainer, take))
-        if before is None and evidence is not None:
+        if before is None and evidence and rehearsed.chosen not in (None, evidence.structure):
             self._settle(rehearsed, evidence.structure, training)
         self._last_took = time.monotonic() - start
         self._spent += self._last_took
@@ -215,14 +215,10 @@ class LaplaceEvidence(EpochReadings[Evidence]):
 
     def _settle(self, rehearsed: Rehearsed, structure: str, training: float) -> None:
         """Keep to the structure of the first evaluation: those of one key are compared."""
-        expected = rehearsed.chosen
-        if expected is None or expected.structure == structure:
-            return
         rank_zero_info(
-            f"LaplaceEvidence: structure={structure!r} from now on and not {expected.structure!r}, since an epoch of "
-            f"training took {training:.2g} s."
+            f"LaplaceEvidence: structure={structure!r} from now on, since an epoch of training took {training:.2g} s."
         )
-        self._rehearsed = replace(rehearsed, chosen=replace(rehearsed.asked, structure=structure))
+        self._rehearsed = replace(rehearsed, chosen=structure)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -171,7 +171,7 @@ def _curve(totals: Totals, grid: list[float] | None) -> EvidenceCurve:
     curved, unit = totals.curved, dict.fromkeys(totals.weights, 1.0)
     values = None if curved.chooses_rows else curved.spectrum(unit)
     if values is not None:
-        unknown = 0.0 if totals.method.structure == "full" else math.inf
+        unknown = 0.0 if totals.structure == "full" else math.inf
         totals = replace(totals, curved=_OneSpectrum(curved.problem, values, unknown, unknown))
         if grid is not None and not totals.likelihood.optimizes_dispersion and bool((values < 0.0).any()):
             return _evaluated(totals, grid, math.nan)

@@ -68,7 +68,7 @@ def evidence_of(
         prior_precision=distinct.pop() if len(distinct) == 1 else precision,
         num_examples=totals.num_examples,
         num_parameters=totals.curved.problem.num_parameters,
-        structure=method.structure,
+        structure=totals.structure,
         curvature=method.curvature,
         seconds=time.perf_counter() - totals.started,
         effective_parameters_stderr=summary.effective_parameters_stderr,

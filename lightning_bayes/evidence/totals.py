@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_bayes.capture.forward import Forward
 from lightning_bayes.capture.repeated_forwards import RepeatedForwards
 from lightning_bayes.errors import EvidenceUnavailableError, check_finite
 from lightning_bayes.evidence.options import DEFAULT_PROBES, Method
@@ -22,17 +21,9 @@ from lightning_bayes.row_storage.collector import kept_widths
 from lightning_bayes.rows.products import DataPasses
 from lightning_bayes.rows.reader import BatchSums, RowReader
 from lightning_bayes.rows.rows import RowChunk
-from lightning_bayes.structures.base import Curvature, Problem
+from lightning_bayes.structures.base import MINUTE, Curvature, Problem
 from lightning_bayes.structures.hessian_reader import HessianReader
-from lightning_bayes.structures.registry import (
-    STRUCTURES,
-    choose_structure,
-    evaluation_seconds,
-    lanczos_seconds,
-)
-
-LEAST_SECONDS = 10.0
-"""That "auto" may take in a Trainer, however short an epoch is."""
+from lightning_bayes.structures.registry import STRUCTURES, choose_structure
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,8 @@ class Totals:
     """What one pass over the data adds up to, in units of the dispersion: all that the evidence is made of.
 
     Attributes:
-        method: As it was carried out: with the structure that was chosen.
+        method: As it was asked for.
+        structure: That was taken.
         weights: The parameters that carry a prior.
         squared_norms: ‖ω‖² of each of these.
         gradient: Of the summed unit loss.
@@ -85,6 +77,7 @@ class Totals:
 
     curved: Curvature
     method: Method
+    structure: str
     likelihood: Likelihood
     prior: Prior
     weights: dict[str, Tensor]
@@ -128,23 +121,6 @@ class Totals:
         return Hyperparameters(self.prior.precision(self.num_examples, scale), phi, log_likelihood)
 
 
-@dataclass(frozen=True)
-class Rehearsal:
-    """What one batch says about an evaluation before it is made.
-
-    Attributes:
-        method: With the structure that is taken.
-        reason: A sentence that says why.
-        split: A sentence that says by which derivatives the rows are read.
-        seconds: That the whole will take, within a factor of about three; without the loading of the data.
-    """
-
-    method: Method
-    reason: str
-    split: str
-    seconds: float
-
-
 def read_all(
     network: nn.Module,
     forwards: RepeatedForwards,
@@ -155,6 +131,8 @@ def read_all(
     num_batches: int,
     announce: Callable[[str], None] = lambda sentence: None,
     report: Callable[[str], object] = lambda text: None,
+    seconds: float = MINUTE,
+    structure: str | None = None,
 ) -> Totals:
     """Read every batch: rows into a structure, or Hessians into their sum.
 
@@ -168,13 +146,15 @@ def read_all(
         num_batches: Of the pass; where batches are sampled as blocks it must be right.
         announce: Takes the one line that says by which derivatives the rows are read.
         report: Takes a few words on what is being done after the pass, now and then.
+        seconds: That "auto" may take where its budget does not say.
+        structure: In the place of the method's, where "auto" has chosen before.
 
     Raises:
         ValueError: If there is no batch, or a batch cannot be read.
         EvidenceUnavailableError: If weights, outputs or gradients are not finite, or no target counts.
     """
     started = time.perf_counter()
-    reader = _reader_of(network, prior, method)
+    reader = reader_of(network, prior, method)
     sample = None if method.num_blocks is None else draw_blocks(num_batches, method.num_blocks)
     weights = {name: parameter.detach() for name, parameter in reader.parameters.items()}
     squared_norms = {
@@ -187,7 +167,7 @@ def read_all(
     curved: Curvature | None = None
     sums = BatchSums({name: torch.zeros_like(weight) for name, weight in weights.items()})
     # Which structure "auto" takes is known after the first batch.
-    forwards.keep = method.structure in ("auto", "lanczos")
+    forwards.keep = (structure or method.structure) in ("auto", "lanczos")
     for forward in forwards():
         batch = reader.read(forward, likelihood)
         # A batch that is left out adds its loss and gradient; its rows would cost C backward passes.
@@ -198,13 +178,12 @@ def read_all(
         sums.add(batch)
         for chunk in rows:
             if curved is None:
-                problem, method, _ = _settled(
-                    chunk, reader.parameters, likelihood, prior, method, num_examples
-                )
+                sizes = chunk, reader.parameters, likelihood, prior, method, num_examples
+                problem, taken, _ = settle(*sizes, seconds, structure)
                 read = partial(reader.read, likelihood=likelihood)
                 passes = partial(DataPasses, network, reader.parameters, likelihood, forwards, read)
                 problem = replace(problem, block_sample=sample, passes=passes, report=report)
-                curved = STRUCTURES[method.structure](problem)
+                curved = STRUCTURES[taken](problem)
                 forwards.keep = forwards.keep and curved.rereads
                 announce(reader.split)
             curved.update(chunk)
@@ -221,6 +200,7 @@ def read_all(
     return Totals(
         curved=curved,
         method=method,
+        structure=taken,
         likelihood=likelihood,
         prior=prior,
         weights=weights,
@@ -235,45 +215,8 @@ def read_all(
     )
 
 
-def rehearse(
-    network: nn.Module,
-    forward: Forward,
-    likelihood: Likelihood,
-    prior: Prior,
-    method: Method,
-    num_examples: int,
-) -> Rehearsal:
-    """Read one batch, twice, and choose the structure.
-
-    Raises:
-        ValueError: If the batch cannot be read.
-        EvidenceUnavailableError: If outputs or gradients are not finite.
-    """
-    reader = _reader_of(network, prior, method)
-    start = time.perf_counter()
-    batch = reader.read(forward, likelihood)
-    passed = time.perf_counter()
-    first = next(batch.chunks)
-    if method.curvature == "ggn":  # again: the first batch is also where the plan is made
-        start = time.perf_counter()
-        batch = reader.read(forward, likelihood)
-        passed = time.perf_counter()
-        for chunk in batch.chunks:
-            kept_widths(chunk)  # looks at all of it
-    read, batches = time.perf_counter() - start, num_examples / batch.num_examples
-    epoch = batches * (passed - start)
-    if method.budget.seconds is None:
-        method = replace(method, budget=replace(method.budget, seconds=max(LEAST_SECONDS, epoch)))
-    problem, method, reason = _settled(first, reader.parameters, likelihood, prior, method, num_examples)
-    seconds = evaluation_seconds(problem, method.structure, read)
-    if method.structure == "lanczos":
-        read_again = partial(reader.read, likelihood=likelihood)
-        passes = partial(DataPasses, network, reader.parameters, likelihood, lambda: [forward], read_again)
-        seconds = lanczos_seconds(replace(problem, passes=passes), batches, read)
-    return Rehearsal(method, reason, reader.split, seconds)
-
-
-def _reader_of(network: nn.Module, prior: Prior, method: Method) -> RowReader | HessianReader:
+def reader_of(network: nn.Module, prior: Prior, method: Method) -> RowReader | HessianReader:
+    """What reads the batches for a method."""
     if method.curvature == "ggn":
         # Without columns one that is sampled tells how the network is read.
         columns = 1 if method.by_products else method.num_samples
@@ -281,15 +224,28 @@ def _reader_of(network: nn.Module, prior: Prior, method: Method) -> RowReader | 
     return HessianReader(network, prior.strengths, method.budget)
 
 
-def _settled(
+def settle(
     chunk: RowChunk,
     parameters: Mapping[str, nn.Parameter],
     likelihood: Likelihood,
     prior: Prior,
     method: Method,
     num_examples: int,
-) -> tuple[Problem, Method, str]:
-    """The sizes by the first chunk of rows, the method with its structure chosen, and a sentence that says why."""
+    seconds: float,
+    structure: str | None = None,
+) -> tuple[Problem, str, str]:
+    """Return the sizes by the first chunk of rows, the structure to take, and a sentence that says why.
+
+    Args:
+        chunk: Rows of the first batch.
+        parameters: Those that carry a prior.
+        likelihood: Of the targets given the outputs.
+        prior: Of the parameters.
+        method: As it was asked for.
+        num_examples: N.
+        seconds: That "auto" may take where its budget does not say.
+        structure: In the place of the method's.
+    """
     first = next(iter(parameters.values()))
     kept_width, gram_width, map_width = kept_widths(chunk)
     problem = Problem(
@@ -310,10 +266,10 @@ def _settled(
         sought=bool(prior.optimized) or likelihood.optimizes_dispersion,
         curvature=method.curvature,
         budget=method.budget,
+        seconds=seconds if method.budget.seconds is None else method.budget.seconds,
         num_probes=method.num_probes or DEFAULT_PROBES,
         max_stderr=None if method.max_stderr is None else 2.0 * method.max_stderr,
         seed=method.seed,
         by_products=method.by_products,
     )
-    structure, reason = choose_structure(method.structure, problem)
-    return problem, method if structure == method.structure else replace(method, structure=structure), reason
+    return problem, *choose_structure(structure or method.structure, problem)

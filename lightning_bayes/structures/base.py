@@ -87,11 +87,6 @@ class Budget:
     kronecker_exact: int = 1024
     kronecker_left_out: int = 1024
 
-    @property
-    def allowed_seconds(self) -> float:
-        """`seconds`, or a minute."""
-        return MINUTE if self.seconds is None else self.seconds
-
 
 DEFAULT_BUDGET = Budget()
 
@@ -125,6 +120,7 @@ class Problem:
         sought: Whether prior precisions are to be found.
         rises_together: Whether every Λ that will be asked for is `strengths` times one number.
         curvature: Of which matrix: "ggn", or the true Hessian as "hessian" or "hessian_positive".
+        seconds: `Budget.seconds`, or what stands in its place.
         num_probes: Random vectors of "lanczos".
         max_stderr: Standard error of its log-determinant, until which there are more of them; None for no more.
         seed: Of these vectors.
@@ -151,6 +147,7 @@ class Problem:
     rises_together: bool = True
     curvature: str = "ggn"
     budget: Budget = DEFAULT_BUDGET
+    seconds: float = MINUTE
     num_probes: int = 8
     max_stderr: float | None = None
     seed: int = 0

@@ -8,7 +8,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from lightning_bayes.structures.base import Budget, Curvature, Problem, total_memory
+from lightning_bayes.structures.base import MINUTE, Budget, Curvature, Problem, total_memory
 from lightning_bayes.structures.blocks import BlockCurvature
 from lightning_bayes.structures.blocks_budget import blocks_cost
 from lightning_bayes.structures.blocks_sampled import SampledBlockCurvature
@@ -112,21 +112,19 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
         sizes += "; less than the bounds take, so structure='full' is quicker here and has no bounds to need"
     if structure == "full" and memory > available:
         raise ValueError(f'structure="full" does not fit on {problem.device}: {sizes}. Use {cheaper}.')
-    if structure == "full" and structure_seconds(problem, structure) > problem.budget.allowed_seconds:
+    if structure == "full" and structure_seconds(problem, structure) > problem.seconds:
         warnings.warn(f'structure="full" will be slow: {sizes}. Faster: {cheaper}.', stacklevel=3)
     return structure, sizes
 
 
 def _within_budget(problem: Problem, sizes: str) -> tuple[str, str]:
     """The first of "full", "lanczos" and "kron" that the budget allows."""
-    budget = (
-        f"the budget of {_readable(problem.budget.memory, 'B')} and {problem.budget.allowed_seconds:.3g} s"
-    )
+    budget = f"the budget of {_readable(problem.budget.memory, 'B')} and {problem.seconds:.3g} s"
     overrides = 'structure="full" or max_examples= overrides'
     if problem.sampled:
         return "kron", f"{sizes}, but its columns are sampled, from which there is no exact matrix"
     exact = structure_seconds(problem, "full")
-    if full_cost(problem)[0] <= problem.budget.memory and exact <= problem.budget.allowed_seconds:
+    if full_cost(problem)[0] <= problem.budget.memory and exact <= problem.seconds:
         return "full", f"{sizes}, within {budget}"
     if problem.tolerance is not None:
         raise ValueError(
@@ -137,7 +135,7 @@ def _within_budget(problem: Problem, sizes: str) -> tuple[str, str]:
     if not problem.rises_together:
         return "kron", f"{beyond}; {overrides}"
     seconds = structure_seconds(problem, "lanczos")
-    if seconds <= problem.budget.allowed_seconds:
+    if seconds <= problem.seconds:
         return "lanczos", (
             f"{beyond}, which allows {problem.num_probes} random vectors for what the largest rows leave (about "
             f"{seconds:.2g} s); {overrides}"
@@ -169,7 +167,8 @@ def samples_of_many_columns(
     each = 6.0 * num_parameters * (columns / min(sizes) if len(sizes) > 1 else 1.0)
     flop = num_examples * columns * each + calls * BACKWARD_FLOP
     seconds = flop / _rate(outputs.dtype, outputs.device)
-    if columns <= budget.columns or (memory <= budget.memory and seconds <= budget.allowed_seconds):
+    allowed = MINUTE if budget.seconds is None else budget.seconds
+    if columns <= budget.columns or (memory <= budget.memory and seconds <= allowed):
         return None
     return (
         f"The loss has {columns:,} outputs per example, so structure='auto' takes structure='kron' with "

@@ -21,8 +21,9 @@ from lightning_bayes.capture.repeated_forwards import RepeatedForwards
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.evidence.evaluate import evidence_of
 from lightning_bayes.evidence.options import Method, sampling_if_many_columns
+from lightning_bayes.evidence.rehearsal import LEAST_SECONDS, rehearse
 from lightning_bayes.evidence.result import Evidence
-from lightning_bayes.evidence.totals import LEAST_SECONDS, LossReduction, read_all, rehearse
+from lightning_bayes.evidence.totals import LossReduction, read_all
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.priors.prior import Prior, PriorPrecision
 from lightning_bayes.priors.subset import last_layer
@@ -36,7 +37,7 @@ class Rehearsed:
         asked: The method as asked for, with columns sampled where there are many.
         last_layer: Names of the parameters of the last layer, None where it was not asked for.
         batch_size: Of the first batch.
-        chosen: The method with its structure chosen; None where the batch had no evidence.
+        chosen: The structure that is taken; None where the batch had no evidence.
         sizes: Parameters and N that the choice was made for.
         seconds: That an evaluation is expected to take.
     """
@@ -44,7 +45,7 @@ class Rehearsed:
     asked: Method
     last_layer: list[str] | None = None
     batch_size: int = 1
-    chosen: Method | None = None
+    chosen: str | None = None
     sizes: tuple[list[str], int] | None = None
     seconds: float = 0.0
 
@@ -119,11 +120,8 @@ class Evaluation:
         prior = prior_of(trainer, reader.original, self.prior_precision, subset, rehearsed.last_layer)
         # Parameters are unfrozen and datasets grow during a run: then the choice is made again.
         same = rehearsed.sizes == (list(prior.strengths), examples.num_examples)
-        method = (rehearsed.chosen if same else None) or rehearsed.asked
-        if before is None and rehearsed.asked.structure == "auto" and self.method.budget.seconds is None:
-            # The first batch could only say what an epoch might take.
-            budget = replace(self.method.budget, seconds=max(LEAST_SECONDS, epoch_seconds))
-            method = replace(rehearsed.asked, budget=budget)
+        # At the first evaluation too: the first batch could only say what an epoch might take.
+        structure = rehearsed.chosen if same and before is not None else None
         outputs = reader.outputs_and_targets
         start = prior.start_from(before.prior_precision) if before and before.prior_optimized else None
         with bar_line(trainer) as report:
@@ -140,10 +138,12 @@ class Evaluation:
                 ),
                 captured.likelihood,
                 prior,
-                method,
+                rehearsed.asked,
                 examples.num_examples,
                 examples.num_batches,
                 report=report,
+                seconds=max(LEAST_SECONDS, epoch_seconds),
+                structure=structure,
             )
             return evidence_of(totals, LossReduction(captured.reduction, training_batch_size), start)
 
@@ -171,9 +171,9 @@ class Evaluation:
         except EvidenceUnavailableError as error:
             rank_zero_warn(f"LaplaceEvidence: the first batch has no evidence. {error}")
             return settled
-        structure = f"structure={rehearsal.method.structure!r}. {rehearsal.reason}"
+        structure = f"structure={rehearsal.structure!r}. {rehearsal.reason}"
         for sentence in (structure, rehearsal.split, *examples.notes, captured.likelihood.note):
             if sentence is not None:
                 rank_zero_info(f"LaplaceEvidence: {sentence}.")
         sizes = list(prior.strengths), number
-        return replace(settled, chosen=rehearsal.method, sizes=sizes, seconds=rehearsal.seconds)
+        return replace(settled, chosen=rehearsal.structure, sizes=sizes, seconds=rehearsal.seconds)
