@@ -41,11 +41,11 @@ class RepeatedForwards:
     def _remembered(self, forwards: Iterable[Forward]) -> Iterator[Forward]:
         self.first, size = None, 0.0
         for forward in forwards:
+            yield forward
             if self.keep:
                 tensors = tensors_of(forward.batch) if isinstance(forward, BatchForward) else None
                 size += KEPT_BYTES if tensors is None else sum(t.numel() * t.element_size() for t in tensors)
                 self.keep = size <= KEPT_BYTES
                 self._kept = [*self._kept, forward] if self.keep else []
-            yield forward
         if not self.keep:
             self._kept = []
