@@ -46,6 +46,6 @@ class RepeatedForwards:
                 tensors = tensors_of(forward.batch) if isinstance(forward, BatchForward) else None
                 size += KEPT_BYTES if tensors is None else sum(t.numel() * t.element_size() for t in tensors)
                 self.keep = size <= KEPT_BYTES
-                self._kept = [*self._kept, forward] if self.keep else []
+                self._kept.append(forward)
         if not self.keep:
-            self._kept = []
+            self._kept.clear()
