@@ -69,9 +69,9 @@ class LaplaceEvidence(EpochReadings[Evidence]):
     random state. Training is not disturbed: weights are bit-identical with and without the callback.
 
     Args:
-        structure: "full" (exact), "blocks" (a bracket, linear in N), "kron", "kron_joint", "kron_expand", "diag";
-            "auto" takes the first of "full", "blocks" and "kron" within the memory and time stated in
-            `lightning_bayes.structures.base.Budget`, and says which.
+        structure: "full" (exact), "lanczos" (with a standard error, for any size), "blocks" (a bracket), "kron",
+            "kron_joint", "kron_expand", "diag"; "auto" takes the first of "full", "lanczos" and "kron" that takes no
+            longer than the larger of ten seconds and an epoch of training, and says which.
         likelihood: "auto" reads it from the loss in training_step, with its class weights, label smoothing and
             ignored targets; "classification", "binary", "regression", "gaussian_nll" or a `Likelihood` such as
             `Gaussian(sigma=0.1)` must be of the loss's kind unless `network` is given, and its own parameters

@@ -130,7 +130,7 @@ def evidence_curve(
         )
     grid = None if prior_precisions is None else _checked(prior_precisions)
     computation = Computation(prior_precision="optimize", **arguments)
-    return computation.run(model, data, lambda totals: _curve(totals, grid))
+    return computation.run(model, data, lambda totals: curve_of(totals, grid))
 
 
 class _OneSpectrum(Curvature):
@@ -167,7 +167,8 @@ class _OneSpectrum(Curvature):
         return CurvatureSummary(log_det, bounds, terms.effective_parameters(values, 1.0).item(), 0.0)
 
 
-def _curve(totals: Totals, grid: list[float] | None) -> EvidenceCurve:
+def curve_of(totals: Totals, grid: list[float] | None) -> EvidenceCurve:
+    """The curve over the totals of one pass; see `evidence_curve`."""
     curved, unit = totals.curved, dict.fromkeys(totals.weights, 1.0)
     values = None if curved.chooses_rows else curved.spectrum(unit)
     if values is not None:

@@ -7,6 +7,7 @@ and Gauss-Radau's, with one node at a lower end of the spectrum, below: their ga
 """
 
 import math
+import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -96,6 +97,7 @@ class LanczosRecurrences:
         self._diagonal: list[Tensor] = []  # α, [k] for each step
         self._beside: list[Tensor] = []  # β after each step, 0 where the space is exhausted
         self.starts = starts
+        self.product_seconds = 0.0
 
     @property
     def num_steps(self) -> int:
@@ -110,7 +112,10 @@ class LanczosRecurrences:
     def extend(self) -> None:
         """Take one more step, of one product for all vectors."""
         latest = self._basis[-1]
-        remainder, coefficients = orthogonalised(self._product(latest[0]), self._basis)
+        start = time.perf_counter()
+        images = self._product(latest[0])
+        self.product_seconds += time.perf_counter() - start
+        remainder, coefficients = orthogonalised(images, self._basis)
         self._diagonal.append(coefficients[-1].cpu().double())
         beta = torch.linalg.vector_norm(remainder, dim=1)
         scale = max(alpha.abs().max().item() for alpha in self._diagonal)

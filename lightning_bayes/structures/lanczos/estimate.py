@@ -77,6 +77,9 @@ class SampledLogDet(Curvature):
         self.shape = dict(problem.strengths or dict.fromkeys(problem.shapes, 1.0))
         """Λ of each tensor, which every prior is a multiple of."""
         self._answers: dict[float, _Answer] = {}
+        self.num_steps = self.num_products = 0
+        """Of Lanczos, at all priors so far; a product is of one vector."""
+        self.product_seconds = 0.0
 
     @abstractmethod
     def known_part(self, scale: float) -> KnownPart:
@@ -182,6 +185,9 @@ class SampledLogDet(Curvature):
         answer.log.add(signs, recurrences.images(_log))
         answer.gamma.add(signs, known.gamma_image(signs, recurrences.images(_reciprocal)))
         answer.samples += middle.tolist()
+        self.num_steps += recurrences.num_steps
+        self.num_products += recurrences.num_steps * number
+        self.product_seconds += recurrences.product_seconds
         answer.seconds += time.perf_counter() - started
         total = seen + number
         answer.gap = (answer.gap * seen + gap * number) / total
