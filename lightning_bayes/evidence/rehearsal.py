@@ -1,5 +1,6 @@
 """One batch read beforehand: which structure is taken, and what it will cost."""
 
+import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,8 @@ from lightning_bayes.row_storage.collector import kept_widths
 from lightning_bayes.rows.products import DataPasses
 from lightning_bayes.structures.registry import evaluation_seconds, lanczos_seconds
 
+REPEATS = 4
+"""Batches that a step of "lanczos" is timed on."""
 LEAST_SECONDS = 10.0
 """That "auto" may take in a Trainer, however short an epoch is."""
 
@@ -70,6 +73,10 @@ def rehearse(
     seconds = evaluation_seconds(problem, structure, read)
     if structure == "lanczos":
         read_again = partial(reader.read, likelihood=likelihood)
-        passes = partial(DataPasses, network, reader.parameters, likelihood, lambda: [forward], read_again)
-        seconds = lanczos_seconds(replace(problem, passes=passes), batches, read)
+        # Several times the same: what is done once a step must not count for each batch.
+        repeats = min(REPEATS, math.ceil(batches))
+        passes = partial(
+            DataPasses, network, reader.parameters, likelihood, lambda: repeats * [forward], read_again
+        )
+        seconds = lanczos_seconds(replace(problem, passes=passes), batches, read, batches / repeats)
     return Rehearsal(structure, reason, reader.split, seconds)

@@ -235,13 +235,14 @@ def evaluation_seconds(problem: Problem, structure: str, read: float) -> float:
     return batches * read + structure_seconds(problem, structure)
 
 
-def lanczos_seconds(problem: Problem, batches: float, read: float) -> float:
-    """Seconds of an evaluation by "lanczos", by the time of one step over one batch, which it reads once more.
+def lanczos_seconds(problem: Problem, batches: float, read: float, share: float) -> float:
+    """Seconds of an evaluation by "lanczos", by the time of one step over some batches, which it reads once more.
 
     Args:
-        problem: With passes over that one batch.
+        problem: With passes over these batches.
         batches: Of the whole pass.
         read: Seconds of reading one batch.
+        share: How many times as many batches the whole pass has.
     """
     curvature = lanczos_curvature(problem)
     if problem.passes is not None and curvature.reads_rows:
@@ -252,7 +253,8 @@ def lanczos_seconds(problem: Problem, batches: float, read: float) -> float:
         steps += SKETCHED // problem.num_probes
     readings = 1.0 if problem.by_products or not curvature.rereads else 2.0
     selecting = 0.0 if problem.by_products else selection_flop(problem) / _rate(problem.dtype, problem.device)
-    return batches * (readings * read + search * steps * curvature.step_seconds()) + search * selecting
+    stepping = share * steps * curvature.step_seconds()
+    return batches * readings * read + search * (stepping + selecting)
 
 
 def structure_seconds(problem: Problem, structure: str) -> float:

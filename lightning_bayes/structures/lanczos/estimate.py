@@ -97,6 +97,7 @@ class SampledLogDet(Curvature):
     def step_seconds(self) -> float:
         """Seconds of one step of all vectors over the batches so far."""
         known, signs = self.known_part(1.0), random_signs(range(self.problem.num_probes), self.like())
+        known.product(signs)  # warms up
         start = time.perf_counter()
         known.product(signs)
         return time.perf_counter() - start
