@@ -32,7 +32,7 @@ class ParameterSpaceLanczos(SampledLogDet):
         super().__init__(problem)
         if problem.passes is None:
             raise ValueError("structure='lanczos' reads such data more than once.")
-        self._whitened = WhitenedGGN(problem.passes(), self.shape)
+        self.whitened = WhitenedGGN(problem.passes(), self.shape)
         self._sketch: NystromSketch | None = None
 
     @override
@@ -45,9 +45,9 @@ class ParameterSpaceLanczos(SampledLogDet):
         if self._sketch is None:
             rank = min(SKETCHED, len(like))
             self._sketch = nystrom_sketch(
-                self._whitened.product, like, rank, self.problem.num_probes, self.problem.seed
+                self.whitened.product, like, rank, self.problem.num_probes, self.problem.seed
             )
-        return SketchedPart(self._whitened, self._sketch, like, scale)
+        return SketchedPart(self.whitened, self._sketch, like, scale)
 
     @override
     def like(self) -> Tensor:
