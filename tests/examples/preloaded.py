@@ -1,4 +1,4 @@
-"""Imported once by the server that processes of a pool are forked from: they have it, and the digits, from their start."""
+"""Imported once by the server that processes of a pool are forked from, so that they start with the digits."""
 
 import torch
 
