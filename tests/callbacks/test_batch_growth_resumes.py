@@ -59,8 +59,9 @@ def run(tmp_path, case, crash=None, ckpt_path=None, checkpoint=AT_EPOCH_END, dat
     growing = BatchSizeScheduler(schedule, method=method, max_batch_size=30)
     saving = ModelCheckpoint(tmp_path, "{epoch}-{step}", save_top_k=-1, **checkpoint)
     module = Regression(configure, crash)
+    callbacks = [SGDNoiseScale(), growing, saving]
     module.run = trainer(
-        tmp_path, [SGDNoiseScale(), growing, saving], max_epochs=epochs, enable_checkpointing=True
+        tmp_path, callbacks, max_epochs=epochs, enable_checkpointing=True, limit_val_batches=2
     )
     loaders = {"datamodule": data or RegressionData(shuffle=True)}
     if crash is None:

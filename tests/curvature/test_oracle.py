@@ -13,7 +13,7 @@ from lightning_bayes import likelihoods
 from lightning_bayes.structures.dual import DualCurvature
 from lightning_bayes.structures.primal import PrimalCurvature
 from lightning_bayes.structures.registry import STRUCTURES
-from tests.cases import CASES, LOSSES, NETWORKS, make_case
+from tests.cases import CASES, LOSSES, NETWORKS, made_twin, make_case
 from tests.reference import assert_agrees
 from tests.refusals import refuses
 
@@ -37,7 +37,7 @@ def way(request, monkeypatch):
 
 def hold(evidence, network, loss, precision, structure, curvature="ggn"):
     """Against the dense matrices."""
-    twin = make_case(network, loss).slow_twin()
+    twin = made_twin(network, loss)
     if not isinstance(precision, dict):
         precision = dict.fromkeys(twin.names, precision)
     assert_agrees(evidence, twin.evidence(precision, structure, curvature))
@@ -146,7 +146,7 @@ def test_parts_of_a_network(network, subset, way):
 def test_a_bracket_holds_the_truth(network, loss, tolerance):
     case = make_case(network, loss)
     evidence = case.evidence(structure="full", prior_precision=0.05, tolerance=tolerance)
-    twin = make_case(network, loss).slow_twin()
+    twin = made_twin(network, loss)
     truth = twin.evidence(dict.fromkeys(twin.names, 0.05)).log_evidence
     assert evidence.lower - 1e-9 <= truth <= evidence.upper + 1e-9
     assert evidence.lower <= evidence.log_evidence <= evidence.upper

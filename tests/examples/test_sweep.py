@@ -1,5 +1,7 @@
 """Sweeps resume, never repeat a run, and do not depend on how many processes share them."""
 
+import shutil
+
 import pytest
 
 from examples.smith_le_2018 import cli, sweep
@@ -76,6 +78,7 @@ def test_moments_on_the_way_are_measured_and_asked_for(tmp_path, trained):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_pools")
 def test_number_of_processes_does_not_matter(tmp_path):
     runs = [Run(100, size, 0.05, 0.9, 0.0, 20, seed=1) for size in (5, 10, 20)]
 
@@ -102,16 +105,20 @@ def test_training_sets_are_nested_and_never_hold_a_test_image():
 
 
 @pytest.mark.slow
-def test_command_makes_every_figure_and_draws_again_without_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(cli.PRESETS, "quick", TINY)
-    arguments = ["all", "--results", str(tmp_path), "--workers", "1"]
-    cli.main(arguments)
-    folder = tmp_path / "tiny"
-    first = (folder / "claims.md").read_text()
+def test_command_makes_every_figure_and_draws_again_without_training(
+    tmp_path, tiny_results, monkeypatch, capsys
+):
+    results, printed = tiny_results
+    first = (results / "tiny" / "claims.md").read_text()
     for name in cli.FIGURES:
-        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (results / "tiny" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"| {name} |" in first
-    assert " left. " in capsys.readouterr().out
-    cli.main([*arguments, "--draw-only"])
-    assert (folder / "claims.md").read_text() == first
+    assert " left. " in printed
+    shutil.copytree(results, tmp_path, dirs_exist_ok=True)
+    for figure in (tmp_path / "tiny").glob("*.png"):
+        figure.unlink()
+    monkeypatch.setitem(cli.PRESETS, "quick", TINY)
+    cli.main(["all", "--results", str(tmp_path), "--workers", "1", "--draw-only"])
+    assert (tmp_path / "tiny" / "claims.md").read_text() == first
+    assert {path.stem for path in (tmp_path / "tiny").glob("*.png")} == set(cli.FIGURES)
     assert " left. " not in capsys.readouterr().out

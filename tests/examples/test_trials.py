@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import pytest
 
-from examples.smith_le_2018 import cli
 from examples.smith_le_2018.check import KINDS
 from examples.smith_le_2018.context import Context
 from examples.smith_le_2018.sweep import RunTable
@@ -45,6 +44,7 @@ def make(seed):
     return [Settings(factor, seed) for factor in (0.1, 2.0)]
 
 
+@pytest.mark.usefixtures("forked_pools")
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_each_trial_is_a_row(tmp_path, workers):
     trials = Trials(KIND, context(tmp_path, workers))
@@ -81,16 +81,15 @@ def test_drawing_only_takes_complete_seeds(tmp_path):
         Trials(KIND, context(tmp_path)).grid("product", Settings, [0], [9.0])
 
 
-def test_every_figure_is_made_from_tiny_settings_and_its_rows_come_out_again(tmp_path, monkeypatch):
+def test_every_figure_is_made_from_tiny_settings_and_its_rows_come_out_again(tiny_results):
     """Whatever the numbers say: figures and claims are there, and a row of each file gives the same again."""
-    monkeypatch.setitem(cli.PRESETS, "quick", TINY)
+    folder = tiny_results[0] / "tiny"
     for name in FIGURES:
-        cli.main([name, "--results", str(tmp_path), "--workers", "1"])
-        assert (tmp_path / "tiny" / f"{name}.png").stat().st_size > 5000
-    with (tmp_path / "tiny" / "claims.csv").open(encoding="utf-8") as file:
-        assert {row["figure"] for row in csv.DictReader(file)} == set(FIGURES)
+        assert (folder / f"{name}.png").stat().st_size > 5000
+    with (folder / "claims.csv").open(encoding="utf-8") as file:
+        assert {row["figure"] for row in csv.DictReader(file)} >= set(FIGURES)
     for kind in KINDS.values():
-        trials = Trials(kind, context(tmp_path / "tiny"))
+        trials = Trials(kind, context(folder))
         row = random.Random(0).choice(trials.table.rows)
         # On one machine to the last bit.
         assert trials.again(row) == {name: row[name] for name in kind.measured.__dataclass_fields__}
