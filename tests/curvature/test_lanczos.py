@@ -23,7 +23,7 @@ from lightning_bayes.structures.lanczos import estimate, parameter_space, row_sp
 from tests.cases import Case, make_case
 from tests.refusals import refuses
 
-PRECISION, SEEDS = 0.1, 32
+PRECISION, SEEDS = 0.1, 24
 STORED, REREAD, BY_PRODUCTS = Budget(), Budget(stored_bytes=0.0), Budget(columns=0)
 FORMS = pytest.mark.parametrize("budget", [STORED, REREAD, BY_PRODUCTS], ids=["stored", "reread", "products"])
 PER_PATTERN = {"*weight": 0.05, "*bias": 3.0}
@@ -67,7 +67,6 @@ CASES = [
     ("mlp", "classification", 50, {}),
     ("conv", "weighted_smoothed", 30, {"prior_precision": 1.0}),
     ("language_model", "ignored", 20, {}),
-    ("called_twice", "binary_3", 30, {}),
     ("mlp", "classification", 50, {"prior_precision": PER_PATTERN}),
 ]
 
@@ -82,7 +81,7 @@ def test_there_is_no_bias_and_the_errors_are_the_spread(network, loss, size, arg
         stated = math.sqrt(statistics.mean(getattr(one, f"{name}_stderr") ** 2 for one in every))
         error = statistics.stdev(values) / math.sqrt(SEEDS)
         assert abs(statistics.mean(values) - getattr(exact, name)) < 4 * error, name
-        # A variance has a relative error of sqrt(2/31) = 0.25, and its root half of that.
+        # A variance has a relative error of sqrt(2/23) = 0.3, and its root half of that.
         assert statistics.stdev(values) == pytest.approx(stated, rel=0.35), name
     for one in every:
         assert one.lower <= exact.log_evidence <= one.upper
