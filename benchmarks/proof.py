@@ -25,7 +25,7 @@ from lightning_bayes.capture.isolation import isolated
 from lightning_bayes.capture.module_calls import plain_kernels, recorded_calls
 from lightning_bayes.likelihoods import Categorical
 from lightning_bayes.rows.backward import ColumnPasses, gradients, proof_of
-from lightning_bayes.rows.routes import make_plan
+from lightning_bayes.rows.reader import RowReader
 from lightning_bayes.rows.rows import DenseRows
 
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "proof.csv"
@@ -76,19 +76,21 @@ def measure(make: Callable[[], tuple[nn.Module, Tensor, Tensor]], repeats: int) 
     """Seconds of a gradient pass, of the proof, of autograd's part of it and of the regrouping."""
     model, x, y = make()
     network, likelihood = throw_away_copy(model), Categorical()
-    parameters, modules = dict(network.named_parameters()), list(network.modules())
+    parameters = dict(network.named_parameters())
 
     def gradient_pass() -> None:
         outputs, targets = likelihood.prepare(network(x), y)
         torch.autograd.grad(likelihood.unit_loss(outputs, targets), list(parameters.values()))
 
-    with plain_kernels(), recorded_calls(modules) as calls:
-        outputs, targets = likelihood.prepare(network(x), y)
-    roots = likelihood.sqrt_hessian(outputs, targets)
-    batch = ColumnPasses().back(calls, outputs, roots)
-    plan, _ = make_plan(network, parameters, batch, roots, "auto", apart=True)
+    reader = RowReader(network, parameters)
+    for _ in reader.read(lambda: (network(x), y), likelihood).chunks:  # which makes the plan
+        pass
+    plan = reader._plan
+    if plan is None:
+        raise RuntimeError("the batch has no rows")
     with plain_kernels(), recorded_calls(plan.modules) as calls:  # as every batch that follows
         outputs, targets = likelihood.prepare(network(x), y)
+    roots = likelihood.sqrt_hessian(outputs, targets)
     batch = ColumnPasses().back(calls, outputs, roots)
     layers = plan.layers(batch)
     for rows in layers:
@@ -97,7 +99,7 @@ def measure(make: Callable[[], tuple[nn.Module, Tensor, Tensor]], repeats: int) 
 
     def proof() -> None:
         made = proof_of(batch, roots)
-        if made is None or plan.wrong(made, layers, of_all_columns=True):
+        if made is None or plan.wrong(made, layers):
             raise RuntimeError("the rows are wrong")
 
     def truth() -> None:

@@ -1,20 +1,18 @@
 """The user's module as it is written: what Lightning, torch and tools hang on it is taken off the copy.
 
 Profilers' and loggers' hooks, compiled calls and functions, gradients that are scaled by frequency or sparse are
-properties of the copy; activation checkpointing and autocast belong to code that runs, and are lifted while it does.
+properties of the copy; activation checkpointing and autocast belong to code that runs, and `isolated` lifts them.
 A complex parameter of the copy is its real and imaginary part: two real numbers, each with its prior.
 """
 
 import copy
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
 
 import torch
-import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -104,84 +102,6 @@ def _take_off_tools(original: nn.Module, duplicate: nn.Module) -> None:
 def as_real(tensor: Tensor) -> Tensor:
     """A complex tensor as its real and imaginary parts [..., 2], a real one as it is."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-@contextmanager
-def plain_operations() -> Iterator[None]:
-    """Within, autocast and activation checkpointing have no effect, and embeddings' gradients are derivatives.
-
-    They have no switch in torch: their entry points are exchanged, whatever name they are imported by.
-    """
-    without_reentrance = "_checkpoint_without_reentrant_generator"
-    exchanged: list[tuple[Any, str, Callable[[Any], Any]]] = [
-        (torch.amp.autocast_mode.autocast, "__enter__", _disabled),
-        (checkpointing.CheckpointFunction, "apply", _called),
-        (checkpointing, without_reentrance, _nothing_around),
-        (checkpointing, f"{without_reentrance}_impl", _nothing_around),  # newer than torch 2.4
-        (torch, "embedding", partial(_unscaled, places=(3, 4))),
-        (torch, "embedding_bag", partial(_unscaled, places=(3, 5))),
-    ]
-    with ExitStack() as stack:
-        for owner, name, make in exchanged:
-            if hasattr(owner, name):
-                stack.enter_context(_exchanged(owner, name, make))
-        yield
-
-
-@contextmanager
-def _exchanged(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Put what `make` makes of an attribute in its place."""
-    own, before = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, make(before))
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
-
-
-def _disabled(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Make autocast's `__enter__` that of one that is not enabled."""
-
-    def disabled(context: Any) -> Any:
-        enabled, context._enabled = context._enabled, False
-        try:
-            return enter(context)
-        finally:
-            context._enabled = enabled
-
-    return disabled
-
-
-def _called(apply: object) -> object:
-    """Make reentrant checkpointing call the function itself, within the graph."""
-    return staticmethod(lambda function, preserve, *args: function(*args))
-
-
-def _nothing_around(generator: object) -> Callable[..., Generator[None, None, None]]:
-    """Make checkpointing without reentrance, which is what happens before and after a call, do nothing."""
-
-    def nothing(*args: object, **kwargs: object) -> Generator[None, None, None]:
-        yield
-
-    return nothing
-
-
-def _unscaled(function: Callable[..., Any], places: tuple[int, int]) -> Callable[..., Any]:
-    """Make the gradient of torch.embedding and its like the derivative, and dense.
-
-    Args:
-        function: The operation.
-        places: Where `scale_grad_by_freq` and `sparse` stand among its arguments.
-    """
-
-    def unscaled(*args: Any, **kwargs: Any) -> Any:
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("scale_grad_by_freq", "sparse")}
-        return function(*(False if i in places else arg for i, arg in enumerate(args)), **kwargs)
-
-    return unscaled
 
 
 def _is_a_tools(hook: Any) -> bool:

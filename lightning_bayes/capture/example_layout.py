@@ -76,10 +76,10 @@ def find_layout(plain: Tensor, weighted: Tensor, num_examples: int) -> Layout | 
             layout = Layout(axis, major)
             if not layout.fits(plain, num_examples):
                 continue
-            entries = layout.entries(plain, num_examples)
-            along = weights.repeat_interleave(entries) if major else weights.repeat(entries)
-            along = along.reshape(-1, *[1] * (plain.dim() - axis - 1))
-            if (weighted - along * plain).abs().sum() <= _rounding(plain) * scale:
+            each = weights.repeat_interleave(layout.entries(plain, num_examples))
+            each = each.reshape(-1, *[1] * (plain.dim() - 1))
+            first, second = (layout.examples_first(tensor, num_examples) for tensor in (plain, weighted))
+            if (second - each * first).abs().sum() <= _rounding(plain) * scale:
                 return layout
     return None
 

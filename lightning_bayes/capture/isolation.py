@@ -1,8 +1,8 @@
-"""Working on somebody's model without leaving a trace: random states, precision, modes."""
+"""Working on somebody's model without leaving a trace: random states, precision, modes, operations."""
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType
@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.checkpoint as checkpointing
 from torch import Tensor
-
-from lightning_bayes.capture.as_written import plain_operations
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 FULL = ("ieee", "none")
@@ -56,7 +55,7 @@ def isolated(*holders: object) -> Iterator[None]:
             if num_devices:
                 stack.enter_context(torch.random.fork_rng(devices=range(num_devices)))
             seed_streams()
-            stack.enter_context(plain_operations())
+            stack.enter_context(_plain_operations())
             yield
     finally:
         for restore in restores:
@@ -135,6 +134,84 @@ def _switched(name: str, value: object, *owners: Any) -> Iterator[None]:
     finally:
         for owner, own in zip(owners, before, strict=True):
             setattr(owner, name, own)
+
+
+@contextmanager
+def _plain_operations() -> Iterator[None]:
+    """Within, autocast and activation checkpointing have no effect, and embeddings' gradients are derivatives.
+
+    They have no switch in torch: their entry points are exchanged, whatever name they are imported by.
+    """
+    without_reentrance = "_checkpoint_without_reentrant_generator"
+    exchanged: list[tuple[Any, str, Callable[[Any], Any]]] = [
+        (torch.amp.autocast_mode.autocast, "__enter__", _disabled),
+        (checkpointing.CheckpointFunction, "apply", _called),
+        (checkpointing, without_reentrance, _nothing_around),
+        (checkpointing, f"{without_reentrance}_impl", _nothing_around),  # newer than torch 2.4
+        (torch, "embedding", partial(_unscaled, places=(3, 4))),
+        (torch, "embedding_bag", partial(_unscaled, places=(3, 5))),
+    ]
+    with ExitStack() as stack:
+        for owner, name, make in exchanged:
+            if hasattr(owner, name):
+                stack.enter_context(_exchanged(owner, name, make))
+        yield
+
+
+@contextmanager
+def _exchanged(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Put what `make` makes of an attribute in its place."""
+    own, before = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, make(before))
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+def _disabled(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Make autocast's `__enter__` that of one that is not enabled."""
+
+    def disabled(context: Any) -> Any:
+        enabled, context._enabled = context._enabled, False
+        try:
+            return enter(context)
+        finally:
+            context._enabled = enabled
+
+    return disabled
+
+
+def _called(apply: object) -> object:
+    """Make reentrant checkpointing call the function itself, within the graph."""
+    return staticmethod(lambda function, preserve, *args: function(*args))
+
+
+def _nothing_around(generator: object) -> Callable[..., Generator[None, None, None]]:
+    """Make checkpointing without reentrance, which is what happens before and after a call, do nothing."""
+
+    def nothing(*args: object, **kwargs: object) -> Generator[None, None, None]:
+        yield
+
+    return nothing
+
+
+def _unscaled(function: Callable[..., Any], places: tuple[int, int]) -> Callable[..., Any]:
+    """Make the gradient of torch.embedding and its like the derivative, and dense.
+
+    Args:
+        function: The operation.
+        places: Where `scale_grad_by_freq` and `sparse` stand among its arguments.
+    """
+
+    def unscaled(*args: Any, **kwargs: Any) -> Any:
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("scale_grad_by_freq", "sparse")}
+        return function(*(False if i in places else arg for i, arg in enumerate(args)), **kwargs)
+
+    return unscaled
 
 
 def _restores(holders: Iterable[object]) -> Iterator[Callable[[], object]]:

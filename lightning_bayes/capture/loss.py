@@ -28,6 +28,7 @@ from lightning_bayes.capture.pytorch_losses import (
     Grouping,
     LossCall,
     Reading,
+    one_row_each,
 )
 from lightning_bayes.likelihoods import Categorical, Likelihood
 
@@ -71,7 +72,7 @@ class CapturedLoss:
     @property
     def scale(self) -> float:
         """The factor s for which the loss is s · `unit_loss` of this batch, up to a constant."""
-        scale = self.likelihood.loss_scale("sum", 1.0, 1, 1.0)
+        scale = self.likelihood.torch_terms
         if self.reduction == "sum":
             return scale
         num_terms = self.likelihood.num_terms(self.outputs, self.targets)
@@ -82,7 +83,7 @@ class CapturedLoss:
 def capture_loss(
     step: Callable[[], object],
     likelihood: Likelihood | None = None,
-    grouping_of: Callable[[Tensor], Grouping] | None = None,
+    grouping_of: Callable[[Tensor], Grouping] = lambda outputs: one_row_each,
 ) -> CapturedLoss:
     """Run a training step and read the likelihood from the loss that it returns.
 
@@ -90,8 +91,7 @@ def capture_loss(
         step: Returns the loss, or a mapping that holds it under "loss".
         likelihood: Overrides the likelihood of the loss found, e.g. a Gaussian with its own noise; it must
             be of the same kind, and its own parameters count, not those of the call.
-        grouping_of: Finds from the outputs that the loss saw how their rows make examples; None where each row is
-            one.
+        grouping_of: Finds from the outputs that the loss saw how their rows make examples.
 
     Raises:
         ValueError: If there is no loss that can be read, more than one, or the value returned is not
@@ -100,8 +100,7 @@ def capture_loss(
     with LossCalls() as recorder:
         loss = loss_of(step())
     call = _readable_call(recorder.calls, loss)
-    rows = _one_row_each if grouping_of is None else grouping_of(call.arguments["input"])
-    reading = READERS[call.function](call, rows)
+    reading = READERS[call.function](call, grouping_of(call.arguments["input"]))
     read = reading.likelihood
     outputs, targets = read.prepare(reading.outputs, reading.targets)
     num_terms = read.num_terms(outputs.detach(), targets)
@@ -208,10 +207,6 @@ def loss_of(returned: object) -> Tensor:
     return loss
 
 
-def _one_row_each(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def _overridden(call: LossCall, reading: Reading, given: Likelihood) -> Likelihood:
     """The likelihood that was given, for outputs in the layout of the call."""
     own = reading.likelihood
@@ -230,8 +225,7 @@ def _reduction(
     call: LossCall, reading: Reading, outputs: Tensor, num_terms: float, unit_loss: float, value: float
 ) -> Reduction:
     """Which reduction of the likelihood's terms the returned value is; refuse if it is none."""
-    total = unit_loss * reading.likelihood.loss_scale("sum", num_terms / len(outputs), 1, 1.0)
-    total = total if reading.total is None else reading.total
+    total = unit_loss * reading.likelihood.torch_terms if reading.total is None else reading.total
     # As in PyTorch, the mean over no token at all is not a number.
     values: dict[Reduction, float] = {"mean": total / num_terms if num_terms else math.nan, "sum": total}
     declared = cast(Reduction, call.arguments.get("reduction", "mean"))

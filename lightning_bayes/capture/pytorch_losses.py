@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_bayes.capture.example_layout import Layout, layout_of_rows, rows_of_examples
 from lightning_bayes.likelihoods import (
     Bernoulli,
     Categorical,
@@ -27,6 +28,42 @@ WAY_OUT = (
 
 Grouping = Callable[[Tensor], Tensor]
 """Brings a tensor with a row for each row of the outputs to one with a row for each example."""
+
+
+@dataclass
+class RowsOfExamples:
+    """How the rows that a loss sees make examples: read off the first batch that tells, and kept to by the others."""
+
+    layout: Layout | None = None
+
+    def grouping(self, num_examples: int | None, outputs: Tensor) -> Grouping:
+        """What groups the rows of one batch.
+
+        Args:
+            num_examples: N of the batch; None where it does not say, and each row is one.
+            outputs: That the loss sees, with their graph.
+
+        Raises:
+            ValueError: If the rows are not equally many of each example.
+        """
+        num_rows = len(outputs) if outputs.dim() else 1
+        if num_examples in (None, num_rows):
+            return one_row_each
+        if not num_examples or num_rows == 0 or num_rows % num_examples:
+            raise ValueError(
+                f"The loss sees {num_rows} rows of outputs, but the batch holds {num_examples} examples, so the "
+                "tokens of an example cannot be told. Keep every token and mark those that do not count by "
+                f"ignore_index instead of selecting by a mask. {WAY_OUT}"
+            )
+        layout = self.layout or layout_of_rows(outputs, num_examples)
+        if num_examples > 1:  # one example does not tell
+            self.layout = layout
+        return rows_of_examples(layout, num_examples)
+
+
+def one_row_each(tensor: Tensor) -> Tensor:
+    """The grouping of outputs whose rows are the examples."""
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -59,13 +96,14 @@ def _cross_entropy(call: LossCall, rows: Grouping) -> Reading:
     if outputs.dim() > 1:  # PyTorch's classes are in dimension 1; behind `rows` that may be a token's
         outputs = outputs.movedim(1, -1)
         targets = targets.movedim(1, -1) if targets.is_floating_point() else targets
+    outputs, targets = rows(outputs), rows(targets)
     likelihood = Categorical(
         weight=call.arguments["weight"],
         label_smoothing=call.arguments.get("label_smoothing", 0.0),
         ignore_index=call.arguments["ignore_index"],
         class_dim=-1,
     )
-    return Reading(likelihood, rows(outputs), rows(targets))
+    return Reading(likelihood, outputs, targets)
 
 
 def _binary_cross_entropy(call: LossCall, rows: Grouping) -> Reading:

@@ -130,7 +130,7 @@ def evidence_curve(
         )
     grid = None if prior_precisions is None else _checked(prior_precisions)
     computation = Computation(prior_precision="optimize", **arguments)
-    return computation.run(model, data, lambda totals: _curve(totals, grid))
+    return computation.run(model, data, lambda totals: curve_of(totals, grid))
 
 
 class _OneSpectrum(Curvature):
@@ -167,11 +167,12 @@ class _OneSpectrum(Curvature):
         return CurvatureSummary(log_det, bounds, terms.effective_parameters(values, 1.0).item(), 0.0)
 
 
-def _curve(totals: Totals, grid: list[float] | None) -> EvidenceCurve:
+def curve_of(totals: Totals, grid: list[float] | None) -> EvidenceCurve:
+    """The curve over the totals of one pass; see `evidence_curve`."""
     curved, unit = totals.curved, dict.fromkeys(totals.weights, 1.0)
     values = None if curved.chooses_rows else curved.spectrum(unit)
     if values is not None:
-        unknown = 0.0 if totals.method.structure == "full" else math.inf
+        unknown = 0.0 if totals.structure == "full" else math.inf
         totals = replace(totals, curved=_OneSpectrum(curved.problem, values, unknown, unknown))
         if grid is not None and not totals.likelihood.optimizes_dispersion and bool((values < 0.0).any()):
             return _evaluated(totals, grid, math.nan)
@@ -226,11 +227,11 @@ def _terms(totals: Totals, precision: float) -> tuple[tuple[float, float], Curva
     if math.isnan(precision):
         unknown = CurvatureSummary(math.nan, (math.nan, math.nan), math.nan, math.nan)
         return (math.nan, math.nan), unknown
-    optimum = maximize_evidence(replace(totals, prior=Prior(dict.fromkeys(totals.weights, precision))))
+    totals = replace(totals, prior=Prior(dict.fromkeys(totals.weights, precision)))
+    taken = maximize_evidence(totals) if totals.needs_search else totals.at()
     nothing = {name: torch.zeros_like(weight) for name, weight in totals.weights.items()}
-    log_likelihood = totals.likelihood.log_likelihood(totals.unit_loss, optimum.dispersion, totals.num_terms)
     penalty = 0.5 * precision * sum(totals.squared_norms.values())
-    return (log_likelihood, penalty), totals.curved.at(optimum.scaled, nothing)
+    return (taken.log_likelihood, penalty), totals.curved.at(taken.scaled, nothing)
 
 
 def _checked(prior_precisions: Sequence[float] | Tensor) -> list[float]:

@@ -5,21 +5,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
-from scipy.optimize import root_scalar
-from torch import Tensor
-
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.evidence.result import Evidence
-from lightning_bayes.evidence.search import Optimum, maximize_evidence
-from lightning_bayes.evidence.totals import LossReduction, Totals
+from lightning_bayes.evidence.search import maximize_evidence
+from lightning_bayes.evidence.totals import Hyperparameters, LossReduction, Totals
 from lightning_bayes.functional import evidence as terms
 from lightning_bayes.numerics.cholesky import SMALL_ROUNDING, rounding_of_log_det
 from lightning_bayes.numerics.devices import accumulation_dtype
-
-TOLERANCE = 1e-10
-"""In ln λ, of the best prior for all parameters."""
-NOTHING_DETERMINED = 1e-12
-"""Effective parameters below which the data determine nothing."""
+from lightning_bayes.numerics.mackay_fixed_point import precision_by_spectrum
 
 
 def evidence_of(
@@ -36,17 +29,19 @@ def evidence_of(
         EvidenceUnavailableError: If a term overflows, or the cost has no minimum to expand about.
     """
     totals = replace(totals, reduction=reduction, start=start)
-    optimum = maximize_evidence(totals)
+    taken = maximize_evidence(totals) if totals.needs_search else totals.at()
     # In units of the dispersion φ the curvature is that of the unit loss and the prior is φλ.
-    scaled, precision, method = optimum.scaled, optimum.precision, totals.method
+    scaled, precision, log_likelihood = taken.scaled, taken.precision, taken.log_likelihood
     slope = {name: totals.gradient[name] + scaled[name] * weight for name, weight in totals.weights.items()}
     summary = totals.curved.at(scaled, slope)
-    log_likelihood = totals.likelihood.log_likelihood(totals.unit_loss, optimum.dispersion, totals.num_terms)
     if not all(map(math.isfinite, (log_likelihood, summary.log_det, summary.quadratic))):
         raise EvidenceUnavailableError(
             f"The evidence overflows: log-likelihood {log_likelihood:g}, log-determinant {summary.log_det:g}, "
             f"squared Newton step {summary.quadratic:g}."
         )
+    # Where one λ of all parameters has been searched for, it is the best one.
+    is_best = bool(totals.prior.optimized) and totals.prior.rises_together
+    best = None if is_best else _best_common_prior(totals, taken)
     penalty = sum(
         terms.weight_penalty(weight.to(accumulation_dtype(weight.device)), precision[name]).item()
         for name, weight in totals.weights.items()
@@ -55,8 +50,11 @@ def evidence_of(
         terms.log_evidence(log_likelihood, penalty, terms.log_occam_factor(log_det))
         for log_det in (summary.log_det, summary.bounds[1], summary.bounds[0])
     )
-    best = _best_common_prior(totals, optimum, log_likelihood, log_evidence)
-    subset, distinct = method.subset_of_weights, set(precision.values())
+    method, distinct = totals.method, set(precision.values())
+    if is_best or (best is not None and len(distinct) == 1 and log_evidence > best[0]):
+        # No λ beats the maximum: an excess is rounding.
+        best = log_evidence, next(iter(distinct))
+    subset = method.subset_of_weights
     return Evidence(
         log_evidence=log_evidence,
         lower=lower,
@@ -66,15 +64,15 @@ def evidence_of(
         weight_penalty=penalty,
         log_occam_factor=terms.log_occam_factor(summary.log_det),
         effective_parameters=summary.effective_parameters,
-        newton_decrement=0.5 * summary.quadratic / optimum.dispersion,
+        newton_decrement=0.5 * summary.quadratic / taken.dispersion,
         prior_precision=distinct.pop() if len(distinct) == 1 else precision,
         num_examples=totals.num_examples,
         num_parameters=totals.curved.problem.num_parameters,
-        structure=method.structure,
+        structure=totals.structure,
         curvature=method.curvature,
         seconds=time.perf_counter() - totals.started,
         effective_parameters_stderr=summary.effective_parameters_stderr,
-        noise_variance=optimum.dispersion if totals.likelihood.name == "regression" else None,
+        noise_variance=taken.dispersion if totals.likelihood.name == "regression" else None,
         fixed_parameters=totals.held,
         log_evidence_stderr=0.5 * summary.log_det_stderr,
         prior_optimized=bool(totals.prior.optimized),
@@ -82,7 +80,7 @@ def evidence_of(
         num_negative_eigenvalues=summary.num_negative,
         num_samples=method.num_samples,
         num_blocks=method.num_blocks,
-        newton_decrement_error=0.5 * summary.quadratic_error / optimum.dispersion,
+        newton_decrement_error=0.5 * summary.quadratic_error / taken.dispersion,
         log_evidence_dof=summary.log_det_dof,
         samples=tuple(
             terms.log_evidence(log_likelihood, penalty, terms.log_occam_factor(log_det))
@@ -95,57 +93,20 @@ def evidence_of(
     )
 
 
-def _best_common_prior(
-    totals: Totals, optimum: Optimum, log_likelihood: float, log_evidence: float
-) -> tuple[float, float] | None:
+def _best_common_prior(totals: Totals, taken: Hyperparameters) -> tuple[float, float] | None:
     """The largest log-evidence over one λ for all parameters, and that λ, with the noise as it is.
 
     Returns:
         None where all eigenvalues of the structure cost more than they are worth, or there is no such λ.
     """
-    precisions = set(optimum.precision.values())
-    if totals.prior.optimized and totals.prior.rises_together:
-        return log_evidence, precisions.pop()
     norm = sum(totals.squared_norms.values())
     for values in totals.curved.cheap_spectra(dict.fromkeys(totals.weights, 1.0)):
         accurate = values.to(accumulation_dtype(values.device))
-        best = _best_common_precision(accurate / optimum.dispersion, norm)
+        best = precision_by_spectrum(accurate / taken.dispersion, norm)
         if best is None:
             continue
-        scaled = best * optimum.dispersion
+        scaled = best * taken.dispersion
         log_det = terms.log_det_from_eigenvalues(accurate, scaled).item()
         if rounding_of_log_det(len(values) + accurate.sum().item() / scaled, values.dtype) <= SMALL_ROUNDING:
-            largest = log_likelihood - 0.5 * best * norm - 0.5 * log_det
-            if len(precisions) == 1 and log_evidence > largest:
-                # No λ beats the maximum: the excess is rounding.
-                return log_evidence, precisions.pop()
-            return largest, best
+            return taken.log_likelihood - 0.5 * best * norm - 0.5 * log_det, best
     return None
-
-
-def _best_common_precision(eigenvalues: Tensor, squared_norm: float) -> float | None:
-    """The λ of −½ λ‖ω‖² − ½ Σ ln(1 + e/λ) at its maximum, where γ(λ) = λ‖ω‖²; None where there is none.
-
-    The function is concave in ln λ and γ falls, so that λ lies between λ ← γ/‖ω‖² taken from r/‖ω‖², which lies above
-    it, and r/‖ω‖² for the rank r ≥ γ.
-
-    Args:
-        eigenvalues: e ≥ 0 of G/φ.
-        squared_norm: ‖ω‖² of all parameters.
-    """
-    rank = int((eigenvalues > 0.0).sum())
-    if rank == 0 or not squared_norm > 0.0:
-        return None
-
-    def slope(x: float) -> float:
-        return float(terms.slope_in_log_precision(eigenvalues, math.exp(x), squared_norm))
-
-    most = math.log(rank / squared_norm)
-    above = slope(most)
-    determined = terms.effective_parameters(eigenvalues, math.exp(most)).item()
-    if determined <= NOTHING_DETERMINED:
-        return None
-    least = math.log(determined / squared_norm)
-    if slope(least) <= 0.0 or above >= 0.0:  # within rounding of one end
-        return math.exp(least if abs(slope(least)) < abs(above) else most)
-    return math.exp(float(root_scalar(slope, bracket=(least, most), method="brentq", xtol=TOLERANCE).root))

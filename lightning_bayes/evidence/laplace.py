@@ -72,7 +72,7 @@ def laplace_evidence(
             value with its standard error, for any size), "blocks" (a bracket in time linear in N and
             bounded memory, wider the larger N), "kron", "kron_joint" (weight and bias of a layer in one
             block), "kron_expand" (positions of convolutions and sequences apart), "diag"; "auto" takes the first of
-            "full", "blocks" and "kron" that stays within the memory and time of `Budget`.
+            "full", "lanczos" and "kron" that stays within the memory and time of `Budget`: 2 GB and a minute.
         subset_of_weights: "all"; "last_layer", the layer that is called last on the way to the outputs; or a
             list of parameter-name patterns (`["head.*"]`). The other parameters are conditioned on.
         curvature: "ggn"; "hessian", the true Hessian, dense, for small models, an error where the cost has no

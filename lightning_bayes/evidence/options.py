@@ -82,7 +82,7 @@ class Method:
             "with sampled columns the matrix is right on average only, and neither exact nor bracketed. Use "
             'structure="kron" or "diag".'
         )
-        of_lanczos = 'it is of the random vectors that structure="lanczos" takes, and "auto" where that is what it chooses.'
+        of_lanczos = 'it is of the random vectors of structure="lanczos", which "auto" may choose.'
         not_lanczos = self.structure not in ("auto", "lanczos")
         of_blocks = 'it is the number of batches whose rows structure="blocks" reads.'
         by_autograd = 'the Hessian is formed by autograd, whole and exact. Use curvature="ggn".'

@@ -16,12 +16,12 @@ where all μ go up and down together one spectrum of G serves every λ.
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import minimize, root_scalar
 
-from lightning_bayes.evidence.totals import Totals
+from lightning_bayes.evidence.totals import Hyperparameters, Totals
 from lightning_bayes.functional.evidence import effective_parameters, log_det_from_eigenvalues
 from lightning_bayes.numerics.mackay_fixed_point import mackay_fixed_point
 from lightning_bayes.structures.hessian import without_negative
@@ -38,20 +38,7 @@ MOST_SELECTIONS = 6
 """Times that the rows of a bracket are chosen anew because the λ that was found lies below that of the choice."""
 
 
-@dataclass(frozen=True)
-class Optimum:
-    """Where the log-evidence is largest."""
-
-    precision: dict[str, float]
-    dispersion: float
-
-    @property
-    def scaled(self) -> dict[str, float]:
-        """φλ: the prior in units of the dispersion, which the curvature is in."""
-        return {name: self.dispersion * value for name, value in self.precision.items()}
-
-
-def maximize_evidence(totals: Totals) -> Optimum:
+def maximize_evidence(totals: Totals) -> Hyperparameters:
     """Find the λ of `Prior.optimized`, and φ where the likelihood optimizes it.
 
     A structure that chooses its rows maximises the log-evidence that these alone would have. At the λ of their choice
@@ -64,8 +51,6 @@ def maximize_evidence(totals: Totals) -> Optimum:
     Raises:
         EvidenceUnavailableError: If the residuals are all zero and φ is to be found.
     """
-    if not totals.prior.optimized and not totals.likelihood.optimizes_dispersion:
-        return Optimum(totals.precision_at(totals.dispersion), totals.dispersion)
     if not totals.curved.chooses_rows:
         return _Search(totals).maximum()
     chosen = _Search(totals).uppermost()
@@ -96,12 +81,12 @@ class _Search:
         self._tied = {name for name in self._sizes if name not in in_groups} if per_example else set()
         self._together = totals.prior.rises_together
         self._by_spectrum = self._together and totals.curved.searches_by_spectrum
-        self._shape = totals.precision_at(1.0)
+        self._shape = totals.at(1.0).precision
         values = totals.curved.spectrum(self._shape) if self._by_spectrum else None
         self._values = None if values is None else without_negative(values)
         self._known: dict[tuple[float, ...], tuple[float, dict[str, float]]] = {}
 
-    def maximum(self) -> Optimum:
+    def maximum(self) -> Hyperparameters:
         """Where the log-evidence is largest."""
         start, low, high = self.box()
         if self.size == 1:
@@ -119,12 +104,12 @@ class _Search:
         self.warn_of_ends(at, low, high)
         return self.optimum(at)
 
-    def uppermost(self) -> Optimum:
+    def uppermost(self) -> Hyperparameters:
         """The λ that no maximum exceeds, p/‖ω‖², and the φ that none falls below."""
         _, low, high = self.ends()
         return self.optimum(0.5 * (low + high))
 
-    def _log_det_and_traces(self, optimum: Optimum) -> tuple[float, dict[str, float]]:
+    def _log_det_and_traces(self, optimum: Hyperparameters) -> tuple[float, dict[str, float]]:
         """Log-determinant and γ of each tensor; where all λ rise together the sum stands with the first."""
         key = tuple(optimum.scaled.values())
         if key not in self._known:
@@ -154,8 +139,7 @@ class _Search:
         phi, precision = optimum.dispersion, optimum.precision
         log_det, traces = self._log_det_and_traces(optimum)
         penalties = {name: precision[name] * norm for name, norm in self._norms.items()}
-        value = totals.likelihood.log_likelihood(totals.unit_loss, phi, totals.num_terms)
-        value -= 0.5 * (sum(penalties.values()) + log_det)
+        value = optimum.log_likelihood - 0.5 * (sum(penalties.values()) + log_det)
         slopes = [0.5 * sum(traces[name] - penalties[name] for name in group) for group in self._groups]
         if self._seeks_noise:
             determined = sum(traces[name] for name in precision if name not in self._tied)
@@ -211,7 +195,7 @@ class _Search:
         determined = self._determined(x)
         return math.log(determined / norm) if determined > GRADIENT_TOLERANCE else low
 
-    def step(self, optimum: Optimum) -> Optimum:
+    def step(self, optimum: Hyperparameters) -> Hyperparameters:
         """MacKay's λ = γ/‖ω‖² of each group, from γ at the present optimum."""
         if not self._groups:
             return optimum
@@ -220,15 +204,15 @@ class _Search:
             determined, norm = sum(traces[name] for name in group), self._norm(group)
             if determined > GRADIENT_TOLERANCE and norm > 0.0:
                 precision |= dict.fromkeys(group, determined / norm)
-        return Optimum(precision, optimum.dispersion)
+        return replace(optimum, precision=precision)
 
-    def optimum(self, x: np.ndarray) -> Optimum:
+    def optimum(self, x: np.ndarray) -> Hyperparameters:
         """What x stands for."""
-        phi = math.exp(x[-1]) if self._seeks_noise else self._estimate
-        precision = self._totals.precision_at(phi)
+        known = self._totals.at(math.exp(x[-1]) if self._seeks_noise else self._estimate)
+        precision = dict(known.precision)
         for group, log_precision in zip(self._groups, x, strict=False):
             precision |= dict.fromkeys(group, math.exp(log_precision))
-        return Optimum(precision, phi)
+        return replace(known, precision=precision)
 
     def ends(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where an earlier search ended or p/‖ω‖², then lower and upper ends."""

@@ -1,15 +1,15 @@
 """One pass over the data, read into a curvature, and what else its batches add up to."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_bayes.capture.forward import Forward
 from lightning_bayes.capture.repeated_forwards import RepeatedForwards
 from lightning_bayes.errors import EvidenceUnavailableError, check_finite
 from lightning_bayes.evidence.options import DEFAULT_PROBES, Method
@@ -19,19 +19,11 @@ from lightning_bayes.numerics.sampling_estimates import draw_blocks
 from lightning_bayes.priors.prior import Prior
 from lightning_bayes.row_storage.collector import kept_widths
 from lightning_bayes.rows.products import DataPasses
-from lightning_bayes.rows.reader import BatchRows, RowReader
+from lightning_bayes.rows.reader import BatchSums, RowReader
 from lightning_bayes.rows.rows import RowChunk
-from lightning_bayes.structures.base import Curvature, Problem
+from lightning_bayes.structures.base import MINUTE, Curvature, Problem
 from lightning_bayes.structures.hessian_reader import HessianReader
-from lightning_bayes.structures.registry import (
-    STRUCTURES,
-    choose_structure,
-    evaluation_seconds,
-    lanczos_seconds,
-)
-
-LEAST_SECONDS = 10.0
-"""That "auto" may take in a Trainer, however short an epoch is."""
+from lightning_bayes.structures.registry import STRUCTURES, choose_structure
 
 
 @dataclass(frozen=True)
@@ -48,16 +40,36 @@ class LossReduction:
 
 
 @dataclass(frozen=True)
+class Hyperparameters:
+    """Where the log-evidence is taken: at a λ and a φ that are given, or at those that maximise it.
+
+    Attributes:
+        precision: λ of each parameter tensor.
+        dispersion: φ.
+        log_likelihood: Summed log-density of the targets at this φ, nats.
+    """
+
+    precision: dict[str, float]
+    dispersion: float
+    log_likelihood: float
+
+    @property
+    def scaled(self) -> dict[str, float]:
+        """φλ: the prior in units of the dispersion, which the curvature is in."""
+        return {name: self.dispersion * value for name, value in self.precision.items()}
+
+
+@dataclass(frozen=True)
 class Totals:
     """What one pass over the data adds up to, in units of the dispersion: all that the evidence is made of.
 
     Attributes:
-        method: As it was carried out: with the structure that was chosen.
+        method: As it was asked for.
+        structure: That was taken.
         weights: The parameters that carry a prior.
         squared_norms: ‖ω‖² of each of these.
         gradient: Of the summed unit loss.
         held: Parameters that are conditioned on.
-        dispersion: φ, as given or estimated from the unit loss alone.
         started: By `time.perf_counter`.
         reduction: Of the training loss, for a prior from weight decay; None for the mean of its examples.
         start: λ of each parameter of a search that ended near, at earlier weights say.
@@ -65,6 +77,7 @@ class Totals:
 
     curved: Curvature
     method: Method
+    structure: str
     likelihood: Likelihood
     prior: Prior
     weights: dict[str, Tensor]
@@ -75,37 +88,37 @@ class Totals:
     null_loss: float | None
     num_examples: int
     num_terms: float
-    dispersion: float
     started: float
     reduction: LossReduction | None = None
     start: Mapping[str, float] | None = None
 
-    def precision_at(self, dispersion: float) -> dict[str, float]:
-        """λ of each parameter tensor for a dispersion φ; that of an optimized one stands for nothing."""
-        if self.reduction is None:
-            return self.prior.precision(self.num_examples)
-        per_example, training = self.num_terms / self.num_examples, self.reduction
-        scale = self.likelihood.loss_scale(training.kind, per_example, training.batch_size, dispersion)
-        return self.prior.precision(self.num_examples, scale)
+    @property
+    def needs_search(self) -> bool:
+        """Whether some λ, or φ, is to maximise the log-evidence."""
+        return bool(self.prior.optimized) or self.likelihood.optimizes_dispersion
 
+    @cached_property
+    def dispersion(self) -> float:
+        """φ, as given or estimated from the unit loss alone.
 
-@dataclass(frozen=True)
-class Rehearsal:
-    """What one batch says about an evaluation before it is made.
+        Raises:
+            EvidenceUnavailableError: If the residuals that it is estimated from are all zero.
+        """
+        return self.likelihood.estimate_dispersion(self.unit_loss, self.num_terms)
 
-    Attributes:
-        method: With the structure that is taken.
-        reason: A sentence that says why.
-        split: A sentence that says by which derivatives the rows are read.
-        seconds: That the whole will take, within a factor of about three; without the loading of the data.
-        problem: The sizes that the choice was made for.
-    """
+    def at(self, dispersion: float | None = None) -> Hyperparameters:
+        """λ that is given, and the log-likelihood, at one φ; the λ of an optimized parameter stands for nothing.
 
-    method: Method
-    reason: str
-    split: str
-    seconds: float
-    problem: Problem
+        Args:
+            dispersion: φ, None for `Totals.dispersion`.
+        """
+        phi = self.dispersion if dispersion is None else dispersion
+        log_likelihood = self.likelihood.log_likelihood(self.unit_loss, phi, self.num_terms)
+        scale, training = 1.0, self.reduction
+        if training is not None:
+            terms_per_example = self.num_terms / self.num_examples
+            scale = self.likelihood.loss_scale(training.kind, terms_per_example, training.batch_size, phi)
+        return Hyperparameters(self.prior.precision(self.num_examples, scale), phi, log_likelihood)
 
 
 def read_all(
@@ -118,6 +131,8 @@ def read_all(
     num_batches: int,
     announce: Callable[[str], None] = lambda sentence: None,
     report: Callable[[str], object] = lambda text: None,
+    seconds: float = MINUTE,
+    structure: str | None = None,
 ) -> Totals:
     """Read every batch: rows into a structure, or Hessians into their sum.
 
@@ -131,41 +146,47 @@ def read_all(
         num_batches: Of the pass; where batches are sampled as blocks it must be right.
         announce: Takes the one line that says by which derivatives the rows are read.
         report: Takes a few words on what is being done after the pass, now and then.
+        seconds: That "auto" may take where its budget does not say.
+        structure: In the place of the method's, where "auto" has chosen before.
 
     Raises:
         ValueError: If there is no batch, or a batch cannot be read.
         EvidenceUnavailableError: If weights, outputs or gradients are not finite, or no target counts.
     """
     started = time.perf_counter()
-    reader = _reader_of(network, prior, method)
+    reader = reader_of(network, prior, method)
     sample = None if method.num_blocks is None else draw_blocks(num_batches, method.num_blocks)
     weights = {name: parameter.detach() for name, parameter in reader.parameters.items()}
-    for name, weight in weights.items():
-        check_finite(weight, f"the parameter {name!r}")
+    squared_norms = {
+        name: weight.square().sum(dtype=accumulation_dtype(weight.device)).item()
+        for name, weight in weights.items()
+    }
+    for name, squared_norm in squared_norms.items():
+        if not math.isfinite(squared_norm):  # else no entry is NaN or infinite
+            check_finite(weights[name], f"the parameter {name!r}")
     curved: Curvature | None = None
-    sums = _Sums({name: torch.zeros_like(weight) for name, weight in weights.items()})
+    sums = BatchSums({name: torch.zeros_like(weight) for name, weight in weights.items()})
     # Which structure "auto" takes is known after the first batch.
-    forwards.keep = method.structure in ("auto", "lanczos")
+    forwards.keep = (structure or method.structure) in ("auto", "lanczos")
     for forward in forwards():
         batch = reader.read(forward, likelihood)
-        # Such a batch adds its loss and gradient; its rows would cost C backward passes.
-        skipped = (curved is not None and not curved.reads_rows) or (
+        # A batch that is left out adds its loss and gradient; its rows would cost C backward passes.
+        left_out = (curved is not None and not curved.reads_rows) or (
             sample is not None and sample.role(sums.num_batches) is None
         )
-        rows = () if skipped else batch.chunks
+        rows = () if left_out else batch.chunks
+        sums.add(batch)
         for chunk in rows:
             if curved is None:
-                problem, method, _ = _settled(
-                    chunk, reader.parameters, likelihood, prior, method, num_examples
-                )
+                sizes = chunk, reader.parameters, likelihood, prior, method, num_examples
+                problem, taken, _ = settle(*sizes, seconds, structure)
                 read = partial(reader.read, likelihood=likelihood)
-                passes = DataPasses(network, reader.parameters, likelihood, forwards, read)
+                passes = partial(DataPasses, network, reader.parameters, likelihood, forwards, read)
                 problem = replace(problem, block_sample=sample, passes=passes, report=report)
-                curved = STRUCTURES[method.structure](problem)
+                curved = STRUCTURES[taken](problem)
                 forwards.keep = forwards.keep and curved.rereads
                 announce(reader.split)
             curved.update(chunk)
-        sums.add(batch)
     if curved is None:
         raise ValueError("The training data are empty: there is nothing to take the evidence of.")
     if method.num_blocks is not None and sums.num_batches != num_batches:
@@ -179,85 +200,23 @@ def read_all(
     return Totals(
         curved=curved,
         method=method,
+        structure=taken,
         likelihood=likelihood,
         prior=prior,
         weights=weights,
-        squared_norms={
-            name: weight.square().sum(dtype=accumulation_dtype(weight.device)).item()
-            for name, weight in weights.items()
-        },
+        squared_norms=squared_norms,
         gradient=sums.gradient,
         held=held,
         unit_loss=sums.unit_loss,
         null_loss=sums.null_loss,
         num_examples=sums.num_examples,
         num_terms=sums.num_terms,
-        dispersion=likelihood.estimate_dispersion(sums.unit_loss, sums.num_terms),
         started=started,
     )
 
 
-@dataclass
-class _Sums:
-    """What batches add up to beside their rows."""
-
-    gradient: dict[str, Tensor]
-    unit_loss: float = 0.0
-    null_loss: float | None = 0.0
-    num_terms: float = 0.0
-    num_examples: int = 0
-    num_batches: int = 0
-
-    def add(self, batch: BatchRows) -> None:
-        self.num_examples += batch.num_examples
-        self.num_batches += 1
-        self.unit_loss += batch.unit_loss
-        self.num_terms += batch.num_terms
-        if self.null_loss is not None:
-            self.null_loss = None if batch.null_loss is None else self.null_loss + batch.null_loss
-        for name, part in batch.gradient.items():
-            self.gradient[name] += part
-
-
-def rehearse(
-    network: nn.Module,
-    forward: Forward,
-    likelihood: Likelihood,
-    prior: Prior,
-    method: Method,
-    num_examples: int,
-) -> Rehearsal:
-    """Read one batch, twice, and choose the structure.
-
-    Raises:
-        ValueError: If the batch cannot be read.
-        EvidenceUnavailableError: If outputs or gradients are not finite.
-    """
-    reader = _reader_of(network, prior, method)
-    start = time.perf_counter()
-    batch = reader.read(forward, likelihood)
-    passed = time.perf_counter()
-    first = next(batch.chunks)
-    if method.curvature == "ggn":  # again: the first batch is also where the plan is made
-        start = time.perf_counter()
-        batch = reader.read(forward, likelihood)
-        passed = time.perf_counter()
-        for chunk in batch.chunks:
-            kept_widths(chunk)  # looks at all of it
-    read, batches = time.perf_counter() - start, num_examples / batch.num_examples
-    epoch = batches * (passed - start)
-    if method.budget.seconds is None:
-        method = replace(method, budget=replace(method.budget, seconds=max(LEAST_SECONDS, epoch)))
-    problem, method, reason = _settled(first, reader.parameters, likelihood, prior, method, num_examples)
-    seconds = evaluation_seconds(problem, method.structure, read)
-    if method.structure == "lanczos":
-        read_again = partial(reader.read, likelihood=likelihood)
-        passes = DataPasses(network, reader.parameters, likelihood, lambda: [forward], read_again)
-        seconds = lanczos_seconds(replace(problem, passes=passes), batches, read)
-    return Rehearsal(method, reason, reader.split, seconds, problem)
-
-
-def _reader_of(network: nn.Module, prior: Prior, method: Method) -> RowReader | HessianReader:
+def reader_of(network: nn.Module, prior: Prior, method: Method) -> RowReader | HessianReader:
+    """What reads the batches for a method."""
     if method.curvature == "ggn":
         # Without columns one that is sampled tells how the network is read.
         columns = 1 if method.by_products else method.num_samples
@@ -265,15 +224,28 @@ def _reader_of(network: nn.Module, prior: Prior, method: Method) -> RowReader | 
     return HessianReader(network, prior.strengths, method.budget)
 
 
-def _settled(
+def settle(
     chunk: RowChunk,
     parameters: Mapping[str, nn.Parameter],
     likelihood: Likelihood,
     prior: Prior,
     method: Method,
     num_examples: int,
-) -> tuple[Problem, Method, str]:
-    """The sizes by the first chunk of rows, the method with its structure chosen, and a sentence that says why."""
+    seconds: float,
+    structure: str | None = None,
+) -> tuple[Problem, str, str]:
+    """Return the sizes by the first chunk of rows, the structure to take, and a sentence that says why.
+
+    Args:
+        chunk: Rows of the first batch.
+        parameters: Those that carry a prior.
+        likelihood: Of the targets given the outputs.
+        prior: Of the parameters.
+        method: As it was asked for.
+        num_examples: N.
+        seconds: That "auto" may take where its budget does not say.
+        structure: In the place of the method's.
+    """
     first = next(iter(parameters.values()))
     kept_width, gram_width, map_width = kept_widths(chunk)
     problem = Problem(
@@ -294,10 +266,10 @@ def _settled(
         sought=bool(prior.optimized) or likelihood.optimizes_dispersion,
         curvature=method.curvature,
         budget=method.budget,
+        seconds=seconds if method.budget.seconds is None else method.budget.seconds,
         num_probes=method.num_probes or DEFAULT_PROBES,
         max_stderr=None if method.max_stderr is None else 2.0 * method.max_stderr,
         seed=method.seed,
         by_products=method.by_products,
     )
-    structure, reason = choose_structure(method.structure, problem)
-    return problem, method if structure == method.structure else replace(method, structure=structure), reason
+    return problem, *choose_structure(structure or method.structure, problem)

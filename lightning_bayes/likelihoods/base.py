@@ -38,6 +38,8 @@ class Likelihood(ABC):
     """φ; None where it is to be estimated from the residuals."""
     optimizes_dispersion: bool = False
     """Whether φ is to maximise the log-evidence rather than the likelihood."""
+    torch_terms: ClassVar[float] = 1.0
+    """PyTorch's summed loss as a multiple of `unit_loss`: F.mse_loss has no ½."""
 
     @abstractmethod
     def prepare(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Any]:
@@ -126,11 +128,8 @@ class Likelihood(ABC):
             batch_size: B, the examples of one training_step; used by "sum" only.
             dispersion: φ.
         """
-        scale = self._torch_terms * dispersion
+        scale = self.torch_terms * dispersion
         return scale * batch_size if reduction == "sum" else scale / terms_per_example
-
-    # PyTorch's summed loss as a multiple of `unit_loss`: F.mse_loss has no ½.
-    _torch_terms: ClassVar[float] = 1.0
 
     @property
     def note(self) -> str | None:

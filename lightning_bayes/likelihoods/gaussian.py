@@ -23,7 +23,7 @@ class Gaussian(DiagonalLikelihood):
     """
 
     name = "regression"
-    _torch_terms = 2.0
+    torch_terms = 2.0
 
     def __init__(self, sigma: float | Literal["optimize"] | None = None) -> None:
         self.sigma = sigma

@@ -89,7 +89,7 @@ def orthogonalised(images: Tensor, bases: Sequence[Tensor]) -> tuple[Tensor, Ten
     Returns:
         Vectors [k, n], and coefficients [sum of s, k].
     """
-    total = 0.0
+    total = images.new_zeros(())
     for _ in range(2):
         coefficients = [torch.einsum("skn,kn->sk", basis, images) for basis in bases]
         for basis, share in zip(bases, coefficients, strict=True):

@@ -1,12 +1,13 @@
-"""Traces of functions of a symmetric matrix that is known by its products with vectors, by stochastic Lanczos quadrature.
+"""Traces of functions of a symmetric matrix that is known by its products, by stochastic Lanczos quadrature.
 
-For a vector z of random signs, zᵀf(A)z has the mean tr f(A) (Hutchinson 1990), and k steps of Lanczos' recurrence from z
-turn it into a sum over k nodes: Gauss's rule |z|² e₁ᵀf(T)e₁ (Golub & Meurant, Matrices, Moments and Quadrature, 2010; Ubaru,
-Chen & Saad 2017). For f = ln Gauss's rule lies above zᵀf(A)z, and Gauss-Radau's, with one node at a lower end of
-the spectrum, below: their gap says when there are steps enough.
+For a vector z of random signs, zᵀf(A)z has the mean tr f(A) (Hutchinson 1990), and k steps of Lanczos' recurrence
+from z turn it into a sum over k nodes: Gauss's rule |z|² e₁ᵀf(T)e₁ (Golub & Meurant, Matrices, Moments and
+Quadrature, 2010; Ubaru, Chen & Saad, SIAM J. Matrix Anal. Appl. 2017). For f = ln Gauss's rule lies above zᵀf(A)z,
+and Gauss-Radau's, with one node at a lower end of the spectrum, below: their gap says when there are steps enough.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -62,7 +63,7 @@ class SampledTrace:
     @property
     def stderr(self) -> float:
         """Standard error of the mean, 0 where A is diagonal."""
-        return (2.0 * self._variances().sum().item() / self.num_vectors) ** 0.5
+        return math.sqrt(2.0 * self._variances().sum().item() / self.num_vectors)
 
     @property
     def degrees_of_freedom(self) -> float:
@@ -96,6 +97,7 @@ class LanczosRecurrences:
         self._diagonal: list[Tensor] = []  # α, [k] for each step
         self._beside: list[Tensor] = []  # β after each step, 0 where the space is exhausted
         self.starts = starts
+        self.product_seconds = 0.0
 
     @property
     def num_steps(self) -> int:
@@ -110,7 +112,10 @@ class LanczosRecurrences:
     def extend(self) -> None:
         """Take one more step, of one product for all vectors."""
         latest = self._basis[-1]
-        remainder, coefficients = orthogonalised(self._product(latest[0]), self._basis)
+        start = time.perf_counter()
+        images = self._product(latest[0])
+        self.product_seconds += time.perf_counter() - start
+        remainder, coefficients = orthogonalised(images, self._basis)
         self._diagonal.append(coefficients[-1].cpu().double())
         beta = torch.linalg.vector_norm(remainder, dim=1)
         scale = max(alpha.abs().max().item() for alpha in self._diagonal)
@@ -127,10 +132,8 @@ class LanczosRecurrences:
 
     def gauss(self, function: Function) -> Tensor:
         """Gauss's rule for zᵀf(A)z: [k] in float64."""
-        return (
-            torch.stack([self._rule(function, self._tridiagonal(j)) for j in range(len(self._norms))])
-            * self._squares()
-        )
+        rules = [_rule(function, self._tridiagonal(j)) for j in range(len(self._norms))]
+        return torch.stack(rules) * self._squares
 
     def radau(self, function: Function, node: float) -> Tensor:
         """Gauss-Radau's rule for zᵀf(A)z with a node at a lower end of A's spectrum: [k] in float64.
@@ -148,8 +151,8 @@ class LanczosRecurrences:
                 alpha = node + torch.linalg.solve(shifted, unit)[-1]
                 matrix = torch.nn.functional.pad(matrix, (0, 1, 0, 1))
                 matrix[-1, -1], matrix[-1, -2], matrix[-2, -1] = alpha, beta, beta
-            rules.append(self._rule(function, matrix, node))
-        return torch.stack(rules) * self._squares()
+            rules.append(_rule(function, matrix, node))
+        return torch.stack(rules) * self._squares
 
     def images(self, function: Function) -> Tensor:
         """Return f(A)z ≈ |z| V f(T) e₁ of each vector, [k, n]."""
@@ -174,8 +177,11 @@ class LanczosRecurrences:
         gauss, radau = self.gauss(function), self.radau(function, node)
         return 0.5 * (gauss + radau), (gauss - radau).abs()
 
+    @property
     def _squares(self) -> Tensor:
-        return self._norms.cpu().double().square()
+        """|z|², [k] in float64."""
+        squares: Tensor = self._norms.cpu().double().square()
+        return squares
 
     def _tridiagonal(self, j: int) -> Tensor:
         """T of one vector, up to where its space was exhausted."""
@@ -185,12 +191,14 @@ class LanczosRecurrences:
         off = beside[: size - 1]
         return torch.diag(torch.stack(self._diagonal)[:size, j]) + torch.diag(off, 1) + torch.diag(off, -1)
 
-    @staticmethod
-    def _rule(function: Function, matrix: Tensor, least: float | None = None) -> Tensor:
-        values, vectors = torch.linalg.eigh(matrix)
-        if least is not None:
-            values = values.clamp(min=least)
-        return (vectors[0].square() * function(values)).sum()
+
+def _rule(function: Function, matrix: Tensor, least: float | None = None) -> Tensor:
+    """e₁ᵀf(T)e₁, of eigenvalues that are `least` at least but for rounding."""
+    values, vectors = torch.linalg.eigh(matrix)
+    if least is not None:
+        values = values.clamp(min=least)
+    rule: Tensor = (vectors[0].square() * function(values)).sum()
+    return rule
 
 
 def converge(

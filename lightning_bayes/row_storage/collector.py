@@ -109,11 +109,12 @@ def keep(layer: Rows, num_columns: int, forms: dict[tuple[str, ...], Form]) -> l
     """
     if not isinstance(layer, OuterRows):
         return [KeptDense(rows, name, layer.shape) for name, rows in layer.dense().items()]
-    # Not the views that a convolution's factors come as: every product would copy them.
-    inputs, grads = layer.inputs().contiguous(), layer.grads().contiguous()
-    plan = _plan(layer, grads.shape[2], grads.shape[3], inputs.shape[2], num_columns)
-    paired, factored = forms.setdefault(layer.names, plan[:2])
+    if layer.names not in forms:
+        forms[layer.names] = _plan(layer, num_columns)[:2]
+    paired, factored = forms[layer.names]
     if factored:
+        # Not the views that a convolution's factors come as: every product would copy them.
+        inputs, grads = layer.inputs().contiguous(), layer.grads().contiguous()
         return [KeptOuter(grads, inputs, layer.weight, layer.bias, layer.weight_shape, paired)]
     shapes = {layer.weight: layer.weight_shape, layer.bias: layer.weight_shape[:1]}
     return [KeptDense(rows, name, shapes[name]) for name, rows in layer.dense().items()]
@@ -127,18 +128,20 @@ def kept_widths(chunk: RowChunk) -> tuple[int, int, int]:
     kept, product, forward = 0, 0, 0
     for layer in chunk.layers:
         if isinstance(layer, OuterRows):
-            positions, out = layer.grads().shape[2:]
-            width = layer.inputs().shape[2]
-            _, _, numbers, operations = _plan(layer, positions, out, width, chunk.num_columns)
-            kept, product, forward = kept + numbers, product + operations, forward + positions * out * width
+            _, _, numbers, operations = _plan(layer, chunk.num_columns)
+            inputs, grads = layer.inputs(), layer.grads()
+            maps = inputs.shape[1] * inputs.shape[2] * grads.shape[3]
+            kept, product, forward = kept + numbers, product + operations, forward + maps
         else:
             size = layer.shape.numel()
             kept, product, forward = kept + size, product + size, forward + size
     return kept, product, forward
 
 
-def _plan(layer: OuterRows, t: int, out: int, width: int, columns: int) -> tuple[bool, bool, int, int]:
+def _plan(layer: OuterRows, columns: int) -> tuple[bool, bool, int, int]:
     """Whether to pair positions, whether to keep factors, numbers of a row, operations of a pair of rows."""
+    t, out = layer.grads().shape[2:]
+    width = layer.inputs().shape[2]
     length = out * (width * (layer.weight is not None) + (layer.bias is not None))
     by_pairs = t**2 * (out + -(-width // columns**2)) + (t**2 * PAIR_OVERHEAD if t > 1 else 0)
     factors = t * (out + -(-width // columns))

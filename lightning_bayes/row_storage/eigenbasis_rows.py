@@ -1,7 +1,7 @@
 """All rows of a training set, each example's turned to the eigenbasis of its own block of K, and products with them.
 
-What is turned is the coefficients of the rows rather than the rows: with U the eigenvectors of an example's block, U w
-goes in and Uᵀ comes out. In that basis random signs have a small part of the variance that they have in others.
+What is turned is the coefficients of the rows rather than the rows: with U the eigenvectors of an example's block,
+U w goes in and Uᵀ comes out. In that basis random signs have a small part of the variance that they have in others.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,7 +69,9 @@ class EigenbasisRows:
         """Vᵀ times coefficients [k, rows]: [k, *shape] of each parameter."""
         return products.combine(
             [
-                torch.einsum("ncd,kdn->kcn", rotations, coefficients[:, own].unflatten(1, (-1, len(rotations))))
+                torch.einsum(
+                    "ncd,kdn->kcn", rotations, coefficients[:, own].unflatten(1, (-1, len(rotations)))
+                )
                 for own, rotations in zip(self._columns(), self._rotations, strict=True)
             ]
         )
@@ -79,15 +81,17 @@ class EigenbasisRows:
         # Into one tensor: small ones between those of a batch would keep the memory of these from being used again.
         like = next(iter(vectors.values()))
         whole = like.new_empty(len(like), len(self))
-        for columns, rotations, part in zip(self._columns(), self._rotations, products.dot(vectors), strict=True):
+        for columns, rotations, part in zip(
+            self._columns(), self._rotations, products.dot(vectors), strict=True
+        ):
             whole[:, columns] = torch.einsum("ncd,kcn->kdn", rotations, part).flatten(1)
         return whole
 
     def cross(self, products: RowProducts, rows: Sequence[KeptRows]) -> Iterator[tuple[slice, Tensor]]:
-        """K at `precision` between some rows [1, R] and those of one batch after the other: [R, rows of the batch].
+        """K at `precision` between some rows [1, R] and those of one batch after the other.
 
         Returns:
-            Where the batch's rows stand, and the matrix.
+            Where the batch's rows stand, and the matrix [R, rows of the batch].
         """
         of_batches = zip(self._columns(), self._rotations, products.batches(), strict=True)
         for columns, rotations, layers in of_batches:

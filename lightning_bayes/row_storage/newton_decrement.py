@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_bayes.numerics.cholesky import solve
-from lightning_bayes.row_storage.stored import KeptRows
+from lightning_bayes.row_storage.stored import KeptDense, KeptRows
 
 Vector = Mapping[str, Tensor]
 """One number for each entry of each parameter."""
@@ -18,6 +18,8 @@ MAX_REFINEMENTS = 30
 """Steps of conjugate gradients for the Newton decrement; an exact factor needs one, float32 a few."""
 REFINEMENT_TOLERANCE = 1e-7
 """Relative rise of the Newton decrement at which the steps end."""
+QUICK_TOLERANCE = 1e-5
+"""About what may be missing of the Newton decrement, relatively, where the factor is of the model's own type."""
 
 
 def quadratic_form(
@@ -51,8 +53,8 @@ def quadratic_form(
     if left > tolerance * value:
         warnings.warn(
             f"The Newton decrement has not converged in {MAX_REFINEMENTS} steps and is a lower bound: the prior "
-            "precision is too small for the floating-point type, or the tolerance too wide. A larger prior precision, "
-            "a float64 model or a smaller tolerance avoids this.",
+            "precision is too small for the floating-point type, or the tolerance too wide. A larger prior "
+            "precision, a float64 model or a smaller tolerance avoids this.",
             stacklevel=2,
         )
     return value
@@ -198,6 +200,37 @@ def by_factor(
         return {name: part.reshape(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
     return precondition
+
+
+def quadratic_form_by_factor(
+    factor: Tensor,
+    scale: Tensor,
+    shapes: Mapping[str, torch.Size],
+    precision: Mapping[str, float],
+    gradient: Vector,
+    rows: Tensor | None,
+) -> float:
+    """gᵀ(G + Λ)⁻¹g by a factor as `by_factor` takes it.
+
+    Args:
+        factor: Lower, of I + Λ⁻¹ᐟ² G Λ⁻¹ᐟ² [p, p].
+        scale: Λ⁻¹ᐟ² [p].
+        shapes: Of the parameter tensors.
+        precision: λ of each parameter tensor.
+        gradient: g of each parameter tensor.
+        rows: V [m, p] where the factor is in their type: one that is believed in it leaves little to refine. None
+            where the factor is accurate.
+    """
+    precondition = by_factor(factor, scale, shapes)
+    if rows is None:
+        step = precondition(gradient)
+        return sum((gradient[name].to(scale) * part).sum().item() for name, part in step.items())
+    parts = rows.split([shape.numel() for shape in shapes.values()], dim=1)
+    layers = [
+        KeptDense(part.unsqueeze(0), name, shape)
+        for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    ]
+    return quadratic_form(layers, precondition, precision, gradient, QUICK_TOLERANCE)
 
 
 def woodbury(

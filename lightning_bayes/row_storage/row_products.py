@@ -1,4 +1,4 @@
-"""V of a training set, batch by batch, with its products for k vectors at once: rows that are stored, or read again."""
+"""V of a training set and its products with k vectors at once, from rows that are stored, or read again."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol

@@ -113,7 +113,8 @@ class KeptDense(KeptRows):
     @override
     def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:
         products = self.rows.flatten(0, 1) @ vectors[self.name].flatten(1).mT
-        return products.mT.unflatten(1, self.rows.shape[:2])
+        whole: Tensor = products.mT.unflatten(1, self.rows.shape[:2])
+        return whole
 
     @override
     def combine(self, coefficients: Tensor) -> dict[str, Tensor]:

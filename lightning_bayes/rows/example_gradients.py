@@ -10,19 +10,18 @@ which for T = 1 is ‖gₙ‖²‖aₙ‖²: less work than the backward pass of
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import methodcaller
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_bayes.capture.module_calls import Call, plain_kernels, recorded_calls
 from lightning_bayes.errors import check_finite
 from lightning_bayes.rows.backward import Batch, outputs_of
 from lightning_bayes.rows.layers import MAX_TEMPORARY
 from lightning_bayes.rows.reader import RowReader
-from lightning_bayes.rows.routes import Plan
 from lightning_bayes.rows.rows import DenseRows, LayerUse, OuterRows, Rows
 
 MAX_ROWS = 2**27
@@ -78,19 +77,16 @@ class ExampleGradientReader(RowReader):
             EvidenceUnavailableError: If the loss is not finite.
             ValueError: If the examples of the batch are not independent.
         """
-        outputs, loss, calls = self._forward(forward, self._plan)
-        if self._plan is not None and not self._plan.fits(calls, len(outputs)):
-            self._plan = None  # its modules are called in another way: plan again, with all calls
-            outputs, loss, calls = self._forward(forward, None)
-        batch = _batch(outputs, loss, calls)
+        kernels = nullcontext() if self._plan is not None and self._plan.is_of_layers else plain_kernels()
+        batch = _batch(*self._forward(forward, self._recorded, kernels))
 
         def again() -> Batch:
-            return _batch(*self._forward(forward, None))
+            return _batch(*self._forward(forward, self._holders, plain_kernels()))
 
         size, sums = batch.num_examples, dict[str, _Sums]()
         for rows in self._layers(lambda: batch, again, batch.roots):
             sums |= _sums(rows, keep_totals, size)
-        zero = outputs.new_zeros(())  # of parameters that have not taken part in this batch
+        zero = batch.outputs.new_zeros(())  # of parameters that have not taken part in this batch
         ordered = [sums.get(name, _Sums(zero, zero)) for name in self.parameters]
         both = torch.stack([its.squares for its in ordered] + [its.squared_total for its in ordered])
         totals = [
@@ -103,10 +99,11 @@ class ExampleGradientReader(RowReader):
         return GradientSums(size, float(size), squares, squared_totals, totals if keep_totals else None)
 
     def _forward(
-        self, forward: Callable[[], tuple[Tensor, Tensor]], plan: Plan | None
+        self,
+        forward: Callable[[], tuple[Tensor, Tensor]],
+        modules: list[nn.Module],
+        kernels: AbstractContextManager[None],
     ) -> tuple[Tensor, Tensor, list[Call]]:
-        modules = self._holders if plan is None else plan.modules
-        kernels = nullcontext() if plan is not None and plan.is_of_layers else plain_kernels()
         with torch.enable_grad(), kernels, recorded_calls(modules) as calls:
             outputs, loss = forward()
         check_finite(loss.detach(), "the loss")

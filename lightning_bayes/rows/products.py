@@ -10,7 +10,6 @@ No row is formed. With v₍ₙ,c₎ = JₙᵀR[c, n] row (n, c) of V, and G = V�
 Each pass runs the network once for each batch, whatever the number of vectors.
 """
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,58 +20,18 @@ from torch import Tensor, nn
 
 from lightning_bayes.capture.autograd_graph import IN_ORDINARY_OPERATIONS, check_differentiable
 from lightning_bayes.capture.forward import Forward, forward_of
-from lightning_bayes.capture.module_calls import plain_kernels, tensors_of
+from lightning_bayes.capture.module_calls import output_widths, plain_kernels
+from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.likelihoods import Likelihood
-from lightning_bayes.rows.backward import quiet_loops, vectorised
+from lightning_bayes.rows.backward import VectorPasses, vectorised
 from lightning_bayes.rows.reader import BatchRows
 from lightning_bayes.rows.rows import RowChunk
 
 BATCHED_BYTES = 2**22
 """Bytes that what one module returns may take for all vectors of one batched backward pass, one vector at least."""
+ANOTHER = 1e-3
+"""Relative difference of the losses of two batches that are not the same."""
 OTHERWISE = 'structure="full", "blocks", "kron" and "diag" do without.'
-
-
-@dataclass
-class VectorPasses:
-    """Backward passes of several vectors through one graph: batched, or one after the other where vmap cannot."""
-
-    one_by_one: bool = False
-    """Whether vmap cannot batch this network's backward pass, which is found out."""
-
-    def back(
-        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequence[Tensor]
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of Σ ⟨seed, output⟩ in each input, [k, *shape], None without influence; the graph stays.
-
-        Args:
-            outputs: Each of its own shape.
-            inputs: On the way to them.
-            seeds: k for each output, [k, *shape].
-        """
-        num_vectors = len(seeds[0])
-        if num_vectors > 1 and not self.one_by_one:
-            try:
-                with quiet_loops():
-                    return _gradients(outputs, inputs, seeds, batched=True)
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # an operation that vmap does not know
-                self.one_by_one = True
-                logging.getLogger("lightning_bayes").info(
-                    "Vectors are taken through the network one by one, which is slower: torch.vmap cannot batch its "
-                    "backward pass (%s).",
-                    error,
-                )
-        each = [_gradients(outputs, inputs, [seed[j] for seed in seeds]) for j in range(num_vectors)]
-        return tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True))
-
-
-def _gradients(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequence[Tensor], batched: bool = False
-) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(
-        outputs, inputs, seeds, retain_graph=True, allow_unused=True, is_grads_batched=batched
-    )
 
 
 @dataclass(frozen=True)
@@ -152,6 +111,7 @@ class DataPasses:
         read: Callable[[Forward], BatchRows] | None = None,
     ) -> None:
         self._read = read
+        self._losses: dict[int, float] = {}  # of each batch, in the first pass
         self.parameters = dict(parameters)
         self._network = network
         self._likelihood = likelihood
@@ -221,8 +181,14 @@ class DataPasses:
         """Run the network on one batch, with what J itself needs where it is multiplied from the right."""
         dual: Tensor | None = None
         pulled_back: dict[str, Tensor] = {}
-        with self._same_draws(number), torch.enable_grad(), self._kernels(), _widths(self._network) as widths:
-            outputs, targets, _ = forward_of(forward, self._likelihood)
+        with (
+            self._same_draws(number),
+            torch.enable_grad(),
+            self._kernels(),
+            output_widths(self._network) as widths,
+        ):
+            outputs, targets, loss = forward_of(forward, self._likelihood)
+            self._check_repeated(number, loss.item())
             if right:
                 # Any s does; some people's backward passes leave out what is 0.
                 dual = torch.ones_like(outputs, requires_grad=True)
@@ -239,6 +205,17 @@ class DataPasses:
                     self._is_checked = True
         width = max(outputs.numel() * outputs.element_size(), *widths)
         return BatchJacobian(outputs, targets, self.parameters, width, self._passes, dual, pulled_back)
+
+    def _check_repeated(self, number: int, loss: float) -> None:
+        """Raise where a batch is another one than in the first pass."""
+        first = self._losses.setdefault(number, loss)
+        if abs(loss - first) > ANOTHER * max(abs(first), 1.0):
+            raise EvidenceUnavailableError(
+                f"Batch {number} has a loss of {loss:.6g}, and had {first:.6g} when the data were read before: this "
+                "structure reads them more than once, and they are drawn anew each time. Let transforms draw from "
+                "torch's, NumPy's or Python's own random stream, which is the same in each pass, or leave "
+                "augmentation out; " + OTHERWISE
+            )
 
     @contextmanager
     def _same_draws(self, number: int) -> Iterator[None]:
@@ -271,22 +248,6 @@ class DataPasses:
 
     def _rounded(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: total.to(self.parameters[name].dtype) for name, total in sums.items()}
-
-
-@contextmanager
-def _widths(network: nn.Module) -> Iterator[list[int]]:
-    """Note the bytes of each tensor that a module returns."""
-    widths: list[int] = [0]
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        widths.extend(tensor.numel() * tensor.element_size() for tensor in tensors_of(output))
-
-    handles = [module.register_forward_hook(note) for module in network.modules()]
-    try:
-        yield widths
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _num_vectors(vectors: Mapping[str, Tensor]) -> int:

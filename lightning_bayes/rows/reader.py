@@ -17,9 +17,9 @@ from lightning_bayes.capture.forward import check_apart, forward_of
 from lightning_bayes.capture.module_calls import Call, plain_kernels, recorded_calls
 from lightning_bayes.errors import check_finite
 from lightning_bayes.likelihoods import Likelihood
-from lightning_bayes.rows.backward import Batch, ColumnPasses
-from lightning_bayes.rows.layers import CONVOLUTIONS, pad_beforehand
-from lightning_bayes.rows.routes import Plan, make_plan
+from lightning_bayes.rows.backward import Batch, ColumnPasses, find_layouts, proof_of
+from lightning_bayes.rows.layers import CONVOLUTIONS, derivatives_of, pad_beforehand
+from lightning_bayes.rows.routes import Plan, PlanMismatch, find_ways
 from lightning_bayes.rows.rows import RowChunk, Rows
 
 CHUNK_BYTES = 5e8
@@ -41,6 +41,29 @@ class BatchRows:
     """Gradient of `unit_loss`, per parameter, in its shape."""
     chunks: Iterator[RowChunk]
     """To be consumed once, before the next batch is read."""
+
+
+@dataclass
+class BatchSums:
+    """What batches add up to beside their rows."""
+
+    gradient: dict[str, Tensor]
+    unit_loss: float = 0.0
+    null_loss: float | None = 0.0
+    num_terms: float = 0.0
+    num_examples: int = 0
+    num_batches: int = 0
+
+    def add(self, batch: BatchRows) -> None:
+        """Add all of a batch but its rows."""
+        self.num_examples += batch.num_examples
+        self.num_batches += 1
+        self.unit_loss += batch.unit_loss
+        self.num_terms += batch.num_terms
+        if self.null_loss is not None:
+            self.null_loss = None if batch.null_loss is None else self.null_loss + batch.null_loss
+        for name, part in batch.gradient.items():
+            self.gradient[name] += part
 
 
 class RowReader:
@@ -83,6 +106,7 @@ class RowReader:
         self._holders = [
             module for module in network.modules() if any(id(p) in wanted for p in module.parameters())
         ]
+        self._recorded = self._holders  # modules whose calls are noted: fewer once there is a plan
         for module in self._holders:
             if isinstance(module, CONVOLUTIONS):
                 pad_beforehand(module)
@@ -102,7 +126,7 @@ class RowReader:
             ValueError: If outputs and targets do not fit the likelihood, or if the examples of the batch are
                 not independent.
         """
-        outputs, targets, unit_loss, calls = self._run(forward, likelihood, self._plan)
+        outputs, targets, unit_loss, calls = self._run(forward, likelihood, self._recorded)
         gradient = torch.autograd.grad(
             unit_loss, list(self.parameters.values()), retain_graph=True, materialize_grads=True
         )
@@ -118,22 +142,18 @@ class RowReader:
         null_loss = likelihood.null_loss(outputs.detach(), targets)
         with plain_kernels():
             self._apart = check_apart(forward, outputs, likelihood, self._network, self.parameters)
-        if self._plan is not None and not self._plan.fits(calls, len(outputs)):
-            self._plan = None  # its modules are called in another way: plan again, with all calls
-            outputs, _, _, calls = self._run(forward, likelihood, None)
         return BatchRows(
             num_examples=len(outputs),
             num_terms=num_terms,
             unit_loss=unit_loss.item(),
             null_loss=null_loss,
             gradient=dict(zip(self.parameters, gradient, strict=True)),
-            chunks=self._chunks(calls, outputs, roots, lambda: self._run(forward, likelihood, None)),
+            chunks=self._chunks(calls, outputs, roots, lambda: self._run(forward, likelihood, self._holders)),
         )
 
     def _run(
-        self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood, plan: Plan | None
+        self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood, modules: list[nn.Module]
     ) -> tuple[Tensor, Tensor, Tensor, list[Call]]:
-        modules = self._holders if plan is None else plan.modules
         with torch.enable_grad(), plain_kernels(), recorded_calls(modules) as calls:
             outputs, targets, unit_loss = forward_of(forward, likelihood)
         return outputs, targets, unit_loss, calls
@@ -173,15 +193,44 @@ class RowReader:
         """
         if roots is not None:  # the first columns of a batch
             self._read += 1
+        layers = self._by_plan(make, roots)
+        if layers is None:
+            layers = self._by_new_plan(make if self._plan is None else again, roots)
+        return layers
+
+    def _by_plan(self, make: Callable[[], Batch], roots: Tensor | None) -> list[Rows] | None:
+        """The rows of a batch by the plan, tried where that is due; None where there is no plan, or it is not right.
+
+        A network that takes another way for some examples may not have done so in the batches before.
+        """
+        plan, is_due = self._plan, self._proofs is None or self._read in self._proofs
+        if plan is None:
+            return None
         batch = make()
-        if self._plan is not None:
-            is_due = self._proofs is None or self._read in self._proofs
-            layers = self._plan.proved_layers(batch, roots if is_due else None)
-            if layers is not None:
-                return layers
-            batch = again()
-        every = batch.roots if roots is None else roots
-        plan, proved = make_plan(self._network, self.parameters, batch, every, self._backend, self._apart)
-        self._plan = plan if proved else None
+        try:
+            layers = plan.layers(batch)
+            proof = proof_of(batch, roots) if is_due and roots is not None else None
+            if proof is not None:
+                of_all_columns = len(batch.roots) == len(proof.columns)
+                if plan.wrong(proof, layers if of_all_columns else None):
+                    return None
+        except PlanMismatch:
+            return None
+        return layers
+
+    def _by_new_plan(self, make: Callable[[], Batch], roots: Tensor | None) -> list[Rows]:
+        """The rows of a batch, taken back to all calls, by a plan that is made on it."""
+        batch = make()
+        proof = proof_of(batch, batch.roots if roots is None else roots)
+        tried = batch if proof is None else proof.batch  # one column tells as much as all
+        layouts = find_layouts(tried)
+        known = ((module, derivatives_of(module)) for module in self._holders)
+        derivatives = {
+            module: its for module, its in known if its is not None and self._backend != "autograd"
+        }
+        blank = Plan(self._network, self.parameters, {}, layouts, batch.num_examples, derivatives)
+        plan = find_ways(blank, tried, proof, self._backend, self._apart)
         self.split = plan.summary()
+        # What is not proved is made anew on the next batch.
+        self._plan, self._recorded = (None, self._holders) if proof is None else (plan, plan.modules)
         return plan.layers(batch)

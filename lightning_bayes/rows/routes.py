@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lightning_bayes.capture.example_layout import Layout
 from lightning_bayes.capture.module_calls import Call
-from lightning_bayes.rows.backward import Batch, Proof, find_layouts, proof_of, refuse_mixing
-from lightning_bayes.rows.layers import AXIS_FREE, derivatives_of
+from lightning_bayes.rows.backward import Batch, Proof, find_layouts, refuse_mixing
+from lightning_bayes.rows.layers import AXIS_FREE, Derivatives
 from lightning_bayes.rows.per_example import ArgumentLayouts, ModuleUse, replayed_call
-from lightning_bayes.rows.proof import Directions, wrong_parameters
+from lightning_bayes.rows.proof import Trial
 from lightning_bayes.rows.rows import LayerUse, Rows, joined
 from lightning_bayes.rows.uses import GraphUse, Use
 
@@ -40,6 +40,8 @@ class Plan:
     """Where examples stand in the outputs that carry a gradient, by module; None where they cannot be told."""
     num_examples: int
     """Examples of the batch that it was made for: one example does not tell where those of a batch stand."""
+    derivatives: Mapping[nn.Module, Derivatives]
+    """Of the layers that may be read by theirs."""
     argument_layouts: ArgumentLayouts = field(default_factory=dict)
     """Where examples stand in the calls that are replayed, as far as they have been found."""
 
@@ -54,22 +56,10 @@ class Plan:
         hosts = {self.network.get_submodule(host) for host in self._hosts}
         return [module for module in self.network.modules() if module in hosts or module in self._layers]
 
-    def fits(self, calls: list[Call], num_examples: int) -> bool:
-        """Whether the calls of a batch can be what the plan was made for."""
-        if self.num_examples == 1 < num_examples:
-            return False
-        known = [call for call in calls if call.module in self.layouts]  # on the way to the outputs so far
-        return all(
-            len(self.layouts[call.module]) == len(call.outputs)
-            and all(
-                layout is None or tensor.numel() == 0 or layout.fits(tensor, num_examples)
-                for layout, tensor in zip(self.layouts[call.module], call.outputs, strict=True)
-            )
-            for call in known
-        )
-
     def layers(self, batch: Batch) -> list[Rows]:
         """The rows of one batch; raises a `PlanMismatch` if it cannot be read by this plan."""
+        if not self._fits(batch):
+            raise PlanMismatch("The modules are called in another way than in the batch of the plan.")
         if not batch.by_module.keys() <= self.layouts.keys():  # a head, an expert for the first time
             layouts = find_layouts(batch)
             self.layouts.update({new: layouts[new] for new in layouts.keys() - self.layouts.keys()})
@@ -94,28 +84,17 @@ class Plan:
                 made.append((names, use))
         return joined(made, self.parameters)
 
-    def proved_layers(self, batch: Batch, roots: Tensor | None) -> list[Rows] | None:
-        """The rows of one batch, tried with all columns of its root if given; None if the plan is not right for it.
+    def wrong(self, proof: Proof, layers: list[Rows] | None = None) -> list[str]:
+        """Parameters whose rows are not autograd's.
 
-        A network that takes another way for some examples may not have done so in the batches before.
+        Args:
+            proof: What the rows are tried on.
+            layers: The rows of all columns where they are at hand; None for those of the one that stands for all.
         """
-        try:
-            layers = self.layers(batch)
-            proof = None if roots is None else proof_of(batch, roots)
-            if proof is not None:
-                of_all_columns = len(batch.roots) == len(proof.columns)
-                tried = layers if of_all_columns else self.layers(proof.batch)
-                if self.wrong(proof, tried, of_all_columns):
-                    return None
-        except PlanMismatch:
-            return None
-        return layers
-
-    def wrong(self, proof: Proof, layers: list[Rows], of_all_columns: bool = False) -> list[str]:
-        """Parameters whose rows are not autograd's; see `wrong_parameters`."""
-        if not self._tried:  # what goes by the graph is autograd's by definition
+        if not self._trial.parameters:
             return []
-        return wrong_parameters(proof, self._tried, self._directions, layers, of_all_columns)
+        tried = self.layers(proof.batch) if layers is None else layers
+        return self._trial.wrong(proof, tried, of_all_columns=layers is not None)
 
     def module_use(
         self, names: Mapping[str, str], call: Call, grads: list[Tensor | None], num_examples: int
@@ -158,17 +137,29 @@ class Plan:
         return hosts
 
     @cached_property
-    def _tried(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.parameters.items() if self.ways[n] != GRAPH and p.numel()}
+    def _trial(self) -> Trial:
+        """Of all rows but those from the graph, which are autograd's by definition."""
+        return Trial({n: p for n, p in self.parameters.items() if self.ways[n] != GRAPH and p.numel()})
 
-    @cached_property
-    def _directions(self) -> Directions:
-        return Directions.draw(self._tried)
+    def _fits(self, batch: Batch) -> bool:
+        """Whether the calls of a batch can be what the plan was made for."""
+        if self.num_examples == 1 < batch.num_examples:
+            return False
+        known = [
+            call for call in batch.calls if call.module in self.layouts
+        ]  # on the way to the outputs so far
+        return all(
+            len(self.layouts[call.module]) == len(call.outputs)
+            and all(
+                layout is None or tensor.numel() == 0 or layout.fits(tensor, batch.num_examples)
+                for layout, tensor in zip(self.layouts[call.module], call.outputs, strict=True)
+            )
+            for call in known
+        )
 
     def _layer_use(self, call: Call, grads: list[Tensor | None], num_examples: int) -> LayerUse:
         layout, output, (grad,) = self.layouts[call.module][0], call.outputs[0], grads
-        derivatives = derivatives_of(call.module)
-        if layout is None or grad is None or derivatives is None:
+        if layout is None or grad is None:
             raise PlanMismatch(
                 f"{type(call.module).__name__} with parameters {sorted(self._layers[call.module].values())} is "
                 "used by a later batch in a way that does not tell its examples apart. Hold these parameters fixed "
@@ -176,7 +167,7 @@ class Plan:
             )
         return LayerUse(
             module=call.module,
-            derivatives=derivatives,
+            derivatives=self.derivatives[call.module],
             inputs=layout.examples_first(call.input, num_examples),
             output=layout.examples_first(output.detach(), num_examples),
             grads=layout.examples_first(grad, num_examples, behind=1),
@@ -184,42 +175,26 @@ class Plan:
         )
 
 
-def make_plan(
-    network: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    batch: Batch,
-    roots: Tensor,
-    backend: str,
-    apart: bool = False,
-) -> tuple[Plan, bool]:
+def find_ways(plan: Plan, batch: Batch, proof: Proof | None, backend: str, apart: bool) -> Plan:
     """Find a way for each parameter and prove it on all examples.
 
     Args:
-        network: What holds the parameters.
-        parameters: Those whose rows are wanted.
-        batch: With all calls of modules that hold parameters, after the backward passes of some or all columns.
-        roots: All columns, [C, N, ...].
+        plan: Without ways.
+        batch: With all calls of modules that hold parameters, after the backward pass of a column or more.
+        proof: Of that batch, None where it has no rows (saturated, or targets ignored) and every way is right.
         backend: See `RowReader`.
         apart: Whether the examples are known not to influence each other.
-
-    Returns:
-        The plan, and whether it was proved: without rows (saturated, or targets ignored) every plan is right.
 
     Raises:
         ValueError: If examples depend on each other, or if `backend` does not have the way that is needed.
     """
-    proof = proof_of(batch, roots)
-    if proof is not None:  # one column tells as much as all
-        batch = proof.batch
-    plan = Plan(network, parameters, {}, find_layouts(batch), batch.num_examples)
     next_way = partial(_next_way, plan, batch, backend, apart)
     ways = {
-        name: LAYER if backend != "autograd" and _is_readable(plan, name, batch) else next_way(name, LAYER)
-        for name in parameters
+        name: LAYER if _is_readable(plan, name, batch) else next_way(name, LAYER) for name in plan.parameters
     }
     plan = replace(plan, ways=ways)
     if proof is not None:
-        while wrong := plan.wrong(proof, plan.layers(batch)):
+        while wrong := plan.wrong(proof):
             ways |= {name: next_way(name, ways[name]) for name in wrong}
             plan = replace(plan, ways=dict(ways))
         plan = _gathered(plan, proof)
@@ -231,7 +206,7 @@ def make_plan(
             "submodule's forward, or hold it fixed (requires_grad=False).",
             stacklevel=2,
         )
-    return plan, proof is not None
+    return plan
 
 
 def _is_readable(plan: Plan, name: str, batch: Batch) -> bool:
@@ -240,7 +215,7 @@ def _is_readable(plan: Plan, name: str, batch: Batch) -> bool:
         local = {key for key, p in module.named_parameters(recurse=False) if p is plan.parameters[name]}
         if not local:
             continue
-        if derivatives_of(module) is None or not local <= {"weight", "bias"}:
+        if module not in plan.derivatives or not local <= {"weight", "bias"}:
             return False
         for call, _ in batch.by_module.get(module, ()):
             layout = plan.layouts[module][0]
@@ -284,7 +259,7 @@ def _gathered(plan: Plan, proof: Proof) -> Plan:
     if ways == plan.ways:
         return plan
     gathered = replace(plan, ways=ways)
-    return plan if gathered.wrong(proof, gathered.layers(proof.batch)) else gathered
+    return plan if gathered.wrong(proof) else gathered
 
 
 def _ancestors(name: str) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_bayes.rows.backward import one_column
-from lightning_bayes.rows.layers import CONVOLUTIONS, Derivatives, convolved, outer_squares
+from lightning_bayes.rows.layers import CONVOLUTIONS, Derivatives, outer_squares
 from lightning_bayes.rows.uses import Use
 
 
@@ -99,16 +99,6 @@ class LayerUse(Use):
             grads = grads.flatten(3).mT
         return grads.reshape(len(grads), grads.shape[1] // self.entries, -1, grads.shape[-1])
 
-    def along(self, left: Tensor, right: Tensor | None) -> Tensor:
-        """(g·u)(a·v) at each position of the first column, or g·u alone where there is no v: [N·k, positions]."""
-        is_convolution = isinstance(self.module, CONVOLUTIONS)
-        grads = self.grads[0]
-        of_grads = left @ grads.flatten(2) if is_convolution else grads @ left
-        if right is None:
-            return of_grads
-        of_inputs = convolved(self.module, self.inputs, right) if is_convolution else self.inputs @ right
-        return of_grads * of_inputs.view_as(of_grads)
-
 
 @dataclass(frozen=True)
 class OuterRows:
@@ -144,24 +134,6 @@ class OuterRows:
     def with_uses(self, change: Callable[[Any], Any]) -> "OuterRows":
         """The rows of other uses, one in the place of each."""
         return replace(self, uses=tuple(map(change, self.uses)))
-
-    def projected(
-        self, weights: Tensor, directions: Mapping[str, tuple[Tensor, Tensor]]
-    ) -> dict[str, Tensor]:
-        """⟨u vᵀ, Σₙ wₙ v₍ₙ,₀₎⟩ over the rows of the first column: Σₙₜ wₙ (g₍ₙₜ₎·u)(a₍ₙₜ₎·v), no matrix formed.
-
-        Args:
-            weights: wₙ, [N].
-            directions: u [out] and v [in] for each parameter; a bias has v = 1.
-        """
-        sums: dict[str, Tensor] = {}
-        for use in self.uses:
-            for name in self.names:
-                left, right = directions[name]
-                along = use.along(left, None if name == self.bias else right).reshape(len(weights), -1).sum(1)
-                part = weights.to(along).dot(along)
-                sums[name] = sums[name] + part if name in sums else part
-        return sums
 
     def dense(self) -> dict[str, Tensor]:
         """Rows [C, N, p] of each parameter."""
@@ -213,24 +185,6 @@ class DenseRows:
     def kept_when_formed(self) -> bool:
         """Whether `dense` is kept, so that asking twice costs what asking once does."""
         return all(use.kept_when_formed for _, use in self.uses)
-
-    def projected(
-        self, weights: Tensor, directions: Mapping[str, tuple[Tensor, Tensor]]
-    ) -> dict[str, Tensor]:
-        """⟨u vᵀ, Σₙ wₙ v₍ₙ,₀₎⟩ for wₙ [N], or of all columns for w₍ₙ,c₎ [N, C]; nothing where they cannot be made."""
-        left, right = directions[self.name]
-        try:
-            if weights.dim() == 1:
-                totals = [use.weighted_total(local_name, weights) for local_name, use in self.uses]
-                total = torch.stack(totals).sum(0)
-            else:
-                rows = self.dense()[self.name].transpose(0, 1).flatten(0, 1)  # as they lie in memory
-                total = weights.to(rows).flatten() @ rows
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError:  # a backward pass that vmap does not know: unproved, the plan takes another way
-            return {}
-        return {self.name: left @ total.reshape(len(left), -1) @ right}
 
     def dense(self) -> dict[str, Tensor]:
         """Rows [C, N, p]."""

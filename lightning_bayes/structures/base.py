@@ -1,6 +1,7 @@
-"""What every curvature structure answers."""
+"""What every curvature structure answers, and what it may take."""
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ class Budget:
         pool_rows: Rows of the first batches that are held back to choose the landmarks from, where they are
             short.
         stored_bytes: Rows of "lanczos" that are stored; more are formed again for each product with them.
+        selected_rows: Rows that "lanczos" selects; None for as many as cost about as much as they save.
         basis_bytes: Bases of its random vectors that are stored; where more are needed the vectors take turns.
         sampled_rows: Rows outside S that are held back as a random sample.
         kronecker_exact: Parameters up to which a tensor without a Kronecker form keeps its exact block, larger
@@ -79,19 +81,23 @@ class Budget:
     landmarks: int = 1024
     pool_rows: int = 8192
     stored_bytes: float = 2.5e9
+    selected_rows: int | None = None
     basis_bytes: float = 1e9
     sampled_rows: int = 256
     kronecker_exact: int = 1024
     kronecker_left_out: int = 1024
 
 
-    @property
-    def allowed_seconds(self) -> float:
-        """`seconds`, or a minute."""
-        return MINUTE if self.seconds is None else self.seconds
-
-
 DEFAULT_BUDGET = Budget()
+
+
+def total_memory(device: torch.device) -> float:
+    """Bytes that a device has, or the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return float("inf")
 
 
 @dataclass(frozen=True)
@@ -114,11 +120,12 @@ class Problem:
         sought: Whether prior precisions are to be found.
         rises_together: Whether every Λ that will be asked for is `strengths` times one number.
         curvature: Of which matrix: "ggn", or the true Hessian as "hessian" or "hessian_positive".
+        seconds: `Budget.seconds`, or what stands in its place.
         num_probes: Random vectors of "lanczos".
         max_stderr: Standard error of its log-determinant, until which there are more of them; None for no more.
         seed: Of these vectors.
         by_products: Whether products with G take the place of rows.
-        passes: Products by further passes over the data; None where these can be read once only.
+        passes: Makes products by further passes over the data; None where these can be read once only.
         report: Takes a few words on what is being done.
     """
 
@@ -140,11 +147,12 @@ class Problem:
     rises_together: bool = True
     curvature: str = "ggn"
     budget: Budget = DEFAULT_BUDGET
+    seconds: float = MINUTE
     num_probes: int = 8
     max_stderr: float | None = None
     seed: int = 0
     by_products: bool = False
-    passes: DataPasses | None = None
+    passes: Callable[[], DataPasses] | None = None
     report: Callable[[str], object] = field(default=lambda text: None, repr=False)
 
     @property
@@ -197,6 +205,7 @@ class CurvatureSummary:
     num_negative: int | None = None
 
 
+@dataclass(eq=False)
 class Curvature(ABC):
     """One view of a matrix G, built block by block: of VᵀV from its rows, of a true Hessian from those of batches.
 
@@ -204,8 +213,8 @@ class Curvature(ABC):
     of priors once all blocks are in. λ > 0 for each parameter tensor; a mapping from names holds them.
     """
 
-    searches_by_spectrum = False
-    """Whether a search for a prior that goes up and down as a whole takes the spectrum, and not factors."""
+    problem: Problem
+
     chooses_rows = False
     """Whether rows are chosen for one prior, so that a search for a prior goes by `of_chosen_rows`."""
     reads_rows = True
@@ -215,8 +224,10 @@ class Curvature(ABC):
     rereads = False
     """Whether answers take further passes over the data."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    @property
+    def searches_by_spectrum(self) -> bool:
+        """Whether a search for a prior that goes up and down as a whole takes the spectrum, and not factors."""
+        return False
 
     @abstractmethod
     def update(self, chunk: RowChunk) -> None:

@@ -48,13 +48,17 @@ class DualCurvature(Curvature):
 
     def __init__(self, problem: Problem, layers: list[KeptRows] | None = None) -> None:
         super().__init__(problem)
-        self.searches_by_spectrum = problem.is_small
         self._small = problem.budget.small
         self._keeper = RowKeeper()
         self._given = layers
         # At one prior: for a multiple s of it K and its eigenvalues are these over s.
         self._known: tuple[dict[str, float], Tensor, Tensor] | None = None
         self._last: tuple[tuple[float, ...], _Factorised] | None = None
+
+    @property
+    @override
+    def searches_by_spectrum(self) -> bool:
+        return self.problem.is_small
 
     @override
     def update(self, chunk: RowChunk) -> None:

@@ -23,7 +23,7 @@ from lightning_bayes.numerics.cholesky import (
     solve,
     spoilt,
 )
-from lightning_bayes.numerics.devices import accumulation_dtype, total_memory
+from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.row_storage.collector import (
     example_grams,
     fill_gram,
@@ -32,6 +32,7 @@ from lightning_bayes.row_storage.collector import (
     tiles_of,
 )
 from lightning_bayes.row_storage.stored import KeptRows
+from lightning_bayes.structures.base import total_memory
 
 NEGLIGIBLE_NATS = 1e-3
 """What rows that are left out may add to the log-determinant in all, in nats, however large its rounding."""

@@ -1,6 +1,6 @@
 """G = VᵀV [p, p] itself: the exact structure where parameters are fewer than rows."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,13 +20,9 @@ from lightning_bayes.numerics.cholesky import (
 )
 from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.numerics.second_moment import add_products
-from lightning_bayes.row_storage.newton_decrement import by_factor, quadratic_form
-from lightning_bayes.row_storage.stored import KeptDense
-from lightning_bayes.rows.rows import RowChunk
+from lightning_bayes.row_storage.newton_decrement import quadratic_form_by_factor
+from lightning_bayes.rows.rows import RowChunk, Rows
 from lightning_bayes.structures.base import Curvature, CurvatureSummary, Problem
-
-QUICK_TOLERANCE = 1e-5
-"""About what may be missing of the Newton decrement, relatively, where the factor is of the model's own type."""
 
 
 class PrimalCurvature(Curvature):
@@ -37,22 +33,25 @@ class PrimalCurvature(Curvature):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self.searches_by_spectrum = problem.is_small
         self._sizes = {name: shape.numel() for name, shape in problem.shapes.items()}
+        self._accurate = accumulation_dtype(problem.device)
         self._rows = _RowBuffer(problem)
         self._quick: Tensor | None = None  # on and above the diagonal, from `_rows`
         self._matrix: Tensor | None = None  # the same in float64, from all rows that are not kept
 
+    @property
+    @override
+    def searches_by_spectrum(self) -> bool:
+        return self.problem.is_small
+
     @override
     def update(self, chunk: RowChunk) -> None:
-        rows: dict[str, Tensor] = {}
-        for layer in chunk.layers:
-            rows |= layer.dense()
-        if not rows:
+        if not chunk.layers:
             return
-        if len(self._rows) + _num_rows(rows) > self.problem.budget.primal_rows * self.problem.num_parameters:
+        num_rows = (chunk.columns.stop - chunk.columns.start) * chunk.num_examples
+        if len(self._rows) + num_rows > self.problem.budget.primal_rows * self.problem.num_parameters:
             self._in_float64()  # from now on batch by batch
-        self._rows.add(rows)
+        self._rows.add(chunk.layers, num_rows)
         self._quick = None
         if self._matrix is not None:
             self._in_float64()
@@ -64,7 +63,10 @@ class PrimalCurvature(Curvature):
         rounding = rounding_of_log_det(factor.tril().square().sum().item(), factor.dtype)
         log_det, gamma = log_det_of(factor), sum(shrinkage_of(factor, self._sizes.values()))
         bounds = bounds_of(log_det, rounding)
-        return CurvatureSummary(log_det, bounds, gamma, self._quadratic(factor, precision, gradient))
+        scale, is_accurate = whitening(precision, self._sizes, factor), factor.dtype == self._accurate
+        rows = None if is_accurate else self._rows.whole()
+        quadratic = quadratic_form_by_factor(factor, scale, self.problem.shapes, precision, gradient, rows)
+        return CurvatureSummary(log_det, bounds, gamma, quadratic)
 
     @override
     def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
@@ -94,8 +96,8 @@ class PrimalCurvature(Curvature):
     def _in_float64(self) -> Tensor:
         """Add the rows that are kept to G in float64, and return it, on and above the diagonal."""
         if self._matrix is None:
-            p, device = self.problem.num_parameters, self.problem.device
-            self._matrix = torch.zeros(p, p, dtype=accumulation_dtype(device), device=device)
+            p = self.problem.num_parameters
+            self._matrix = torch.zeros(p, p, dtype=self._accurate, device=self.problem.device)
         if self._rows:  # in parts: a copy of all in float64 would be twice as large as they are
             for some in self._rows.taken().split(max(1, self.problem.num_parameters)):
                 add_products(self._matrix, some.to(self._matrix))
@@ -123,22 +125,6 @@ class PrimalCurvature(Curvature):
             raise spoilt()
         return factor
 
-    def _quadratic(
-        self, factor: Tensor, precision: Mapping[str, float], gradient: Mapping[str, Tensor]
-    ) -> float:
-        scale, sizes = whitening(precision, self._sizes, factor), list(self._sizes.values())
-        precondition = by_factor(factor, scale, self.problem.shapes)
-        if factor.dtype == accumulation_dtype(self.problem.device):
-            step = precondition(gradient)
-            return sum((gradient[name].to(scale) * part).sum().item() for name, part in step.items())
-        # In the type of the rows: a factor that is believed in it leaves little to refine.
-        rows = self._rows.whole().split(sizes, dim=1)
-        layers = [
-            KeptDense(part.unsqueeze(0), name, shape)
-            for (name, shape), part in zip(self.problem.shapes.items(), rows, strict=True)
-        ]
-        return quadratic_form(layers, precondition, precision, gradient, QUICK_TOLERANCE)
-
 
 class _RowBuffer:
     """Rows [m, p] one below the other, in memory for as many as are expected.
@@ -147,7 +133,7 @@ class _RowBuffer:
     """
 
     def __init__(self, problem: Problem) -> None:
-        self._shapes = problem.shapes
+        self._shapes, self._dtype, self._device = problem.shapes, problem.dtype, problem.device
         self._expected = min(problem.num_rows, problem.budget.primal_rows * problem.num_parameters)
         self._memory: Tensor | None = None
         self._count = 0
@@ -155,17 +141,17 @@ class _RowBuffer:
     def __len__(self) -> int:
         return self._count
 
-    def add(self, rows: Mapping[str, Tensor]) -> None:
-        """Add the rows [C, N, p] of one block; parameters that are left out have rows of zeros."""
-        like = next(iter(rows.values()))
-        end = self._count + _num_rows(rows)
-        place = self._room(end, like)[self._count : end].view(*like.shape[:2], -1)
-        parts = place.split([shape.numel() for shape in self._shapes.values()], dim=2)
-        for name, part in zip(self._shapes, parts, strict=True):
-            if name in rows:
-                part.copy_(rows[name])
-            else:
-                part.zero_()
+    def add(self, layers: Sequence[Rows], num_rows: int) -> None:
+        """Add the rows of one chunk; parameters that are left out have rows of zeros."""
+        end = self._count + num_rows
+        place = self._room(end)[self._count : end]
+        parts = place.split([shape.numel() for shape in self._shapes.values()], dim=1)
+        places = dict(zip(self._shapes, parts, strict=True))
+        for layer in layers:
+            for name, rows in layer.dense().items():
+                places.pop(name).unflatten(0, rows.shape[:2]).copy_(rows)
+        for left_out in places.values():
+            left_out.zero_()
         self._count = end
 
     def whole(self) -> Tensor:
@@ -180,18 +166,13 @@ class _RowBuffer:
         self._memory, self._count, self._expected = None, 0, 0
         return rows
 
-    def _room(self, size: int, like: Tensor) -> Tensor:
+    def _room(self, size: int) -> Tensor:
         """Memory for so many rows at least, with those that are there."""
         if self._memory is None or len(self._memory) < size:
             size = max(size, 2 * self._count, self._expected)
-            memory = like.new_empty(size, sum(shape.numel() for shape in self._shapes.values()))
+            width = sum(shape.numel() for shape in self._shapes.values())
+            memory = torch.empty(size, width, dtype=self._dtype, device=self._device)
             if self._memory is not None:
                 memory[: self._count] = self.whole()
             self._memory = memory
         return self._memory
-
-
-def _num_rows(rows: Mapping[str, Tensor]) -> int:
-    """C·N of rows [C, N, p] of some parameters."""
-    like = next(iter(rows.values()))
-    return like.shape[0] * like.shape[1]

@@ -8,8 +8,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from lightning_bayes.numerics.devices import total_memory
-from lightning_bayes.structures.base import Budget, Curvature, Problem
+from lightning_bayes.structures.base import MINUTE, Budget, Curvature, Problem, total_memory
 from lightning_bayes.structures.blocks import BlockCurvature
 from lightning_bayes.structures.blocks_budget import blocks_cost
 from lightning_bayes.structures.blocks_sampled import SampledBlockCurvature
@@ -58,7 +57,7 @@ def block_curvature(problem: Problem) -> Curvature:
     return BlockCurvature(problem) if problem.block_sample is None else SampledBlockCurvature(problem)
 
 
-def lanczos_curvature(problem: Problem) -> Curvature:
+def lanczos_curvature(problem: Problem) -> SampledLogDet:
     """Return the estimate in the space of rows, or in that of parameters where not all columns are read."""
     return ParameterSpaceLanczos(problem) if problem.by_products else RowSpaceLanczos(problem)
 
@@ -89,13 +88,12 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
             machine's memory; if "full" or "blocks" was asked for where columns are sampled, or "blocks" where
             several prior precisions are to be found.
     """
+    p, rows, available = problem.num_parameters, problem.num_rows, total_memory(problem.device)
     if problem.curvature != "ggn":
-        return "full", f"The Hessian of {problem.num_parameters:,} parameters is dense"
+        return "full", f"The Hessian of {p:,} parameters is dense"
     memory, flop = full_cost(problem)
-    sizes = (
-        f"{problem.num_parameters:,} parameters, {problem.num_rows:,} rows: exact takes about "
-        f"{_readable(memory, 'B')} and {_readable(flop, 'FLOP')}"
-    )
+    takes = f"{_readable(memory, 'B')} and {_readable(flop, 'FLOP')}"
+    sizes = f"{p:,} parameters, {rows:,} rows: exact takes about {takes}"
     cheaper = 'structure="kron", structure="diag" or max_examples='
     if structure == "auto":
         return _within_budget(problem, sizes)
@@ -106,26 +104,27 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
         )
     if structure in ("blocks", "lanczos") and not problem.rises_together:
         raise ValueError(
-            f"structure={structure!r} selects rows as they come, for prior precisions in fixed proportions, and several "
-            'are to be found. Use prior_precision="optimize" for one, or structure="full" or structure="kron".'
+            f"structure={structure!r} selects rows as they come, for prior precisions in fixed proportions, "
+            "and several are to be found. Use prior_precision='optimize' for one, or structure='full' or "
+            "structure='kron'."
         )
     if structure == "blocks" and problem.block_sample is None and _is_cheaper(problem):
         sizes += "; less than the bounds take, so structure='full' is quicker here and has no bounds to need"
-    if structure == "full" and memory > total_memory(problem.device):
+    if structure == "full" and memory > available:
         raise ValueError(f'structure="full" does not fit on {problem.device}: {sizes}. Use {cheaper}.')
-    if structure == "full" and structure_seconds(problem, structure) > problem.budget.allowed_seconds:
+    if structure == "full" and structure_seconds(problem, structure) > problem.seconds:
         warnings.warn(f'structure="full" will be slow: {sizes}. Faster: {cheaper}.', stacklevel=3)
     return structure, sizes
 
 
 def _within_budget(problem: Problem, sizes: str) -> tuple[str, str]:
     """The first of "full", "lanczos" and "kron" that the budget allows."""
-    budget = f"the budget of {_readable(problem.budget.memory, 'B')} and {problem.budget.allowed_seconds:.3g} s"
+    budget = f"the budget of {_readable(problem.budget.memory, 'B')} and {problem.seconds:.3g} s"
     overrides = 'structure="full" or max_examples= overrides'
     if problem.sampled:
         return "kron", f"{sizes}, but its columns are sampled, from which there is no exact matrix"
     exact = structure_seconds(problem, "full")
-    if full_cost(problem)[0] <= problem.budget.memory and exact <= problem.budget.allowed_seconds:
+    if full_cost(problem)[0] <= problem.budget.memory and exact <= problem.seconds:
         return "full", f"{sizes}, within {budget}"
     if problem.tolerance is not None:
         raise ValueError(
@@ -136,7 +135,7 @@ def _within_budget(problem: Problem, sizes: str) -> tuple[str, str]:
     if not problem.rises_together:
         return "kron", f"{beyond}; {overrides}"
     seconds = structure_seconds(problem, "lanczos")
-    if seconds <= problem.budget.allowed_seconds:
+    if seconds <= problem.seconds:
         return "lanczos", (
             f"{beyond}, which allows {problem.num_probes} random vectors for what the largest rows leave (about "
             f"{seconds:.2g} s); {overrides}"
@@ -168,7 +167,8 @@ def samples_of_many_columns(
     each = 6.0 * num_parameters * (columns / min(sizes) if len(sizes) > 1 else 1.0)
     flop = num_examples * columns * each + calls * BACKWARD_FLOP
     seconds = flop / _rate(outputs.dtype, outputs.device)
-    if columns <= budget.columns or (memory <= budget.memory and seconds <= budget.allowed_seconds):
+    allowed = MINUTE if budget.seconds is None else budget.seconds
+    if columns <= budget.columns or (memory <= budget.memory and seconds <= allowed):
         return None
     return (
         f"The loss has {columns:,} outputs per example, so structure='auto' takes structure='kron' with "
@@ -235,26 +235,26 @@ def evaluation_seconds(problem: Problem, structure: str, read: float) -> float:
     return batches * read + structure_seconds(problem, structure)
 
 
-def lanczos_seconds(problem: Problem, batches: float, read: float) -> float:
-    """Seconds of an evaluation by "lanczos", by the time of one step over one batch, which it reads once more.
+def lanczos_seconds(problem: Problem, batches: float, read: float, share: float) -> float:
+    """Seconds of an evaluation by "lanczos", by the time of one step over some batches, which it reads once more.
 
     Args:
-        problem: With passes over that one batch.
+        problem: With passes over these batches.
         batches: Of the whole pass.
         read: Seconds of reading one batch.
+        share: How many times as many batches the whole pass has.
     """
     curvature = lanczos_curvature(problem)
-    if not isinstance(curvature, SampledLogDet):
-        raise TypeError(f"{type(curvature).__name__} takes no steps.")
     if problem.passes is not None and curvature.reads_rows:
-        for chunk in problem.passes.chunks():
+        for chunk in problem.passes().chunks():
             curvature.update(chunk)
     steps, search = EXPECTED_STEPS, LANCZOS_SEARCH if problem.sought else 1.0
     if problem.by_products:
         steps += SKETCHED // problem.num_probes
     readings = 1.0 if problem.by_products or not curvature.rereads else 2.0
     selecting = 0.0 if problem.by_products else selection_flop(problem) / _rate(problem.dtype, problem.device)
-    return batches * (readings * read + search * steps * curvature.step_seconds()) + search * selecting
+    stepping = share * steps * curvature.step_seconds()
+    return batches * readings * read + search * (stepping + selecting)
 
 
 def structure_seconds(problem: Problem, structure: str) -> float:

@@ -1,7 +1,6 @@
 """The evidence of the module that a Trainer trains, on its training data: rehearsed on one batch, then evaluated."""
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -22,13 +21,12 @@ from lightning_bayes.capture.repeated_forwards import RepeatedForwards
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.evidence.evaluate import evidence_of
 from lightning_bayes.evidence.options import Method, sampling_if_many_columns
+from lightning_bayes.evidence.rehearsal import LEAST_SECONDS, rehearse
 from lightning_bayes.evidence.result import Evidence
-from lightning_bayes.evidence.totals import LEAST_SECONDS, LossReduction, read_all, rehearse
+from lightning_bayes.evidence.totals import LossReduction, read_all
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.priors.prior import Prior, PriorPrecision
 from lightning_bayes.priors.subset import last_layer
-from lightning_bayes.structures.base import Problem
-from lightning_bayes.structures.registry import choose_structure
 
 
 @dataclass(frozen=True)
@@ -39,31 +37,17 @@ class Rehearsed:
         asked: The method as asked for, with columns sampled where there are many.
         last_layer: Names of the parameters of the last layer, None where it was not asked for.
         batch_size: Of the first batch.
-        chosen: The method with its structure chosen; None where the batch had no evidence.
+        chosen: The structure that is taken; None where the batch had no evidence.
         sizes: Parameters and N that the choice was made for.
         seconds: That an evaluation is expected to take.
-        problem: All that the choice was made by.
     """
 
     asked: Method
     last_layer: list[str] | None = None
     batch_size: int = 1
-    chosen: Method | None = None
+    chosen: str | None = None
     sizes: tuple[list[str], int] | None = None
     seconds: float = 0.0
-    problem: Problem | None = None
-
-    def measured(self, epoch: float) -> "Rehearsed":
-        """The choice of "auto" once more, for the seconds that an epoch of training has taken."""
-        chosen, problem = self.chosen, self.problem
-        if chosen is None or problem is None or self.asked.structure != "auto" or self.asked.budget.seconds is not None:
-            return self
-        budget = replace(problem.budget, seconds=max(LEAST_SECONDS, epoch))
-        structure, reason = choose_structure("auto", replace(problem, budget=budget))
-        if structure == chosen.structure:
-            return self
-        rank_zero_info(f"LaplaceEvidence: an epoch has taken {epoch:.3g} s: structure={structure!r}. {reason}.")
-        return replace(self, chosen=replace(chosen, structure=structure, budget=budget))
 
 
 @dataclass(frozen=True)
@@ -106,7 +90,12 @@ class Evaluation:
         return rehearsed
 
     def evidence(
-        self, trainer: Trainer, module: LightningModule, rehearsed: Rehearsed, before: Evidence | None
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        rehearsed: Rehearsed,
+        before: Evidence | None,
+        epoch_seconds: float,
     ) -> Evidence:
         """Evaluate the module as it is now on all training data.
 
@@ -115,6 +104,7 @@ class Evaluation:
             module: The user's.
             rehearsed: On the first batch.
             before: Of the epoch before, at whose λ a search begins.
+            epoch_seconds: Of training, which "auto" goes by when it settles at the first evaluation.
 
         Raises:
             EvidenceUnavailableError: If these weights have no evidence.
@@ -130,25 +120,30 @@ class Evaluation:
         prior = prior_of(trainer, reader.original, self.prior_precision, subset, rehearsed.last_layer)
         # Parameters are unfrozen and datasets grow during a run: then the choice is made again.
         same = rehearsed.sizes == (list(prior.strengths), examples.num_examples)
-        method = (rehearsed.chosen if same else None) or rehearsed.asked
-
-        def forwards(batches: Iterable[tuple[int, Any]]) -> Iterator[BatchForward]:
-            for index, batch in batches:
-                yield BatchForward(partial(reader.outputs_and_targets, index), batch)
-
+        # At the first evaluation too: the first batch could only say what an epoch might take.
+        structure = rehearsed.chosen if same and before is not None else None
+        outputs = reader.outputs_and_targets
         start = prior.start_from(before.prior_precision) if before and before.prior_optimized else None
         with bar_line(trainer) as report:
             totals = read_all(
                 reader.network,
                 RepeatedForwards(
-                    forwards(chain([first], batches)), lambda: forwards(enumerate(examples.read()))
+                    (
+                        BatchForward(partial(outputs, index), batch)
+                        for index, batch in chain([first], batches)
+                    ),
+                    lambda: (
+                        BatchForward(partial(outputs, i), batch) for i, batch in enumerate(examples.read())
+                    ),
                 ),
                 captured.likelihood,
                 prior,
-                method,
+                rehearsed.asked,
                 examples.num_examples,
                 examples.num_batches,
                 report=report,
+                seconds=max(LEAST_SECONDS, epoch_seconds),
+                structure=structure,
             )
             return evidence_of(totals, LossReduction(captured.reduction, training_batch_size), start)
 
@@ -176,15 +171,9 @@ class Evaluation:
         except EvidenceUnavailableError as error:
             rank_zero_warn(f"LaplaceEvidence: the first batch has no evidence. {error}")
             return settled
-        structure = f"structure={rehearsal.method.structure!r}. {rehearsal.reason}"
+        structure = f"structure={rehearsal.structure!r}. {rehearsal.reason}"
         for sentence in (structure, rehearsal.split, *examples.notes, captured.likelihood.note):
             if sentence is not None:
                 rank_zero_info(f"LaplaceEvidence: {sentence}.")
         sizes = list(prior.strengths), number
-        return replace(
-            settled,
-            chosen=rehearsal.method,
-            sizes=sizes,
-            seconds=rehearsal.seconds,
-            problem=rehearsal.problem,
-        )
+        return replace(settled, chosen=rehearsal.structure, sizes=sizes, seconds=rehearsal.seconds)

@@ -18,9 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_bayes.capture.as_written import throw_away_copy
 from lightning_bayes.capture.autograd_graph import graph_nodes
-from lightning_bayes.capture.example_layout import Layout, layout_of_rows, rows_of_examples
 from lightning_bayes.capture.loss import WAY_OUT, CapturedLoss, capture_loss, loss_of
-from lightning_bayes.capture.pytorch_losses import Grouping
+from lightning_bayes.capture.pytorch_losses import RowsOfExamples
 from lightning_bayes.likelihoods import Likelihood
 
 NetworkOption = str | Callable[[LightningModule, Any], tuple[Tensor, Tensor]] | None
@@ -56,7 +55,7 @@ class ModuleReader:
         self._trainer, self._hooks, self._device = trainer, module, module.device
         self._likelihood, self._option = likelihood, network
         self._kind: type[Likelihood] | None = None
-        self._layout: Layout | None = None
+        self._rows = RowsOfExamples()
         self._takes_index: bool | None = None
         self.original = original_network(module, network)
         attributes = (value for part in self.original.modules() for value in vars(part).values())
@@ -140,8 +139,8 @@ class ModuleReader:
 
     def _read(self, batch: Any, batch_idx: int) -> CapturedLoss:
         if self._option is None:
-            rows_of = partial(self._rows_of, num_examples_of(batch))
-            return capture_loss(self._training_step(batch, batch_idx), self._likelihood, rows_of)
+            grouping_of = partial(self._rows.grouping, num_examples_of(batch))
+            return capture_loss(self._training_step(batch, batch_idx), self._likelihood, grouping_of)
         if self._likelihood is None:
             raise ValueError("Argument `network` needs an explicit `likelihood`.")
         outputs, targets = self._call_network(batch)
@@ -162,22 +161,6 @@ class ModuleReader:
                 raise ValueError(f"training_step(dataloader_iter) takes its own batches. {WAY_OUT}")
             self._takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
         return partial(step, batch, batch_idx) if self._takes_index else partial(step, batch)
-
-    def _rows_of(self, num_examples: int | None, outputs: Tensor) -> Grouping:
-        """How the rows that a loss sees make examples."""
-        num_rows = len(outputs) if outputs.dim() else 1
-        if num_examples in (None, num_rows):
-            return lambda tensor: tensor
-        if not num_examples or num_rows == 0 or num_rows % num_examples:
-            raise ValueError(
-                f"The loss sees {num_rows} rows of outputs, but the batch holds {num_examples} examples, so the "
-                "tokens of an example cannot be told. Keep every token and mark those that do not count by "
-                f"ignore_index instead of selecting by a mask. {WAY_OUT}"
-            )
-        layout = self._layout or layout_of_rows(outputs, num_examples)
-        if num_examples > 1:  # one example does not tell
-            self._layout = layout
-        return rows_of_examples(layout, num_examples)
 
     def _call_network(self, batch: Any) -> tuple[Tensor, Tensor]:
         if callable(self._option):

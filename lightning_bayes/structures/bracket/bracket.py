@@ -46,10 +46,10 @@ class BracketCurvature(DualCurvature):
     """ln det(I + K) to within twice `Problem.tolerance`, since the evidence has half of it."""
 
     chooses_rows = True
+    searches_by_spectrum = False  # the rows that are chosen may
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self.searches_by_spectrum = False  # the rows that are chosen may
         self._exact_at: set[tuple[float, ...]] = set()
 
     @override

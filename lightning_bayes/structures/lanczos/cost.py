@@ -18,6 +18,8 @@ OVERHEAD = 2.0
 def num_selected(problem: Problem) -> int:
     """|S| that costs about `SELECTED_PRODUCTS` products with a vector: K_S and its rotation for every row."""
     product = 2.0 * problem.num_examples * max(problem.map_width, problem.rank * problem.kept_width)
+    if problem.budget.selected_rows is not None:
+        return problem.budget.selected_rows
     budget, size = problem.budget.kept_bytes, float(SMALLEST_SELECTION)
     while problem.num_rows * size * (problem.gram_width + size) < SELECTED_PRODUCTS * product:
         size *= 2**0.5

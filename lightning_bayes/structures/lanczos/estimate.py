@@ -1,7 +1,7 @@
 """An unbiased estimate of the exact log-determinant by stochastic Lanczos quadrature, with its standard error.
 
-What is known exactly is divided out, and tr ln M of what is left is estimated with vectors of random signs (Ubaru, Chen
-& Saad, SIAM J. Matrix Anal. Appl. 2017; with a preconditioner Wenger et al., ICML 2022).
+What is known exactly is divided out, and tr ln M of what is left is estimated with vectors of random signs (Ubaru,
+Chen & Saad, SIAM J. Matrix Anal. Appl. 2017; with a preconditioner Wenger et al., ICML 2022).
 """
 
 import logging
@@ -77,6 +77,9 @@ class SampledLogDet(Curvature):
         self.shape = dict(problem.strengths or dict.fromkeys(problem.shapes, 1.0))
         """Λ of each tensor, which every prior is a multiple of."""
         self._answers: dict[float, _Answer] = {}
+        self.num_steps = self.num_products = 0
+        """Of Lanczos, at all priors so far; a product is of one vector."""
+        self.product_seconds = 0.0
 
     @abstractmethod
     def known_part(self, scale: float) -> KnownPart:
@@ -94,6 +97,7 @@ class SampledLogDet(Curvature):
     def step_seconds(self) -> float:
         """Seconds of one step of all vectors over the batches so far."""
         known, signs = self.known_part(1.0), random_signs(range(self.problem.num_probes), self.like())
+        known.product(signs)  # warms up
         start = time.perf_counter()
         known.product(signs)
         return time.perf_counter() - start
@@ -142,13 +146,13 @@ class SampledLogDet(Curvature):
         wanted = math.ceil(1.05 * before * (stderr / most) ** 2)
         seconds = (wanted - before) * answer.seconds / before
         cost = (
-            f"a standard error of {0.5 * most:.3g} nats takes about {wanted:,} random vectors in the place of {before}, "
-            f"which gave {0.5 * stderr:.3g}: some {seconds:,.0f} s more"
+            f"a standard error of {0.5 * most:.3g} nats takes about {wanted:,} random vectors in the place of "
+            f"{before}, which gave {0.5 * stderr:.3g}: some {seconds:,.0f} s more"
         )
         if wanted > MAX_PROBES:
             warnings.warn(
-                f"structure='lanczos' stays at its {before} vectors: {cost}, beyond {MAX_PROBES:,}. Say so by num_probes= "
-                "to have it all the same, or accept a larger max_stderr=.",
+                f"structure='lanczos' stays at its {before} vectors: {cost}, beyond {MAX_PROBES:,} vectors. Ask for "
+                "so many by num_probes=, or accept a larger max_stderr=.",
                 stacklevel=2,
             )
             return
@@ -182,13 +186,16 @@ class SampledLogDet(Curvature):
         answer.log.add(signs, recurrences.images(_log))
         answer.gamma.add(signs, known.gamma_image(signs, recurrences.images(_reciprocal)))
         answer.samples += middle.tolist()
+        self.num_steps += recurrences.num_steps
+        self.num_products += recurrences.num_steps * number
+        self.product_seconds += recurrences.product_seconds
         answer.seconds += time.perf_counter() - started
         total = seen + number
         answer.gap = (answer.gap * seen + gap * number) / total
         if answer.gap > answer.log.stderr:
             warnings.warn(
-                f"structure='lanczos' has not converged in {recurrences.num_steps} steps: {0.5 * answer.gap:.3g} nats "
-                "remain between its two rules, half of which is in the standard error. A larger prior precision "
+                f"structure='lanczos' has not converged in {recurrences.num_steps} steps: {0.5 * answer.gap:.3g} "
+                "nats remain between its two rules, half of which is in the standard error. A larger prior precision "
                 "avoids it.",
                 stacklevel=2,
             )

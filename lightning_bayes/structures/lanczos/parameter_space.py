@@ -1,4 +1,4 @@
-"""The estimate in the space of parameters, for outputs too many for their columns: a sketch of G, then random vectors.
+"""The estimate in the space of parameters, for outputs too many for their columns: a sketch of G, random vectors.
 
 With G̃ = Λ^-½ G Λ^-½ and P = I + U diag(e) Uᵀ ≤ I + G̃ from Nyström's sketch (Frangella, Tropp & Udell, SIAM J. Matrix
 Anal. Appl. 2023), ln det(I + G̃) = Σ ln(1 + e) + tr ln P^-½ (I + G̃) P^-½. The first term is a certified lower bound.
@@ -32,7 +32,7 @@ class ParameterSpaceLanczos(SampledLogDet):
         super().__init__(problem)
         if problem.passes is None:
             raise ValueError("structure='lanczos' reads such data more than once.")
-        self._whitened = WhitenedGGN(problem.passes, self.shape)
+        self._whitened = WhitenedGGN(problem.passes(), self.shape)
         self._sketch: NystromSketch | None = None
 
     @override

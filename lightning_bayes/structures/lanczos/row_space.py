@@ -1,12 +1,12 @@
 """The estimate in the space of rows: the largest exactly, random vectors for the Schur complement on the others.
 
-Rows stand in each example's own eigenbasis. With S the largest rows and I + Q = (I + K)/(I + K_SS) the Schur complement
-on the others, D its diagonal and M = D^-½ (I + Q) D^-½,
+Rows stand in each example's own eigenbasis. With S the largest rows and I + Q = (I + K)/(I + K_SS) the Schur
+complement on the others, D its diagonal and M = D^-½ (I + Q) D^-½,
 
     ln det(I + K) = ln det(I + K_SS) + Σ_{i∉S} ln(1 + Q_ii) + tr ln M .
 
-The first term is a certified lower bound, the first two an upper one, since by Hadamard tr ln M ≤ 0. S and D leave the
-third a small condition number and a small variance.
+The first term is a certified lower bound, the first two an upper one, since by Hadamard tr ln M ≤ 0. S and D leave
+the third a small condition number and a small variance.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ class RowSpaceLanczos(SampledLogDet):
     @cached_property
     def _selection(self) -> SelectedRows:
         passes = self.problem.passes if self.rereads else None
-        return SelectedRows(self._rows, self._stored if passes is None else RereadRows(passes))
+        return SelectedRows(self._rows, self._stored if passes is None else RereadRows(passes()))
 
     @override
     def like(self) -> Tensor:

@@ -129,4 +129,5 @@ class SchurComplement(KnownPart):
     def _solve(self, coefficients: Tensor) -> Tensor:
         """(I + K_SS)⁻¹ times coefficients [..., S]."""
         along = coefficients.to(self._shrinkage) @ self._selected.vectors
-        return ((along * self._shrinkage) @ self._selected.vectors.mT).to(coefficients)
+        solved: Tensor = (along * self._shrinkage) @ self._selected.vectors.mT
+        return solved.to(coefficients)
