@@ -36,9 +36,8 @@ from lightning_bayes.evidence.laplace import Computation
 from lightning_bayes.evidence.totals import Totals
 from lightning_bayes.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from lightning_bayes.numerics.lanczos_quadrature import LanczosRecurrences, random_signs
-from lightning_bayes.structures.base import Budget, Problem
+from lightning_bayes.structures.base import Budget
 from lightning_bayes.structures.lanczos import estimate
-from lightning_bayes.structures.lanczos.cost import num_selected
 from lightning_bayes.structures.lanczos.estimate import SampledLogDet
 
 TOLERANCE = 4.0
@@ -235,17 +234,6 @@ def trained(name: str) -> Trained:
     return Trained(net.eval(), (inputs, targets))
 
 
-def budget_of(problem: Problem) -> Budget:
-    """One that lets a tenth of the rows be selected."""
-    size = max(1, round(SELECTED * problem.num_rows))
-    bytes_of_rows = size * problem.kept_width * problem.dtype.itemsize
-    budget = Budget(kept_bytes=max(bytes_of_rows, 16.0 * size**2) + 1.0)
-    selected = num_selected(replace(problem, budget=budget))
-    if selected != size:
-        raise ValueError(f"{selected} rows would be selected of {problem.num_rows}, and not {size}.")
-    return budget
-
-
 class OfOneSeed(LanczosRecurrences):
     """The recurrences of one seed's vectors, which take their steps together with those of all the others.
 
@@ -301,6 +289,7 @@ def evaluated(name: str, precision: float, seeds: range) -> dict[str, Any]:
     problem = model.computation(case, "lanczos", precision, Budget()).run(
         model.net, model.data, lambda totals: totals.curved.problem
     )
+    selected = max(1, round(SELECTED * problem.num_rows))
 
     def of_seeds(totals: Totals) -> Iterator[list[float]]:
         curved = totals.curved
@@ -324,13 +313,13 @@ def evaluated(name: str, precision: float, seeds: range) -> dict[str, Any]:
                 *(float(bool(caught)), float(bounds_hold), float(taken)),
             ]
 
-    computation = model.computation(case, "lanczos", precision, budget_of(problem))
+    computation = model.computation(case, "lanczos", precision, Budget(selected_rows=selected))
     with mock.patch.object(estimate, "LanczosRecurrences", SideBySide(seeds)):
         of_all = computation.run(model.net, model.data, lambda totals: list(of_seeds(totals)))
     return {
         "parameters": problem.num_parameters,
         "rows": problem.num_rows,
-        "selected": num_selected(replace(problem, budget=budget_of(problem))),
+        "selected": selected,
         "exact": exact.log_evidence,
         "seeds": of_all,
     }

@@ -159,7 +159,7 @@ def test_several_priors_are_not_found(tmp_path, words):
         return torch.optim.SGD(groups, lr=0.1)
 
     callback = LaplaceEvidence("lanczos", prior_precision=words, on_error="raise")
-    with refuses("structure='lanczos'", remedy='prior_precision="optimize"'):
+    with refuses("structure='lanczos'", remedy="prior_precision='optimize'"):
         fit(tmp_path, Module(mlp(), cross_entropy, two_groups), loader(), callback)
 
 

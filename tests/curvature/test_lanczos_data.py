@@ -15,6 +15,7 @@ from lightning_bayes.likelihoods import Categorical
 from lightning_bayes.structures.base import Budget
 from lightning_bayes.structures.lanczos import parameter_space, row_space
 from tests.cases import make_case
+from tests.refusals import refuses
 
 FORMS = {"stored": Budget(), "reread": Budget(stored_bytes=0.0), "products": Budget(columns=0)}
 NUMBERS = (
@@ -214,6 +215,25 @@ def test_data_beyond_the_memory_are_read_again(form, noise, monkeypatch):
     assert_same(again, kept)
     assert again.newton_decrement == pytest.approx(kept.newton_decrement, rel=1e-6)
     assert_near(again, evidence(model, DataLoader(data, batch_size=16), structure="full"))
+
+
+class OwnStream(Counting):
+    """Noise from a generator of its own, another one at each pass."""
+
+    generator = torch.Generator()
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + 0.3 * torch.randn(5, generator=self.generator, dtype=torch.float64), y
+
+
+@pytest.mark.parametrize("form", ["reread", "products"])
+def test_data_that_are_drawn_anew_are_refused_where_they_are_not_kept(form, monkeypatch):
+    model, loader = mlp(), DataLoader(OwnStream(), batch_size=16)
+    assert evidence(model, loader, form).log_evidence_stderr > 0.0
+    monkeypatch.setattr(repeated_forwards, "KEPT_BYTES", 0.0)
+    with refuses("drawn anew", remedy="leave augmentation out"):
+        evidence(model, loader, form)
 
 
 def test_a_shuffled_loader_is_the_same_at_every_pass(monkeypatch):
