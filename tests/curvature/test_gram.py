@@ -156,8 +156,8 @@ def test_a_map_at_few_positions_is_paired_one_at_many_is_written_down(monkeypatc
     assert [(type(kept), getattr(kept, "paired", None)) for kept in keep(first, 3, {})] == [
         (KeptOuter, False)
     ]
-    assert kept_widths(replace(block, layers=[head])) == (4 + 2, 4 + 1)
-    assert kept_widths(replace(block, layers=[first])) == (6 * (4 + 6), 4 * 18 + 4)
+    assert kept_widths(replace(block, layers=[head])) == (4 + 2, 4 + 1, 4 * 4)
+    assert kept_widths(replace(block, layers=[first])) == (6 * (4 + 6), 4 * 18 + 4, 6 * 4 * 18)
     one_column = replace(block, layers=[first], num_columns=1)
     assert {type(kept) for kept in keep(first, 1, {})} == {KeptDense}
-    assert kept_widths(one_column) == (4 * 18 + 4, 4 * 18 + 4)
+    assert kept_widths(one_column) == (4 * 18 + 4, 4 * 18 + 4, 6 * 4 * 18)
