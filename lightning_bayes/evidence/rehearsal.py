@@ -72,11 +72,10 @@ def rehearse(
     )
     seconds = evaluation_seconds(problem, structure, read)
     if structure == "lanczos":
-        read_again = partial(reader.read, likelihood=likelihood)
         # Several times the same: what is done once a step must not count for each batch.
         repeats = min(REPEATS, math.ceil(batches))
         passes = partial(
-            DataPasses, network, reader.parameters, likelihood, lambda: repeats * [forward], read_again
+            DataPasses, network, reader.parameters, likelihood, lambda: repeats * [forward], reader.read
         )
         seconds = lanczos_seconds(replace(problem, passes=passes), batches, read, batches / repeats)
     return Rehearsal(structure, reason, reader.split, seconds)

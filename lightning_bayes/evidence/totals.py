@@ -169,7 +169,8 @@ def read_all(
     # Which structure "auto" takes is known after the first batch.
     forwards.keep = (structure or method.structure) in ("auto", "lanczos")
     for forward in forwards():
-        batch = reader.read(forward, likelihood)
+        # By its number: a batch that is read again must draw the same then.
+        batch = reader.read(forward, likelihood, sums.num_batches)
         # A batch that is left out adds its loss and gradient; its rows would cost C backward passes.
         left_out = (curved is not None and not curved.reads_rows) or (
             sample is not None and sample.role(sums.num_batches) is None
@@ -180,8 +181,7 @@ def read_all(
             if curved is None:
                 sizes = chunk, reader.parameters, likelihood, prior, method, num_examples
                 problem, taken, _ = settle(*sizes, seconds, structure)
-                read = partial(reader.read, likelihood=likelihood)
-                passes = partial(DataPasses, network, reader.parameters, likelihood, forwards, read)
+                passes = partial(DataPasses, network, reader.parameters, likelihood, forwards, reader.read)
                 problem = replace(problem, block_sample=sample, passes=passes, report=report)
                 curved = STRUCTURES[taken](problem)
                 forwards.keep = forwards.keep and curved.rereads

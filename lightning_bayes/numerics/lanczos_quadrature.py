@@ -6,7 +6,9 @@ Quadrature, 2010; Ubaru, Chen & Saad, SIAM J. Matrix Anal. Appl. 2017). For f = 
 and Gauss-Radau's, with one node at a lower end of the spectrum, below: their gap says when there are steps enough.
 """
 
+import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.numerics.lanczos import orthogonalised
 
+FEWEST_STEPS = 2
 CHECKS = 16
 """The rules are compared at each step first, then at one in so many of the steps so far."""
 EXHAUSTED = 10.0
@@ -47,10 +50,13 @@ class SampledTrace:
         self.num_vectors = 0
         self._sums: Tensor = torch.zeros(())  # Σ_j x_j and Σ_j x_j², [n]
         self._squares: Tensor = torch.zeros(())
+        self._spreads: list[float] = []  # Σ_i (x_ji − x̄_i)² of each vector, about the mean of its group
 
     def add(self, signs: Tensor, images: Tensor) -> None:
         """Take in z and Az, both [k, n]."""
         entries = (signs * images).to(accumulation_dtype(signs.device))
+        if len(entries) > 1:
+            self._spreads += (entries - entries.mean(0)).square().sum(1).tolist()
         self._sums = self._sums.to(entries) + entries.sum(0)
         self._squares = self._squares.to(entries) + entries.square().sum(0)
         self.num_vectors += len(signs)
@@ -67,10 +73,19 @@ class SampledTrace:
 
     @property
     def degrees_of_freedom(self) -> float:
-        """Of that error, by Satterthwaite (1946): as many as vectors less one where one entry is all of it."""
-        variances = self._variances()
-        squares = variances.square().sum().item()
-        return max(self.num_vectors - 1, 1) * (variances.sum().item() ** 2 / squares if squares else math.inf)
+        """Of that error, by how much the vectors differ in what they add to it: their number less one at least.
+
+        The entries of one vector move together, so that they are no independent samples of their variances.
+        """
+        number, fewest = len(self._spreads), max(self.num_vectors - 1.0, 1.0)
+        if number and not any(self._spreads):
+            return math.inf
+        if number < 5:
+            return fewest
+        mean, variance = statistics.fmean(self._spreads), statistics.variance(self._spreads)
+        # 1/variance of few is too large on average, by (k − 1)/(k − 3) where they are normal.
+        without_bias = (number - 3) / (number - 1)
+        return max(fewest, without_bias * 2.0 * number * mean**2 / variance) if variance > 0.0 else math.inf
 
     def _variances(self) -> Tensor:
         if self.num_vectors == 1:
@@ -132,8 +147,7 @@ class LanczosRecurrences:
 
     def gauss(self, function: Function) -> Tensor:
         """Gauss's rule for zᵀf(A)z: [k] in float64."""
-        rules = [_rule(function, self._tridiagonal(j)) for j in range(len(self._norms))]
-        return torch.stack(rules) * self._squares
+        return torch.cat([_rules(function, matrices) for _, matrices in self._tridiagonals()]) * self._squares
 
     def radau(self, function: Function, node: float) -> Tensor:
         """Gauss-Radau's rule for zᵀf(A)z with a node at a lower end of A's spectrum: [k] in float64.
@@ -141,27 +155,29 @@ class LanczosRecurrences:
         T gets one more row, whose diagonal entry α makes the node an eigenvalue (Golub & Meurant, section 6.2).
         """
         rules = []
-        for j in range(len(self._norms)):
-            matrix = self._tridiagonal(j)
-            beta = self._beside[len(matrix) - 1][j]
-            if beta > 0.0:
-                shifted = matrix - node * torch.eye(len(matrix), dtype=matrix.dtype)
-                unit = torch.zeros(len(matrix), dtype=matrix.dtype)
-                unit[-1] = beta**2
-                alpha = node + torch.linalg.solve(shifted, unit)[-1]
-                matrix = torch.nn.functional.pad(matrix, (0, 1, 0, 1))
-                matrix[-1, -1], matrix[-1, -2], matrix[-2, -1] = alpha, beta, beta
-            rules.append(_rule(function, matrix, node))
-        return torch.stack(rules) * self._squares
+        for some, matrices in self._tridiagonals():
+            size = matrices.shape[1]
+            beta = self._beside[size - 1][some]
+            if bool(beta.all()):
+                unit = torch.zeros(matrices.shape[:2], dtype=matrices.dtype)
+                unit[:, -1] = beta**2
+                shifted = matrices - node * torch.eye(size, dtype=matrices.dtype)
+                alpha = node + torch.linalg.solve(shifted, unit)[:, -1]
+                larger = torch.nn.functional.pad(matrices, (0, 1, 0, 1))
+                larger[:, -1, -1], larger[:, -1, -2], larger[:, -2, -1] = alpha, beta, beta
+                rules.append(_rules(function, larger, node))
+            else:
+                rules.append(_rules(function, matrices, node))
+        return torch.cat(rules) * self._squares
 
     def images(self, function: Function) -> Tensor:
         """Return f(A)z ≈ |z| V f(T) e₁ of each vector, [k, n]."""
         total = torch.zeros_like(self.starts)
-        for j, norm in enumerate(self._norms):
-            values, vectors = torch.linalg.eigh(self._tridiagonal(j))
-            weights = (vectors @ (function(values) * vectors[0])).to(total) * norm
-            for weight, step in zip(weights, self._basis, strict=False):
-                total[j] += weight * step[0, j]
+        for some, matrices in self._tridiagonals():
+            values, vectors = torch.linalg.eigh(matrices)
+            weights = torch.einsum("kij,kj->ki", vectors, function(values) * vectors[:, 0]).to(total)
+            for step, basis in enumerate(self._basis[: matrices.shape[1]]):
+                total[some] += (weights[:, step] * self._norms[some]).unsqueeze(1) * basis[0, some]
         return total
 
     def between(self, function: Function, node: float) -> tuple[Tensor, Tensor]:
@@ -183,22 +199,32 @@ class LanczosRecurrences:
         squares: Tensor = self._norms.cpu().double().square()
         return squares
 
-    def _tridiagonal(self, j: int) -> Tensor:
-        """T of one vector, up to where its space was exhausted."""
-        beside = torch.stack(self._beside)[:, j]
-        ended = (beside == 0.0).nonzero()
-        size = int(ended[0]) + 1 if len(ended) else len(beside)
-        off = beside[: size - 1]
-        return torch.diag(torch.stack(self._diagonal)[:size, j]) + torch.diag(off, 1) + torch.diag(off, -1)
+    def _tridiagonals(self) -> list[tuple[slice, Tensor]]:
+        """T of the vectors, those of one size together [k, steps, steps]: cut off where a space was exhausted."""
+        beside, diagonal = torch.stack(self._beside, 1), torch.stack(self._diagonal, 1)
+        sizes = [_size(row) for row in beside.tolist()]
+        groups, start = [], 0
+        for size, own in itertools.groupby(sizes):
+            some = slice(start, start + len(list(own)))
+            start = some.stop
+            off = beside[some, : size - 1]
+            matrices = torch.diag_embed(diagonal[some, :size])
+            groups.append((some, matrices + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)))
+        return groups
 
 
-def _rule(function: Function, matrix: Tensor, least: float | None = None) -> Tensor:
-    """e₁ᵀf(T)e₁, of eigenvalues that are `least` at least but for rounding."""
-    values, vectors = torch.linalg.eigh(matrix)
+def _size(beside: list[float]) -> int:
+    """Steps until the space was exhausted."""
+    return beside.index(0.0) + 1 if 0.0 in beside else len(beside)
+
+
+def _rules(function: Function, matrices: Tensor, least: float | None = None) -> Tensor:
+    """e₁ᵀf(T)e₁ of each T [k, steps, steps], of eigenvalues that are `least` at least but for rounding."""
+    values, vectors = torch.linalg.eigh(matrices)
     if least is not None:
         values = values.clamp(min=least)
-    rule: Tensor = (vectors[0].square() * function(values)).sum()
-    return rule
+    rules: Tensor = (vectors[:, 0].square() * function(values)).sum(1)
+    return rules
 
 
 def converge(
@@ -208,6 +234,7 @@ def converge(
     share: float,
     max_steps: int,
     watch: Callable[[int, float], None] = lambda steps, gap: None,
+    rounding: float = 0.0,
 ) -> tuple[Tensor, float]:
     """Extend recurrences from random signs until their two rules agree to a share of the standard error of tr f(A).
 
@@ -218,6 +245,7 @@ def converge(
         share: Of the standard error of the mean over these vectors.
         max_steps: After which they are left as they are.
         watch: Is told the steps so far and the mean distance of the two rules.
+        rounding: Distance of the two rules that is none.
 
     Returns:
         The middle of the two rules of each vector [k], and the mean distance of the two.
@@ -226,18 +254,20 @@ def converge(
     while True:
         recurrences.extend()
         steps = recurrences.num_steps
-        if steps % max(1, steps // CHECKS) and not recurrences.exhausted and steps < max_steps:
-            continue  # eigenvalues of k matrices a check
+        # After one step f(A)z lies along z, and its entries say nothing of the error.
+        early = steps < FEWEST_STEPS or steps % max(1, steps // CHECKS) != 0
+        if early and not recurrences.exhausted and steps < max_steps:
+            continue
         middle, gaps = recurrences.between(function, node)
         gap = gaps.mean().item()
         watch(steps, gap)
         if recurrences.exhausted or steps >= max_steps:
             return middle, gap
         # The images cost as much as a reorthogonalisation: now and then, and where the gap seems small enough.
-        if steps >= due or gap <= share * stderr:
+        if steps >= due or gap <= max(share * stderr, rounding):
             due = 2 * steps
             trial = SampledTrace()
             trial.add(recurrences.starts, recurrences.images(function))
             stderr = trial.stderr
-            if gap <= share * stderr:
+            if gap <= max(share * stderr, rounding):
                 return middle, gap

@@ -24,7 +24,7 @@ from lightning_bayes.capture.module_calls import output_widths, plain_kernels
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.rows.backward import VectorPasses, vectorised
-from lightning_bayes.rows.reader import BatchRows
+from lightning_bayes.rows.reader import BatchRows, same_draws
 from lightning_bayes.rows.rows import RowChunk
 
 BATCHED_BYTES = 2**22
@@ -99,7 +99,7 @@ class DataPasses:
         parameters: Those that carry a prior.
         likelihood: Of the targets given the outputs.
         forwards: Gives the same batches again at each call.
-        read: Returns what one batch says, with its rows; None where these are not wanted again.
+        read: That of a reader of rows; None where these are not wanted again.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class DataPasses:
         parameters: Mapping[str, nn.Parameter],
         likelihood: Likelihood,
         forwards: Callable[[], Iterable[Forward]],
-        read: Callable[[Forward], BatchRows] | None = None,
+        read: Callable[..., BatchRows] | None = None,
     ) -> None:
         self._read = read
         self._losses: dict[int, float] = {}  # of each batch, in the first pass
@@ -127,8 +127,8 @@ class DataPasses:
         """The rows of all batches once more."""
         if self._read is None:
             raise TypeError("These passes were made without a reader of rows.")
-        for forward in self._forwards():
-            yield from self._read(forward).chunks
+        for number, forward in enumerate(self._forwards()):
+            yield from self._read(forward, self._likelihood, number).chunks
 
     def combine(self, coefficients: Sequence[Tensor]) -> dict[str, Tensor]:
         """Vᵀu = Σ u₍c,n₎ v₍ₙ,c₎: {name: [k, *shape]}, for u of each batch [k, C, N].
@@ -182,7 +182,7 @@ class DataPasses:
         dual: Tensor | None = None
         pulled_back: dict[str, Tensor] = {}
         with (
-            self._same_draws(number),
+            same_draws(number, next(iter(self.parameters.values())).device),
             torch.enable_grad(),
             self._kernels(),
             output_widths(self._network) as widths,
@@ -216,15 +216,6 @@ class DataPasses:
                 "torch's, NumPy's or Python's own random stream, which is the same in each pass, or leave "
                 "augmentation out; " + OTHERWISE
             )
-
-    @contextmanager
-    def _same_draws(self, number: int) -> Iterator[None]:
-        device = next(iter(self.parameters.values())).device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.default_generator.manual_seed(number)
-            if device.type == "cuda":
-                torch.cuda.manual_seed_all(number)
-            yield
 
     @contextmanager
     def _kernels(self) -> Iterator[None]:

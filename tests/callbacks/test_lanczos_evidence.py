@@ -120,7 +120,7 @@ def test_the_bar_says_which_step(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "_training_bar", lambda trainer: (said.append, "Epoch 0"))
     fit(tmp_path, Module(mlp(), cross_entropy), loader(), LaplaceEvidence("lanczos"))
     steps = [text for text in said if "lanczos, step" in text]
-    assert steps[0].startswith("evidence lanczos, step 1: ")
+    assert steps[0].startswith("evidence lanczos, step 2: ")
     assert "nats between its rules" in steps[-1]
     assert said[-1] == "Epoch 0"
 

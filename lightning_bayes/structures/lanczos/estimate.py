@@ -157,8 +157,15 @@ class SampledLogDet(Curvature):
             )
             return
         logging.getLogger("lightning_bayes").info("structure='lanczos': %s.", cost)
-        while answer.log.stderr > most and answer.log.num_vectors < 2 * wanted:
+        while answer.log.stderr > most and answer.log.num_vectors < MAX_PROBES:
+            wanted = math.ceil(1.05 * answer.log.num_vectors * (answer.log.stderr / most) ** 2)
             self._add_vectors(answer, min(self._at_once, max(2, wanted - answer.log.num_vectors)))
+        if answer.log.stderr > most:
+            warnings.warn(
+                f"structure='lanczos': {answer.log.num_vectors:,} random vectors gave a standard error of "
+                f"{0.5 * answer.log.stderr:.3g} nats, above max_stderr={0.5 * most:.3g}. num_probes= asks for more.",
+                stacklevel=2,
+            )
 
     @property
     def _at_once(self) -> int:
@@ -179,10 +186,13 @@ class SampledLogDet(Curvature):
             return
         recurrences = LanczosRecurrences(known.product, signs)
 
+        # Of the trace of ln M, whose entries are of the size of its logarithms, about 1.
+        rounding = rounding_of_log_det(len(signs[0]), self.problem.dtype)
+
         def watch(steps: int, gap: float) -> None:
             self.problem.report(f"lanczos, step {steps}: {0.5 * gap:.3g} nats between its rules")
 
-        middle, gap = converge(recurrences, _log, known.least, GAP_SHARE * share, MAX_STEPS, watch)
+        middle, gap = converge(recurrences, _log, known.least, GAP_SHARE * share, MAX_STEPS, watch, rounding)
         answer.log.add(signs, recurrences.images(_log))
         answer.gamma.add(signs, known.gamma_image(signs, recurrences.images(_reciprocal)))
         answer.samples += middle.tolist()
@@ -192,7 +202,7 @@ class SampledLogDet(Curvature):
         answer.seconds += time.perf_counter() - started
         total = seen + number
         answer.gap = (answer.gap * seen + gap * number) / total
-        if answer.gap > answer.log.stderr:
+        if answer.gap > max(answer.log.stderr, rounding):
             warnings.warn(
                 f"structure='lanczos' has not converged in {recurrences.num_steps} steps: {0.5 * answer.gap:.3g} "
                 "nats remain between its two rules, half of which is in the standard error. A larger prior precision "

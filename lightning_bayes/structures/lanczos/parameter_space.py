@@ -75,7 +75,8 @@ class WhitenedGGN:
 
     def joined(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Λ^-½ times vectors {name: [k, *shape]}, [k, p]."""
-        return torch.cat([parts[name].flatten(1) / self.precision[name] ** 0.5 for name in self.shapes], 1)
+        scaled = (parts[name] / self.precision[name] ** 0.5 for name in self.shapes)
+        return torch.cat([part.reshape(len(part), -1) for part in scaled], 1)
 
 
 class SketchedPart(KnownPart):
