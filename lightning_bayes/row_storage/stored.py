@@ -112,7 +112,8 @@ class KeptDense(KeptRows):
 
     @override
     def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        products = self.rows.flatten(0, 1) @ vectors[self.name].reshape(-1, self.rows.shape[2]).mT
+        own = vectors[self.name]
+        products = self.rows.flatten(0, 1) @ own.reshape(len(own), self.rows.shape[2]).mT
         whole: Tensor = products.mT.unflatten(1, self.rows.shape[:2])
         return whole
 

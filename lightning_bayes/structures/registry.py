@@ -104,9 +104,9 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
         )
     if structure in ("blocks", "lanczos") and not problem.rises_together:
         raise ValueError(
-            f"structure={structure!r} selects rows as they come, for prior precisions in fixed proportions, "
-            "and several are to be found. Use prior_precision='optimize' for one, or structure='full' or "
-            "structure='kron'."
+            f'structure="{structure}" selects rows as they come, for prior precisions in fixed proportions, and '
+            'several are to be found. Use prior_precision="optimize" for one, or structure="full" or '
+            'structure="kron".'
         )
     if structure == "blocks" and problem.block_sample is None and _is_cheaper(problem):
         sizes += "; less than the bounds take, so structure='full' is quicker here and has no bounds to need"

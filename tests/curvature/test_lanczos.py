@@ -371,7 +371,7 @@ def test_a_hessian_has_no_vectors(curvature):
 
 @pytest.mark.parametrize("words", ["optimize_per_layer", "optimize_per_parameter"])
 def test_several_priors_are_not_found(words):
-    with refuses(("structure='lanczos'", "several"), remedy="prior_precision='optimize'"):
+    with refuses(('structure="lanczos"', "several"), remedy='prior_precision="optimize"'):
         lanczos(make_case(), prior_precision=words)
 
 

@@ -75,8 +75,8 @@ class WhitenedGGN:
 
     def joined(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Λ^-½ times vectors {name: [k, *shape]}, [k, p]."""
-        scaled = (parts[name] / self.precision[name] ** 0.5 for name in self.shapes)
-        return torch.cat([part.reshape(len(part), -1) for part in scaled], 1)
+        scaled = ((parts[name] / self.precision[name] ** 0.5, shape) for name, shape in self.shapes.items())
+        return torch.cat([part.reshape(len(part), shape.numel()) for part, shape in scaled], 1)
 
 
 class SketchedPart(KnownPart):
