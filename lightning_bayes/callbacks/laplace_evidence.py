@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -71,7 +70,8 @@ class LaplaceEvidence(EpochReadings[Evidence]):
     Args:
         structure: "full" (exact), "lanczos" (with a standard error, for any size), "blocks" (a bracket), "kron",
             "kron_joint", "kron_expand", "diag"; "auto" takes the first of "full", "lanczos" and "kron" that takes no
-            longer than the larger of ten seconds and an epoch of training, and says which.
+            longer than the larger of ten seconds and an epoch of training, beside the reading of the rows, and says
+            which.
         likelihood: "auto" reads it from the loss in training_step, with its class weights, label smoothing and
             ignored targets; "classification", "binary", "regression", "gaussian_nll" or a `Likelihood` such as
             `Gaussian(sigma=0.1)` must be of the loss's kind unless `network` is given, and its own parameters
@@ -200,8 +200,12 @@ class LaplaceEvidence(EpochReadings[Evidence]):
         training = (start - self._started - self._spent) / epochs
         take = partial(self._evaluation.evidence, trainer, pl_module, rehearsed, before, training)
         evidence = trainer.strategy.broadcast(self._take(trainer, take))
-        if before is None and evidence and rehearsed.chosen not in (None, evidence.structure):
-            self._settle(rehearsed, evidence.structure, training)
+        expected = before.structure if before else rehearsed.chosen
+        if evidence and expected not in (None, evidence.structure):
+            rank_zero_info(
+                f"LaplaceEvidence: structure={evidence.structure!r} from now on and not {expected!r}, at "
+                f"{evidence.num_parameters:,} parameters and {training:.2g} s for an epoch of training."
+            )
         self._last_took = time.monotonic() - start
         self._spent += self._last_took
         if evidence is not None:
@@ -212,13 +216,6 @@ class LaplaceEvidence(EpochReadings[Evidence]):
             values = dict.fromkeys((*UNAVAILABLE, *known), math.nan)
         # A monitor of what this likelihood or structure has not (a ratio, of a regression) finds NaN there.
         self._log_epoch(trainer, pl_module, values)
-
-    def _settle(self, rehearsed: Rehearsed, structure: str, training: float) -> None:
-        """Keep to the structure of the first evaluation: those of one key are compared."""
-        rank_zero_info(
-            f"LaplaceEvidence: structure={structure!r} from now on, since an epoch of training took {training:.2g} s."
-        )
-        self._rehearsed = replace(rehearsed, chosen=structure)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

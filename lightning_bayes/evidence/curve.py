@@ -193,7 +193,8 @@ def curve_of(totals: Totals, grid: list[float] | None) -> EvidenceCurve:
 
 def _evaluated(totals: Totals, grid: list[float], best: float) -> EvidenceCurve:
     every = [*grid, best]
-    totals.curved.prepare([dict.fromkeys(totals.weights, totals.dispersion * value) for value in every])
+    if not totals.likelihood.optimizes_dispersion:
+        totals.curved.prepare([dict.fromkeys(totals.weights, totals.dispersion * value) for value in every])
     fits, summaries = zip(*(_terms(totals, value) for value in every), strict=True)
     rows = [
         (*fit, s.log_det, s.effective_parameters, s.log_det_stderr, *s.bounds)
@@ -203,9 +204,9 @@ def _evaluated(totals: Totals, grid: list[float], best: float) -> EvidenceCurve:
     fit = log_likelihood - penalty
     total, lower, upper = (fit - 0.5 * values for values in (log_dets, most, least))
     bounded = not bool(lower.isinf().any() or upper.isinf().any())
-    sampled = torch.tensor([s.samples for s in summaries], dtype=torch.float64)  # [K + 1, vectors]
+    vectors = min(len(s.samples) for s in summaries)  # that all λ have taken
+    sampled = torch.tensor([s.samples[:vectors] for s in summaries], dtype=torch.float64)  # [K + 1, vectors]
     differences = 0.5 * (sampled - sampled[-1:])[:-1]
-    vectors = sampled.shape[1]
     return EvidenceCurve(
         prior_precisions=torch.tensor(grid, dtype=torch.float64),
         log_evidence=total[:-1],

@@ -126,7 +126,12 @@ def sampling_if_many_columns(
     if asked or method.is_hessian:
         return method, None
     why = samples_of_many_columns(outputs, num_examples, num_parameters, batch_size, method.budget)
-    return (method if why is None else replace(method, structure="kron", num_samples=DEFAULT_SAMPLES)), why
+    if why is None:
+        return method, None
+    if method.num_probes is not None or method.max_stderr is not None:
+        why += ' num_probes= and max_stderr= are those of structure="lanczos", which takes them at this size as well.'
+    kron = replace(method, structure="kron", num_samples=DEFAULT_SAMPLES, num_probes=None, max_stderr=None)
+    return kron, why
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -100,13 +100,14 @@ class Evidence:
         """By how much this log-evidence is above another one, and the standard error of that.
 
         Two evaluations by "lanczos" take the same random vectors, at every prior and epoch, so that their difference
-        is surer than either. By the spread of the vectors' own differences: few of them, so allow for Student's t.
+        is surer than either: that of the vectors which both have taken. By the spread of the vectors' own
+        differences: few of them, so allow for Student's t.
         """
-        difference = self.log_evidence - other.log_evidence
         paired = [mine - its for mine, its in zip(self.samples, other.samples, strict=False)]
         if len(paired) < 2:
+            difference = self.log_evidence - other.log_evidence
             return difference, math.hypot(self.log_evidence_stderr, other.log_evidence_stderr)
-        return difference, statistics.stdev(paired) / len(paired) ** 0.5
+        return statistics.fmean(paired), statistics.stdev(paired) / len(paired) ** 0.5
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -127,7 +128,8 @@ class Evidence:
         true Hessian, where it was computed, is negative.
         """
         reference = self.log_evidence if self.log_evidence_ratio is None else self.log_evidence_ratio
-        return not self.num_negative_eigenvalues and self.newton_decrement <= max(1.0, 0.01 * abs(reference))
+        most = self.newton_decrement + self.newton_decrement_error
+        return not self.num_negative_eigenvalues and most <= max(1.0, 0.01 * abs(reference))
 
     @property
     def status(self) -> str:
@@ -150,6 +152,8 @@ class Evidence:
         spread = f"± {stderr:.2g} of {self.num_parameters:,}" if stderr else f"of {self.num_parameters:,}"
         rows.append(("effective parameters", self.effective_parameters, spread))
         doubt = self.status if self.at_minimum else f"{self.status.upper()}: the expansion is in doubt"
+        if self.newton_decrement_error > 0.01 * self.newton_decrement:
+            doubt = f"and at most {self.newton_decrement + self.newton_decrement_error:,.4g}; {doubt}"
         rows.append(("Newton decrement", self.newton_decrement, doubt))
         if self.log_evidence_best_prior is not None and not self.prior_optimized:
             remark = (

@@ -133,6 +133,7 @@ def read_all(
     report: Callable[[str], object] = lambda text: None,
     seconds: float = MINUTE,
     structure: str | None = None,
+    measured: Mapping[str, float] | None = None,
 ) -> Totals:
     """Read every batch: rows into a structure, or Hessians into their sum.
 
@@ -148,6 +149,7 @@ def read_all(
         report: Takes a few words on what is being done after the pass, now and then.
         seconds: That "auto" may take where its budget does not say.
         structure: In the place of the method's, where "auto" has chosen before.
+        measured: Seconds that answers by some structures take, where they were measured.
 
     Raises:
         ValueError: If there is no batch, or a batch cannot be read.
@@ -180,7 +182,7 @@ def read_all(
         for chunk in rows:
             if curved is None:
                 sizes = chunk, reader.parameters, likelihood, prior, method, num_examples
-                problem, taken, _ = settle(*sizes, seconds, structure)
+                problem, taken, _ = settle(*sizes, seconds, structure, measured)
                 passes = partial(DataPasses, network, reader.parameters, likelihood, forwards, reader.read)
                 problem = replace(problem, block_sample=sample, passes=passes, report=report)
                 curved = STRUCTURES[taken](problem)
@@ -233,6 +235,7 @@ def settle(
     num_examples: int,
     seconds: float,
     structure: str | None = None,
+    measured: Mapping[str, float] | None = None,
 ) -> tuple[Problem, str, str]:
     """Return the sizes by the first chunk of rows, the structure to take, and a sentence that says why.
 
@@ -245,6 +248,7 @@ def settle(
         num_examples: N.
         seconds: That "auto" may take where its budget does not say.
         structure: In the place of the method's.
+        measured: Seconds that answers by some structures take, where they were measured.
     """
     first = next(iter(parameters.values()))
     kept_width, gram_width, map_width = kept_widths(chunk)
@@ -271,5 +275,6 @@ def settle(
         max_stderr=None if method.max_stderr is None else 2.0 * method.max_stderr,
         seed=method.seed,
         by_products=method.by_products,
+        measured=measured or {},
     )
     return problem, *choose_structure(structure or method.structure, problem)

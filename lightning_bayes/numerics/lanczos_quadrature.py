@@ -145,9 +145,10 @@ class LanczosRecurrences:
         )
         self._basis.append(following.unsqueeze(0))
 
-    def gauss(self, function: Function) -> Tensor:
-        """Gauss's rule for zᵀf(A)z: [k] in float64."""
-        return torch.cat([_rules(function, matrices) for _, matrices in self._tridiagonals()]) * self._squares
+    def gauss(self, function: Function, least: float | None = None) -> Tensor:
+        """Gauss's rule for zᵀf(A)z: [k] in float64; below `least` nodes are rounding."""
+        rules = [_rules(function, matrices, least) for _, matrices in self._tridiagonals()]
+        return torch.cat(rules) * self._squares
 
     def radau(self, function: Function, node: float) -> Tensor:
         """Gauss-Radau's rule for zᵀf(A)z with a node at a lower end of A's spectrum: [k] in float64.
@@ -170,11 +171,12 @@ class LanczosRecurrences:
                 rules.append(_rules(function, matrices, node))
         return torch.cat(rules) * self._squares
 
-    def images(self, function: Function) -> Tensor:
-        """Return f(A)z ≈ |z| V f(T) e₁ of each vector, [k, n]."""
+    def images(self, function: Function, least: float | None = None) -> Tensor:
+        """Return f(A)z ≈ |z| V f(T) e₁ of each vector, [k, n]; eigenvalues below `least` are rounding."""
         total = torch.zeros_like(self.starts)
         for some, matrices in self._tridiagonals():
             values, vectors = torch.linalg.eigh(matrices)
+            values = values if least is None else values.clamp(min=least)
             weights = torch.einsum("kij,kj->ki", vectors, function(values) * vectors[:, 0]).to(total)
             for step, basis in enumerate(self._basis[: matrices.shape[1]]):
                 total[some] += (weights[:, step] * self._norms[some]).unsqueeze(1) * basis[0, some]
@@ -190,7 +192,7 @@ class LanczosRecurrences:
         Returns:
             [k] each, in float64. Half the distance is the error of too few steps at most.
         """
-        gauss, radau = self.gauss(function), self.radau(function, node)
+        gauss, radau = self.gauss(function, node), self.radau(function, node)
         return 0.5 * (gauss + radau), (gauss - radau).abs()
 
     @property
@@ -261,13 +263,13 @@ def converge(
         middle, gaps = recurrences.between(function, node)
         gap = gaps.mean().item()
         watch(steps, gap)
-        if recurrences.exhausted or steps >= max_steps:
+        if recurrences.exhausted or steps >= max_steps or not math.isfinite(gap):
             return middle, gap
         # The images cost as much as a reorthogonalisation: now and then, and where the gap seems small enough.
         if steps >= due or gap <= max(share * stderr, rounding):
             due = 2 * steps
             trial = SampledTrace()
-            trial.add(recurrences.starts, recurrences.images(function))
+            trial.add(recurrences.starts, recurrences.images(function, node))
             stderr = trial.stderr
             if gap <= max(share * stderr, rounding):
                 return middle, gap

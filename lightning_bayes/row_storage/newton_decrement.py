@@ -41,7 +41,7 @@ def quadratic_form(
         gradient: g of each parameter tensor.
         tolerance: Relative rise at which the steps end.
     """
-    value, left = climbed(
+    value, left, steps = climbed(
         partial(dot_all, layers),
         lambda coefficients: dict(combine_all(layers, coefficients)),
         precondition,
@@ -50,7 +50,7 @@ def quadratic_form(
         tolerance,
         MAX_REFINEMENTS,
     )
-    if left > tolerance * value:
+    if steps == MAX_REFINEMENTS and left > tolerance * value:
         warnings.warn(
             f"The Newton decrement has not converged in {MAX_REFINEMENTS} steps and is a lower bound: the prior "
             "precision is too small for the floating-point type, or the tolerance too wide. A larger prior "
@@ -68,7 +68,7 @@ def climbed(
     gradient: Vector,
     tolerance: float,
     max_steps: int,
-) -> tuple[float, float]:
+) -> tuple[float, float, int]:
     """`quadratic_form` for a V that is known by its products alone, without the warning.
 
     Args:
@@ -81,8 +81,8 @@ def climbed(
         max_steps: After which they end anyhow.
 
     Returns:
-        A value, and what it may be below gᵀ(G + Λ)⁻¹g at most (Meurant & Tichý, *On computing quadrature-based bounds
-        for the A-norm of the error in conjugate gradients*, Numerical Algorithms 62, 2013).
+        A value, what it may be below gᵀ(G + Λ)⁻¹g at most (Meurant & Tichý, *On computing quadrature-based bounds
+        for the A-norm of the error in conjugate gradients*, Numerical Algorithms 62, 2013), and the steps.
     """
 
     def curve(direction: Vector) -> tuple[float, Callable[[], Vector]]:
@@ -104,7 +104,7 @@ def climbed_by_products(
     start: Tensor,
     tolerance: float,
     max_steps: int,
-) -> tuple[float, float]:
+) -> tuple[float, float, int]:
     """gᵀA⁻¹g as `climbed` returns it, for an A ≥ I that is known by its products.
 
     Args:
@@ -137,13 +137,13 @@ def _climb(
     gradient: Vector,
     tolerance: float,
     max_steps: int,
-) -> tuple[float, float]:
+) -> tuple[float, float, int]:
     """`climbed` for a matrix by what it makes of a direction d: dᵀAd, and Ad where that is wanted."""
     # Of entries up to 1, so that squares do not overflow in float32.
     sizes = [g.abs().max().item() for g in gradient.values() if g.numel()]
     unit = max(sizes, default=0.0)
     if unit == 0.0 or not math.isfinite(sum(sizes)):
-        return sum(sizes), 0.0
+        return sum(sizes), 0.0, 0
     residual: dict[str, Tensor] = {name: g / unit for name, g in gradient.items()}
 
     def inner(left: Vector, right: Vector) -> float:
@@ -151,10 +151,11 @@ def _climb(
 
     direction = precondition(residual)
     decrease = inner(residual, direction)
-    value, radau, left = 0.0, 1.0, decrease
-    for _ in range(max_steps):
+    value, radau, left = 0.0, 1.0, _largest_rest(residual, precision)
+    steps = 0
+    while steps < max_steps:
+        steps += 1
         if decrease <= 0.0:  # nothing left, or nothing that the preconditioner can still see
-            left = 0.0
             break
         curvature, image = curve(direction)
         step = decrease / curvature
@@ -167,19 +168,26 @@ def _climb(
         curved = image()
         residual = {name: part - step * curved[name] for name, part in residual.items()}
         # What is left, rᵀ(G + Λ)⁻¹r, is at most rᵀΛ⁻¹r.
-        left = sum(part.square().sum().item() / precision[name] for name, part in residual.items())
+        left = _largest_rest(residual, precision)
         if left <= tolerance * value:
             break
         whitened = precondition(residual)
         ahead = inner(residual, whitened)
+        if ahead <= 0.0:  # rounding has broken the preconditioner, or there is nothing left
+            break
         # Gauss-Radau's bound with a node at 1, the smallest eigenvalue of the preconditioned matrix.
-        radau = max(radau - step, 0.0) / (max(radau - step, 0.0) + ahead / decrease) if ahead > 0.0 else 0.0
+        radau = max(radau - step, 0.0) / (max(radau - step, 0.0) + ahead / decrease)
         left = min(left, radau * ahead)
         if left <= tolerance * value:
             break
         direction = {name: part + ahead / decrease * direction[name] for name, part in whitened.items()}
         decrease = ahead
-    return unit**2 * value, unit**2 * left
+    return unit**2 * value, unit**2 * left, steps
+
+
+def _largest_rest(residual: Vector, precision: Mapping[str, float]) -> float:
+    """rᵀΛ⁻¹r, which rᵀ(G + Λ)⁻¹r is at most."""
+    return sum(part.square().sum().item() / precision[name] for name, part in residual.items())
 
 
 def by_factor(

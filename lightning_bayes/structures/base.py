@@ -125,6 +125,7 @@ class Problem:
         max_stderr: Standard error of its log-determinant, until which there are more of them; None for no more.
         seed: Of these vectors.
         by_products: Whether products with G take the place of rows.
+        measured: Seconds that answers by some structures take, where they were measured.
         passes: Makes products by further passes over the data; None where these can be read once only.
         report: Takes a few words on what is being done.
     """
@@ -152,6 +153,7 @@ class Problem:
     max_stderr: float | None = None
     seed: int = 0
     by_products: bool = False
+    measured: Mapping[str, float] = field(default_factory=dict)
     passes: Callable[[], DataPasses] | None = None
     report: Callable[[str], object] = field(default=lambda text: None, repr=False)
 

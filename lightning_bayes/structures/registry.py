@@ -142,7 +142,7 @@ def _within_budget(problem: Problem, sizes: str) -> tuple[str, str]:
         )
     return "kron", (
         f"{beyond}; structure='lanczos' gives the exact value with a standard error in about {_duration(seconds)}, "
-        "max_examples= takes fewer examples"
+        "max_examples= takes fewer examples; num_probes= and max_stderr= have no effect on 'kron'"
     )
 
 
@@ -236,7 +236,7 @@ def evaluation_seconds(problem: Problem, structure: str, read: float) -> float:
 
 
 def lanczos_seconds(problem: Problem, batches: float, read: float, share: float) -> float:
-    """Seconds of an evaluation by "lanczos", by the time of one step over some batches, which it reads once more.
+    """Seconds of the answers by "lanczos", by the time of one step over some batches, which it reads once more.
 
     Args:
         problem: With passes over these batches.
@@ -251,7 +251,7 @@ def lanczos_seconds(problem: Problem, batches: float, read: float, share: float)
     steps, search = EXPECTED_STEPS, LANCZOS_SEARCH if problem.sought else 1.0
     if problem.by_products:
         steps += SKETCHED // problem.num_probes
-    readings = 1.0 if problem.by_products or not curvature.rereads else 2.0
+    readings = 1.0 if curvature.rereads and curvature.reads_rows else 0.0
     selecting = 0.0 if problem.by_products else selection_flop(problem) / _rate(problem.dtype, problem.device)
     stepping = share * steps * curvature.step_seconds()
     return batches * readings * read + search * (stepping + selecting)
@@ -259,6 +259,8 @@ def lanczos_seconds(problem: Problem, batches: float, read: float, share: float)
 
 def structure_seconds(problem: Problem, structure: str) -> float:
     """Seconds of a structure's answers without the reading of the rows, within a factor of about three."""
+    if structure in problem.measured:
+        return problem.measured[structure]
     return _structure_flop(problem, structure) / _rate(problem.dtype, problem.device)
 
 

@@ -1,7 +1,8 @@
 """The evidence of the module that a Trainer trains, on its training data: rehearsed on one batch, then evaluated."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -38,7 +39,7 @@ class Rehearsed:
         last_layer: Names of the parameters of the last layer, None where it was not asked for.
         batch_size: Of the first batch.
         chosen: The structure that is taken; None where the batch had no evidence.
-        sizes: Parameters and N that the choice was made for.
+        measured: Seconds that answers by some structures take, as far as they were measured.
         seconds: That an evaluation is expected to take.
     """
 
@@ -46,7 +47,7 @@ class Rehearsed:
     last_layer: list[str] | None = None
     batch_size: int = 1
     chosen: str | None = None
-    sizes: tuple[list[str], int] | None = None
+    measured: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -118,10 +119,15 @@ class Evaluation:
         captured = reader.read(first[1], first[0])
         subset = self.method.subset_of_weights
         prior = prior_of(trainer, reader.original, self.prior_precision, subset, rehearsed.last_layer)
-        # Parameters are unfrozen and datasets grow during a run: then the choice is made again.
-        same = rehearsed.sizes == (list(prior.strengths), examples.num_examples)
+        # A structure that was chosen is kept, in a fit that is resumed as well: numbers under one key are compared.
+        # But parameters are unfrozen and datasets grow during a run: then the choice is made again.
+        size = sum(reader.network.get_parameter(name).numel() for name in prior.strengths)
+        same = before is not None and (before.num_parameters, before.num_examples) == (
+            size,
+            examples.num_examples,
+        )
         # At the first evaluation too: the first batch could only say what an epoch might take.
-        structure = rehearsed.chosen if same and before is not None else None
+        structure = before.structure if before and same and rehearsed.asked.structure == "auto" else None
         outputs = reader.outputs_and_targets
         start = prior.start_from(before.prior_precision) if before and before.prior_optimized else None
         with bar_line(trainer) as report:
@@ -144,6 +150,7 @@ class Evaluation:
                 report=report,
                 seconds=max(LEAST_SECONDS, epoch_seconds),
                 structure=structure,
+                measured=rehearsed.measured,
             )
             return evidence_of(totals, LossReduction(captured.reduction, training_batch_size), start)
 
@@ -175,5 +182,6 @@ class Evaluation:
         for sentence in (structure, rehearsal.split, *examples.notes, captured.likelihood.note):
             if sentence is not None:
                 rank_zero_info(f"LaplaceEvidence: {sentence}.")
-        sizes = list(prior.strengths), number
-        return replace(settled, chosen=rehearsal.structure, sizes=sizes, seconds=rehearsal.seconds)
+        return replace(
+            settled, chosen=rehearsal.structure, measured=rehearsal.measured, seconds=rehearsal.seconds
+        )

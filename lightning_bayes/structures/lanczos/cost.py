@@ -11,6 +11,10 @@ SKETCHED = 96
 """Directions of the sketch in the space of parameters, each of one product with G."""
 MEMORY_BOUND = 8.0
 """Multiplications of a matrix product in the time in which one number is read from memory."""
+CALL_FLOP = 5e6
+"""Multiplications in the time that one product of one tensor in one batch takes, however little it does."""
+CALLED_STEPS = 100
+"""Steps of Lanczos and of conjugate gradients that these are counted for."""
 OVERHEAD = 2.0
 """Time of a network's own operations, in units of its matrix products."""
 
@@ -38,13 +42,14 @@ def lanczos_flop(problem: Problem) -> float:
     if problem.by_products:
         once = OVERHEAD * examples * problem.map_width
         return (EXPECTED_STEPS + SKETCHED / vectors) * (3.0 + 4.0 * vectors) * once
+    calls = examples / problem.batch_size * len(problem.shapes) * CALL_FLOP * 2.0 * CALLED_STEPS
     bases = 2.0 * EXPECTED_STEPS**2 * vectors * problem.num_rows * MEMORY_BOUND
     if stored_bytes(problem) > problem.budget.stored_bytes:
         steps = EXPECTED_STEPS * (4.0 + 4.0 * vectors) * OVERHEAD * examples * problem.map_width
     else:
         reading = problem.rank * problem.kept_width * max(vectors, MEMORY_BOUND)
         steps = 2.0 * EXPECTED_STEPS * examples * (vectors * problem.map_width + reading)
-    return selection_flop(problem) + bases + steps
+    return selection_flop(problem) + bases + steps + calls
 
 
 def selection_flop(problem: Problem) -> float:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.numerics.cholesky import rounding_of_log_det
 from lightning_bayes.numerics.lanczos_quadrature import (
     LanczosRecurrences,
@@ -139,8 +140,8 @@ class SampledLogDet(Curvature):
 
     def _refined(self, answer: _Answer) -> None:
         """Add vectors until the standard error is `max_stderr` at most, having said what that costs."""
-        most, stderr = self.problem.max_stderr or math.inf, answer.log.stderr
-        if stderr <= most:
+        most, stderr = self.problem.max_stderr, answer.log.stderr
+        if most is None or stderr <= most:
             return
         before = answer.log.num_vectors
         wanted = math.ceil(1.05 * before * (stderr / most) ** 2)
@@ -193,16 +194,21 @@ class SampledLogDet(Curvature):
             self.problem.report(f"lanczos, step {steps}: {0.5 * gap:.3g} nats between its rules")
 
         middle, gap = converge(recurrences, _log, known.least, GAP_SHARE * share, MAX_STEPS, watch, rounding)
-        answer.log.add(signs, recurrences.images(_log))
-        answer.gamma.add(signs, known.gamma_image(signs, recurrences.images(_reciprocal)))
+        answer.log.add(signs, recurrences.images(_log, known.least))
+        answer.gamma.add(signs, known.gamma_image(signs, recurrences.images(_reciprocal, known.least)))
         answer.samples += middle.tolist()
         self.num_steps += recurrences.num_steps
         self.num_products += recurrences.num_steps * number
         self.product_seconds += recurrences.product_seconds
+        if not math.isfinite(answer.log.stderr + answer.log_det):
+            raise EvidenceUnavailableError(
+                f"structure='lanczos' overflows in {self.problem.dtype}: the prior precision is too small for it. "
+                "Use a float64 model or a larger prior precision."
+            )
         answer.seconds += time.perf_counter() - started
         total = seen + number
         answer.gap = (answer.gap * seen + gap * number) / total
-        if answer.gap > max(answer.log.stderr, rounding):
+        if answer.gap > max(answer.log.stderr, rounding) and not recurrences.exhausted:
             warnings.warn(
                 f"structure='lanczos' has not converged in {recurrences.num_steps} steps: {0.5 * answer.gap:.3g} "
                 "nats remain between its two rules, half of which is in the standard error. A larger prior precision "

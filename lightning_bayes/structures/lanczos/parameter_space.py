@@ -43,7 +43,9 @@ class ParameterSpaceLanczos(SampledLogDet):
     def known_part(self, scale: float) -> "SketchedPart":
         like = self.like()
         if self._sketch is None:
-            rank = min(SKETCHED, len(like))
+            # Some six tensors of that size while it is made.
+            fitting = int(self.problem.budget.basis_bytes / (6 * len(like) * like.element_size()))
+            rank = max(1, min(SKETCHED, len(like), fitting))
             self._sketch = nystrom_sketch(
                 self.whitened.product, like, rank, self.problem.num_probes, self.problem.seed
             )
@@ -110,10 +112,11 @@ class SketchedPart(KnownPart):
     def quadratic_form(self, gradient: Mapping[str, Tensor], tolerance: float) -> tuple[float, float]:
         # gᵀ(G + sΛ)⁻¹g = g̃ᵀ(I + G̃/s)⁻¹g̃ with g̃ = (sΛ)^-½ g
         start = self._whitened.joined({name: part.unsqueeze(0) for name, part in gradient.items()})
-        return climbed_by_products(
+        value, missing, _ = climbed_by_products(
             lambda v: v + self._whitened.product(v) / self._scale,
             lambda v: self._sketch.shifted_power(v, self._scale, -1.0),
             start / self._scale**0.5,
             tolerance,
             DECREMENT_STEPS,
         )
+        return value, missing

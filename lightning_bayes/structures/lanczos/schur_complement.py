@@ -111,7 +111,10 @@ class SchurComplement(KnownPart):
             return {name: v[0] for name, v in selected.all.combine(selected.products, coefficients).items()}
 
         inverse = woodbury(selected.layers, self._solve, self._precision)
-        return climbed(dot, combine, inverse, self._precision, scaled, tolerance, DECREMENT_STEPS)
+        value, missing, _ = climbed(
+            dot, combine, inverse, self._precision, scaled, tolerance, DECREMENT_STEPS
+        )
+        return value, missing
 
     def _times_q(self, vectors: Tensor, growing: bool) -> Tensor:
         selected, precision = self._selected, self._precision
