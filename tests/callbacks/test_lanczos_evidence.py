@@ -16,7 +16,18 @@ from lightning_bayes.structures.base import Budget
 from lightning_bayes.structures.lanczos import row_space
 from tests.cases import use_budget
 from tests.refusals import refuses
-from tests.scenarios import DECAY, Module, N, cross_entropy, fit, loader, mean_squared_error, mlp, tensors
+from tests.scenarios import (
+    DECAY,
+    Module,
+    N,
+    cross_entropy,
+    fit,
+    loader,
+    mean_squared_error,
+    mlp,
+    tensors,
+    trainer,
+)
 
 REREAD = Budget(stored_bytes=0.0)
 
@@ -159,7 +170,7 @@ def test_several_priors_are_not_found(tmp_path, words):
         return torch.optim.SGD(groups, lr=0.1)
 
     callback = LaplaceEvidence("lanczos", prior_precision=words, on_error="raise")
-    with refuses("structure='lanczos'", remedy="prior_precision='optimize'"):
+    with refuses('structure="lanczos"', remedy='prior_precision="optimize"'):
         fit(tmp_path, Module(mlp(), cross_entropy, two_groups), loader(), callback)
 
 
@@ -170,3 +181,19 @@ def test_max_stderr_is_met_in_every_epoch(tmp_path):
     callback = LaplaceEvidence("lanczos", num_probes=4, max_stderr=wanted)
     fit(tmp_path, Module(mlp(), cross_entropy), loader(), callback, max_epochs=2)
     assert all(evidence.log_evidence_stderr <= wanted for _, evidence in callback.history)
+
+
+def test_a_resumed_run_keeps_its_structure(tmp_path, monkeypatch):
+    """Also where the seconds of an epoch would now choose another."""
+    monkeypatch.setattr(registry, "full_cost", lambda problem: (math.inf, math.inf))
+    seconds = {"lanczos": 1e-3}
+    monkeypatch.setattr(registry, "structure_seconds", lambda problem, structure: seconds.get(structure, 1e9))
+    first = LaplaceEvidence()
+    run = fit(tmp_path, Module(mlp(), cross_entropy), loader(), first, max_epochs=1)
+    assert first.history[0][1].structure == "lanczos"
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    seconds["lanczos"] = 1e9
+    second = LaplaceEvidence()
+    resumed = trainer(tmp_path, [second], max_epochs=2)
+    resumed.fit(Module(mlp(), cross_entropy), loader(), ckpt_path=tmp_path / "one.ckpt")
+    assert [evidence.structure for _, evidence in second.history] == ["lanczos", "lanczos"]

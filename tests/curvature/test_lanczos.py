@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_bayes.evidence.curve import evidence_curve
+from lightning_bayes.errors import EvidenceUnavailableError
+from lightning_bayes.evidence.curve import curve_of, evidence_curve
 from lightning_bayes.evidence.evaluate import evidence_of
 from lightning_bayes.evidence.laplace import Computation
 from lightning_bayes.evidence.result import Evidence
@@ -427,3 +428,57 @@ def test_powers_of_a_shifted_sketch(size, seed, scale, power):
     vectors = torch.randn(3, size, dtype=torch.float64)
     expected = vectors @ ((basis * values**power) @ basis.mT)
     torch.testing.assert_close(sketch.shifted_power(vectors, scale, power), expected, rtol=1e-7, atol=1e-7)
+
+
+@FORMS
+@pytest.mark.parametrize("precision", [1e-12, 1e-6, 1e12])
+def test_float32_at_extreme_priors_gives_a_number_or_says_why(budget, precision):
+    case = make_case("mlp", "classification", 30)
+    case = replace(case, model=case.model.float(), inputs=case.inputs.float())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            found = lanczos(case, budget, prior_precision=precision)
+        except EvidenceUnavailableError as error:
+            assert "larger prior precision" in str(error)
+            return
+    assert math.isfinite(found.log_evidence)
+    assert math.isfinite(found.log_evidence_stderr)
+    double = make_case("mlp", "classification", 30).evidence(structure="full", prior_precision=precision)
+    most = found.newton_decrement + found.newton_decrement_error
+    assert most >= 0.99 * double.newton_decrement
+
+
+def test_a_curve_of_different_numbers_of_vectors():
+    case = make_case("mlp", "classification", 30)
+    single = lanczos(case).log_evidence_stderr
+    curve = computation(case, max_stderr=0.5 * single, prior_precision="optimize").run(
+        case.model, (case.inputs, case.targets), lambda totals: curve_of(totals, [0.01, 0.1, 10.0])
+    )
+    assert bool((curve.log_evidence_stderr <= 0.5 * single).all())
+    assert bool(curve.difference_stderr.isfinite().all())
+
+
+def test_differences_of_different_numbers_of_vectors_are_those_of_the_common_ones():
+    case = make_case("mlp", "classification", 30)
+    few, many = lanczos(case, num_probes=4), lanczos(case, num_probes=12)
+    difference, stderr = many.above(few)
+    assert abs(difference) < 1e-6
+    assert stderr < 1e-6
+
+
+def test_a_decrement_that_may_be_larger_is_not_a_minimum():
+    sure = lanczos(make_case("mlp", "classification", 30))
+    unsure = replace(sure, newton_decrement=0.5, newton_decrement_error=1e6)
+    assert not unsure.at_minimum
+    assert "at most" in str(unsure)
+
+
+def test_auto_with_vectors_and_many_outputs_says_that_they_have_no_effect(monkeypatch):
+    case = make_case("mlp", "classification", 30)
+    automatic = Computation(
+        structure="auto", num_probes=4, likelihood="classification", budget=Budget(columns=1, seconds=0.0)
+    )
+    with pytest.warns(UserWarning, match="num_probes= and max_stderr= are those of"):
+        found = automatic.run(case.model, (case.inputs, case.targets), evidence_of)
+    assert found.structure == "kron"
