@@ -33,6 +33,8 @@ MARKERS = {
     "diag": "^",
     "tolerance 1": "D",
     "tolerance 10": "d",
+    "lanczos": "p",
+    "blocks": "v",
     "auto": "*",
 }
 TITLES = {

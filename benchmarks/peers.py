@@ -208,6 +208,8 @@ CANDIDATES = {
         ),
         Candidate("lightning-bayes", "", "tolerance 1", _ours("full", 1.0), "bracket of 1 nat"),
         Candidate("lightning-bayes", "", "tolerance 10", _ours("full", 10.0), "bracket of 10 nats"),
+        Candidate("lightning-bayes", "", "lanczos", _ours("lanczos"), "8 random vectors"),
+        Candidate("lightning-bayes", "", "blocks", _ours("blocks"), "the estimate between its bounds"),
         Candidate("lightning-bayes", "", "auto", _ours("auto"), "what a call without arguments does"),
         *(
             Candidate("laplace-torch", backend, structure, _laplace_torch(structure, backend))

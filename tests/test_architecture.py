@@ -15,7 +15,7 @@ FOLDERS = [  # from the top down
     {"advice"},
     {"evidence"},
     {"loss_curvature"},
-    {"structures", "structures/bracket"},
+    {"structures", "structures/bracket", "structures/lanczos"},
     {"row_storage"},
     {"rows"},
     {"priors"},

@@ -100,7 +100,10 @@ def test_likelihood_objects_and_names_agree():
 
 
 BAD_ARGUMENTS = {
-    "structure": (["FULL", None, 3], "'auto', 'full', 'blocks', 'kron', 'kron_joint', 'kron_expand', 'diag'"),
+    "structure": (
+        ["FULL", None, 3],
+        "'auto', 'full', 'lanczos', 'blocks', 'kron', 'kron_joint', 'kron_expand', 'diag'",
+    ),
     "subset_of_weights": (["head", [], [3], None], "list of parameter-name patterns such as ['head.*']"),
     "curvature": (["fisher", None, True], "'ggn', 'hessian', 'hessian_positive'"),
     "backend": (["curvlinops", None], "'auto', 'backpack', 'autograd'"),

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_bayes import laplace_evidence
 from lightning_bayes.capture.as_written import throw_away_copy
 from lightning_bayes.evidence.options import Method
-from lightning_bayes.evidence.totals import rehearse
+from lightning_bayes.evidence.rehearsal import rehearse
 from lightning_bayes.likelihoods import resolve_likelihood
 from lightning_bayes.priors.prior import prior_from
 
@@ -49,6 +49,6 @@ def test_a_rehearsal_says_what_is_taken_and_how_long(method):
     torch.manual_seed(0)
     network, x, y = nn.Linear(5, 3), torch.randn(100, 5), torch.randint(0, 3, (100,))
     rehearsal = rehearsed(network, x, y, method)
-    assert rehearsal.method.structure == ("full" if method.structure == "auto" else method.structure)
+    assert rehearsal.structure == ("full" if method.structure == "auto" else method.structure)
     assert rehearsal.reason and rehearsal.split
     assert 0.0 < rehearsal.seconds < 60.0

@@ -68,9 +68,10 @@ class LaplaceEvidence(EpochReadings[Evidence]):
     random state. Training is not disturbed: weights are bit-identical with and without the callback.
 
     Args:
-        structure: "full" (exact), "blocks" (a bracket, linear in N), "kron", "kron_joint", "kron_expand", "diag";
-            "auto" takes the first of "full", "blocks" and "kron" within the memory and time stated in
-            `lightning_bayes.structures.base.Budget`, and says which.
+        structure: "full" (exact), "lanczos" (with a standard error, for any size), "blocks" (a bracket), "kron",
+            "kron_joint", "kron_expand", "diag"; "auto" takes the first of "full", "lanczos" and "kron" that takes no
+            longer than the larger of ten seconds and an epoch of training, beside the reading of the rows, and says
+            which.
         likelihood: "auto" reads it from the loss in training_step, with its class weights, label smoothing and
             ignored targets; "classification", "binary", "regression", "gaussian_nll" or a `Likelihood` such as
             `Gaussian(sigma=0.1)` must be of the loss's kind unless `network` is given, and its own parameters
@@ -94,6 +95,8 @@ class LaplaceEvidence(EpochReadings[Evidence]):
         num_samples: Columns of the loss Hessian's root to sample, for "kron" and "diag"; None for all, or 64
             where structure="auto" meets more than 512 outputs per example whose columns are beyond its budget.
         num_blocks: Batches whose rows "blocks" reads, eight or more, see `laplace_evidence`; None for all.
+        num_probes: Random vectors of "lanczos", see `laplace_evidence`; None for 8.
+        max_stderr: Standard error in nats until which "lanczos" adds vectors, see `laplace_evidence`.
         max_overhead: Largest share of the training time that the callback may take, 0.1 for a tenth: epochs
             are skipped until an evaluation as long as the last fits. The first is always made. A key of a
             skipped epoch keeps its last value for monitors.
@@ -133,6 +136,8 @@ class LaplaceEvidence(EpochReadings[Evidence]):
         tolerance: float | None = None,
         num_samples: int | None = None,
         num_blocks: int | None = None,
+        num_probes: int | None = None,
+        max_stderr: float | None = None,
         max_overhead: float | None = None,
         log_key_prefix: str = "bayes/",
         on_error: OnError = "warn",
@@ -147,7 +152,15 @@ class LaplaceEvidence(EpochReadings[Evidence]):
             on_error=on_error,
         )
         self.method = Method(
-            structure, curvature, backend, tolerance, num_samples, subset_of_weights, num_blocks
+            structure,
+            curvature,
+            backend,
+            tolerance,
+            num_samples,
+            subset_of_weights,
+            num_blocks,
+            num_probes,
+            max_stderr,
         )
         require_prior_precision(prior_precision, also=("auto", "optimize_per_group"))
         self.prior_precision = prior_precision
@@ -158,6 +171,7 @@ class LaplaceEvidence(EpochReadings[Evidence]):
         )
         self._rehearsed: Rehearsed | None = None
         self._started = math.nan  # when training began, in seconds of the monotonic clock
+        self._first_epoch = 0
         self._spent = 0.0  # seconds of all evaluations of this fit
         self._last_took: float | None = None  # seconds of the last one
 
@@ -170,6 +184,7 @@ class LaplaceEvidence(EpochReadings[Evidence]):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._rehearsed = None
         self._started, self._spent, self._last_took = time.monotonic(), 0.0, None
+        self._first_epoch = trainer.current_epoch
         super().on_train_start(trainer, pl_module)
 
     @override
@@ -181,8 +196,16 @@ class LaplaceEvidence(EpochReadings[Evidence]):
         start = time.monotonic()
         # A fit that is resumed at the end of an epoch has no first batch before it.
         rehearsed, before = self._rehearsed or Rehearsed(self.method), self.latest
-        take = partial(self._evaluation.evidence, trainer, pl_module, rehearsed, before)
+        epochs = 1 + trainer.current_epoch - self._first_epoch
+        training = (start - self._started - self._spent) / epochs
+        take = partial(self._evaluation.evidence, trainer, pl_module, rehearsed, before, training)
         evidence = trainer.strategy.broadcast(self._take(trainer, take))
+        expected = before.structure if before else rehearsed.chosen
+        if evidence and expected not in (None, evidence.structure):
+            rank_zero_info(
+                f"LaplaceEvidence: structure={evidence.structure!r} from now on and not {expected!r}, at "
+                f"{evidence.num_parameters:,} parameters and {training:.2g} s for an epoch of training."
+            )
         self._last_took = time.monotonic() - start
         self._spent += self._last_took
         if evidence is not None:

@@ -65,6 +65,22 @@ def recorded_calls(modules: Iterable[nn.Module]) -> Iterator[list[Call]]:
             handle.remove()
 
 
+@contextmanager
+def output_widths(network: nn.Module) -> Iterator[list[int]]:
+    """Note the bytes of each tensor that a module of a network returns."""
+    widths: list[int] = [0]
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        widths.extend(tensor.numel() * tensor.element_size() for tensor in tensors_of(output))
+
+    handles = [module.register_forward_hook(note) for module in network.modules()]
+    try:
+        yield widths
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
     """Apply a function to the tensors of a nest of tuples, lists and mappings, which keeps its form."""
     if isinstance(tree, Tensor):

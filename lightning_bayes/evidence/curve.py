@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 DECADES = 3
 """Decades of the default grid below the optimum, and above it."""
 POINTS_PER_DECADE = 10
+COSTLY_DECADES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
+"""The default grid about the optimum where every λ costs as much as the first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,8 @@ class EvidenceCurve:
         lower: Certified lower bound at each λ, or an estimate of one where blocks are sampled; None for "kron" and
             "diag", of which none is known.
         upper: Certified upper bound at each λ, or None. Both are the log-evidence where it is exact.
+        log_evidence_stderr: Standard error from random vectors at each λ; None where there are none.
+        difference_stderr: That of log_evidence − best_log_evidence, which is smaller: the vectors are the same.
     """
 
     prior_precisions: Tensor
@@ -59,6 +63,8 @@ class EvidenceCurve:
     best_log_evidence: float
     lower: Tensor | None = None
     upper: Tensor | None = None
+    log_evidence_stderr: Tensor | None = None
+    difference_stderr: Tensor | None = None
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the curve, what fit and prior take of it, and the best λ.
@@ -124,7 +130,7 @@ def evidence_curve(
         )
     grid = None if prior_precisions is None else _checked(prior_precisions)
     computation = Computation(prior_precision="optimize", **arguments)
-    return computation.run(model, data, lambda totals: _curve(totals, grid))
+    return computation.run(model, data, lambda totals: curve_of(totals, grid))
 
 
 class _OneSpectrum(Curvature):
@@ -161,15 +167,18 @@ class _OneSpectrum(Curvature):
         return CurvatureSummary(log_det, bounds, terms.effective_parameters(values, 1.0).item(), 0.0)
 
 
-def _curve(totals: Totals, grid: list[float] | None) -> EvidenceCurve:
+def curve_of(totals: Totals, grid: list[float] | None) -> EvidenceCurve:
+    """The curve over the totals of one pass; see `evidence_curve`."""
     curved, unit = totals.curved, dict.fromkeys(totals.weights, 1.0)
     values = None if curved.chooses_rows else curved.spectrum(unit)
     if values is not None:
-        unknown = 0.0 if totals.method.structure == "full" else math.inf
+        unknown = 0.0 if totals.structure == "full" else math.inf
         totals = replace(totals, curved=_OneSpectrum(curved.problem, values, unknown, unknown))
         if grid is not None and not totals.likelihood.optimizes_dispersion and bool((values < 0.0).any()):
             return _evaluated(totals, grid, math.nan)
     (best,) = set(maximize_evidence(totals).precision.values())
+    if grid is None and curved.costly_priors:
+        grid = [best * 10**decades for decades in COSTLY_DECADES]
     if grid is None:
         steps = range(-DECADES * POINTS_PER_DECADE, DECADES * POINTS_PER_DECADE + 1)
         grid = [best * 10 ** (step / POINTS_PER_DECADE) for step in steps]
@@ -183,14 +192,21 @@ def _curve(totals: Totals, grid: list[float] | None) -> EvidenceCurve:
 
 
 def _evaluated(totals: Totals, grid: list[float], best: float) -> EvidenceCurve:
-    of_best = (math.nan,) * 6 if math.isnan(best) else _terms(totals, best)
-    columns = zip(*(_terms(totals, value) for value in grid), of_best, strict=True)
-    log_likelihood, penalty, log_dets, gamma, least, most = (
-        torch.tensor(column, dtype=torch.float64) for column in columns
-    )
+    every = [*grid, best]
+    if not totals.likelihood.optimizes_dispersion:
+        totals.curved.prepare([dict.fromkeys(totals.weights, totals.dispersion * value) for value in every])
+    fits, summaries = zip(*(_terms(totals, value) for value in every), strict=True)
+    rows = [
+        (*fit, s.log_det, s.effective_parameters, s.log_det_stderr, *s.bounds)
+        for fit, s in zip(fits, summaries, strict=True)
+    ]
+    log_likelihood, penalty, log_dets, gamma, stderr, least, most = torch.tensor(rows, dtype=torch.float64).mT
     fit = log_likelihood - penalty
     total, lower, upper = (fit - 0.5 * values for values in (log_dets, most, least))
     bounded = not bool(lower.isinf().any() or upper.isinf().any())
+    vectors = min(len(s.samples) for s in summaries)  # that all λ have taken
+    sampled = torch.tensor([s.samples[:vectors] for s in summaries], dtype=torch.float64)  # [K + 1, vectors]
+    differences = 0.5 * (sampled - sampled[-1:])[:-1]
     return EvidenceCurve(
         prior_precisions=torch.tensor(grid, dtype=torch.float64),
         log_evidence=total[:-1],
@@ -202,22 +218,21 @@ def _evaluated(totals: Totals, grid: list[float], best: float) -> EvidenceCurve:
         best_log_evidence=total[-1].item(),
         lower=lower[:-1] if bounded else None,
         upper=upper[:-1] if bounded else None,
+        log_evidence_stderr=0.5 * stderr[:-1] if vectors else None,
+        difference_stderr=differences.std(1) / vectors**0.5 if vectors > 1 else None,
     )
 
 
-def _terms(totals: Totals, precision: float) -> tuple[float, ...]:
-    """Log-likelihood, weight penalty, log-determinant, γ and bounds at one λ, the noise optimized if asked for."""
+def _terms(totals: Totals, precision: float) -> tuple[tuple[float, float], CurvatureSummary]:
+    """Log-likelihood and weight penalty, and the curvature, at one λ, the noise optimized if asked for."""
+    if math.isnan(precision):
+        unknown = CurvatureSummary(math.nan, (math.nan, math.nan), math.nan, math.nan)
+        return (math.nan, math.nan), unknown
     totals = replace(totals, prior=Prior(dict.fromkeys(totals.weights, precision)))
     taken = maximize_evidence(totals) if totals.needs_search else totals.at()
     nothing = {name: torch.zeros_like(weight) for name, weight in totals.weights.items()}
-    summary = totals.curved.at(taken.scaled, nothing)
-    return (
-        taken.log_likelihood,
-        0.5 * precision * sum(totals.squared_norms.values()),
-        summary.log_det,
-        summary.effective_parameters,
-        *summary.bounds,
-    )
+    penalty = 0.5 * precision * sum(totals.squared_norms.values())
+    return (taken.log_likelihood, penalty), totals.curved.at(taken.scaled, nothing)
 
 
 def _checked(prior_precisions: Sequence[float] | Tensor) -> list[float]:

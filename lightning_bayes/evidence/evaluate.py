@@ -68,7 +68,7 @@ def evidence_of(
         prior_precision=distinct.pop() if len(distinct) == 1 else precision,
         num_examples=totals.num_examples,
         num_parameters=totals.curved.problem.num_parameters,
-        structure=method.structure,
+        structure=totals.structure,
         curvature=method.curvature,
         seconds=time.perf_counter() - totals.started,
         effective_parameters_stderr=summary.effective_parameters_stderr,
@@ -80,6 +80,12 @@ def evidence_of(
         num_negative_eigenvalues=summary.num_negative,
         num_samples=method.num_samples,
         num_blocks=method.num_blocks,
+        newton_decrement_error=0.5 * summary.quadratic_error / taken.dispersion,
+        log_evidence_dof=summary.log_det_dof,
+        samples=tuple(
+            terms.log_evidence(log_likelihood, penalty, terms.log_occam_factor(log_det))
+            for log_det in summary.samples
+        ),
         lower_stderr=0.5 * summary.upper_stderr,
         subset_of_weights=subset if isinstance(subset, str) else tuple(subset),
         log_evidence_best_prior=None if best is None else best[0],

@@ -3,7 +3,8 @@
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from lightning_bayes.capture.as_written import throw_away_copy
 from lightning_bayes.capture.examples import Examples
 from lightning_bayes.capture.inputs_and_targets import examples_of_data, forward_of_pair, require_device
 from lightning_bayes.capture.isolation import isolated
+from lightning_bayes.capture.repeated_forwards import RepeatedForwards
 from lightning_bayes.evidence.evaluate import evidence_of
 from lightning_bayes.evidence.options import Method, sampling_if_many_columns
 from lightning_bayes.evidence.result import Evidence
@@ -47,6 +49,8 @@ def laplace_evidence(
     tolerance: float | None = None,
     num_samples: int | None = None,
     num_blocks: int | None = None,
+    num_probes: int | None = None,
+    max_stderr: float | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Evidence:
@@ -64,10 +68,11 @@ def laplace_evidence(
             "gaussian_nll" (means, then variances), or a `Likelihood` with its own parameters, such as
             `Gaussian(sigma=0.1)` or `Categorical(label_smoothing=0.1, ignore_index=0)`. Sequences are logits
             [N, C, T] or [N, T, C] with targets [N, T].
-        structure: "full" (exact, or a bracket of width `tolerance`), "blocks" (a bracket in time linear in N and
+        structure: "full" (exact, or a bracket of width `tolerance`), "lanczos" (an unbiased estimate of the exact
+            value with its standard error, for any size), "blocks" (a bracket in time linear in N and
             bounded memory, wider the larger N), "kron", "kron_joint" (weight and bias of a layer in one
             block), "kron_expand" (positions of convolutions and sequences apart), "diag"; "auto" takes the first of
-            "full", "blocks" and "kron" that stays within the memory and time of `Budget`.
+            "full", "lanczos" and "kron" that stays within the memory and time of `Budget`: 2 GB and a minute.
         subset_of_weights: "all"; "last_layer", the layer that is called last on the way to the outputs; or a
             list of parameter-name patterns (`["head.*"]`). The other parameters are conditioned on.
         curvature: "ggn"; "hessian", the true Hessian, dense, for small models, an error where the cost has no
@@ -88,6 +93,10 @@ def laplace_evidence(
         num_blocks: Batches whose rows "blocks" reads, eight or more, drawn at random, the same at every call; None
             for all. The log-likelihood stays that of all examples (one gradient pass); `lower`, and with it the
             value, is then an unbiased estimate of a lower bound with a standard error, `upper` a certified bound.
+        num_probes: Random vectors of "lanczos", the same at every call; None for 8. The standard error falls with
+            their square root, the time rises with them.
+        max_stderr: Standard error of the log-evidence in nats until which "lanczos" adds vectors; None for
+            `num_probes` of them. What it will cost is logged; beyond 1,024 vectors a warning says so instead.
         device: Where to compute; None for the model's own device.
         progress: Whether to show a progress bar.
 
@@ -115,6 +124,8 @@ def laplace_evidence(
         tolerance=tolerance,
         num_samples=num_samples,
         num_blocks=num_blocks,
+        num_probes=num_probes,
+        max_stderr=max_stderr,
         device=device,
         progress=progress,
     )
@@ -161,14 +172,18 @@ class Computation(Method):
             method, subset = self._settled(network, first, where, examples)
             prior = prior_from(network, self.prior_precision, subset=subset)
             whole = batches if first is None else itertools.chain([first], batches)
-            forwards = (forward_of_pair(network, batch, where) for batch in whole)
+            forwards = RepeatedForwards(
+                (forward_of_pair(network, batch, where) for batch in whole),
+                lambda: (forward_of_pair(network, batch, where) for batch in examples.read()),
+            )
             announce = logging.getLogger("lightning_bayes").info
             for note in (*examples.notes, likelihood.note):
                 if note is not None:
                     announce(f"{note}.")
             sizes = examples.num_examples, examples.num_batches
-            totals = read_all(network, forwards, likelihood, prior, method, *sizes, announce)
-            return conclude(totals)
+            with _reported(self.progress) as report:
+                totals = read_all(network, forwards, likelihood, prior, method, *sizes, announce, report)
+                return conclude(totals)
 
     def _named_subset(self, network: nn.Module) -> list[str] | None:
         if isinstance(self.subset_of_weights, str):
@@ -180,7 +195,9 @@ class Computation(Method):
     ) -> tuple[Method, list[str] | None]:
         """What only outputs can tell: how many there are, and which layer comes last."""
         subset = self._named_subset(network)
-        if first is None or (self.structure != "auto" and self.subset_of_weights != "last_layer"):
+        if first is None or (
+            self.structure not in ("auto", "lanczos") and self.subset_of_weights != "last_layer"
+        ):
             return self, subset
         few = forward_of_pair(network, _first_examples(first), device)
         if self.subset_of_weights == "last_layer":
@@ -211,3 +228,23 @@ def _tracked(examples: Examples, progress: bool) -> Iterable[Any]:
     from rich.progress import track  # noqa: PLC0415 - only for the progress bar
 
     return track(examples.read(), description="evidence", total=examples.num_batches)
+
+
+@contextmanager
+def _reported(progress: bool) -> Iterator[Callable[[str], object]]:
+    """What takes a few words on what is being done, and shows them from the first on."""
+    if not progress:
+        yield lambda text: None
+        return
+    from rich.status import Status  # noqa: PLC0415 - only for the progress bar
+
+    status = Status("evidence")
+
+    def report(text: str) -> None:
+        status.update(f"evidence: {text}")
+        status.start()
+
+    try:
+        yield report
+    finally:
+        status.stop()

@@ -11,6 +11,8 @@ from lightning_bayes.structures.registry import DEFAULT_SAMPLES, STRUCTURES, sam
 
 CURVATURES = ("ggn", "hessian", "hessian_positive")
 BACKENDS = ("auto", "backpack", "autograd")
+DEFAULT_PROBES = 8
+"""Random vectors of "lanczos"."""
 FEWEST_BLOCKS = 8
 """Batches whose rows "blocks" may read: intervals from two to four were seen to cover 0.3 of the truths for 0.95."""
 
@@ -30,6 +32,11 @@ class Method:
     num_samples: int | None = None
     subset_of_weights: Subset = "all"
     num_blocks: int | None = None
+    num_probes: int | None = None
+    max_stderr: float | None = None
+    seed: int = field(default=0, repr=False)
+    by_products: bool = field(default=False, repr=False)
+    """Whether "lanczos" takes products with G alone and forms no column; found out from the outputs."""
     budget: Budget = field(default=DEFAULT_BUDGET, repr=False)
 
     def __post_init__(self) -> None:
@@ -47,6 +54,10 @@ class Method:
                 "the batches tell how far off the other half may be, and the standard error of fewer does not "
                 f"hold what it says. Use num_blocks={FEWEST_BLOCKS}, or None for all batches."
             )
+        if self.num_probes is not None:
+            count("num_probes", self.num_probes)
+        if self.max_stderr is not None:
+            positive("max_stderr", self.max_stderr)
         if self.is_hessian and self.structure not in ("auto", "full"):
             raise ValueError(
                 f"Expected argument `structure` to be 'auto' or 'full' beside curvature={self.curvature!r}, got "
@@ -62,7 +73,7 @@ class Method:
     def _combinations(self) -> list[tuple[str, str | None, bool, str, str]]:
         """Options with the one value that some others leave them: whether these do, which they are, and why."""
         structure, curvature = f"structure={self.structure!r}", f"curvature={self.curvature!r}"
-        no_samples = self.structure in ("full", "blocks") or self.tolerance is not None
+        no_samples = self.structure in ("full", "lanczos", "blocks") or self.tolerance is not None
         of_exact = (
             "it is the width of a bracket about the exact log-evidence, which "
             'structure="full" and "auto" give.'
@@ -71,12 +82,18 @@ class Method:
             "with sampled columns the matrix is right on average only, and neither exact nor bracketed. Use "
             'structure="kron" or "diag".'
         )
+        of_lanczos = 'it is of the random vectors of structure="lanczos", which "auto" may choose.'
+        not_lanczos = self.structure not in ("auto", "lanczos")
         of_blocks = 'it is the number of batches whose rows structure="blocks" reads.'
         by_autograd = 'the Hessian is formed by autograd, whole and exact. Use curvature="ggn".'
         return [
             ("tolerance", None, self.structure not in ("auto", "full"), structure, of_exact),
             ("num_samples", None, no_samples, f"{structure} and tolerance={self.tolerance!r}", on_average),
             ("num_blocks", None, self.structure != "blocks", structure, of_blocks),
+            ("num_probes", None, not_lanczos, structure, of_lanczos),
+            ("max_stderr", None, not_lanczos, structure, of_lanczos),
+            ("num_probes", None, self.is_hessian, curvature, by_autograd),
+            ("max_stderr", None, self.is_hessian, curvature, by_autograd),
             ("tolerance", None, self.is_hessian, curvature, by_autograd),
             ("num_samples", None, self.is_hessian, curvature, by_autograd),
             ("backend", "auto", self.is_hessian, curvature, by_autograd),
@@ -91,7 +108,7 @@ class Method:
 def sampling_if_many_columns(
     method: Method, outputs: Tensor, num_examples: int, num_parameters: int, batch_size: int
 ) -> tuple[Method, str | None]:
-    """Let structure="auto" sample where all columns of the root are many and beyond its budget.
+    """Let structure="auto" sample where all columns of the root are many and beyond its budget, "lanczos" do without.
 
     Args:
         method: As it was asked for.
@@ -103,11 +120,18 @@ def sampling_if_many_columns(
     Returns:
         The method to take, and a sentence that says what was changed, None for nothing.
     """
+    if method.structure == "lanczos" and outputs[:1].numel() > method.budget.columns:
+        return replace(method, by_products=True), None
     asked = method.structure != "auto" or method.num_samples is not None or method.tolerance is not None
     if asked or method.is_hessian:
         return method, None
     why = samples_of_many_columns(outputs, num_examples, num_parameters, batch_size, method.budget)
-    return (method if why is None else replace(method, structure="kron", num_samples=DEFAULT_SAMPLES)), why
+    if why is None:
+        return method, None
+    if method.num_probes is not None or method.max_stderr is not None:
+        why += ' num_probes= and max_stderr= are those of structure="lanczos", which takes them at this size as well.'
+    kron = replace(method, structure="kron", num_samples=DEFAULT_SAMPLES, num_probes=None, max_stderr=None)
+    return kron, why
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:

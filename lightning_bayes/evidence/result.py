@@ -1,8 +1,11 @@
 """The result: a number, its parts, and what is known of its errors."""
 
 import math
+import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from scipy.special import ndtri, stdtrit
 
 MOST_PRIOR_LINES = 6
 """Lines about the prior that one screen has room for."""
@@ -32,7 +35,7 @@ class Evidence:
         prior_precision: λ, or one for each parameter where they differ.
         num_examples: N.
         num_parameters: p, the parameters that carry a prior.
-        structure: "full", "blocks", "kron", "kron_joint", "kron_expand" or "diag".
+        structure: "full", "lanczos", "blocks", "kron", "kron_joint", "kron_expand" or "diag".
         curvature: "ggn", "hessian" or "hessian_positive" (the eigenvalues λᵢ ≥ λ of the cost's Hessian alone).
         seconds: What it took.
         effective_parameters_stderr: Standard error of `effective_parameters`; 0 where it is exact.
@@ -56,6 +59,9 @@ class Evidence:
             maximises it at these weights and this noise: the number to compare runs of different weight decay by.
             None where it would cost too much, or there is no such λ.
         best_prior_precision: That λ.
+        log_evidence_dof: Degrees of freedom of `log_evidence_stderr`, infinite where it is as good as certain.
+        samples: The log-evidence by each random vector of "lanczos", of which `log_evidence` is the mean.
+        newton_decrement_error: What `newton_decrement` may be too small by at most; 0 where it is exact.
     """
 
     log_evidence: float
@@ -86,6 +92,33 @@ class Evidence:
     lower_stderr: float = 0.0
     log_evidence_best_prior: float | None = None
     best_prior_precision: float | None = None
+    log_evidence_dof: float = math.inf
+    newton_decrement_error: float = 0.0
+    samples: tuple[float, ...] = field(default=(), repr=False)
+
+    def above(self, other: "Evidence") -> tuple[float, float]:
+        """By how much this log-evidence is above another one, and the standard error of that.
+
+        Two evaluations by "lanczos" take the same random vectors, at every prior and epoch, so that their difference
+        is surer than either: that of the vectors which both have taken. By the spread of the vectors' own
+        differences: few of them, so allow for Student's t.
+        """
+        paired = [mine - its for mine, its in zip(self.samples, other.samples, strict=False)]
+        if len(paired) < 2:
+            difference = self.log_evidence - other.log_evidence
+            return difference, math.hypot(self.log_evidence_stderr, other.log_evidence_stderr)
+        return statistics.fmean(paired), statistics.stdev(paired) / len(paired) ** 0.5
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of `log_evidence`, as far as its standard error from sampling goes.
+
+        By Student's t with `log_evidence_dof` degrees of freedom. Of "lanczos" it is one of the exact log-evidence.
+        """
+        if not math.isfinite(self.log_evidence_stderr):
+            return -math.inf, math.inf
+        reach = self.log_evidence_stderr * _quantile(self.log_evidence_dof)
+        return self.log_evidence - reach, self.log_evidence + reach
 
     @property
     def at_minimum(self) -> bool:
@@ -95,7 +128,8 @@ class Evidence:
         true Hessian, where it was computed, is negative.
         """
         reference = self.log_evidence if self.log_evidence_ratio is None else self.log_evidence_ratio
-        return not self.num_negative_eigenvalues and self.newton_decrement <= max(1.0, 0.01 * abs(reference))
+        most = self.newton_decrement + self.newton_decrement_error
+        return not self.num_negative_eigenvalues and most <= max(1.0, 0.01 * abs(reference))
 
     @property
     def status(self) -> str:
@@ -118,6 +152,8 @@ class Evidence:
         spread = f"± {stderr:.2g} of {self.num_parameters:,}" if stderr else f"of {self.num_parameters:,}"
         rows.append(("effective parameters", self.effective_parameters, spread))
         doubt = self.status if self.at_minimum else f"{self.status.upper()}: the expansion is in doubt"
+        if self.newton_decrement_error > 0.01 * self.newton_decrement:
+            doubt = f"and at most {self.newton_decrement + self.newton_decrement_error:,.4g}; {doubt}"
         rows.append(("Newton decrement", self.newton_decrement, doubt))
         if self.log_evidence_best_prior is not None and not self.prior_optimized:
             remark = (
@@ -152,6 +188,9 @@ class Evidence:
         per_example = f"{self.log_evidence / self.num_examples:+.4f} per example"
         if not self.log_evidence_stderr:
             return per_example
+        if self.structure == "lanczos":
+            reach = _quantile(self.log_evidence_dof) * self.log_evidence_stderr
+            return f"± {self.log_evidence_stderr:.2g} (95 %: ± {reach:.2g}), {per_example}"
         if math.isfinite(self.log_evidence_stderr):
             sampling = f"± {self.log_evidence_stderr:.2g} from sampling"
         else:
@@ -176,7 +215,8 @@ class Evidence:
                 f"{self.structure}; log-evidence at most {self.upper:,.2f}, and at least {self.lower:,.2f} ± "
                 f"{self.lower_stderr:.2g}: estimated from {self.num_blocks} batches, not certified"
             )
-        return f"{self.structure}{columns}; log-evidence in [{self.lower:,.2f}, {self.upper:,.2f}]"
+        certified = " certified" if self.structure == "lanczos" else ""
+        return f"{self.structure}{columns}; log-evidence{certified} in [{self.lower:,.2f}, {self.upper:,.2f}]"
 
     def _eigenvalue_lines(self) -> list[str]:
         if self.num_eigenvalues_below_prior is None:
@@ -198,6 +238,11 @@ class Evidence:
             rest = len(lines) - MOST_PRIOR_LINES + 1
             lines[MOST_PRIOR_LINES - 1 :] = [f"{'':<22}{'...':>16}  and {rest} more"]
         return lines
+
+
+def _quantile(dof: float) -> float:
+    """Of 97.5 %, of Student's t."""
+    return float(ndtri(0.975) if math.isinf(dof) else stdtrit(dof, 0.975))
 
 
 def _shorten(names: tuple[str, ...] | list[str], at_most: int = 4) -> str:

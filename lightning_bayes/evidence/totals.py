@@ -2,27 +2,28 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_bayes.capture.forward import Forward
+from lightning_bayes.capture.repeated_forwards import RepeatedForwards
 from lightning_bayes.errors import EvidenceUnavailableError, check_finite
-from lightning_bayes.evidence.options import Method
+from lightning_bayes.evidence.options import DEFAULT_PROBES, Method
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.numerics.devices import accumulation_dtype
 from lightning_bayes.numerics.sampling_estimates import draw_blocks
 from lightning_bayes.priors.prior import Prior
 from lightning_bayes.row_storage.collector import kept_widths
+from lightning_bayes.rows.products import DataPasses
 from lightning_bayes.rows.reader import BatchSums, RowReader
 from lightning_bayes.rows.rows import RowChunk
-from lightning_bayes.structures.base import Curvature, Problem
+from lightning_bayes.structures.base import MINUTE, Curvature, Problem
 from lightning_bayes.structures.hessian_reader import HessianReader
-from lightning_bayes.structures.registry import STRUCTURES, choose_structure, evaluation_seconds
+from lightning_bayes.structures.registry import STRUCTURES, choose_structure
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Totals:
     """What one pass over the data adds up to, in units of the dispersion: all that the evidence is made of.
 
     Attributes:
-        method: As it was carried out: with the structure that was chosen.
+        method: As it was asked for.
+        structure: That was taken.
         weights: The parameters that carry a prior.
         squared_norms: ‖ω‖² of each of these.
         gradient: Of the summed unit loss.
@@ -75,6 +77,7 @@ class Totals:
 
     curved: Curvature
     method: Method
+    structure: str
     likelihood: Likelihood
     prior: Prior
     weights: dict[str, Tensor]
@@ -118,51 +121,42 @@ class Totals:
         return Hyperparameters(self.prior.precision(self.num_examples, scale), phi, log_likelihood)
 
 
-@dataclass(frozen=True)
-class Rehearsal:
-    """What one batch says about an evaluation before it is made.
-
-    Attributes:
-        method: With the structure that is taken.
-        reason: A sentence that says why.
-        split: A sentence that says by which derivatives the rows are read.
-        seconds: That the whole will take, within a factor of about three; without the loading of the data.
-    """
-
-    method: Method
-    reason: str
-    split: str
-    seconds: float
-
-
 def read_all(
     network: nn.Module,
-    forwards: Iterable[Forward],
+    forwards: RepeatedForwards,
     likelihood: Likelihood,
     prior: Prior,
     method: Method,
     num_examples: int,
     num_batches: int,
     announce: Callable[[str], None] = lambda sentence: None,
+    report: Callable[[str], object] = lambda text: None,
+    seconds: float = MINUTE,
+    structure: str | None = None,
+    measured: Mapping[str, float] | None = None,
 ) -> Totals:
     """Read every batch: rows into a structure, or Hessians into their sum.
 
     Args:
         network: A throw-away copy in eval mode.
-        forwards: One callable a batch.
+        forwards: One callable a batch, for one pass or, where the structure needs them, for more.
         likelihood: Of the targets given the outputs.
         prior: Of parameters of `network`.
         method: How the curvature is computed.
         num_examples: Examples to expect, for the choice of a structure; the evidence counts those it sees.
         num_batches: Of the pass; where batches are sampled as blocks it must be right.
         announce: Takes the one line that says by which derivatives the rows are read.
+        report: Takes a few words on what is being done after the pass, now and then.
+        seconds: That "auto" may take where its budget does not say.
+        structure: In the place of the method's, where "auto" has chosen before.
+        measured: Seconds that answers by some structures take, where they were measured.
 
     Raises:
         ValueError: If there is no batch, or a batch cannot be read.
         EvidenceUnavailableError: If weights, outputs or gradients are not finite, or no target counts.
     """
     started = time.perf_counter()
-    reader = _reader_of(network, prior, method)
+    reader = reader_of(network, prior, method)
     sample = None if method.num_blocks is None else draw_blocks(num_batches, method.num_blocks)
     weights = {name: parameter.detach() for name, parameter in reader.parameters.items()}
     squared_norms = {
@@ -174,17 +168,25 @@ def read_all(
             check_finite(weights[name], f"the parameter {name!r}")
     curved: Curvature | None = None
     sums = BatchSums({name: torch.zeros_like(weight) for name, weight in weights.items()})
-    for forward in forwards:
-        batch = reader.read(forward, likelihood)
-        # A batch outside the sample of blocks adds its loss and gradient; its rows would cost C backward passes.
-        rows = batch.chunks if sample is None or sample.role(sums.num_batches) is not None else ()
+    # Which structure "auto" takes is known after the first batch.
+    forwards.keep = (structure or method.structure) in ("auto", "lanczos")
+    for forward in forwards():
+        # By its number: a batch that is read again must draw the same then.
+        batch = reader.read(forward, likelihood, sums.num_batches)
+        # A batch that is left out adds its loss and gradient; its rows would cost C backward passes.
+        left_out = (curved is not None and not curved.reads_rows) or (
+            sample is not None and sample.role(sums.num_batches) is None
+        )
+        rows = () if left_out else batch.chunks
         sums.add(batch)
         for chunk in rows:
             if curved is None:
-                problem, method, _ = _settled(
-                    chunk, reader.parameters, likelihood, prior, method, num_examples
-                )
-                curved = STRUCTURES[method.structure](replace(problem, block_sample=sample))
+                sizes = chunk, reader.parameters, likelihood, prior, method, num_examples
+                problem, taken, _ = settle(*sizes, seconds, structure, measured)
+                passes = partial(DataPasses, network, reader.parameters, likelihood, forwards, reader.read)
+                problem = replace(problem, block_sample=sample, passes=passes, report=report)
+                curved = STRUCTURES[taken](problem)
+                forwards.keep = forwards.keep and curved.rereads
                 announce(reader.split)
             curved.update(chunk)
     if curved is None:
@@ -200,6 +202,7 @@ def read_all(
     return Totals(
         curved=curved,
         method=method,
+        structure=taken,
         likelihood=likelihood,
         prior=prior,
         weights=weights,
@@ -214,49 +217,41 @@ def read_all(
     )
 
 
-def rehearse(
-    network: nn.Module,
-    forward: Forward,
-    likelihood: Likelihood,
-    prior: Prior,
-    method: Method,
-    num_examples: int,
-) -> Rehearsal:
-    """Read one batch, twice, and choose the structure.
-
-    Raises:
-        ValueError: If the batch cannot be read.
-        EvidenceUnavailableError: If outputs or gradients are not finite.
-    """
-    reader = _reader_of(network, prior, method)
-    start = time.perf_counter()
-    first = next(reader.read(forward, likelihood).chunks)
-    problem, method, reason = _settled(first, reader.parameters, likelihood, prior, method, num_examples)
-    if method.curvature == "ggn":  # again: the first batch is also where the plan is made
-        start = time.perf_counter()
-        for chunk in reader.read(forward, likelihood).chunks:
-            kept_widths(chunk)  # looks at all of it
-    seconds = evaluation_seconds(problem, method.structure, time.perf_counter() - start)
-    return Rehearsal(method, reason, reader.split, seconds)
-
-
-def _reader_of(network: nn.Module, prior: Prior, method: Method) -> RowReader | HessianReader:
+def reader_of(network: nn.Module, prior: Prior, method: Method) -> RowReader | HessianReader:
+    """What reads the batches for a method."""
     if method.curvature == "ggn":
-        return RowReader(network, prior.strengths, method.num_samples, method.backend)
+        # Without columns one that is sampled tells how the network is read.
+        columns = 1 if method.by_products else method.num_samples
+        return RowReader(network, prior.strengths, columns, method.backend)
     return HessianReader(network, prior.strengths, method.budget)
 
 
-def _settled(
+def settle(
     chunk: RowChunk,
     parameters: Mapping[str, nn.Parameter],
     likelihood: Likelihood,
     prior: Prior,
     method: Method,
     num_examples: int,
-) -> tuple[Problem, Method, str]:
-    """The sizes by the first chunk of rows, the method with its structure chosen, and a sentence that says why."""
+    seconds: float,
+    structure: str | None = None,
+    measured: Mapping[str, float] | None = None,
+) -> tuple[Problem, str, str]:
+    """Return the sizes by the first chunk of rows, the structure to take, and a sentence that says why.
+
+    Args:
+        chunk: Rows of the first batch.
+        parameters: Those that carry a prior.
+        likelihood: Of the targets given the outputs.
+        prior: Of the parameters.
+        method: As it was asked for.
+        num_examples: N.
+        seconds: That "auto" may take where its budget does not say.
+        structure: In the place of the method's.
+        measured: Seconds that answers by some structures take, where they were measured.
+    """
     first = next(iter(parameters.values()))
-    kept_width, gram_width = kept_widths(chunk)
+    kept_width, gram_width, map_width = kept_widths(chunk)
     problem = Problem(
         shapes={name: parameter.shape for name, parameter in parameters.items()},
         num_examples=num_examples,
@@ -264,6 +259,7 @@ def _settled(
         batch_size=chunk.num_examples,
         kept_width=kept_width,
         gram_width=gram_width,
+        map_width=map_width,
         dtype=first.dtype,
         device=first.device,
         tolerance=method.tolerance,
@@ -274,6 +270,11 @@ def _settled(
         sought=bool(prior.optimized) or likelihood.optimizes_dispersion,
         curvature=method.curvature,
         budget=method.budget,
+        seconds=seconds if method.budget.seconds is None else method.budget.seconds,
+        num_probes=method.num_probes or DEFAULT_PROBES,
+        max_stderr=None if method.max_stderr is None else 2.0 * method.max_stderr,
+        seed=method.seed,
+        by_products=method.by_products,
+        measured=measured or {},
     )
-    structure, reason = choose_structure(method.structure, problem)
-    return problem, method if structure == method.structure else replace(method, structure=structure), reason
+    return problem, *choose_structure(structure or method.structure, problem)

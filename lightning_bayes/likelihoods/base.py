@@ -26,6 +26,7 @@ class Likelihood(ABC):
 
     - Σᵣ R[r, n] R[r, n]ᵀ is the Hessian of example n's `unit_loss` in f[n], or its Fisher information where
       the Hessian has negative eigenvalues.
+    - `hessian_product(f, y, t)` is Σᵣ R[r, n] ⟨R[r, n], t[n]⟩ for any t of f's shape.
     - `log_likelihood(unit_loss(f, y), ...)` is the summed log-density of y, every constant included. Weights
       of classes or examples multiply their terms of it: the weighted sum that training minimises is taken
       at its word, as the log-density of so many observations.
@@ -58,6 +59,19 @@ class Likelihood(ABC):
     @abstractmethod
     def sqrt_hessian(self, outputs: Tensor, targets: Any) -> Tensor:
         """Columns [rank, N, ...] of a square root of the Hessian of `unit_loss` in the outputs, detached."""
+
+    def hessian_product(self, outputs: Tensor, targets: Any, tangents: Tensor) -> Tensor:
+        """The Hessian of `unit_loss` in the outputs times vectors, [k, N, ...], detached; linear in their size.
+
+        Args:
+            outputs: Prepared, [N, ...].
+            targets: Prepared.
+            tangents: k vectors of the outputs' shape, [k, N, ...].
+        """
+        root = self.sqrt_hessian(outputs, targets)
+        root = root.reshape(*root.shape[:2], -1)
+        along = torch.einsum("rno,kno->krn", root, tangents.detach().reshape(*tangents.shape[:2], -1))
+        return torch.einsum("krn,rno->kno", along, root).reshape(tangents.shape)
 
     def sample_columns(
         self, outputs: Tensor, targets: Any, num_columns: int, generator: torch.Generator
@@ -151,6 +165,10 @@ class DiagonalLikelihood(Likelihood):
         """Columns [K, N, K], output k alone in column k."""
         check_root_fits(outputs.shape[1], outputs)
         return torch.diag_embed(self.sqrt_diagonal(outputs, targets)).transpose(0, 1)
+
+    @override
+    def hessian_product(self, outputs: Tensor, targets: Any, tangents: Tensor) -> Tensor:
+        return tangents.detach() * self.sqrt_diagonal(outputs, targets).square()
 
     @override
     def sample_columns(

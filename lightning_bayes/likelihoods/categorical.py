@@ -177,6 +177,17 @@ class Categorical(Likelihood):
         return columns.flatten(0, 1)
 
     @override
+    def hessian_product(self, outputs: Tensor, targets: ClassTargets, tangents: Tensor) -> Tensor:
+        """Σ_c q_c (p∘t − p ⟨p, t⟩) of each token, no column formed."""
+        p = outputs.detach().softmax(-1)
+        # The same for t plus a constant: from the likeliest class, whose p rounds to 1 in a network that is sure of
+        # it, nothing is then to cancel.
+        likeliest = p.argmax(-1, keepdim=True).expand(*tangents.shape[:-1], 1)
+        from_likeliest = tangents.detach() - tangents.detach().gather(-1, likeliest)
+        mean = (p * from_likeliest).sum(-1, keepdim=True)
+        return from_likeliest.sub_(mean).mul_(p * targets.total.unsqueeze(-1))
+
+    @override
     def sample_columns(
         self, outputs: Tensor, targets: ClassTargets, num_columns: int, generator: torch.Generator
     ) -> Tensor:

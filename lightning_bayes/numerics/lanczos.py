@@ -5,7 +5,7 @@ after each product whether the eigenvalue is known well enough: a product is a p
 (`scipy.sparse.linalg.eigsh`) asks after every `ncv` of them. The tests hold it against ARPACK and dense matrices.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,27 @@ def largest_eigenpair(
     return Eigenpair(value, error, vector, lanczos.num_products + 1, converged)
 
 
+def orthogonalised(images: Tensor, bases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The part of vectors that is orthogonal to bases of their own, and their coefficients in these.
+
+    Twice: rounding leaves a part of the basis after the first time (Parlett 1998, section 6.9).
+
+    Args:
+        images: Vectors [k, n].
+        bases: Pieces [s, k, n] of the k bases, orthonormal or zero.
+
+    Returns:
+        Vectors [k, n], and coefficients [sum of s, k].
+    """
+    total = images.new_zeros(())
+    for _ in range(2):
+        coefficients = [torch.einsum("skn,kn->sk", basis, images) for basis in bases]
+        for basis, share in zip(bases, coefficients, strict=True):
+            images = images - torch.einsum("sk,skn->kn", share, basis)
+        total = total + torch.cat(coefficients)
+    return images, total
+
+
 class _Lanczos:
     """An orthonormal basis Q of a Krylov space, and what A is in it."""
 
@@ -123,11 +144,9 @@ class _Lanczos:
         basis = self._basis[: self._used]
         image = self._product(self._next)
         self.num_products += 1
-        coefficients = basis @ image
-        image = image - basis.mT @ coefficients
-        again = basis @ image  # once more: rounding leaves a part of the first
-        image = image - basis.mT @ again
-        self._matrix[: self._used, self._used - 1] = (coefficients + again).cpu().double()
+        image, coefficients = orthogonalised(image.unsqueeze(0), [basis.unsqueeze(1)])
+        image = image.squeeze(0)
+        self._matrix[: self._used, self._used - 1] = coefficients.squeeze(1).cpu().double()
         return image, image.norm().item()
 
     def _restart(self, values: Tensor, vectors: Tensor, coupling: Tensor) -> int:

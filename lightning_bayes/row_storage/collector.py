@@ -120,16 +120,22 @@ def keep(layer: Rows, num_columns: int, forms: dict[tuple[str, ...], Form]) -> l
     return [KeptDense(rows, name, shapes[name]) for name, rows in layer.dense().items()]
 
 
-def kept_widths(chunk: RowChunk) -> tuple[int, int]:
-    """Numbers that a row is kept as, and multiplications of an inner product of two rows; both rounded up."""
-    kept, product = 0, 0
+def kept_widths(chunk: RowChunk) -> tuple[int, int, int]:
+    """Numbers that a row is kept as, multiplications of an inner product of two rows, and of one example's forward.
+
+    The first two are rounded up, the last are those of the linear maps.
+    """
+    kept, product, forward = 0, 0, 0
     for layer in chunk.layers:
         if isinstance(layer, OuterRows):
             _, _, numbers, operations = _plan(layer, chunk.num_columns)
-            kept, product = kept + numbers, product + operations
+            inputs, grads = layer.inputs(), layer.grads()
+            maps = inputs.shape[1] * inputs.shape[2] * grads.shape[3]
+            kept, product, forward = kept + numbers, product + operations, forward + maps
         else:
-            kept, product = kept + layer.shape.numel(), product + layer.shape.numel()
-    return kept, product
+            size = layer.shape.numel()
+            kept, product, forward = kept + size, product + size, forward + size
+    return kept, product, forward
 
 
 def _plan(layer: OuterRows, columns: int) -> tuple[bool, bool, int, int]:

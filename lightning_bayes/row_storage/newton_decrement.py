@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,58 +41,153 @@ def quadratic_form(
         gradient: g of each parameter tensor.
         tolerance: Relative rise at which the steps end.
     """
-    # Of entries up to 1, so that squares do not overflow in float32.
-    sizes = [g.abs().max().item() for g in gradient.values() if g.numel()]
-    unit = max(sizes, default=0.0)
-    if unit == 0.0 or not math.isfinite(sum(sizes)):
-        return sum(sizes)
-    scaled = {name: (g / unit).to(layers[0].rows) for name, g in gradient.items()}
-    return unit**2 * _climb(layers, precondition, precision, scaled, tolerance)
+    value, left, steps = climbed(
+        partial(dot_all, layers),
+        lambda coefficients: dict(combine_all(layers, coefficients)),
+        precondition,
+        precision,
+        {name: g.to(layers[0].rows) for name, g in gradient.items()},
+        tolerance,
+        MAX_REFINEMENTS,
+    )
+    if steps == MAX_REFINEMENTS and left > tolerance * value:
+        warnings.warn(
+            f"The Newton decrement has not converged in {MAX_REFINEMENTS} steps and is a lower bound: the prior "
+            "precision is too small for the floating-point type, or the tolerance too wide. A larger prior "
+            "precision, a float64 model or a smaller tolerance avoids this.",
+            stacklevel=2,
+        )
+    return value
 
 
-def _climb(
-    layers: Sequence[KeptRows],
+def climbed(
+    dot: Callable[[Vector], Tensor],
+    combine: Callable[[Tensor], Vector],
     precondition: Callable[[Vector], dict[str, Tensor]],
     precision: Mapping[str, float],
     gradient: Vector,
     tolerance: float,
-) -> float:
-    names, residual = list(gradient), dict(gradient)
+    max_steps: int,
+) -> tuple[float, float, int]:
+    """`quadratic_form` for a V that is known by its products alone, without the warning.
+
+    Args:
+        dot: V times a vector.
+        combine: Vᵀ times what `dot` returns.
+        precondition: (G + Λ)⁻¹, or the inverse of a matrix below G + Λ, times a vector.
+        precision: λ of each parameter tensor.
+        gradient: g of each parameter tensor, in the rows' type.
+        tolerance: Relative rise at which the steps end.
+        max_steps: After which they end anyhow.
+
+    Returns:
+        A value, what it may be below gᵀ(G + Λ)⁻¹g at most (Meurant & Tichý, *On computing quadrature-based bounds
+        for the A-norm of the error in conjugate gradients*, Numerical Algorithms 62, 2013), and the steps.
+    """
+
+    def curve(direction: Vector) -> tuple[float, Callable[[], Vector]]:
+        along = dot(direction)
+        prior = sum(value * direction[name].square().sum().item() for name, value in precision.items())
+
+        def image() -> Vector:
+            seen = combine(along)
+            return {n: value * direction[n] + seen.get(n, 0.0) for n, value in precision.items()}
+
+        return along.square().sum().item() + prior, image
+
+    return _climb(curve, precondition, precision, gradient, tolerance, max_steps)
+
+
+def climbed_by_products(
+    times: Callable[[Tensor], Tensor],
+    precondition: Callable[[Tensor], Tensor],
+    start: Tensor,
+    tolerance: float,
+    max_steps: int,
+) -> tuple[float, float, int]:
+    """gᵀA⁻¹g as `climbed` returns it, for an A ≥ I that is known by its products.
+
+    Args:
+        times: A times a vector.
+        precondition: The inverse of a matrix between I and A, or near it, times a vector.
+        start: g.
+        tolerance: Relative rise at which the steps end.
+        max_steps: After which they end anyhow.
+    """
+    whole = "g"
+
+    def curve(direction: Vector) -> tuple[float, Callable[[], Vector]]:
+        image = times(direction[whole])
+        return (direction[whole] * image).sum().item(), lambda: {whole: image}
+
+    return _climb(
+        curve,
+        lambda vector: {whole: precondition(vector[whole])},
+        {whole: 1.0},
+        {whole: start},
+        tolerance,
+        max_steps,
+    )
+
+
+def _climb(
+    curve: Callable[[Vector], tuple[float, Callable[[], Vector]]],
+    precondition: Callable[[Vector], dict[str, Tensor]],
+    precision: Mapping[str, float],
+    gradient: Vector,
+    tolerance: float,
+    max_steps: int,
+) -> tuple[float, float, int]:
+    """`climbed` for a matrix by what it makes of a direction d: dᵀAd, and Ad where that is wanted."""
+    # Of entries up to 1, so that squares do not overflow in float32.
+    sizes = [g.abs().max().item() for g in gradient.values() if g.numel()]
+    unit = max(sizes, default=0.0)
+    if unit == 0.0 or not math.isfinite(sum(sizes)):
+        return sum(sizes), 0.0, 0
+    residual: dict[str, Tensor] = {name: g / unit for name, g in gradient.items()}
 
     def inner(left: Vector, right: Vector) -> float:
-        return sum((left[name] * right[name]).sum().item() for name in names)
+        return sum((part * right[name]).sum().item() for name, part in left.items())
 
     direction = precondition(residual)
     decrease = inner(residual, direction)
-    value = 0.0
-    for _ in range(MAX_REFINEMENTS):
+    value, radau, left = 0.0, 1.0, _largest_rest(residual, precision)
+    steps = 0
+    while steps < max_steps:
+        steps += 1
         if decrease <= 0.0:  # nothing left, or nothing that the preconditioner can still see
-            return value
-        along = _dot(layers, direction)
-        prior = sum(precision[name] * direction[name].square().sum().item() for name in names)
-        step = decrease / (along.square().sum().item() + prior)
+            break
+        curvature, image = curve(direction)
+        step = decrease / curvature
         # Along the direction the value rises by decrease² over the curvature. Where the preconditioner is the
-        # inverse of G + Λ, or of a matrix below it, no more than `decrease` was left before: (1 − step) of it is now.
+        # inverse of A, or of a matrix below it, no more than `decrease` was left before: (1 − step) of it is now.
         value += step * decrease
-        if abs(1.0 - step) * decrease <= tolerance * value:
-            return value
-        seen = dict(_combine(layers, along))
-        curved = {name: precision[name] * direction[name] + seen.get(name, 0.0) for name in names}
-        residual = {name: residual[name] - step * curved[name] for name in names}
+        left = abs(1.0 - step) * decrease
+        if left <= tolerance * value:
+            break
+        curved = image()
+        residual = {name: part - step * curved[name] for name, part in residual.items()}
         # What is left, rᵀ(G + Λ)⁻¹r, is at most rᵀΛ⁻¹r.
-        if sum(residual[name].square().sum().item() / precision[name] for name in names) <= tolerance * value:
-            return value
+        left = _largest_rest(residual, precision)
+        if left <= tolerance * value:
+            break
         whitened = precondition(residual)
         ahead = inner(residual, whitened)
-        direction = {name: whitened[name] + ahead / decrease * direction[name] for name in names}
+        if ahead <= 0.0:  # rounding has broken the preconditioner, or there is nothing left
+            break
+        # Gauss-Radau's bound with a node at 1, the smallest eigenvalue of the preconditioned matrix.
+        radau = max(radau - step, 0.0) / (max(radau - step, 0.0) + ahead / decrease)
+        left = min(left, radau * ahead)
+        if left <= tolerance * value:
+            break
+        direction = {name: part + ahead / decrease * direction[name] for name, part in whitened.items()}
         decrease = ahead
-    warnings.warn(
-        f"The Newton decrement has not converged in {MAX_REFINEMENTS} steps and is a lower bound: the prior "
-        "precision is too small for the floating-point type, or the tolerance too wide. A larger prior precision, a "
-        "float64 model or a smaller tolerance avoids this.",
-        stacklevel=2,
-    )
-    return value
+    return unit**2 * value, unit**2 * left, steps
+
+
+def _largest_rest(residual: Vector, precision: Mapping[str, float]) -> float:
+    """rᵀΛ⁻¹r, which rᵀ(G + Λ)⁻¹r is at most."""
+    return sum(part.square().sum().item() / precision[name] for name, part in residual.items())
 
 
 def by_factor(
@@ -158,18 +254,24 @@ def woodbury(
 
     def precondition(vector: Vector) -> dict[str, Tensor]:
         scaled = {name: part / precision[name] for name, part in vector.items()}
-        seen = dict(_combine(layers, solve(_dot(layers, scaled))))
+        seen = dict(combine_all(layers, solve(dot_all(layers, scaled))))
         return {name: part - seen.get(name, 0.0) / precision[name] for name, part in scaled.items()}
 
     return precondition
 
 
-def _dot(layers: Sequence[KeptRows], vectors: Mapping[str, Tensor]) -> Tensor:
+def dot_all(layers: Sequence[KeptRows], vectors: Mapping[str, Tensor]) -> Tensor:
     """V times a vector, as [C, N]."""
-    return torch.stack([layer.dot(vectors) for layer in layers]).sum(0)
+    return dot_each(layers, {name: vector.unsqueeze(0) for name, vector in vectors.items()})[0]
 
 
-def _combine(layers: Sequence[KeptRows], coefficients: Tensor) -> Iterator[tuple[str, Tensor]]:
+def combine_all(layers: Sequence[KeptRows], coefficients: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Vᵀ times coefficients [C, N], parameter by parameter."""
     for layer in layers:
-        yield from layer.combine(coefficients).items()
+        for name, share in layer.combine(coefficients.unsqueeze(0)).items():
+            yield name, share[0]
+
+
+def dot_each(layers: Sequence[KeptRows], vectors: Mapping[str, Tensor]) -> Tensor:
+    """V times k vectors, [k, *shape] of each parameter, as [k, C, N]."""
+    return torch.stack([layer.dot(vectors) for layer in layers]).sum(0)

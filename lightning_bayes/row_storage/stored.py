@@ -44,11 +44,11 @@ class KeptRows(ABC):
 
     @abstractmethod
     def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        """Inner products [C, N] of every row with one vector, given per parameter in its own shape."""
+        """Inner products [k, C, N] of every row with k vectors, given per parameter as [k, *its own shape]."""
 
     @abstractmethod
     def combine(self, coefficients: Tensor) -> dict[str, Tensor]:
-        """Σ over rows of coefficient × row for coefficients [C, N], in the parameters' shapes."""
+        """Σ over rows of coefficient × row for k sets of coefficients [k, C, N], as [k, *shape] of each parameter."""
 
     @abstractmethod
     def examples(self, some: slice) -> Self:
@@ -112,11 +112,15 @@ class KeptDense(KeptRows):
 
     @override
     def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        return self.rows @ vectors[self.name].flatten()
+        own = vectors[self.name]
+        products = self.rows.flatten(0, 1) @ own.reshape(len(own), self.rows.shape[2]).mT
+        whole: Tensor = products.mT.unflatten(1, self.rows.shape[:2])
+        return whole
 
     @override
     def combine(self, coefficients: Tensor) -> dict[str, Tensor]:
-        return {self.name: torch.einsum("cn,cnp->p", coefficients, self.rows).reshape(self.shape)}
+        sums = coefficients.flatten(1) @ self.rows.flatten(0, 1)
+        return {self.name: sums.reshape(len(sums), *self.shape)}
 
     @override
     def examples(self, some: slice) -> Self:

@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,6 +84,49 @@ class ColumnPasses:
         columns = [gradients(outputs, tensors, column) for column in roots]
         stacked = (None if each[0] is None else torch.stack(each) for each in zip(*columns, strict=True))
         return Batch.of(calls, outputs, roots, stacked)
+
+
+@dataclass
+class VectorPasses:
+    """Backward passes of several vectors through one graph: batched, or one after the other where vmap cannot."""
+
+    one_by_one: bool = False
+    """Whether vmap cannot batch this network's backward pass, which is found out."""
+
+    def back(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of Σ ⟨seed, output⟩ in each input, [k, *shape], None without influence; the graph stays.
+
+        Args:
+            outputs: Each of its own shape.
+            inputs: On the way to them.
+            seeds: k for each output, [k, *shape].
+        """
+        num_vectors = len(seeds[0])
+        if num_vectors > 1 and not self.one_by_one:
+            try:
+                with quiet_loops():
+                    return _gradients(outputs, inputs, seeds, batched=True)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # an operation that vmap does not know
+                self.one_by_one = True
+                logging.getLogger("lightning_bayes").info(
+                    "Vectors are taken through the network one by one, which is slower: torch.vmap cannot batch its "
+                    "backward pass (%s).",
+                    error,
+                )
+        each = [_gradients(outputs, inputs, [seed[j] for seed in seeds]) for j in range(num_vectors)]
+        return tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True))
+
+
+def _gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequence[Tensor], batched: bool = False
+) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(
+        outputs, inputs, seeds, retain_graph=True, allow_unused=True, is_grads_batched=batched
+    )
 
 
 @contextmanager

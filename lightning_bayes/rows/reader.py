@@ -7,6 +7,7 @@ be a throw-away copy all the same: BackPACK reads `input0` and `output` off the 
 """
 
 from collections.abc import Callable, Collection, Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -66,6 +67,16 @@ class BatchSums:
             self.gradient[name] += part
 
 
+@contextmanager
+def same_draws(number: int, device: torch.device) -> Iterator[None]:
+    """Let torch's streams draw what they draw for this number, and leave them as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(number)
+        if device.type == "cuda":
+            torch.cuda.manual_seed_all(number)
+        yield
+
+
 class RowReader:
     """Reads the rows of some parameters of a network, one batch at a time.
 
@@ -113,20 +124,27 @@ class RowReader:
             elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 module.sparse = False  # gradients are compared entry by entry
 
-    def read(self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood) -> BatchRows:
+    def read(
+        self,
+        forward: Callable[[], tuple[Tensor, Tensor]],
+        likelihood: Likelihood,
+        draw: int | None = None,
+    ) -> BatchRows:
         """Run one batch through the network and return its rows.
 
         Args:
             forward: Runs the network and returns its outputs, with their graph, and the targets. A
                 `BatchForward` lets all outputs be held against those of the same examples regrouped.
             likelihood: Of the targets given the outputs.
+            draw: Number that a network which draws at random draws by; None for the stream as it stands.
 
         Raises:
             EvidenceUnavailableError: If the outputs, targets or gradients are not finite.
             ValueError: If outputs and targets do not fit the likelihood, or if the examples of the batch are
                 not independent.
         """
-        outputs, targets, unit_loss, calls = self._run(forward, likelihood, self._recorded)
+        run = self._run if draw is None else partial(self._run_alike, draw)
+        outputs, targets, unit_loss, calls = run(forward, likelihood, self._recorded)
         gradient = torch.autograd.grad(
             unit_loss, list(self.parameters.values()), retain_graph=True, materialize_grads=True
         )
@@ -148,8 +166,19 @@ class RowReader:
             unit_loss=unit_loss.item(),
             null_loss=null_loss,
             gradient=dict(zip(self.parameters, gradient, strict=True)),
-            chunks=self._chunks(calls, outputs, roots, lambda: self._run(forward, likelihood, self._holders)),
+            chunks=self._chunks(calls, outputs, roots, lambda: run(forward, likelihood, self._holders)),
         )
+
+    def _run_alike(
+        self,
+        draw: int,
+        forward: Callable[[], tuple[Tensor, Tensor]],
+        likelihood: Likelihood,
+        modules: list[nn.Module],
+    ) -> tuple[Tensor, Tensor, Tensor, list[Call]]:
+        """`_run` with the random numbers of one number: the same whenever the batch is read."""
+        with same_draws(draw, next(iter(self.parameters.values())).device):
+            return self._run(forward, likelihood, modules)
 
     def _run(
         self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood, modules: list[nn.Module]

@@ -1,15 +1,19 @@
 """What every curvature structure answers, and what it may take."""
 
+import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lightning_bayes.numerics.sampling_estimates import BlockSample
+from lightning_bayes.rows.products import DataPasses
 from lightning_bayes.rows.rows import RowChunk
+
+MINUTE = 60.0
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,8 @@ class Budget:
 
     Attributes:
         memory: Bytes that "auto" lets the exact matrix and its rows take.
-        flop: Operations that "auto" lets the exact matrix take: about fifteen seconds on two CPU cores.
+        seconds: That "auto" lets an exact matrix take, or else "lanczos", beside the reading of the rows. None for a
+            minute, or in a Trainer for the larger of ten seconds and an epoch of training.
         columns: Outputs per example up to which "auto" reads all columns of the loss Hessian's root, whatever
             they cost.
         hessian_memory: Bytes that the true Hessian, scaled, and its eigenvectors may take: 7,905 parameters.
@@ -46,6 +51,9 @@ class Budget:
         landmarks: Landmark rows of "blocks" where the data are few; halved until the pass fits its operations.
         pool_rows: Rows of the first batches that are held back to choose the landmarks from, where they are
             short.
+        stored_bytes: Rows of "lanczos" that are stored; more are formed again for each product with them.
+        selected_rows: Rows that "lanczos" selects; None for as many as cost about as much as they save.
+        basis_bytes: Bases of its random vectors that are stored; where more are needed the vectors take turns.
         sampled_rows: Rows outside S that are held back as a random sample.
         kronecker_exact: Parameters up to which a tensor without a Kronecker form keeps its exact block, larger
             ones its diagonal.
@@ -54,7 +62,7 @@ class Budget:
     """
 
     memory: float = 2e9
-    flop: float = 1.5e12
+    seconds: float | None = None
     columns: int = 512
     hessian_memory: float = 2e9
     searched_spectrum: int = 1024
@@ -72,6 +80,9 @@ class Budget:
     least_kept: int = 64
     landmarks: int = 1024
     pool_rows: int = 8192
+    stored_bytes: float = 2.5e9
+    selected_rows: int | None = None
+    basis_bytes: float = 1e9
     sampled_rows: int = 256
     kronecker_exact: int = 1024
     kronecker_left_out: int = 1024
@@ -100,6 +111,7 @@ class Problem:
         batch_size: Examples whose rows exist at one time before a structure has taken them in.
         kept_width: Numbers that a row is kept as beyond its batch, see `kept_widths`.
         gram_width: Multiplications of the inner product of two kept rows.
+        map_width: Multiplications of one example on its way through the network, about.
         tolerance: Width in nats of the bracket about the log-evidence that is accepted; None for exact.
         sampled: Whether the columns of a batch are samples, of which G is the mean in expectation.
         strengths: Λ of each parameter tensor up to one factor, where that is known beforehand.
@@ -108,6 +120,14 @@ class Problem:
         sought: Whether prior precisions are to be found.
         rises_together: Whether every Λ that will be asked for is `strengths` times one number.
         curvature: Of which matrix: "ggn", or the true Hessian as "hessian" or "hessian_positive".
+        seconds: `Budget.seconds`, or what stands in its place.
+        num_probes: Random vectors of "lanczos".
+        max_stderr: Standard error of its log-determinant, until which there are more of them; None for no more.
+        seed: Of these vectors.
+        by_products: Whether products with G take the place of rows.
+        measured: Seconds that answers by some structures take, where they were measured.
+        passes: Makes products by further passes over the data; None where these can be read once only.
+        report: Takes a few words on what is being done.
     """
 
     shapes: Mapping[str, torch.Size]
@@ -116,6 +136,7 @@ class Problem:
     batch_size: int
     kept_width: int
     gram_width: int
+    map_width: int
     dtype: torch.dtype
     device: torch.device
     tolerance: float | None = None
@@ -127,6 +148,14 @@ class Problem:
     rises_together: bool = True
     curvature: str = "ggn"
     budget: Budget = DEFAULT_BUDGET
+    seconds: float = MINUTE
+    num_probes: int = 8
+    max_stderr: float | None = None
+    seed: int = 0
+    by_products: bool = False
+    measured: Mapping[str, float] = field(default_factory=dict)
+    passes: Callable[[], DataPasses] | None = None
+    report: Callable[[str], object] = field(default=lambda text: None, repr=False)
 
     @property
     def num_parameters(self) -> int:
@@ -154,6 +183,9 @@ class CurvatureSummary:
         effective_parameters: tr G(G + Λ)⁻¹.
         quadratic: gᵀ(G + Λ)⁻¹g for the gradient g that was given.
         log_det_stderr: 0 where nothing is sampled.
+        log_det_dof: Degrees of freedom of that error.
+        samples: The log-determinant by each random vector, of which `log_det` is the mean.
+        quadratic_error: What `quadratic` may be too small by at most.
         effective_parameters_stderr: 0 where the trace is exact.
         upper_stderr: Of the upper bound where it is an estimate from sampled blocks; 0 where it is certain.
         num_below_prior: Eigenvalues of the true Hessian of the whitened cost below 1, which is λᵢ < λ; None for
@@ -166,6 +198,9 @@ class CurvatureSummary:
     effective_parameters: float
     quadratic: float
     log_det_stderr: float = 0.0
+    log_det_dof: float = math.inf
+    quadratic_error: float = 0.0
+    samples: tuple[float, ...] = ()
     effective_parameters_stderr: float = 0.0
     upper_stderr: float = 0.0
     num_below_prior: int | None = None
@@ -184,6 +219,12 @@ class Curvature(ABC):
 
     chooses_rows = False
     """Whether rows are chosen for one prior, so that a search for a prior goes by `of_chosen_rows`."""
+    reads_rows = True
+    """Whether batches after the first need their rows to be formed."""
+    costly_priors = False
+    """Whether every further prior takes about as long as the first."""
+    rereads = False
+    """Whether answers take further passes over the data."""
 
     @property
     def searches_by_spectrum(self) -> bool:
@@ -202,6 +243,10 @@ class Curvature(ABC):
             precision: λ of each parameter tensor.
             gradient: g of each parameter tensor, in its shape.
         """
+
+    def prepare(self, precisions: Sequence[Mapping[str, float]]) -> None:
+        """Learn which priors will be asked for, where answers to all together cost less."""
+        return None
 
     def log_det_and_gamma(self, precision: Mapping[str, float]) -> tuple[float, float]:
         """The log-determinant of `at`, and γ, which is minus its derivative in ln s for the prior s·Λ."""

@@ -65,7 +65,14 @@ class DiagonalCurvature(Curvature):
             )
         # Hadamard: ln det(I + G/λ) ≤ Σ ln(1 + d/λ), for the whole diagonal
         upper = math.inf if self.problem.sampled else log_det
-        return CurvatureSummary(log_det, (0.0, upper), gamma, quadratic, log_det_stderr, gamma_stderr)
+        return CurvatureSummary(
+            log_det,
+            (0.0, upper),
+            gamma,
+            quadratic,
+            log_det_stderr=log_det_stderr,
+            effective_parameters_stderr=gamma_stderr,
+        )
 
     def _whole(self) -> dict[str, Tensor]:
         if len(self._diagonals) == 1:

@@ -76,8 +76,13 @@ class HessianReader:
         if self._widened:
             network.double()
 
-    def read(self, forward: Callable[[], tuple[Tensor, Tensor]], likelihood: Likelihood) -> BatchRows:
-        """Run one batch through the network and differentiate its unit loss twice.
+    def read(
+        self,
+        forward: Callable[[], tuple[Tensor, Tensor]],
+        likelihood: Likelihood,
+        draw: int | None = None,
+    ) -> BatchRows:
+        """Run one batch through the network and differentiate its unit loss twice; it is read once only.
 
         Raises:
             EvidenceUnavailableError: If the outputs, targets or gradients are not finite.

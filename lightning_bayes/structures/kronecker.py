@@ -107,7 +107,14 @@ class KroneckerCurvature(Curvature):
                 log_det, gamma = corrected[0], corrected_gamma[0]
             else:
                 _LOGGER.info(UNCORRECTED)
-        return CurvatureSummary(log_det, (0.0, math.inf), gamma, quadratic, log_det_stderr, gamma_stderr)
+        return CurvatureSummary(
+            log_det,
+            (0.0, math.inf),
+            gamma,
+            quadratic,
+            log_det_stderr=log_det_stderr,
+            effective_parameters_stderr=gamma_stderr,
+        )
 
     @override
     def spectrum(self, precision: Mapping[str, float]) -> Tensor:

@@ -3,12 +3,12 @@
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from lightning_bayes.structures.base import Budget, Curvature, Problem, total_memory
+from lightning_bayes.structures.base import MINUTE, Budget, Curvature, Problem, total_memory
 from lightning_bayes.structures.blocks import BlockCurvature
 from lightning_bayes.structures.blocks_budget import blocks_cost
 from lightning_bayes.structures.blocks_sampled import SampledBlockCurvature
@@ -17,6 +17,10 @@ from lightning_bayes.structures.diagonal import DiagonalCurvature
 from lightning_bayes.structures.dual import DualCurvature
 from lightning_bayes.structures.hessian import HessianCurvature
 from lightning_bayes.structures.kronecker import KroneckerCurvature
+from lightning_bayes.structures.lanczos.cost import EXPECTED_STEPS, SKETCHED, lanczos_flop, selection_flop
+from lightning_bayes.structures.lanczos.estimate import SampledLogDet
+from lightning_bayes.structures.lanczos.parameter_space import ParameterSpaceLanczos
+from lightning_bayes.structures.lanczos.row_space import RowSpaceLanczos
 from lightning_bayes.structures.primal import PrimalCurvature
 
 DEFAULT_SAMPLES = 64
@@ -29,6 +33,8 @@ EIGEN = 12.0
 """Time of an eigendecomposition n × n, in units of n³ multiplications of a matrix product."""
 SEARCH = 4.0
 """Factorisations that a search for the prior takes."""
+LANCZOS_SEARCH = 2.5
+"""The same of all vectors: a search takes few of them."""
 BACKWARD_FLOP = 1e8
 """Operations that one call of a backward pass counts as, however little it does: about a millisecond."""
 
@@ -51,8 +57,14 @@ def block_curvature(problem: Problem) -> Curvature:
     return BlockCurvature(problem) if problem.block_sample is None else SampledBlockCurvature(problem)
 
 
+def lanczos_curvature(problem: Problem) -> SampledLogDet:
+    """Return the estimate in the space of rows, or in that of parameters where not all columns are read."""
+    return ParameterSpaceLanczos(problem) if problem.by_products else RowSpaceLanczos(problem)
+
+
 STRUCTURES: dict[str, Callable[[Problem], Curvature]] = {
     "full": full_curvature,
+    "lanczos": lanczos_curvature,
     "blocks": block_curvature,
     "kron": KroneckerCurvature,
     "kron_joint": partial(KroneckerCurvature, joint=True),
@@ -90,38 +102,48 @@ def choose_structure(structure: str, problem: Problem) -> tuple[str, str]:
             f"structure={structure!r} needs all columns of the Hessian's root, and they are sampled. Use "
             'structure="kron" or structure="diag".'
         )
-    if structure == "blocks" and not problem.rises_together:
+    if structure in ("blocks", "lanczos") and not problem.rises_together:
         raise ValueError(
-            'structure="blocks" drops rows as they come, for prior precisions in fixed proportions, and several are '
-            'to be found. Use prior_precision="optimize" for one, or structure="full" or structure="kron".'
+            f'structure="{structure}" selects rows as they come, for prior precisions in fixed proportions, and '
+            'several are to be found. Use prior_precision="optimize" for one, or structure="full" or '
+            'structure="kron".'
         )
     if structure == "blocks" and problem.block_sample is None and _is_cheaper(problem):
         sizes += "; less than the bounds take, so structure='full' is quicker here and has no bounds to need"
     if structure == "full" and memory > available:
         raise ValueError(f'structure="full" does not fit on {problem.device}: {sizes}. Use {cheaper}.')
-    if structure == "full" and flop > problem.budget.flop:
+    if structure == "full" and structure_seconds(problem, structure) > problem.seconds:
         warnings.warn(f'structure="full" will be slow: {sizes}. Faster: {cheaper}.', stacklevel=3)
     return structure, sizes
 
 
 def _within_budget(problem: Problem, sizes: str) -> tuple[str, str]:
-    """The first of "full", "blocks" and "kron" that the budget allows."""
-    budget = (
-        f"the budget of {_readable(problem.budget.memory, 'B')} and {_readable(problem.budget.flop, 'FLOP')}"
-    )
+    """The first of "full", "lanczos" and "kron" that the budget allows."""
+    budget = f"the budget of {_readable(problem.budget.memory, 'B')} and {problem.seconds:.3g} s"
     overrides = 'structure="full" or max_examples= overrides'
     if problem.sampled:
         return "kron", f"{sizes}, but its columns are sampled, from which there is no exact matrix"
-    if _fits(problem.budget, *full_cost(problem)):
+    exact = structure_seconds(problem, "full")
+    if full_cost(problem)[0] <= problem.budget.memory and exact <= problem.seconds:
         return "full", f"{sizes}, within {budget}"
     if problem.tolerance is not None:
         raise ValueError(
             f"tolerance={problem.tolerance:g} is not to be had within {budget}: {sizes}. structure='full' tries it "
             "all the same, max_examples= takes fewer examples; without tolerance= the bounds are as wide as they are."
         )
-    if problem.rises_together and _fits(problem.budget, *blocks_cost(problem)) and not _is_cheaper(problem):
-        return "blocks", f"{sizes}, beyond {budget}, which allows bounds from the largest rows; {overrides}"
-    return "kron", f"{sizes}, beyond {budget}; {overrides}"
+    beyond = f"{sizes}, beyond {budget}"
+    if not problem.rises_together:
+        return "kron", f"{beyond}; {overrides}"
+    seconds = structure_seconds(problem, "lanczos")
+    if seconds <= problem.seconds:
+        return "lanczos", (
+            f"{beyond}, which allows {problem.num_probes} random vectors for what the largest rows leave (about "
+            f"{seconds:.2g} s); {overrides}"
+        )
+    return "kron", (
+        f"{beyond}; structure='lanczos' gives the exact value with a standard error in about {_duration(seconds)}, "
+        "max_examples= takes fewer examples; num_probes= and max_stderr= have no effect on 'kron'"
+    )
 
 
 def samples_of_many_columns(
@@ -144,12 +166,14 @@ def samples_of_many_columns(
     calls = columns * -(-num_examples // batch_size)
     each = 6.0 * num_parameters * (columns / min(sizes) if len(sizes) > 1 else 1.0)
     flop = num_examples * columns * each + calls * BACKWARD_FLOP
-    if columns <= budget.columns or _fits(budget, memory, flop):
+    seconds = flop / _rate(outputs.dtype, outputs.device)
+    allowed = MINUTE if budget.seconds is None else budget.seconds
+    if columns <= budget.columns or (memory <= budget.memory and seconds <= allowed):
         return None
     return (
         f"The loss has {columns:,} outputs per example, so structure='auto' takes structure='kron' with "
         f"num_samples={DEFAULT_SAMPLES} random columns of the loss Hessian's root: all of them take about "
-        f'{memory / 1e9:.3g} GB and {flop / 1e12:.3g} TFLOP to read. structure="kron" with '
+        f'{memory / 1e9:.3g} GB and {_duration(seconds)} to read. structure="kron" with '
         'num_samples=None takes all columns; structure="full" or tolerance= goes for the exact value.'
     )
 
@@ -160,16 +184,16 @@ def _is_cheaper(problem: Problem) -> bool:
     return exact[0] <= max(bounds[0], problem.budget.memory) and exact[1] <= bounds[1]
 
 
-def _fits(budget: Budget, memory: float, flop: float) -> bool:
-    return memory <= budget.memory and flop <= budget.flop
-
-
 def _readable(amount: float, unit: str) -> str:
     for prefix in ("", "k", "M", "G"):
         if amount < 1000:
             return f"{amount:.3g} {prefix}{unit}"
         amount /= 1000
     return f"{amount:.3g} T{unit}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 100 else f"{seconds / 60:.2g} min"
 
 
 def full_cost(problem: Problem) -> tuple[float, float]:
@@ -208,7 +232,36 @@ def evaluation_seconds(problem: Problem, structure: str, read: float) -> float:
         read: Seconds of reading one batch.
     """
     batches = problem.num_examples / problem.batch_size
-    return batches * read + _structure_flop(problem, structure) / _rate(problem.dtype, problem.device)
+    return batches * read + structure_seconds(problem, structure)
+
+
+def lanczos_seconds(problem: Problem, batches: float, read: float, share: float) -> float:
+    """Seconds of the answers by "lanczos", by the time of one step over some batches, which it reads once more.
+
+    Args:
+        problem: With passes over these batches.
+        batches: Of the whole pass.
+        read: Seconds of reading one batch.
+        share: How many times as many batches the whole pass has.
+    """
+    curvature = lanczos_curvature(problem)
+    if problem.passes is not None and curvature.reads_rows:
+        for chunk in problem.passes().chunks():
+            curvature.update(chunk)
+    steps, search = EXPECTED_STEPS, LANCZOS_SEARCH if problem.sought else 1.0
+    if problem.by_products:
+        steps += SKETCHED // problem.num_probes
+    readings = 1.0 if curvature.rereads and curvature.reads_rows else 0.0
+    selecting = 0.0 if problem.by_products else selection_flop(problem) / _rate(problem.dtype, problem.device)
+    stepping = share * steps * curvature.step_seconds()
+    return batches * readings * read + search * (stepping + selecting)
+
+
+def structure_seconds(problem: Problem, structure: str) -> float:
+    """Seconds of a structure's answers without the reading of the rows, within a factor of about three."""
+    if structure in problem.measured:
+        return problem.measured[structure]
+    return _structure_flop(problem, structure) / _rate(problem.dtype, problem.device)
 
 
 def _structure_flop(problem: Problem, structure: str) -> float:
@@ -216,6 +269,8 @@ def _structure_flop(problem: Problem, structure: str) -> float:
         return 2.0 * EIGEN * problem.num_parameters**3
     if structure == "full":
         return full_cost(problem)[1] * (SEARCH if problem.sought else 1.0)
+    if structure == "lanczos":
+        return (LANCZOS_SEARCH if problem.sought else 1.0) * lanczos_flop(problem)
     if structure == "blocks":
         return blocks_cost(problem)[1]
     if structure == "diag":
@@ -230,8 +285,9 @@ def _structure_flop(problem: Problem, structure: str) -> float:
     return flop
 
 
+@cache
 def _rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Multiplications a second of a matrix product; random state is left alone."""
+    """Multiplications a second of a matrix product, measured once; random state is left alone."""
     matrix = torch.full((CALIBRATION_SIZE, CALIBRATION_SIZE), 0.5, dtype=dtype, device=device)
     times = []
     for _ in range(2):  # the first wakes threads up

@@ -33,7 +33,7 @@ ARGUMENTS = [
         LaplaceEvidence,
         "structure",
         ("dense", None, ["full"]),
-        "'auto', 'full', 'blocks', 'kron', 'kron_joint', 'kron_expand', 'diag'",
+        "'auto', 'full', 'lanczos', 'blocks', 'kron', 'kron_joint', 'kron_expand', 'diag'",
     ),
     (LaplaceEvidence, "likelihood", ("poisson", 3), LIKELIHOODS),
     (

@@ -24,6 +24,7 @@ from lightning_bayes import (
     SGDNoiseScale,
     Stability,
 )
+from lightning_bayes.structures.base import Budget
 from tests.refusals import UNSAID, refuses
 from tests.scenarios import Module, N, Rich, fit, loader, optimizer, same, tensors, trainer
 
@@ -225,6 +226,15 @@ def observers():
     ]
 
 
+def reread_evidence():
+    """By passes over the data for each product, of vectors for what the largest rows leave."""
+    callback = LaplaceEvidence("lanczos", num_probes=2)
+    budget = Budget(stored_bytes=0.0, kept_bytes=16.0 * 6**2)  # room for a few selected rows
+    callback.method = replace(callback.method, budget=budget)
+    callback._evaluation = replace(callback._evaluation, method=callback.method)
+    return [callback]
+
+
 BY_NAME = {"network": "network", "likelihood": "classification"}
 REFERENCE = {"learning_rate": 0.1, "batch_size": 6, "dataset_size": N, "momentum": 0.9}
 ACCUMULATED = {"accumulate_grad_batches": 2}
@@ -246,8 +256,10 @@ UNPERTURBED: dict[str, tuple[Callable[[], list[Any]], dict[str, Any]]] = {
             {"structure": "kron", "max_examples": 10, **BY_NAME},
             {"subset_of_weights": "last_layer", "prior_precision": "optimize_per_parameter"},
             {"curvature": "hessian_positive"},
+            {"structure": "lanczos"},
         )
     },
+    "evidence, lanczos, rows read again": (reread_evidence, {}),
     **{
         f"stability, {options}": (lambda options=options: [Stability(**options)], {})
         for options in ({}, {"curvature": "ggn"}, {"sharpness": True}, {"max_examples": 12, **BY_NAME})

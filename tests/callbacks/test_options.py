@@ -210,7 +210,7 @@ def test_the_search_for_a_prior_begins_at_the_last_epochs(tmp_path, prior, monke
 
 
 def test_many_outputs_are_sampled_and_said_to_be(tmp_path, monkeypatch):
-    use_budget(monkeypatch, Budget(columns=2, flop=1e6))
+    use_budget(monkeypatch, Budget(columns=2, seconds=1e-4))
     callback, module = LaplaceEvidence(), Module(mlp(), cross_entropy)
     with pytest.warns(UserWarning, match=r"3 outputs per example, so structure='auto' takes.*num_samples=64"):
         fit(tmp_path, module, loader(), callback)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_bayes import LaplaceEvidence, laplace_evidence
+from lightning_bayes.structures import registry
 from lightning_bayes.structures.base import Budget
 from tests.cases import evidence_within, use_budget
 from tests.refusals import refuses
@@ -123,7 +124,8 @@ def test_unfreezing_makes_the_choice_of_a_structure_again(tmp_path, monkeypatch)
 
     module = Module(mlp(), unfreezing, lambda m: torch.optim.SGD(m.parameters(), lr=0.1, weight_decay=0.02))
     module.network[0].requires_grad_(False)
-    use_budget(monkeypatch, Budget(flop=5e4))  # of the second layer alone
+    monkeypatch.setattr(registry, "_rate", lambda dtype, device: 1.0)
+    use_budget(monkeypatch, Budget(seconds=5e4))  # of the second layer alone
     callback = LaplaceEvidence()
     fit(tmp_path, module, loader(), callback, max_epochs=2)
     assert [evidence.structure for _, evidence in callback.history] == ["full", "kron"]

@@ -177,7 +177,7 @@ def own_directions(examples, large, small):
 def test_bounds_hold_where_small_eigenvalues_stand_beside_large_ones(examples, large, small, tolerance):
     rows = own_directions(examples, large, small)
     shape = torch.Size([rows.shape[2]])
-    sizes = {"num_examples": examples, "rank": 3, "kept_width": len(shape), "gram_width": 1}
+    sizes = {"num_examples": examples, "rank": 3, "kept_width": len(shape), "gram_width": 1, "map_width": 1}
     curvature = BracketCurvature(problem(dtype=torch.float32, tolerance=tolerance, **sizes))
     curvature._layers = lambda precision: [KeptDense(rows, "w", shape)]
     summary = curvature.at({"w": 1.0}, {"w": torch.zeros(shape)})
@@ -189,7 +189,7 @@ def test_bounds_hold_where_small_eigenvalues_stand_beside_large_ones(examples, l
 
 def problem(**changes):
     shapes = {"w": torch.Size([3]), "b": torch.Size([1])}
-    sizes = {"num_examples": 5, "rank": 2, "batch_size": 5, "kept_width": 4, "gram_width": 4}
+    sizes = {"num_examples": 5, "rank": 2, "batch_size": 5, "kept_width": 4, "gram_width": 4, "map_width": 8}
     place = {"dtype": torch.float64, "device": torch.device("cpu"), "budget": SMALL}
     return Problem(shapes, **(sizes | place | changes))
 

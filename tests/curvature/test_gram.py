@@ -83,12 +83,13 @@ def test_products_with_vectors_of_selected_rows(columns, examples, positions, ou
     for rows in (kept, kept.select(order // examples, order % examples)):
         inputs = rows.inputs if rows.owners is None else rows.inputs[rows.owners]
         flat = {"w": torch.einsum("cnto,nti->cnoi", rows.rows, inputs), "b": rows.rows.sum(2)}
-        vectors = {"w": torch.randn(out, width).double(), "b": torch.randn(out).double()}
-        expected = (flat["w"] * vectors["w"]).sum((2, 3)) + (flat["b"] * vectors["b"]).sum(2)
+        vectors = {"w": torch.randn(3, out, width).double(), "b": torch.randn(3, out).double()}
+        expected = torch.einsum("cnoi,koi->kcn", flat["w"], vectors["w"])
+        expected += torch.einsum("cno,ko->kcn", flat["b"], vectors["b"])
         torch.testing.assert_close(rows.dot(vectors), expected)
-        coefficients = torch.randn(rows.rows.shape[:2]).double()
+        coefficients = torch.randn(3, *rows.rows.shape[:2]).double()
         for name, combined in rows.combine(coefficients).items():
-            torch.testing.assert_close(combined, torch.einsum("cn,cn...->...", coefficients, flat[name]))
+            torch.testing.assert_close(combined, torch.einsum("kcn,cn...->k...", coefficients, flat[name]))
 
 
 @pytest.mark.parametrize("paired", [True, False])
@@ -155,8 +156,8 @@ def test_a_map_at_few_positions_is_paired_one_at_many_is_written_down(monkeypatc
     assert [(type(kept), getattr(kept, "paired", None)) for kept in keep(first, 3, {})] == [
         (KeptOuter, False)
     ]
-    assert kept_widths(replace(block, layers=[head])) == (4 + 2, 4 + 1)
-    assert kept_widths(replace(block, layers=[first])) == (6 * (4 + 6), 4 * 18 + 4)
+    assert kept_widths(replace(block, layers=[head])) == (4 + 2, 4 + 1, 4 * 4)
+    assert kept_widths(replace(block, layers=[first])) == (6 * (4 + 6), 4 * 18 + 4, 6 * 4 * 18)
     one_column = replace(block, layers=[first], num_columns=1)
     assert {type(kept) for kept in keep(first, 1, {})} == {KeptDense}
-    assert kept_widths(one_column) == (4 * 18 + 4, 4 * 18 + 4)
+    assert kept_widths(one_column) == (4 * 18 + 4, 4 * 18 + 4, 6 * 4 * 18)

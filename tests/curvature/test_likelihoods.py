@@ -178,6 +178,54 @@ def test_root_is_of_the_autograd_hessian(name):
     )
 
 
+def predicted_variances() -> Loss:
+    outputs = torch.cat([real(N, 2), torch.rand(N, 2, dtype=F64)], dim=1)
+    return Loss(HeteroscedasticGaussian(), gaussian_nll, outputs, real(N, 2))
+
+
+def sure_of_a_class() -> Loss:
+    return cross_entropy_case(40 * real(N, 3), classes(N))
+
+
+@pytest.mark.parametrize("name", [*LOSSES, "predicted variances", "sure"])
+@pytest.mark.parametrize("num_vectors", [1, 5])
+def test_products_with_the_hessian_are_those_with_its_root(name, num_vectors):
+    loss = (LOSSES | {"predicted variances": predicted_variances, "sure": sure_of_a_class})[name]()
+    outputs, targets = loss.prepared()
+    outputs, tangents = outputs.requires_grad_(), real(num_vectors, *outputs.shape).requires_grad_()
+    root = loss.likelihood.sqrt_hessian(outputs, targets).flatten(2)
+    matrices = torch.einsum("rno,rnq->noq", root, root)
+    expected = torch.einsum("noq,knq->kno", matrices, tangents.detach().flatten(2)).view_as(tangents)
+    for product in (type(loss.likelihood).hessian_product, Likelihood.hessian_product):
+        image = product(loss.likelihood, outputs, targets, tangents)
+        torch.testing.assert_close(image, expected, rtol=1e-12, atol=1e-14)
+        assert not image.requires_grad
+
+
+@given(logits, st.integers(0, 10**6))
+def test_products_with_the_hessian_in_float32(values, seed):
+    """⟨t, Λt⟩ to a relative error, also where the likeliest class has all but a rounding of the probability."""
+    outputs = torch.tensor([values]).clamp(-30, 30)
+    tangents = torch.randn(3, 1, len(values), generator=torch.Generator().manual_seed(seed))
+    likelihood = Categorical()
+    prepared = likelihood.prepare(outputs, torch.zeros(1, dtype=torch.long))
+    forms = (tangents * likelihood.hessian_product(*prepared, tangents)).sum((1, 2))
+    root = likelihood.sqrt_hessian(outputs.double(), prepared[1])
+    expected = torch.einsum("rno,kno->krn", root, tangents.double()).square().sum((1, 2))
+    torch.testing.assert_close(forms.double(), expected, rtol=1e-3, atol=0)
+
+
+def test_products_with_the_hessian_of_a_large_vocabulary():
+    """Its root would take 80 GB."""
+    outputs, tangents = torch.randn(2, 2, 50_000), torch.randn(2, 2, 2, 50_000)
+    prepared = Categorical(class_dim=-1).prepare(outputs, torch.tensor([[7, -100], [3, 4]]))
+    image = Categorical().hessian_product(*prepared, tangents)
+    p = outputs.double().softmax(-1)
+    expected = p * (tangents - (p * tangents).sum(-1, keepdim=True))
+    expected[:, 0, 1] = 0.0
+    torch.testing.assert_close(image.double(), expected, rtol=1e-4, atol=1e-10)
+
+
 @settings(max_examples=50)
 @given(
     seed=st.integers(0, 10**6),

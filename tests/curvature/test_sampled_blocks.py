@@ -74,6 +74,7 @@ def read():
         "batch_size": SIZE,
         "kept_width": 20,
         "gram_width": 20,
+        "map_width": 55,
     }
     problem = Problem(shapes, **sizes, dtype=torch.float64, device=torch.device("cpu"))
     return found, problem, dense

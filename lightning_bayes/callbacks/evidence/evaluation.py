@@ -1,7 +1,8 @@
 """The evidence of the module that a Trainer trains, on its training data: rehearsed on one batch, then evaluated."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_bayes.callbacks.evidence.progress import shown_in_bar
+from lightning_bayes.callbacks.evidence.progress import bar_line, shown_in_bar
 from lightning_bayes.callbacks.trainer.checks import warn_of_averages
 from lightning_bayes.callbacks.trainer.module_reader import ModuleReader, NetworkOption
 from lightning_bayes.callbacks.trainer.optimizers import announce_prior, prior_of
@@ -17,11 +18,13 @@ from lightning_bayes.callbacks.trainer.training_set import examples_of, step_bat
 from lightning_bayes.capture.examples import Examples
 from lightning_bayes.capture.forward import BatchForward
 from lightning_bayes.capture.loss import CapturedLoss
+from lightning_bayes.capture.repeated_forwards import RepeatedForwards
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.evidence.evaluate import evidence_of
 from lightning_bayes.evidence.options import Method, sampling_if_many_columns
+from lightning_bayes.evidence.rehearsal import LEAST_SECONDS, rehearse
 from lightning_bayes.evidence.result import Evidence
-from lightning_bayes.evidence.totals import LossReduction, read_all, rehearse
+from lightning_bayes.evidence.totals import LossReduction, read_all
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.priors.prior import Prior, PriorPrecision
 from lightning_bayes.priors.subset import last_layer
@@ -35,16 +38,16 @@ class Rehearsed:
         asked: The method as asked for, with columns sampled where there are many.
         last_layer: Names of the parameters of the last layer, None where it was not asked for.
         batch_size: Of the first batch.
-        chosen: The method with its structure chosen; None where the batch had no evidence.
-        sizes: Parameters and N that the choice was made for.
+        chosen: The structure that is taken; None where the batch had no evidence.
+        measured: Seconds that answers by some structures take, as far as they were measured.
         seconds: That an evaluation is expected to take.
     """
 
     asked: Method
     last_layer: list[str] | None = None
     batch_size: int = 1
-    chosen: Method | None = None
-    sizes: tuple[list[str], int] | None = None
+    chosen: str | None = None
+    measured: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -88,7 +91,12 @@ class Evaluation:
         return rehearsed
 
     def evidence(
-        self, trainer: Trainer, module: LightningModule, rehearsed: Rehearsed, before: Evidence | None
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        rehearsed: Rehearsed,
+        before: Evidence | None,
+        epoch_seconds: float,
     ) -> Evidence:
         """Evaluate the module as it is now on all training data.
 
@@ -97,6 +105,7 @@ class Evaluation:
             module: The user's.
             rehearsed: On the first batch.
             before: Of the epoch before, at whose λ a search begins.
+            epoch_seconds: Of training, which "auto" goes by when it settles at the first evaluation.
 
         Raises:
             EvidenceUnavailableError: If these weights have no evidence.
@@ -110,24 +119,40 @@ class Evaluation:
         captured = reader.read(first[1], first[0])
         subset = self.method.subset_of_weights
         prior = prior_of(trainer, reader.original, self.prior_precision, subset, rehearsed.last_layer)
-        # Parameters are unfrozen and datasets grow during a run: then the choice is made again.
-        same = rehearsed.sizes == (list(prior.strengths), examples.num_examples)
-        method = (rehearsed.chosen if same else None) or rehearsed.asked
-        forwards = (
-            BatchForward(partial(reader.outputs_and_targets, index), batch)
-            for index, batch in chain([first], batches)
-        )
-        totals = read_all(
-            reader.network,
-            forwards,
-            captured.likelihood,
-            prior,
-            method,
+        # A structure that was chosen is kept, in a fit that is resumed as well: numbers under one key are compared.
+        # But parameters are unfrozen and datasets grow during a run: then the choice is made again.
+        size = sum(reader.network.get_parameter(name).numel() for name in prior.strengths)
+        same = before is not None and (before.num_parameters, before.num_examples) == (
+            size,
             examples.num_examples,
-            examples.num_batches,
         )
+        # At the first evaluation too: the first batch could only say what an epoch might take.
+        structure = before.structure if before and same and rehearsed.asked.structure == "auto" else None
+        outputs = reader.outputs_and_targets
         start = prior.start_from(before.prior_precision) if before and before.prior_optimized else None
-        return evidence_of(totals, LossReduction(captured.reduction, training_batch_size), start)
+        with bar_line(trainer) as report:
+            totals = read_all(
+                reader.network,
+                RepeatedForwards(
+                    (
+                        BatchForward(partial(outputs, index), batch)
+                        for index, batch in chain([first], batches)
+                    ),
+                    lambda: (
+                        BatchForward(partial(outputs, i), batch) for i, batch in enumerate(examples.read())
+                    ),
+                ),
+                captured.likelihood,
+                prior,
+                rehearsed.asked,
+                examples.num_examples,
+                examples.num_batches,
+                report=report,
+                seconds=max(LEAST_SECONDS, epoch_seconds),
+                structure=structure,
+                measured=rehearsed.measured,
+            )
+            return evidence_of(totals, LossReduction(captured.reduction, training_batch_size), start)
 
     def _choose(
         self,
@@ -153,9 +178,10 @@ class Evaluation:
         except EvidenceUnavailableError as error:
             rank_zero_warn(f"LaplaceEvidence: the first batch has no evidence. {error}")
             return settled
-        structure = f"structure={rehearsal.method.structure!r}. {rehearsal.reason}"
+        structure = f"structure={rehearsal.structure!r}. {rehearsal.reason}"
         for sentence in (structure, rehearsal.split, *examples.notes, captured.likelihood.note):
             if sentence is not None:
                 rank_zero_info(f"LaplaceEvidence: {sentence}.")
-        sizes = list(prior.strengths), number
-        return replace(settled, chosen=rehearsal.method, sizes=sizes, seconds=rehearsal.seconds)
+        return replace(
+            settled, chosen=rehearsal.structure, measured=rehearsal.measured, seconds=rehearsal.seconds
+        )

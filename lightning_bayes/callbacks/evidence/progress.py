@@ -1,6 +1,7 @@
 """Shows a pass over the data in the progress bar that Lightning has on the screen."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer
@@ -10,15 +11,22 @@ _Item = TypeVar("_Item")
 
 def shown_in_bar(trainer: Trainer, batches: Iterable[_Item], num_batches: int) -> Iterator[_Item]:
     """Hand the batches on, with "evidence 3/16" where the bar says "Epoch 0"; without a bar hand them on alone."""
+    with bar_line(trainer) as report:
+        for number, batch in enumerate(batches, start=1):
+            report(f"{number}/{num_batches}")
+            yield batch
+
+
+@contextmanager
+def bar_line(trainer: Trainer) -> Iterator[Callable[[str], object]]:
+    """What shows "evidence" and a few words where the bar says "Epoch 0", which comes back; nothing without a bar."""
     bar = _training_bar(trainer)
     if bar is None:
-        yield from batches
+        yield lambda text: None
         return
     describe, before = bar
     try:
-        for number, batch in enumerate(batches, start=1):
-            describe(f"evidence {number}/{num_batches}")
-            yield batch
+        yield lambda text: describe(f"evidence {text}")
     finally:
         describe(before)
 

@@ -1,0 +1,161 @@
+"""`structure="lanczos"` on 784-800-10 and MNIST: error, time, products and memory against the number of examples.
+
+    python benchmarks/lanczos.py --mnist-root DIR [--sizes 15000 30000 60000] [--seeds 0 1] [--num-probes 8]
+                                 [--curve] [--output docs/benchmarks/lanczos.csv]
+
+Float32, λ = 1, the network of `models.py` that was trained on all 60,000; each row in a process of its own, written
+as soon as it is there, and left out where it is there already. A gradient pass is forward and backward of the summed
+loss over the same examples in the same batches, the least of six around the evaluation. A product is K times one
+vector. With --curve also seven λ over three decades and the optimum, beside the value at the smallest λ alone. Prints
+the table and the exponent of the time of one product in N (least squares).
+"""
+
+import argparse
+import csv
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from models import MODELS, gradient_pass, trained
+from table import read_rows
+from worker import seconds
+
+from lightning_bayes.evidence.curve import curve_of
+from lightning_bayes.evidence.evaluate import evidence_of
+from lightning_bayes.evidence.laplace import Computation
+from lightning_bayes.evidence.result import Evidence
+from lightning_bayes.evidence.totals import Totals
+
+GRID = tuple(10 ** (-step / 2) for step in range(6, -1, -1))
+"""λ of the curve, from 0.001 to 1."""
+
+
+def measure(size: int, seed: int, num_probes: int, precision: str, mnist_root: str) -> dict[str, float]:
+    """One evaluation, in this process; of "curve" the time of all, and the numbers at the optimum."""
+    data = trained(MODELS["mlp-60000"], mnist_root)
+    data = replace(data, x=data.x[:size].clone(), y=data.y[:size].clone())
+    computation = Computation(
+        structure="lanczos",
+        batch_size=data.batch_size,
+        num_probes=num_probes,
+        seed=seed,
+        prior_precision="optimize" if precision == "curve" else float(precision),
+    )
+    kept: dict[str, Any] = {}
+
+    def conclude(totals: Totals) -> Evidence:
+        kept["curvature"] = totals.curved
+        if precision == "curve":
+            kept["curve"] = curve_of(totals, list(GRID))
+        return evidence_of(totals)
+
+    computation.run(data.net, (data.x[:500], data.y[:500]), conclude)  # warms up
+    gradient = min(seconds(lambda: gradient_pass(data)) for _ in range(3))
+    start = time.perf_counter()
+    evidence = computation.run(data.net, (data.x, data.y), conclude)
+    elapsed = time.perf_counter() - start
+    gradient = min(gradient, *(seconds(lambda: gradient_pass(data)) for _ in range(3)))
+    curvature = kept["curvature"]
+    return {
+        "num_examples": size,
+        "seed": seed,
+        "num_probes": num_probes,
+        "prior_precision": precision,
+        "log_evidence": evidence.log_evidence,
+        "stderr": evidence.log_evidence_stderr,
+        "lower": evidence.lower,
+        "upper": evidence.upper,
+        "effective_parameters": evidence.effective_parameters,
+        "newton_decrement": evidence.newton_decrement,
+        "seconds": elapsed,
+        "gradient_seconds": gradient,
+        "gradient_passes": elapsed / gradient,
+        "steps": curvature.num_steps,
+        "products": curvature.num_products,
+        "product_seconds": curvature.product_seconds / curvature.num_products,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "curve": [] if "curve" not in kept else kept["curve"].log_evidence.tolist(),
+        "difference_stderr": [] if "curve" not in kept else kept["curve"].difference_stderr.tolist(),
+    }
+
+
+def main() -> None:
+    """Run what is missing, write, and print."""
+    arguments = parse()
+    if arguments.one is not None:
+        size, seed, precision = arguments.one
+        row = measure(int(size), int(seed), arguments.num_probes, precision, arguments.mnist_root)
+        print(json.dumps(row))
+        return
+    path = Path(arguments.output)
+    rows = read_rows(path) if path.exists() else []
+    done = {(row["num_examples"], row["seed"], row["num_probes"], row["prior_precision"]) for row in rows}
+    for size, seed, precision in wanted(arguments):
+        if (str(size), str(seed), str(arguments.num_probes), precision) in done:
+            continue
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", str(size), str(seed), precision]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        rows.append({name: str(value) for name, value in json.loads(output.splitlines()[-1]).items()})
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        show(rows[-1])
+    for row in rows:
+        show(row)
+    plain = [row for row in rows if row["prior_precision"] == "1.0"]
+    sizes = np.log([float(row["num_examples"]) for row in plain])
+    if len(set(sizes)) > 1:
+        times = np.log([float(row["product_seconds"]) for row in plain])
+        print(
+            f"the time of one product grows as N^{np.polyfit(sizes, times, 1)[0]:.2f}   (target: at most 1.1)"
+        )
+
+
+def wanted(arguments: argparse.Namespace) -> Iterator[tuple[int, int, str]]:
+    """Sizes, seeds and priors."""
+    for size in arguments.sizes:
+        for seed in arguments.seeds:
+            yield size, seed, "1.0"
+    if arguments.curve:
+        yield max(arguments.sizes), arguments.seeds[0], str(GRID[0])
+        yield max(arguments.sizes), arguments.seeds[0], "curve"
+
+
+def show(row: dict[str, str]) -> None:
+    """One line."""
+    of = {
+        name: float(value) for name, value in row.items() if value.replace(".", "").replace("-", "").isdigit()
+    }
+    print(
+        f"N = {of['num_examples']:,.0f}, seed {row['seed']}, λ = {row['prior_precision']}: "
+        f"{of['log_evidence']:,.1f} ± {of['stderr']:.1f} nats in [{of['lower']:,.0f}, {of['upper']:,.0f}], "
+        f"{of['gradient_passes']:.0f} gradient passes, {of['products']:.0f} products ({of['steps']:.0f} steps), "
+        f"{of['peak_gb']:.1f} GB"
+    )
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--mnist-root", required=True)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[15_000, 30_000, 60_000])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--num-probes", type=int, default=8)
+    parser.add_argument("--curve", action="store_true")
+    parser.add_argument("--output", default="docs/benchmarks/lanczos.csv")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
