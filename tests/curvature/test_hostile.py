@@ -97,7 +97,7 @@ def test_the_best_prior_of_a_bracket_is_as_good_as_the_bracket_is_narrow(toleran
 
 def test_rows_that_are_gone_answer_for_one_prior_alone():
     data = torch.randn(20, 4), torch.randint(3, (20,))
-    with refuses("structure='blocks' selects rows as they come"):
+    with refuses('structure="blocks" selects rows as they come'):
         laplace_evidence(nn.Linear(4, 3), data, structure="blocks", prior_precision="optimize_per_parameter")
     with refuses("`tolerance` to be None beside structure='blocks'"):
         laplace_evidence(nn.Linear(4, 3), data, structure="blocks", tolerance=1.0)
