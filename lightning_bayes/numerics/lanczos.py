@@ -91,7 +91,11 @@ def orthogonalised(images: Tensor, bases: Sequence[Tensor]) -> tuple[Tensor, Ten
     """
     total = images.new_zeros(())
     for _ in range(2):
-        coefficients = [torch.einsum("skn,kn->sk", basis, images) for basis in bases]
+        # Vector by vector: of pieces with s = 1 a product of all takes some twenty times as long.
+        coefficients = [
+            torch.stack([own @ image for own, image in zip(basis.unbind(1), images, strict=True)], 1)
+            for basis in bases
+        ]
         for basis, share in zip(bases, coefficients, strict=True):
             images = images - torch.einsum("sk,skn->kn", share, basis)
         total = total + torch.cat(coefficients)

@@ -33,8 +33,8 @@ MAX_STEPS = 200
 """Steps after which Lanczos ends, with the rest of the gap in the standard error and a warning."""
 MAX_PROBES = 1024
 """Vectors that `max_stderr` may ask for."""
-DECREMENT_TOLERANCE = 1e-3
-"""Relative rise of the Newton decrement at which its refinement ends."""
+DECREMENT_TOLERANCE = 1e-2
+"""Share of the Newton decrement that may be missing where its refinement ends: nobody decides by less."""
 SEARCH_PROBES = 2
 """Vectors that a search for the prior takes. γ to a percent gives its λ to a percent, and the log-evidence at that λ
 lies below the maximum by some 1e-4 of γ/4."""
