@@ -36,12 +36,12 @@ STYLE = {
 
 @contextmanager
 def figure(
-    path: Path, columns: int = 2, width: float = 8.4, height: float = 3.5
+    path: Path, columns: int = 2, width: float = 8.4, height: float = 3.5, rows: int = 1
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Panels in a row; written to `path` at the end."""
+    """Panels row by row; written to `path` at the end."""
     with plt.rc_context(STYLE):
-        made, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")
-        yield made, list(axes[0])
+        made, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+        yield made, list(axes.flat)
         path.parent.mkdir(parents=True, exist_ok=True)
         made.savefig(path)
         plt.close(made)
