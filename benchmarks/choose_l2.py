@@ -7,8 +7,8 @@
 each started from the minimum of the one before and taken to its own by L-BFGS on the whole set: at most --rounds
 hundred iterations, fewer once no Newton decrement can be a nat. `lanczos` by eight vectors at N = 10,000 and four at
 60,000, the same at every λ. Rows are written one by one; what is there is not run again, and the weights to start
-from wait in the temporary folder. About an hour a size on two cores. With --draw only the table and the figure, beside
-the CSV; a size with seeds that have not come to their last λ is drawn from those that have.
+from wait in the temporary folder. About an hour a size on two cores. With --draw only the table and the figure,
+beside the CSV; a size with seeds that have not come to their last λ is drawn from those that have.
 
 Fixed before the run: the minimum is believed where the Newton decrement, with what may be missing of it, is below 5 %
 of the difference of the evidence to the next λ (column `settled`). Best places are vertices of parabolas through the

@@ -104,7 +104,7 @@ MODELS = {
         Model("logistic", lambda: nn.Linear(784, 1), 1000, binary=True),
         Model("mlp-1000", mlp, 1000),
         Model("mlp-5000", mlp, 5000, float64=False, repeats=1, patience=900.0),  # exact: 45,000 rows, 8 GB
-        Model("mlp-60000", mlp, 60_000, float64=False, repeats=1),
+        Model("mlp-60000", mlp, 60_000, float64=False, repeats=1, patience=900.0),
         Model("lenet", lenet, 500, (1, 28, 28), steps=1000, learning_rate=0.02),
         Model(
             *("resnet18", resnet18, 64, (3, 32, 32), 100, 0.02, 32),

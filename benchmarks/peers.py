@@ -1,4 +1,4 @@
-"""The candidates: who computes the log-evidence, by which structure. Each returns nats.
+"""The candidates: who computes the log-evidence, by which structure. Each returns nats, or nats and standard error.
 
 Peers get what helps them: eval mode, BackPACK's graph converter where a network is no Sequential, sums over
 the same batches. laplace-torch has no Bernoulli likelihood with one logit z; it gets the softmax of (0, z),
@@ -25,7 +25,7 @@ class Candidate:
     library: str
     backend: str
     structure: str
-    run: Callable[[Trained], float | None]
+    run: Callable[[Trained], float | tuple[float, float] | None]
     note: str = ""
 
     @property
@@ -34,11 +34,11 @@ class Candidate:
         return " ".join(part for part in (self.library, self.backend, self.structure) if part)
 
 
-def _ours(structure: str, tolerance: float | None = None) -> Callable[[Trained], float]:
-    def run(data: Trained) -> float:
+def _ours(structure: str, tolerance: float | None = None) -> Callable[[Trained], tuple[float, float]]:
+    def run(data: Trained) -> tuple[float, float]:
         from lightning_bayes import laplace_evidence  # noqa: PLC0415
 
-        return laplace_evidence(
+        evidence = laplace_evidence(
             data.net,
             (data.x, data.y),
             likelihood="binary" if data.binary else "classification",
@@ -46,7 +46,8 @@ def _ours(structure: str, tolerance: float | None = None) -> Callable[[Trained],
             prior_precision=PRIOR_PRECISION,
             batch_size=data.batch_size,
             tolerance=tolerance,
-        ).log_evidence
+        )
+        return evidence.log_evidence, evidence.log_evidence_stderr
 
     return run
 

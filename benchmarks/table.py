@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 COLUMNS = (
     *("model", "num_examples", "parameters", "batch_size", "library", "backend", "structure", "dtype"),
-    *("repeat", "status", "value", "error", "exact", "exact_from", "seconds", "gradient_seconds"),
+    *("repeat", "status", "value", "stderr", "error", "exact", "exact_from", "seconds", "gradient_seconds"),
     *("gradient_passes", "peak_mb", "prior_precision", "seed", "threads", "cores", "limit_seconds"),
     *("memory_limit_gb", "note", "python", "torch", "lightning-bayes", "laplace-torch", "curvlinops"),
     *("backpack", "asdl"),
@@ -33,8 +33,9 @@ EXACT_SOURCES = (
     ("torch", "full", "float64"),
     ("lightning-bayes", "full", "float64"),
     ("lightning-bayes", "full", "float32"),
+    ("lightning-bayes", "lanczos", "float32"),
 )
-"""Where the exact number is taken from, the best first; a bracket is its own limit of what can be known."""
+"""Where the exact number is taken from, the best first; the last one has a standard error."""
 
 
 def versions() -> Row:

@@ -52,7 +52,9 @@ class Timed(LaplaceEvidence):
 RUNS = {
     "plain": lambda: [],
     "LaplaceEvidence()": lambda: [Timed()],
-    'LaplaceEvidence("lanczos", every_n_epochs=5)': lambda: [Timed("lanczos", num_probes=4, every_n_epochs=5)],
+    'LaplaceEvidence("lanczos", every_n_epochs=5)': lambda: [
+        Timed("lanczos", num_probes=4, every_n_epochs=5)
+    ],
 }
 
 

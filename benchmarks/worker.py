@@ -49,21 +49,26 @@ def work(job: dict[str, Any], answer: str, log: str) -> None:
     Path(answer).write_text(json.dumps(result))
 
 
-def measure(data: Trained, run: Callable[[Trained], float | None]) -> dict[str, object]:
+Run = Callable[[Trained], float | tuple[float, float] | None]
+
+
+def measure(data: Trained, run: Run) -> dict[str, object]:
     """Value, seconds, seconds of a gradient pass, and what the candidate adds to the resident set."""
     warm_up(data, run)
     before = [seconds(lambda: gradient_pass(data)) for _ in range(GRADIENT_PASSES)]
     fresh = copy_of(data)
     resident = reset_peak()
     start = time.perf_counter()
-    value = run(fresh)
+    answer = run(fresh)
     elapsed = time.perf_counter() - start
     peak = peak_bytes() - resident
     after = [seconds(lambda: gradient_pass(data)) for _ in range(GRADIENT_PASSES)]
     unit = statistics.median(before + after)
+    value, stderr = answer if isinstance(answer, tuple) else (answer, None)
     return {
         "status": "ok",
         "value": value,
+        "stderr": stderr,
         "seconds": elapsed,
         "gradient_seconds": unit,
         "gradient_passes": elapsed / unit,
@@ -71,7 +76,7 @@ def measure(data: Trained, run: Callable[[Trained], float | None]) -> dict[str, 
     }
 
 
-def warm_up(data: Trained, run: Callable[[Trained], float | None]) -> None:
+def warm_up(data: Trained, run: Run) -> None:
     """Imports, thread pools and first calls, on a few examples; an error here is the candidate's."""
     few = min(WARM_UP_EXAMPLES, len(data.x))
     run(copy_of(replace(data, x=data.x[:few], y=data.y[:few])))

@@ -17,7 +17,7 @@ from lightning_bayes.structures.diagonal import DiagonalCurvature
 from lightning_bayes.structures.dual import DualCurvature
 from lightning_bayes.structures.hessian import HessianCurvature
 from lightning_bayes.structures.kronecker import KroneckerCurvature
-from lightning_bayes.structures.lanczos.cost import EXPECTED_STEPS, SKETCHED, lanczos_flop, selection_flop
+from lightning_bayes.structures.lanczos.cost import lanczos_flop
 from lightning_bayes.structures.lanczos.estimate import SampledLogDet
 from lightning_bayes.structures.lanczos.parameter_space import ParameterSpaceLanczos
 from lightning_bayes.structures.lanczos.row_space import RowSpaceLanczos
@@ -166,7 +166,7 @@ def samples_of_many_columns(
     calls = columns * -(-num_examples // batch_size)
     each = 6.0 * num_parameters * (columns / min(sizes) if len(sizes) > 1 else 1.0)
     flop = num_examples * columns * each + calls * BACKWARD_FLOP
-    seconds = flop / _rate(outputs.dtype, outputs.device)
+    seconds = flop / rate(outputs.dtype, outputs.device)
     allowed = MINUTE if budget.seconds is None else budget.seconds
     if columns <= budget.columns or (memory <= budget.memory and seconds <= allowed):
         return None
@@ -223,45 +223,11 @@ def _dual_cost(problem: Problem) -> tuple[float, float]:
     return float(rows) ** 2 * matrix + kept, float(rows) ** 2 * problem.gram_width + cubes * rows**3
 
 
-def evaluation_seconds(problem: Problem, structure: str, read: float) -> float:
-    """Seconds of a pass and of the structure's answers.
-
-    Args:
-        problem: Sizes.
-        structure: That is taken.
-        read: Seconds of reading one batch.
-    """
-    batches = problem.num_examples / problem.batch_size
-    return batches * read + structure_seconds(problem, structure)
-
-
-def lanczos_seconds(problem: Problem, batches: float, read: float, share: float) -> float:
-    """Seconds of the answers by "lanczos", by the time of one step over some batches, which it reads once more.
-
-    Args:
-        problem: With passes over these batches.
-        batches: Of the whole pass.
-        read: Seconds of reading one batch.
-        share: How many times as many batches the whole pass has.
-    """
-    curvature = lanczos_curvature(problem)
-    if problem.passes is not None and curvature.reads_rows:
-        for chunk in problem.passes().chunks():
-            curvature.update(chunk)
-    steps, search = EXPECTED_STEPS, LANCZOS_SEARCH if problem.sought else 1.0
-    if problem.by_products:
-        steps += SKETCHED // problem.num_probes
-    readings = 1.0 if curvature.rereads and curvature.reads_rows else 0.0
-    selecting = 0.0 if problem.by_products else selection_flop(problem) / _rate(problem.dtype, problem.device)
-    stepping = share * steps * curvature.step_seconds()
-    return batches * readings * read + search * (stepping + selecting)
-
-
 def structure_seconds(problem: Problem, structure: str) -> float:
     """Seconds of a structure's answers without the reading of the rows, within a factor of about three."""
     if structure in problem.measured:
         return problem.measured[structure]
-    return _structure_flop(problem, structure) / _rate(problem.dtype, problem.device)
+    return _structure_flop(problem, structure) / rate(problem.dtype, problem.device)
 
 
 def _structure_flop(problem: Problem, structure: str) -> float:
@@ -286,7 +252,7 @@ def _structure_flop(problem: Problem, structure: str) -> float:
 
 
 @cache
-def _rate(dtype: torch.dtype, device: torch.device) -> float:
+def rate(dtype: torch.dtype, device: torch.device) -> float:
     """Multiplications a second of a matrix product, measured once; random state is left alone."""
     matrix = torch.full((CALIBRATION_SIZE, CALIBRATION_SIZE), 0.5, dtype=dtype, device=device)
     times = []

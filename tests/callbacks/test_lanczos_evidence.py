@@ -137,7 +137,7 @@ def test_the_bar_says_which_step(tmp_path, monkeypatch):
 
 
 def test_auto_takes_it_where_exact_is_beyond_the_budget(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(registry, "_rate", lambda dtype, device: 1e11)
+    monkeypatch.setattr(registry, "rate", lambda dtype, device: 1e11)
     use_budget(monkeypatch, Budget(memory=1.0))
     callback = LaplaceEvidence(num_probes=4)
     with caplog.at_level(logging.INFO):

@@ -151,29 +151,47 @@ class Epochs(Callback):
         self.clock.now += 10.0
 
 
+EVERY_EPOCH = [0, 1, 2, 3, 4, 5, 6, 7]
+
+
 @pytest.mark.parametrize(
-    ("max_overhead", "evaluated"),
+    ("arguments", "takes", "evaluated"),
     [
-        (None, [0, 1, 2, 3, 4, 5, 6, 7]),
-        (1.0, [0, 1, 2, 3, 4, 5, 6, 7]),
-        (0.1, [0, 5]),  # 3 s each: 3 + 3 <= 0.1 * training in the sixth epoch, when it is 60 s
-        (0.01, [0]),
+        ({}, 3.0, EVERY_EPOCH),
+        ({"max_overhead": 1.0}, 3.0, EVERY_EPOCH),
+        ({"max_overhead": 0.1}, 3.0, [0, 5]),  # 3 + 3 <= 0.1 * training in the sixth epoch, when it is 60 s
+        ({"max_overhead": 0.01}, 3.0, [0]),
+        # What "auto" takes, nobody asked for: 15 + 15 <= 30 in the third epoch, 45 <= 50 in the fifth.
+        ({}, 15.0, [0, 2, 4, 5, 7]),
+        ({"structure": "full"}, 15.0, EVERY_EPOCH),
+        ({"max_overhead": 10.0}, 15.0, EVERY_EPOCH),
     ],
 )
-def test_max_overhead(tmp_path, monkeypatch, max_overhead, evaluated):
+def test_max_overhead(tmp_path, monkeypatch, arguments, takes, evaluated):
+    callback, clock = timed_evidence(monkeypatch, takes, **arguments)
+    fit(tmp_path, Module(mlp(), cross_entropy), loader(), callback, Epochs(clock), max_epochs=8)
+    assert [epoch for epoch, _ in callback.history] == evaluated
+
+
+def test_no_epoch_is_skipped_by_default_where_somebody_monitors_it(tmp_path, monkeypatch):
+    callback, clock = timed_evidence(monkeypatch, 15.0)
+    stopping = EarlyStopping("bayes/log_evidence", patience=10, mode="max", check_on_train_epoch_end=True)
+    fit(tmp_path, Module(mlp(), cross_entropy), loader(), callback, Epochs(clock), stopping, max_epochs=8)
+    assert [epoch for epoch, _ in callback.history] == EVERY_EPOCH
+
+
+def timed_evidence(monkeypatch, takes, **arguments):
+    """A callback whose evaluations take so many seconds by a clock, and the clock."""
     clock = Clock()
-    callback = LaplaceEvidence(max_overhead=max_overhead)
 
     class Timed(LaplaceEvidence):
         def _take(self, trainer, take):
             evidence = super()._take(trainer, take)
-            clock.now += 3.0
-            return Evidence(**{**vars(evidence), "seconds": 3.0})
+            clock.now += takes
+            return Evidence(**{**vars(evidence), "seconds": takes})
 
-    callback.__class__ = Timed
     monkeypatch.setattr("lightning_bayes.callbacks.laplace_evidence.time.monotonic", clock)
-    fit(tmp_path, Module(mlp(), cross_entropy), loader(), callback, Epochs(clock), max_epochs=8)
-    assert [epoch for epoch, _ in callback.history] == evaluated
+    return Timed(**arguments), clock
 
 
 def test_policy_can_be_overridden(tmp_path):

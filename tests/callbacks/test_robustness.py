@@ -124,7 +124,7 @@ def test_unfreezing_makes_the_choice_of_a_structure_again(tmp_path, monkeypatch)
 
     module = Module(mlp(), unfreezing, lambda m: torch.optim.SGD(m.parameters(), lr=0.1, weight_decay=0.02))
     module.network[0].requires_grad_(False)
-    monkeypatch.setattr(registry, "_rate", lambda dtype, device: 1.0)
+    monkeypatch.setattr(registry, "rate", lambda dtype, device: 1.0)
     use_budget(monkeypatch, Budget(seconds=5e4))  # of the second layer alone
     callback = LaplaceEvidence()
     fit(tmp_path, module, loader(), callback, max_epochs=2)

@@ -30,7 +30,7 @@ def problem(num_parameters, num_examples, rank=9, width=10, dtype=torch.float32)
 @pytest.fixture
 def rate(monkeypatch):
     """Makes the machine one of so many multiplications a second."""
-    return lambda value: monkeypatch.setattr(registry, "_rate", lambda dtype, device: value)
+    return lambda value: monkeypatch.setattr(registry, "rate", lambda dtype, device: value)
 
 
 def test_sizes():
