@@ -16,7 +16,6 @@ best of the grid and its neighbours, as in the README's figure for N = 1,000.
 """
 
 import argparse
-import csv
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.table import Row, number, read_rows
+from benchmarks.table import Row, markdown_table, number, read_rows, write_rows
 from examples.smith_le_2018.data import Digits, load_digits, pixels, training_set
 from examples.smith_le_2018.intervals import best_place, chosen_cost
 from examples.smith_le_2018.model import network
@@ -104,19 +103,12 @@ def run(arguments: argparse.Namespace) -> list[Row]:
                     row = measure(net, digits, size, seed, precision, arguments.rounds)
                     torch.save(net.state_dict(), weights)
                     rows.append({key: str(value) for key, value in row.items()})
-                    _write(path, rows)
+                    write_rows(path, rows, list(rows[0]))
                     print({key: f"{value:.5g}" for key, value in row.items()}, flush=True)
                 elif weights.exists():
                     net.load_state_dict(torch.load(weights, weights_only=True))
                 # Else the weights are lost, and the next λ starts from what is at hand: its own decrement tells.
     return rows
-
-
-def _write(path: Path, rows: list[Row]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def grids(rows: list[Row]) -> Iterator[tuple[int, np.ndarray, Any]]:
@@ -141,10 +133,16 @@ def grids(rows: list[Row]) -> Iterator[tuple[int, np.ndarray, Any]]:
 
 def table(rows: list[Row]) -> str:
     """What each structure picks, and what that costs."""
-    lines = [
-        "| N | seeds | structure | best λ | best λ by test cross-entropy | test cross-entropy lost | settled |",
-        "|---:|---:|---|---:|---:|---:|---|",
+    header = [
+        "structure",
+        "N",
+        "seeds",
+        "best λ",
+        "best λ by test cross-entropy",
+        "test cross-entropy lost",
+        "settled",
     ]
+    lines = []
     for size, x, column in grids(rows):
         loss = column("test_loss")
         evidence = column("lanczos_log_evidence_ratio")
@@ -156,10 +154,17 @@ def table(rows: list[Row]) -> str:
         for structure in STRUCTURES:
             ratio = column(f"{structure}_log_evidence_ratio")
             lines.append(
-                f"| {size:,} | {len(loss)} | `{structure}` | {10 ** best_place(x, -ratio.mean(0)):.3g} "
-                f"| {10 ** best_place(x, loss.mean(0)):.3g} | {chosen_cost(-ratio, loss).mean():.4f} | {settled} |"
+                [
+                    f"`{structure}`",
+                    f"{size:,}",
+                    f"{len(loss)}",
+                    f"{10 ** best_place(x, -ratio.mean(0)):.3g}",
+                    f"{10 ** best_place(x, loss.mean(0)):.3g}",
+                    f"{chosen_cost(-ratio, loss).mean():.4f}",
+                    settled,
+                ]
             )
-    return "\n".join(lines)
+    return markdown_table(header, lines)
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -205,7 +210,7 @@ def main() -> None:
         parser.error("--mnist-root DIR is missing: the folder of MNIST in torchvision's layout.")
     path = Path(arguments.output)
     rows = read_rows(path) if arguments.draw else run(arguments)
-    path.with_suffix(".md").write_text(f"{table(rows)}\n")
+    path.with_suffix(".md").write_text(table(rows))
     print(table(rows))
     draw(rows, path.with_suffix(".png"))
 

@@ -7,11 +7,11 @@ Float32, λ = 1, the network of `models.py` that was trained on all 60,000; each
 as soon as it is there, and left out where it is there already. A gradient pass is forward and backward of the summed
 loss over the same examples in the same batches, the median of three before and three after, as in evidence.py. A
 product is K times one vector. With --curve also seven λ over three decades and the optimum, beside the value at the
-smallest λ alone. Prints the table and the exponent of the time of one product in N (least squares).
+smallest λ alone. Prints the table, and writes it beside the CSV, with the exponent of the time of one product in N
+(least squares).
 """
 
 import argparse
-import csv
 import json
 import resource
 import statistics
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from models import MODELS, gradient_pass, trained
-from table import read_rows
+from table import Row, markdown_table, number, read_rows, write_rows
 from worker import GRADIENT_PASSES, seconds
 
 from lightning_bayes.evidence.curve import curve_of
@@ -34,6 +34,10 @@ from lightning_bayes.evidence.laplace import Computation
 from lightning_bayes.evidence.result import Evidence
 from lightning_bayes.evidence.totals import Totals
 
+NUMBERS = (
+    *("num_examples", "log_evidence", "stderr", "lower", "upper", "gradient_passes", "gradient_seconds"),
+    *("products", "steps", "product_seconds", "peak_gb"),
+)
 GRID = tuple(10 ** (-step / 2) for step in range(6, -1, -1))
 """λ of the curve, from 0.001 to 1."""
 
@@ -105,20 +109,10 @@ def main() -> None:
         command = [sys.executable, __file__, *sys.argv[1:], "--one", str(size), str(seed), precision]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         rows.append({name: str(value) for name, value in json.loads(output.splitlines()[-1]).items()})
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        show(rows[-1])
-    for row in rows:
-        show(row)
-    plain = [row for row in rows if row["prior_precision"] == "1.0"]
-    sizes = np.log([float(row["num_examples"]) for row in plain])
-    if len(set(sizes)) > 1:
-        times = np.log([float(row["product_seconds"]) for row in plain])
-        print(
-            f"the time of one product grows as N^{np.polyfit(sizes, times, 1)[0]:.2f}   (target: at most 1.1)"
-        )
+        rows.sort(key=lambda row: [float(row[name]) for name in ("num_probes", "num_examples", "seed")])
+        write_rows(path, rows, list(rows[0]))
+        path.with_suffix(".md").write_text(table(rows))
+    print(table(rows))
 
 
 def wanted(arguments: argparse.Namespace) -> Iterator[tuple[int, int, str]]:
@@ -131,17 +125,42 @@ def wanted(arguments: argparse.Namespace) -> Iterator[tuple[int, int, str]]:
         yield max(arguments.sizes), arguments.seeds[0], "curve"
 
 
-def show(row: dict[str, str]) -> None:
-    """One line."""
-    of = {
-        name: float(value) for name, value in row.items() if value.replace(".", "").replace("-", "").isdigit()
-    }
-    print(
-        f"N = {of['num_examples']:,.0f}, seed {row['seed']}, λ = {row['prior_precision']}: "
-        f"{of['log_evidence']:,.1f} ± {of['stderr']:.1f} nats in [{of['lower']:,.0f}, {of['upper']:,.0f}], "
-        f"{of['gradient_passes']:.0f} gradient passes, {of['products']:.0f} products ({of['steps']:.0f} steps), "
-        f"{of['peak_gb']:.1f} GB"
-    )
+def table(rows: list[Row]) -> str:
+    """Of all rows, and by which power of N the time of a product grows."""
+    header = [
+        "N, λ",
+        "seed",
+        "vectors",
+        "log-evidence, nats",
+        "certified within",
+        "passes",
+        "products (steps)",
+    ]
+    header += ["a product, passes", "GB"]
+    lines = []
+    for row in rows:
+        of = {name: number(row, name) for name in NUMBERS}
+        precision = "seven λ and the best" if row["prior_precision"] == "curve" else row["prior_precision"]
+        lines.append(
+            [
+                f"{of['num_examples']:,.0f}, {precision}",
+                row["seed"],
+                row["num_probes"],
+                f"{of['log_evidence']:,.1f} ± {of['stderr']:.1f}",
+                f"[{of['lower']:,.0f}, {of['upper']:,.0f}]",
+                f"{of['gradient_passes']:.0f}",
+                f"{of['products']:.0f} ({of['steps']:.0f})",
+                f"{of['product_seconds'] / of['gradient_seconds']:.2f}",
+                f"{of['peak_gb']:.1f}",
+            ]
+        )
+    plain = [row for row in rows if row["prior_precision"] == "1.0"]
+    sizes = np.log([number(row, "num_examples") for row in plain])
+    if len(set(sizes)) == 1:
+        return markdown_table(header, lines)
+    times = np.log([number(row, "product_seconds") for row in plain])
+    power = np.polyfit(sizes, times, 1)[0]
+    return f"{markdown_table(header, lines)}\nThe time of one product grows as $N^{{{power:.2f}}}$ (λ = 1).\n"
 
 
 def parse() -> argparse.Namespace:

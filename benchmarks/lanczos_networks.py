@@ -11,7 +11,6 @@ pass is forward and backward of the summed loss over the same batches, the media
 """
 
 import argparse
-import csv
 import json
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 from models import MODELS, trained
-from table import read_rows
+from table import Row, markdown_table, number, read_rows, write_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 from worker import GRADIENT_PASSES, peak_bytes, reset_peak, seconds
@@ -160,11 +159,30 @@ def main() -> None:
         row = {key: str(value) for key, value in json.loads(output.splitlines()[-1]).items()}
         key = row["network"], row["num_examples"], row["num_probes"]
         rows = [r for r in rows if (r["network"], r["num_examples"], r["num_probes"]) != key] + [row]
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        print(row)
+        write_rows(path, rows, list(rows[0]))
+        path.with_suffix(".md").write_text(table(rows))
+    print(table(rows))
+
+
+def table(rows: list[Row]) -> str:
+    """Of all rows; `exact` is empty where it cannot be had."""
+    header = ["network", "N", "parameters", "vectors", "log-evidence, nats", "exact", "passes"]
+    header += ["passes of the exact one", "GB more"]
+    lines = [
+        [
+            row["network"],
+            row["num_examples"],
+            f"{number(row, 'parameters'):,.0f}",
+            row["num_probes"],
+            f"{number(row, 'log_evidence'):,.1f} ± {number(row, 'stderr'):.1f}",
+            f"{number(row, 'exact'):,.1f}" if row["exact"] else "",
+            f"{number(row, 'gradient_passes'):.0f}",
+            f"{number(row, 'exact_passes'):.0f}" if row["exact_passes"] else "",
+            f"{number(row, 'peak_gb'):.1f}",
+        ]
+        for row in rows
+    ]
+    return markdown_table(header, lines)
 
 
 if __name__ == "__main__":

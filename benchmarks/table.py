@@ -6,11 +6,21 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Row", "add_errors", "median_of", "number", "read_rows", "select", "versions", "write_rows"]
+__all__ = [
+    "Row",
+    "add_errors",
+    "markdown_table",
+    "median_of",
+    "number",
+    "read_rows",
+    "select",
+    "versions",
+    "write_rows",
+]
 
 Row = dict[str, Any]
 
@@ -55,10 +65,10 @@ def read_rows(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
+def write_rows(path: Path, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> None:
     """All rows, rounded to what they mean."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({name: _shown(value) for name, value in row.items()})
@@ -66,6 +76,12 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 def _shown(value: object) -> object:
     return f"{value:.10g}" if isinstance(value, float) else value
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """The first column to the left, the others, which are numbers, to the right."""
+    every = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in every) + "\n"
 
 
 def select(rows: Iterable[Row], **wanted: object) -> list[Row]:

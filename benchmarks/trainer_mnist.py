@@ -11,7 +11,6 @@ package says, the quotients of the times to the mean of the two plain runs, and 
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import logging
@@ -24,6 +23,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from table import Row, markdown_table, write_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -118,6 +118,7 @@ def measure(run: str, mnist_root: str, epochs: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "seconds": seconds,
         "predicted": predicted[-1].replace(",", "") if predicted else "",
+        "evaluations": len(callbacks[0].history) if callbacks else 0,
         "measured": callbacks[0].seconds if callbacks else "",
         "log_evidence": metrics.get("bayes/log_evidence", ""),
         "stderr": metrics.get("bayes/log_evidence_stderr", ""),
@@ -142,23 +143,44 @@ def main() -> None:
     if arguments.one is not None:
         print(json.dumps(measure(arguments.one, arguments.mnist_root, arguments.epochs)))
         return
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
+    path = Path(arguments.output)
     for run in (*RUNS, "plain"):
         print(run, flush=True)
         command = [sys.executable, __file__, *sys.argv[1:], "--one", run]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows.append(json.loads(output.splitlines()[-1]))
-        with Path(arguments.output).open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    plain = sum(row["seconds"] for row in rows if row["run"] == "plain") / 2
-    for row in rows:
-        print(
-            f"{row['run']}: {row['seconds']:.0f} s, {row['seconds'] / plain:.2f} times plain; "
-            f"an evaluation {row['measured']} s, predicted {row['predicted']} s"
-        )
-    print(f"the same weights: {len({row['weights'] for row in rows}) == 1}")
+        write_rows(path, rows, list(rows[0]))
+        path.with_suffix(".md").write_text(table(rows))
+    print(table(rows))
+
+
+def table(rows: list[Row]) -> str:
+    """Of all runs, and whether their weights are the same bits."""
+    plain = [row["seconds"] for row in rows if row["run"] == "plain"]
+    header = [
+        "run",
+        "seconds",
+        "times plain",
+        "evaluations",
+        "the last took, s",
+        "it was said, s",
+        "log-evidence, nats",
+    ]
+    lines = [
+        [
+            f"`{row['run']}`",
+            f"{row['seconds']:.0f}",
+            f"{row['seconds'] * len(plain) / sum(plain):.2f}",
+            f"{row['evaluations']}",
+            f"{row['measured']:.0f}" if row["measured"] else "",
+            str(row["predicted"]),
+            f"{row['log_evidence']:,.0f} ± {row['stderr'] or 0:.0f}" if row["log_evidence"] else "",
+        ]
+        for row in rows
+    ]
+    same = "the same bits" if len({row["weights"] for row in rows}) == 1 else "NOT the same bits"
+    return f"{markdown_table(header, lines)}\nThe weights of all runs are {same}.\n"
 
 
 if __name__ == "__main__":
