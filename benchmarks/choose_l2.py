@@ -5,10 +5,10 @@
 
 784-800-10 in float32. For each seed of training set and initial weights one λ after the other, from the largest down,
 each started from the minimum of the one before and taken to its own by L-BFGS on the whole set: at most --rounds
-hundred iterations, fewer once no Newton decrement can be a nat. `lanczos` by four vectors, the same
-at every λ. Rows are written one by one; what is there is not run again, and the weights to start
-from wait in the temporary folder. About an hour a size on two cores. With --draw only the table and the figure,
-beside the CSV; a size with seeds that have not come to their last λ is drawn from those that have.
+hundred iterations, fewer once no Newton decrement can be a nat. `lanczos` by four vectors, the same at every λ. Rows
+are written one by one; what is there is not run again, and the weights to start from wait in the temporary folder.
+About an hour a size on two cores. With --draw only the table and the figure, beside the CSV; a size with seeds that
+have not come to their last λ is drawn from those that have.
 
 Fixed before the run: the minimum is believed where the Newton decrement, with what may be missing of it, is below 5 %
 of the difference of the evidence to the next λ (column `settled`). Best places are vertices of parabolas through the
@@ -72,7 +72,7 @@ def measure(
             (inputs, labels),
             structure=structure,
             prior_precision=precision,
-            num_probes=NUM_PROBES,
+            num_probes=NUM_PROBES if structure == "lanczos" else None,
         )
         row[f"{structure}_seconds"] = time.perf_counter() - start
         row[f"{structure}_log_evidence_ratio"] = float(evidence.log_evidence_ratio)
