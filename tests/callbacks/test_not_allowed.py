@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from lightning_bayes import GradientNoiseScale, LaplaceEvidence, ScalingAdvisor, SGDNoiseScale, Stability
+from tests import situations
 
 from . import not_allowed as no
 from .not_allowed import EVERY_STEP, LEAVE_OUT, NETWORK, SMALL_ADVISOR, Row, finite_of, run
@@ -327,6 +328,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.situation("What a callback does not measure, with the way out")
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_not_allowed(tmp_path, row):
     bare_trainer, bare, _ = run(tmp_path, row)
@@ -339,6 +341,7 @@ def test_not_allowed(tmp_path, row):
     step, text = ours[0]
     assert step == 0
     assert text.startswith(f"{type(callback).__name__}: ")
+    situations.refused(text)
     assert re.search(row.message, text), text
     assert ("group or layer norm" in text) == (row.name == "batch-norm-without-statistics"), text
     assert re.search(row.way_out_text, after_the_reason(row, text)), text

@@ -214,6 +214,7 @@ CASES = {
 }
 
 
+@pytest.mark.situation("Losses in training_step")
 @pytest.mark.parametrize("name", CASES)
 def test_evidence_is_that_of_the_likelihood_written_out(tmp_path, name):
     case = CASES[name]

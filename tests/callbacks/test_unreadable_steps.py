@@ -109,6 +109,7 @@ STEPS = {
 }
 
 
+@pytest.mark.situation("Losses and steps that have no evidence")
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_that_cannot_be_read(tmp_path, name):
     step, subject, *remedy = STEPS[name]

@@ -194,6 +194,7 @@ def rows_of(twin: SlowTwin) -> Tensor:
     return torch.cat(rows)
 
 
+@pytest.mark.situation("Networks, by structure")
 @pytest.mark.parametrize("structure", ["full", "kron", "diag"])
 @pytest.mark.parametrize("name", SMALL)
 def test_every_field_agrees_with_the_dense_matrix(name, structure):
@@ -203,6 +204,7 @@ def test_every_field_agrees_with_the_dense_matrix(name, structure):
 
 
 @pytest.mark.slow
+@pytest.mark.situation("Networks, by structure")
 @pytest.mark.parametrize("structure", ["full", "diag"])
 @pytest.mark.parametrize("name", LARGE)
 def test_every_field_agrees_with_rows_of_plain_autograd(name, structure):
