@@ -12,6 +12,8 @@ from lightning_bayes.evidence.options import Method
 from lightning_bayes.evidence.rehearsal import rehearse
 from lightning_bayes.likelihoods import resolve_likelihood
 from lightning_bayes.priors.prior import prior_from
+from lightning_bayes.structures.lanczos.cost import EXPECTED_STEPS
+from lightning_bayes.structures.lanczos.row_space import RowSpaceLanczos
 
 NETWORKS = {
     "mlp": (nn.Sequential(nn.Linear(50, 300), nn.ReLU(), nn.Linear(300, 10)), (50,)),
@@ -52,3 +54,13 @@ def test_a_rehearsal_says_what_is_taken_and_how_long(method):
     assert rehearsal.structure == ("full" if method.structure == "auto" else method.structure)
     assert rehearsal.reason and rehearsal.split
     assert 0.0 < rehearsal.seconds < 60.0
+
+
+@pytest.mark.parametrize("size", [64, 640, 64_000])
+def test_a_step_of_lanczos_has_a_part_that_is_the_same_for_all_batches(monkeypatch, size):
+    """64 examples a batch: a step takes a second, and a tenth of one for each batch."""
+    monkeypatch.setattr(RowSpaceLanczos, "step_seconds", lambda self: 1.0 + 0.1 * len(self.like()) / (64 * 3))
+    torch.manual_seed(0)
+    network, x, y = nn.Linear(5, 3), torch.randn(size, 5), torch.randint(0, 3, (size,))
+    seconds = rehearsed(network, x, y, Method("lanczos")).measured["lanczos"]
+    assert seconds == pytest.approx(EXPECTED_STEPS * (1.0 + 0.1 * size / 64), rel=0.01, abs=0.1)

@@ -124,7 +124,7 @@ def lanczos_seconds(few: Problem, more: Problem, extra: int, batches: float, rea
         steps += SKETCHED // few.num_probes
     readings = 1.0 if curvature.rereads and curvature.reads_rows else 0.0
     selecting = 0.0 if few.by_products else selection_flop(few) / rate(few.dtype, few.device)
-    stepping = steps * (whole + max(batches - 1 - extra, 0.0) * each)
+    stepping = steps * (once + max(batches - 1.0, 0.0) * each)
     return batches * readings * read + search * (stepping + selecting)
 
 
