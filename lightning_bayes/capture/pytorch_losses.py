@@ -26,6 +26,11 @@ WAY_OUT = (
     "(module, batch) -> (outputs, targets)."
 )
 
+
+class UnreadLossError(ValueError):
+    """A loss that is none of PyTorch's as they are written; its graph may tell what it is."""
+
+
 Grouping = Callable[[Tensor], Tensor]
 """Brings a tensor with a row for each row of the outputs to one with a row for each example."""
 
@@ -50,7 +55,7 @@ class RowsOfExamples:
         if num_examples in (None, num_rows):
             return one_row_each
         if not num_examples or num_rows == 0 or num_rows % num_examples:
-            raise ValueError(
+            raise UnreadLossError(
                 f"The loss sees {num_rows} rows of outputs, but the batch holds {num_examples} examples, so the "
                 "tokens of an example cannot be told. Keep every token and mark those that do not count by "
                 f"ignore_index instead of selecting by a mask. {WAY_OUT}"
@@ -121,7 +126,7 @@ def _binary_cross_entropy(call: LossCall, rows: Grouping) -> Reading:
 def _binary_cross_entropy_of_probabilities(call: LossCall, rows: Grouping) -> Reading:
     logits = call.arguments["logits"]
     if logits is None:
-        raise ValueError(
+        raise UnreadLossError(
             f"training_step calls {call.name} on probabilities that are not the sigmoid of logits, or no longer "
             f"just that. Use F.binary_cross_entropy_with_logits on the logits, which is more exact as well. {WAY_OUT}"
         )
@@ -136,7 +141,7 @@ def _mse(call: LossCall, rows: Grouping) -> Reading:
     outputs, targets = call.arguments["input"], call.arguments["target"]
     _one_shape(call.name, outputs, targets)
     if call.arguments.get("weight") is not None:  # an argument of newer PyTorch
-        raise ValueError(
+        raise UnreadLossError(
             f"training_step calls {call.name} with weight=a tensor, which the likelihood does not express. Noise "
             f"that differs between examples is that of F.gaussian_nll_loss; or score the plain likelihood: {WAY_OUT}"
         )

@@ -90,6 +90,20 @@ class Likelihood(ABC):
     def num_terms(self, outputs: Tensor, targets: Any) -> float:
         """What PyTorch's mean-reduced loss divides the sum over this batch by."""
 
+    def num_observed(self, outputs: Tensor, targets: Any) -> float:
+        """Summed weights of the log-densities in `unit_loss`: how often the normalising constant counts."""
+        return self.num_terms(outputs, targets)
+
+    def weighted(self, targets: Any, weights: Tensor, num_terms: float) -> Any:
+        """Prepared targets whose terms of `unit_loss` count so many times.
+
+        Args:
+            targets: As `prepare` returns them.
+            weights: At least 0, one for each target, in a shape that can be brought to theirs.
+            num_terms: What the loss divides the weighted sum by.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no weights of single targets")
+
     def null_loss(self, outputs: Tensor, targets: Any) -> float | None:
         """Summed unit loss of guessing, None where there is no guess to compare with."""
         return None

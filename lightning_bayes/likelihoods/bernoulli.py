@@ -17,6 +17,8 @@ class BinaryTargets:
 
     positive: Tensor
     negative: Tensor
+    num_terms: float | None = None
+    """What the loss divides their sum by, None for N K."""
 
 
 class Bernoulli(DiagonalLikelihood):
@@ -57,6 +59,16 @@ class Bernoulli(DiagonalLikelihood):
             weight = _broadcast("weight", self.weight, outputs)
             positive, negative = positive * weight, negative * weight
         return flat, BinaryTargets(positive, negative)
+
+    @override
+    def weighted(self, targets: BinaryTargets, weights: Tensor, num_terms: float) -> BinaryTargets:
+        weights = weights.reshape(targets.positive.shape).to(targets.positive)
+        return BinaryTargets(targets.positive * weights, targets.negative * weights, num_terms)
+
+    @override
+    def num_terms(self, outputs: Tensor, targets: BinaryTargets) -> float:
+        """N K, whatever the weights: PyTorch's mean does not divide by them."""
+        return outputs.numel() if targets.num_terms is None else targets.num_terms
 
     @override
     def unit_loss(self, outputs: Tensor, targets: BinaryTargets) -> Tensor:

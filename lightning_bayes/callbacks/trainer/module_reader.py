@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -18,9 +19,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_bayes.capture.as_written import throw_away_copy
 from lightning_bayes.capture.autograd_graph import graph_nodes
-from lightning_bayes.capture.loss import WAY_OUT, CapturedLoss, capture_loss, loss_of
+from lightning_bayes.capture.loss import WAY_OUT, CapturedLoss, HowRead, capture_loss, loss_of
 from lightning_bayes.capture.pytorch_losses import RowsOfExamples
+from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.likelihoods import Likelihood
+
+
+class ReadOtherwiseError(EvidenceUnavailableError):
+    """A batch has told that the loss is to be read in another way than those before it: a reading begins anew."""
+
 
 NetworkOption = str | Callable[[LightningModule, Any], tuple[Tensor, Tensor]] | None
 
@@ -36,6 +43,7 @@ class ModuleReader:
         likelihood: None to read it from the loss.
         network: None to run training_step, the name of a submodule to call on `batch[0]` with targets
             `batch[1]`, or a function (module, batch) -> (outputs, targets).
+        how: What an earlier reader of the same module has settled of its loss.
 
     Attributes:
         network: The copy.
@@ -51,7 +59,9 @@ class ModuleReader:
         module: LightningModule,
         likelihood: Likelihood | None = None,
         network: NetworkOption = None,
+        how: HowRead | None = None,
     ) -> None:
+        self.how = HowRead() if how is None else how
         self._trainer, self._hooks, self._device = trainer, module, module.device
         self._likelihood, self._option = likelihood, network
         self._kind: type[Likelihood] | None = None
@@ -82,11 +92,16 @@ class ModuleReader:
             ValueError: If the training_step cannot be read; the message names the way out.
         """
         batch = self._prepared(batch, transferred)
+        before = replace(self.how)
         with self._default_dtype():
             captured = self._read(batch, batch_idx)
         self._kind = self._kind or type(captured.likelihood)
         if type(captured.likelihood) is not self._kind:
-            raise ValueError(
+            tells_more = (self.how.is_by_graph, self.how.as_expansion) != (
+                before.is_by_graph,
+                before.as_expansion,
+            )
+            raise (ReadOtherwiseError if tells_more else ValueError)(
                 f"The likelihood of this batch's loss is {type(captured.likelihood).__name__}, that of others is "
                 f"{self._kind.__name__}: the evidence needs one likelihood for all examples. {WAY_OUT}"
             )
@@ -139,8 +154,22 @@ class ModuleReader:
 
     def _read(self, batch: Any, batch_idx: int) -> CapturedLoss:
         if self._option is None:
-            grouping_of = partial(self._rows.grouping, num_examples_of(batch))
-            return capture_loss(self._training_step(batch, batch_idx), self._likelihood, grouping_of)
+            number = num_examples_of(batch)
+
+            def part(few: int) -> Callable[[], object]:
+                first = apply_to_collection(
+                    whole, Tensor, lambda t: t[:few].clone() if t.dim() else t.clone()
+                )
+                return self._training_step(first, batch_idx)
+
+            # A step may work on its batch in place, and may have to be run again.
+            whole = apply_to_collection(batch, Tensor, Tensor.clone)
+
+            def step() -> object:
+                return self._training_step(apply_to_collection(whole, Tensor, Tensor.clone), batch_idx)()
+
+            grouping_of = partial(self._rows.grouping, number)
+            return capture_loss(step, self._likelihood, grouping_of, self.how, number, part)
         if self._likelihood is None:
             raise ValueError("Argument `network` needs an explicit `likelihood`.")
         outputs, targets = self._call_network(batch)
