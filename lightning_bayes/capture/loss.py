@@ -25,7 +25,7 @@ from lightning_bayes.capture.loss_calls import (
 from lightning_bayes.capture.pytorch_losses import (
     READERS,
     WAY_OUT,
-    Grouping,
+    GroupingOf,
     UnreadLossError,
     one_row_each,
 )
@@ -63,7 +63,7 @@ class CapturedLoss:
 def capture_loss(
     step: Callable[[], object],
     likelihood: Likelihood | None = None,
-    grouping_of: Callable[[Tensor], Grouping] = lambda outputs: one_row_each,
+    grouping_of: GroupingOf = lambda num_examples, outputs: one_row_each,
     how: HowRead | None = None,
     num_examples: int | None = None,
     part: Callable[[int], Callable[[], object]] | None = None,
@@ -75,7 +75,7 @@ def capture_loss(
             by its graph, on the same random draws.
         likelihood: Overrides the likelihood of the loss found, e.g. a Gaussian with its own noise; it must
             be of the same kind, and its own parameters count, not those of the call.
-        grouping_of: Finds from the outputs that the loss saw how their rows make examples.
+        grouping_of: Finds from the number of examples and the outputs that the loss saw how their rows make examples.
         how: What earlier batches have settled.
         num_examples: N of the batch, None where it does not say and each row is one.
         part: Makes the step on the first so many examples alone, which tells a mean from a sum.
@@ -87,7 +87,7 @@ def capture_loss(
     if not how.is_by_graph:
         draws = torch.get_rng_state()
         try:
-            return _as_written(step, likelihood, grouping_of)
+            return _as_written(step, likelihood, grouping_of, num_examples)
         except UnreadLossError as error:
             how.why, how.is_by_graph = str(error).replace(WAY_OUT, "").strip(), True
             torch.set_rng_state(draws)
@@ -95,7 +95,10 @@ def capture_loss(
 
 
 def _as_written(
-    step: Callable[[], object], likelihood: Likelihood | None, grouping_of: Callable[[Tensor], Grouping]
+    step: Callable[[], object],
+    likelihood: Likelihood | None,
+    grouping_of: GroupingOf,
+    num_examples: int | None,
 ) -> CapturedLoss:
     """Read a loss of PyTorch's that is the value returned.
 
@@ -106,7 +109,7 @@ def _as_written(
     with LossCalls() as recorder:
         loss = loss_of(step())
     call = readable_call(recorder.calls, loss)
-    reading = READERS[call.function](call, grouping_of(call.arguments["input"]))
+    reading = READERS[call.function](call, grouping_of(num_examples, call.arguments["input"]))
     read = reading.likelihood
     outputs, targets = read.prepare(reading.outputs, reading.targets)
     num_terms = read.num_terms(outputs.detach(), targets)

@@ -33,6 +33,8 @@ class UnreadLossError(ValueError):
 
 Grouping = Callable[[Tensor], Tensor]
 """Brings a tensor with a row for each row of the outputs to one with a row for each example."""
+GroupingOf = Callable[[int | None, Tensor], Grouping]
+"""The grouping, from the number of examples, None where a batch does not say, and the outputs."""
 
 
 @dataclass
@@ -111,6 +113,22 @@ def _cross_entropy(call: LossCall, rows: Grouping) -> Reading:
     return Reading(likelihood, outputs, targets)
 
 
+def _divergence(call: LossCall, rows: Grouping) -> Reading:
+    """Σ q (ln q − ln p): the cross-entropy of class probabilities q, less their entropy."""
+    log_p, q = call.arguments["input"], call.arguments["target"]
+    _one_shape(call.name, log_p, q)
+    log_p, q = (tensor.movedim(1, -1) if tensor.dim() > 1 else tensor for tensor in (log_p, q))
+    q = q.exp() if call.arguments["log_target"] else q
+    ones = [tensor.detach().sum(-1) for tensor in (log_p.exp(), q)]
+    if not all(torch.allclose(total, torch.ones_like(total), atol=1e-4) for total in ones):
+        raise UnreadLossError(
+            f"training_step calls {call.name} on numbers that are no log-probabilities of classes in dimension 1, "
+            f"beside class probabilities. {WAY_OUT}"
+        )
+    total = F.kl_div(log_p.detach(), q.detach(), reduction="sum")
+    return Reading(Categorical(class_dim=-1), rows(log_p), rows(q), total.item())
+
+
 def _binary_cross_entropy(call: LossCall, rows: Grouping) -> Reading:
     outputs, targets = call.arguments["input"], call.arguments["target"]
     _one_shape(call.name, outputs, targets)
@@ -175,6 +193,8 @@ READERS: dict[Callable[..., Any], Callable[[LossCall, Grouping], Reading]] = {
     F.binary_cross_entropy: _binary_cross_entropy_of_probabilities,
     F.mse_loss: _mse,
     F.gaussian_nll_loss: _gaussian_nll,
+    # "batchmean" is the mean over examples; plain "mean" counts classes, and is a factor away.
+    F.kl_div: _divergence,
 }
 """Losses that can be read, as functions; their module forms end in them."""
 KNOWN = (

@@ -78,7 +78,7 @@ class NegativeLogLikelihood(Likelihood):
         outputs, size = outputs.detach(), outputs[0].numel()
         check_root_fits(size, outputs)
         if self.fisher_information is None:
-            matrices = self._mapped(torch.func.hessian(self.function), outputs, targets)
+            matrices = self._mapped(torch.func.jacrev(torch.func.jacrev(self.function)), outputs, targets)
         else:
             matrices = self._mapped(self.fisher_information, outputs)
         matrices = matrices.reshape(len(outputs), size, size)

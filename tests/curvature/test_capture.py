@@ -165,7 +165,7 @@ def test_rows_that_are_tokens():
     """Flattened, [N·T, C], with weights that go with the flat rows."""
     f, y = torch.randn(N, 2, 3, requires_grad=True), torch.randint(3, (N, 2))
 
-    def rows_of(outputs):
+    def rows_of(num_examples, outputs):
         assert len(outputs) == 2 * N
         return lambda tensor: tensor.unflatten(0, (N, 2))
 

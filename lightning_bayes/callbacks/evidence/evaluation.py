@@ -13,14 +13,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_bayes.callbacks.evidence.progress import bar_line, shown_in_bar
 from lightning_bayes.callbacks.trainer.checks import warn_of_averages
-from lightning_bayes.callbacks.trainer.module_reader import ModuleReader, NetworkOption, ReadOtherwiseError
+from lightning_bayes.callbacks.trainer.module_reader import ModuleReader, NetworkOption
 from lightning_bayes.callbacks.trainer.optimizers import announce_prior, prior_of
 from lightning_bayes.callbacks.trainer.training_set import examples_of, step_batch_size
 from lightning_bayes.capture.examples import Examples
 from lightning_bayes.capture.forward import BatchForward
 from lightning_bayes.capture.loss import CapturedLoss, HowRead
 from lightning_bayes.capture.repeated_forwards import RepeatedForwards
-from lightning_bayes.errors import EvidenceUnavailableError
+from lightning_bayes.errors import EvidenceUnavailableError, ReadOtherwiseError
 from lightning_bayes.evidence.evaluate import evidence_of
 from lightning_bayes.evidence.options import Method, sampling_if_many_columns
 from lightning_bayes.evidence.rehearsal import LEAST_SECONDS, rehearse

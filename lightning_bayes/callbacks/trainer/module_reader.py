@@ -21,13 +21,8 @@ from lightning_bayes.capture.as_written import throw_away_copy
 from lightning_bayes.capture.autograd_graph import graph_nodes
 from lightning_bayes.capture.loss import WAY_OUT, CapturedLoss, HowRead, capture_loss, loss_of
 from lightning_bayes.capture.pytorch_losses import RowsOfExamples
-from lightning_bayes.errors import EvidenceUnavailableError
+from lightning_bayes.errors import ReadOtherwiseError
 from lightning_bayes.likelihoods import Likelihood
-
-
-class ReadOtherwiseError(EvidenceUnavailableError):
-    """A batch has told that the loss is to be read in another way than those before it: a reading begins anew."""
-
 
 NetworkOption = str | Callable[[LightningModule, Any], tuple[Tensor, Tensor]] | None
 
@@ -154,22 +149,17 @@ class ModuleReader:
 
     def _read(self, batch: Any, batch_idx: int) -> CapturedLoss:
         if self._option is None:
-            number = num_examples_of(batch)
 
-            def part(few: int) -> Callable[[], object]:
-                first = apply_to_collection(
-                    whole, Tensor, lambda t: t[:few].clone() if t.dim() else t.clone()
+            def step(few: int | None = None) -> object:
+                # It may work on its batch in place, and have to be run again, on its first examples too.
+                own = apply_to_collection(
+                    batch, Tensor, lambda t: t[:few].clone() if few and t.dim() else t.clone()
                 )
-                return self._training_step(first, batch_idx)
+                return self._training_step(own, batch_idx)()
 
-            # A step may work on its batch in place, and may have to be run again.
-            whole = apply_to_collection(batch, Tensor, Tensor.clone)
-
-            def step() -> object:
-                return self._training_step(apply_to_collection(whole, Tensor, Tensor.clone), batch_idx)()
-
-            grouping_of = partial(self._rows.grouping, number)
-            return capture_loss(step, self._likelihood, grouping_of, self.how, number, part)
+            number = num_examples_of(batch)
+            part = partial(partial, step)
+            return capture_loss(step, self._likelihood, self._rows.grouping, self.how, number, part)
         if self._likelihood is None:
             raise ValueError("Argument `network` needs an explicit `likelihood`.")
         outputs, targets = self._call_network(batch)

@@ -109,7 +109,9 @@ def known_densities(run: StepRun, layouts: Callable[[int, Tensor], Layout | None
     """The route of a loss made of densities in the tables of `distributions`, None if it is not."""
     terms = [(partial(density_of, its, result), result) for its, result in run.log_probs]
     terms += [(partial(density_of_call, call), call.result) for call in run.calls]
-    inner = [(make, result) for make, result in terms if not _is_made_of(result, terms)]
+    # A distribution that hands its call on returns the same tensor, later.
+    unique = {run.graph.edge(result): (make, result) for make, result in reversed(terms)}
+    inner = [(make, result) for make, result in unique.values() if not _is_made_of(result, terms)]
     if not inner or not run.separates([result for _, result in inner]):
         return None
     coefficients = run.coefficients([result for _, result in inner])

@@ -87,9 +87,10 @@ def _negative_binomial(d: Any) -> Matrix:
 
     def log_density(y: Tensor) -> Tensor:
         constant = torch.lgamma(count + y) - torch.lgamma(y + 1) - torch.lgamma(count)
-        return constant + count * F.logsigmoid(-logits) + y * F.logsigmoid(logits)
+        density: Tensor = constant + count * F.logsigmoid(-logits) + y * F.logsigmoid(logits)
+        return density
 
-    expected = expected_over_counts(log_density, lambda y: torch.polygamma(1, count + y), count)
+    expected: Tensor = expected_over_counts(log_density, lambda y: torch.polygamma(1, count + y), count)
     return [[torch.polygamma(1, count) - expected, p], [p, count * p]]
 
 

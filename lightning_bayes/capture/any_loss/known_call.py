@@ -1,7 +1,6 @@
 """One call of a loss of PyTorch's that is read as it is written, in a larger loss: Σᵢ cᵢ tᵢ of its terms t."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,7 @@ from typing_extensions import override
 
 from lightning_bayes.capture.any_loss.step_run import Read, Route, StepRun, reduced
 from lightning_bayes.capture.loss_calls import Reduction, overridden, reduction_of_call
-from lightning_bayes.capture.pytorch_losses import READERS, Grouping, LossCall, Reading, UnreadLossError
+from lightning_bayes.capture.pytorch_losses import READERS, GroupingOf, LossCall, Reading, UnreadLossError
 from lightning_bayes.likelihoods import Likelihood
 
 
@@ -49,7 +48,7 @@ def _terms_shape(outputs: Tensor, targets: Any) -> torch.Size:
     return targets.shape if isinstance(targets, Tensor) else outputs.shape
 
 
-def known_call(run: StepRun, grouping_of: Callable[[Tensor], Grouping]) -> Route | None:
+def known_call(run: StepRun, grouping_of: GroupingOf) -> Route | None:
     """The route of a loss made of one call in `READERS`, None if it is not."""
     calls = [call for call in run.calls if call.function in READERS and run.separates([call.result])]
     if not calls:
@@ -60,7 +59,7 @@ def known_call(run: StepRun, grouping_of: Callable[[Tensor], Grouping]) -> Route
         return None
     (each,) = coefficients
     try:
-        grouping = grouping_of(call.arguments["input"])
+        grouping = grouping_of(run.num_examples, call.arguments["input"])
         reading = READERS[call.function](call, grouping)
         outputs, targets = reading.likelihood.prepare(reading.outputs, reading.targets)
         unit_loss = reading.likelihood.unit_loss(outputs.detach(), targets).item()

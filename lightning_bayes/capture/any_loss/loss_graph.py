@@ -65,8 +65,13 @@ class LossGraph:
         for node in reversed(order):
             if any(parent in live for parent, _ in node.next_functions):
                 live.add(node)
+        self._of_leaf = {id(node.variable): node for node in leaves}
         self._order = [node for node in order if node in live]
         self._live = live
+
+    def edge(self, tensor: Tensor) -> Edge:
+        """The edge that a tensor hangs on."""
+        return (tensor.grad_fn or self._of_leaf.get(id(tensor)), tensor.output_nr)
 
     def parents(self, node: Any) -> list[Edge]:
         """The edges behind a node that lead to parameters."""

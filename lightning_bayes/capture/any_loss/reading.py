@@ -12,7 +12,7 @@ from lightning_bayes.capture.any_loss.densities import known_densities
 from lightning_bayes.capture.any_loss.known_call import known_call
 from lightning_bayes.capture.any_loss.step_run import Route, StepRun, layouts_of
 from lightning_bayes.capture.loss_calls import Reduction
-from lightning_bayes.capture.pytorch_losses import WAY_OUT, Grouping
+from lightning_bayes.capture.pytorch_losses import WAY_OUT, GroupingOf
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.likelihoods.expansion import IndefiniteLossError
@@ -25,7 +25,7 @@ def read_by_graph(
     step: Callable[[], object],
     how: HowRead,
     given: Likelihood | None,
-    grouping_of: Callable[[Tensor], Grouping],
+    grouping_of: GroupingOf,
     num_examples: int | None,
     part: Callable[[int], Callable[[], object]] | None,
 ) -> tuple[Tensor, Any, Likelihood, Tensor, Reduction, float]:
@@ -53,7 +53,7 @@ def read_by_graph(
     return outputs, targets, likelihood, unit_loss, reduction, run.loss.item()
 
 
-def _route(run: StepRun, how: HowRead, grouping_of: Callable[[Tensor], Grouping]) -> Route:
+def _route(run: StepRun, how: HowRead, grouping_of: GroupingOf) -> Route:
     route = known_call(run, grouping_of) or known_densities(run, layouts_of(run))
     return route or curved_route(run, how)
 
@@ -62,14 +62,14 @@ def _normaliser(
     run: StepRun,
     route: Route,
     how: HowRead,
-    grouping_of: Callable[[Tensor], Grouping],
+    grouping_of: GroupingOf,
     part: Callable[[int], Callable[[], object]] | None,
 ) -> tuple[Kind, float]:
     """How the loss is reduced, and what a term of weight 1 counts in it."""
     last, number = run.last_sum(), len(route.rows)
     per_term = route.per_term
     if per_term is None and last is not None:
-        per_term = abs(last[0])
+        per_term = last.per_entry
     if how.kind is None:
         kind = _kind_by_parts(run, route, how, grouping_of, part)
         if kind is None:  # of a batch that cannot be parted: a sum, where nothing is divided by
@@ -89,8 +89,8 @@ def _normaliser(
     if not route.is_known and how.factor is None:
         factor = 1.0 if kind == "weighted mean" else per_term
         if kind == "mean":
-            of_entries = last is not None and (last[2] or math.isclose(per_term * last[1].numel(), 1.0))
-            factor = per_term * (last[1].numel() if of_entries and last is not None else number)
+            of_entries = last is not None and (last.is_mean or math.isclose(per_term * last.number, 1.0))
+            factor = per_term * (last.number if of_entries and last is not None else number)
         if number > 1:
             how.factor = factor
         else:
@@ -102,7 +102,7 @@ def _kind_by_parts(
     run: StepRun,
     route: Route,
     how: HowRead,
-    grouping_of: Callable[[Tensor], Grouping],
+    grouping_of: GroupingOf,
     part: Callable[[int], Callable[[], object]] | None,
 ) -> Kind | None:
     """By what the first third of the examples counts alone: as much as in the batch, or as often as there are more.

@@ -58,26 +58,48 @@ class StepRun:
 
     def separates(self, tensors: Sequence[Tensor]) -> bool:
         """Whether every parameter reaches the loss through these tensors, of which none is made from another."""
-        return self.graph.separates({(tensor.grad_fn, tensor.output_nr) for tensor in tensors})
+        return self.graph.separates({self.graph.edge(tensor) for tensor in tensors})
 
     def coefficients(self, terms: Sequence[Tensor]) -> list[Tensor] | None:
         """The gradient of the loss in terms that it is affine in; None if it is not."""
         derivatives = Derivatives(self.loss, terms)
         return derivatives.gradient if derivatives.is_zero() else None
 
-    def last_sum(self) -> tuple[float, Tensor, bool] | None:
-        """What each entry of the tensor that is reduced to the loss counts, the tensor, and whether a mean was taken.
-
-        None where it is not seen, or its entries do not count alike.
-        """
+    def last_sum(self) -> "LastSum | None":
+        """What each entry of the tensor that is reduced to the loss counts; None where that is not seen, or not alike."""
+        scalars = {self.graph.edge(call.result): call for call in self.calls if call.result.numel() == 1}
         is_mean = False
         for cut in self.graph.dominators(self.graph.root):
             is_mean |= type(cut[0][0]).__name__.startswith("MeanBackward")
             tensor = self.results.tensor(cut[0]) if len(cut) == 1 else None
-            if tensor is not None and tensor.numel() > 1:
-                (each,) = torch.autograd.grad(self.loss, [tensor], retain_graph=True)
-                return (each.flatten()[0].item(), tensor.detach(), is_mean) if is_constant(each) else None
+            call = scalars.get(cut[0])
+            if tensor is None or (tensor.numel() == 1 and call is None):
+                continue
+            (each,) = torch.autograd.grad(self.loss, [tensor], retain_graph=True)
+            if not is_constant(each):
+                return None
+            per_entry = abs(each.flatten()[0].item())
+            if call is None:
+                return LastSum(per_entry, tensor.numel(), is_mean)
+            number = call.arguments["input"].numel()
+            is_mean = call.arguments.get("reduction", "mean") == "mean"
+            return LastSum(per_entry / number if is_mean else per_entry, number, is_mean)
         return None
+
+
+@dataclass(frozen=True)
+class LastSum:
+    """The last step of a loss, a sum or a mean of numbers that count alike.
+
+    Attributes:
+        per_entry: What one of them counts.
+        number: Of them.
+        is_mean: Whether a mean was taken.
+    """
+
+    per_entry: float
+    number: int
+    is_mean: bool
 
 
 @dataclass
