@@ -1,10 +1,11 @@
 """Losses that are none of PyTorch's as they are written: each evidence against a dense one, in float64.
 
-The dense one knows nothing of graphs, weights or tables: Jacobians by torch.func, the Hessian of one example's negative
-log-likelihood in the raw outputs of the network likewise, Fisher information by integrating the score's outer product over
-a grid of targets, a determinant of the [p, p] matrix. λ = N · weight_decay / s with the loss s times the mean nll.
+The dense one knows nothing of graphs, weights or tables: Jacobians by torch.func, and the Hessian of one example's
+negative log-likelihood in the raw outputs of the network; Fisher information by integrating the score's outer product
+over a grid of targets; a determinant of the [p, p] matrix. λ = N · weight_decay / s, the loss s times the mean nll.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor, distributions, nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn import functional as F
 
-from lightning_bayes import LaplaceEvidence
+from lightning_bayes import GradientNoiseScale, LaplaceEvidence, Stability
 from tests.scenarios import DECAY, Module, N, fit, loader, mlp
 
 BATCH = 8
@@ -181,6 +182,21 @@ def two_tasks(f: Tensor, y: Tensor, real: Tensor) -> Tensor:
     return cross_entropy(f[:3], y) + 0.7 * (f[3] - real) ** 2
 
 
+def two_losses(m: Any, b: Any) -> Tensor:
+    classes, real = m.network.heads(b[0])
+    return F.cross_entropy(classes, b[1]) + 0.7 * F.mse_loss(real[:, 0], b[2])
+
+
+def normal_of_heads(m: Any, b: Any) -> Tensor:
+    mean, raw = m.network.heads(b[0])
+    return -Normal(mean[:, 0], positive(raw[:, 0])).log_prob(b[1]).mean()
+
+
+def two_counts(m: Any, b: Any) -> Tensor:
+    counts = Poisson(m(b[0])[:, 0].exp())
+    return -(counts.log_prob(b[1]) + counts.log_prob(b[2])).mean()
+
+
 CASES = {
     "cross-entropy by hand": Case(lambda m, b: by_hand(m, b).mean(), (CLASSES,), cross_entropy),
     "its sum": Case(lambda m, b: by_hand(m, b).sum(), (CLASSES,), cross_entropy, BATCH),
@@ -286,9 +302,7 @@ CASES = {
         network=lambda: Once(mlp(4)),
     ),
     "two heads": Case(
-        lambda m, b: (lambda out: F.cross_entropy(out[0], b[1]) + 0.7 * F.mse_loss(out[1][:, 0], b[2]))(
-            m.network.heads(b[0])
-        ),
+        two_losses,
         (CLASSES, REAL),
         two_tasks,
         is_normalised=False,
@@ -302,9 +316,7 @@ CASES = {
     ),
     "Normal": density(lambda f: Normal(f[..., 0], positive(f[..., 1])), REAL, tangent(2.2)),
     "Normal of two heads": Case(
-        lambda m, b: (lambda out: -Normal(out[0][:, 0], positive(out[1][:, 0])).log_prob(b[1]).mean())(
-            m.network.heads(b[0])
-        ),
+        normal_of_heads,
         (REAL,),
         lambda f, y: -Normal(f[0], positive(f[1])).log_prob(y),
         grid=tangent(2.2),
@@ -345,7 +357,7 @@ CASES = {
         factor=mean_weight,
     ),
     "two targets of one density": Case(
-        lambda m, b: (lambda d: -(d.log_prob(b[1]) + d.log_prob(b[2])).mean())(Poisson(m(b[0])[:, 0].exp())),
+        two_counts,
         (COUNTS, COUNTS.flip(0)),
         lambda f, y, z: 2 * f[0].exp() - (y + z) * f[0] + torch.lgamma(y + 1) + torch.lgamma(z + 1),
     ),
@@ -371,8 +383,6 @@ class Once(nn.Module):
         return self.last[1]
 
     def __deepcopy__(self, memo: Any) -> Any:
-        import copy  # noqa: PLC0415
-
         return Once(copy.deepcopy(self.network, memo))
 
 
@@ -404,3 +414,143 @@ def test_evidence_is_that_of_the_dense_matrix(tmp_path, name):
     assert evidence.log_likelihood == pytest.approx(log_likelihood, rel=1e-9)
     assert evidence.log_evidence == pytest.approx(expected, rel=1e-6 if case.grid else 1e-9)
     assert ("generalised evidence" in (evidence.note or "")) != case.is_normalised
+
+
+def with_noise(
+    weights: Tensor, outputs: Tensor, targets: Tensor
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """nll of one example under the noise variance that is the mean squared residual."""
+    squares = weights * (outputs - targets).square()
+    variance = (squares.sum() / weights.sum()).item()
+    constant = 0.5 * math.log(2 * math.pi * variance)
+    return (
+        lambda f, y, w: (w * (0.5 * (f - y) ** 2 / variance + constant)).sum(),
+        (targets, weights, torch.full((N,), variance)),
+    )
+
+
+SQUARES = {
+    "missing targets": lambda m, b: (F.mse_loss(m(b[0]), b[1], reduction="none") * b[2]).sum() / b[2].sum(),
+    "missing targets by hand": lambda m, b: ((m(b[0]) - b[1]).square() * b[2]).sum() / b[2].sum(),
+    "missing targets, selected": lambda m, b: F.mse_loss(m(b[0])[b[2] > 0], b[1][b[2] > 0]),
+    "missing targets, not a number": lambda m, b: F.mse_loss(
+        m(b[0])[b[2] > 0], torch.where(b[2] > 0, b[1], math.nan)[b[2] > 0]
+    ),
+    "half the sum by hand": lambda m, b: 0.5 * ((m(b[0]) - b[1]).square() * b[2]).sum(),
+    "mean by hand": lambda m, b: (m(b[0]) - b[1]).square().mean(),
+    "half the mean": lambda m, b: 0.5 * F.mse_loss(m(b[0]), b[1]),
+    "means of squashed outputs": lambda m, b: (m(b[0]).tanh() - b[1]).square().mean(),
+}
+
+
+class Squashed(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x).tanh()
+
+
+@pytest.mark.parametrize("name", SQUARES)
+def test_squares_have_the_noise_that_they_have(tmp_path, name):
+    torch.manual_seed(3)
+    known = KNOWN if "missing" in name or "sum" in name else torch.ones_like(KNOWN)
+    module, callback = Module(mlp(), SQUARES[name]), LaplaceEvidence(batch_size=BATCH, on_error="raise")
+    fit(tmp_path, module, loader(data=(X, REALS, known)), callback)
+    evidence = callback.history[0][1]
+    if "squashed" in name:
+        module.network = Squashed(module.network)
+    nll, (targets, weights, variance) = with_noise(known, module.network.eval()(X).detach(), REALS)
+    # The loss is Σ w r²/Σ w, that is s times the mean nll for s = 2σ²N/Σw; the sum of a batch ½ Σ w r² is σ²B times it.
+    scale = 2 * variance[0].item() * N / known.sum().item()
+    scale = variance[0].item() * BATCH if "sum" in name else scale * (0.5 if name == "half the mean" else 1.0)
+    case = Case(SQUARES[name], (targets, weights), nll, scale)
+    expected, log_likelihood, precision = dense(module, case)
+    assert evidence.noise_variance == pytest.approx(variance[0].item(), rel=1e-9)
+    assert evidence.prior_precision == pytest.approx(precision, rel=1e-9)
+    assert evidence.log_likelihood == pytest.approx(log_likelihood, rel=1e-9)
+    assert evidence.log_evidence == pytest.approx(expected, rel=1e-9)
+
+
+SUM = "is no sum over examples"
+CONVEX = "is not convex in the outputs"
+
+
+def dice(m: Any, b: Any) -> Tensor:
+    p, t = m(b[0]).softmax(1), F.one_hot(b[1], C)
+    return 1 - 2 * (p * t).sum() / (p.sum() + t.sum())
+
+
+def contrastive(m: Any, b: Any) -> Tensor:
+    z = F.normalize(m(b[0]), dim=1)
+    similar = z @ z.T / 0.5
+    return (similar.logsumexp(1) - similar.diagonal()).mean()
+
+
+def standardised(m: Any, b: Any) -> Tensor:
+    f = m(b[0])
+    return by_hand(lambda x: (f - f.mean(0)) / f.std(0), b).mean()
+
+
+def variational(m: Any, b: Any) -> Tensor:
+    code = m.network[:2](b[0])
+    return F.mse_loss(m.network[2:](code), F.one_hot(b[1], C).double()) + 0.1 * code.square().sum(1).mean()
+
+
+def two_heads_by_hand(m: Any, b: Any) -> Tensor:
+    mean, raw = m.network.heads(b[0])
+    return (raw + (mean - b[2][:, None]) ** 2 / raw.exp()).mean()
+
+
+def focal(m: Any, b: Any) -> Tensor:
+    losses = by_hand(m, b)
+    return ((1 - (-losses).exp()) ** 4 * losses).mean()
+
+
+def mixture(m: Any, b: Any) -> Tensor:
+    f = m(b[0])
+    components = Normal(torch.stack([f[:, 0], f[:, 1]], 1), torch.full((len(f), 2), 0.3, dtype=f.dtype))
+    kinds = distributions.Categorical(logits=torch.stack([f[:, 2], -f[:, 2]], 1))
+    return -distributions.MixtureSameFamily(kinds, components).log_prob(b[2]).mean()
+
+
+def penalised(m: Any, b: Any) -> Tensor:
+    return by_hand(m, b).mean() + 1e-4 * sum(p.square().sum() for p in m.parameters())
+
+
+REFUSED = {
+    "Dice": (dice, SUM),
+    "contrastive": (contrastive, ("mixes the examples of a batch", "cannot be formed")),
+    "standardised over the batch": (standardised, ("mixes the examples of a batch", "cannot be formed")),
+    "root of a mean": (lambda m, b: (m(b[0])[:, 0] - b[2]).square().mean().sqrt(), SUM),
+    "variational": (variational, "meet in no tensor with a row for each example"),
+    "penalty": (penalised, "weight_decay"),
+    "quantiles": (
+        lambda m, b: torch.maximum(0.1 * (b[2] - m(b[0])[:, 0]), -0.9 * (b[2] - m(b[0])[:, 0])).mean(),
+        "piecewise linear",
+    ),
+    "two heads of a Gaussian by hand": (two_heads_by_hand, (CONVEX, "has the eigenvalue -")),
+    "focal": (focal, (CONVEX, "has the eigenvalue -")),
+    "mixture": (mixture, (CONVEX, "has the eigenvalue -")),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_sum_over_examples_or_not_convex_is_refused(tmp_path, name):
+    step, reason = REFUSED[name]
+    torch.manual_seed(1)
+    module = Module(Heads(1, 1) if "heads" in name else mlp(), step)
+    fit_refuses(tmp_path, module, reason, remedy=(), data=loader(data=(X, CLASSES, 3 * REAL)))
+
+
+@pytest.mark.parametrize("name", ["weighted examples", "Student's t", "two heads", "selected"])
+def test_training_is_not_perturbed(tmp_path, name):
+    case, runs = CASES[name], []
+    for callbacks in ([], [LaplaceEvidence(), Stability(), GradientNoiseScale()]):
+        torch.manual_seed(5)
+        module = Module(case.network(), case.step)
+        fit(tmp_path, module, loader(data=(X, *case.data), shuffle=True), *callbacks, max_epochs=2)
+        runs.append([module.state_dict(), torch.get_rng_state()])
+    assert same(*runs)
+    assert distributions.Normal.log_prob.__qualname__ == "Normal.log_prob"

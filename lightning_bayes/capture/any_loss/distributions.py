@@ -185,13 +185,10 @@ LOSSES: dict[Callable[..., Any], Callable[[LossCall], tuple[Tensor, Tensor]]] = 
 def density_of_call(call: LossCall) -> Density | None:
     """The density that a call of one of PyTorch's losses stands for, None if it is not one of `LOSSES`."""
     of = LOSSES.get(call.function)
-    f, y = call.arguments["input"], call.arguments.get("target")
-    if (
-        of is None
-        or not isinstance(y, Tensor)
-        or f.shape != y.shape
-        or call.arguments.get("weight") is not None
-    ):
+    f, y = call.arguments.get("input"), call.arguments.get("target")
+    if of is None or not isinstance(f, Tensor) or not isinstance(y, Tensor):
+        return None
+    if f.shape != y.shape or call.arguments.get("weight") is not None:
         return None
     with torch.no_grad():
         information, constant = of(call)

@@ -12,6 +12,8 @@ from lightning_bayes.capture.any_loss.step_run import Read, Route, StepRun, redu
 from lightning_bayes.capture.loss_calls import Reduction, overridden, reduction_of_call
 from lightning_bayes.capture.pytorch_losses import READERS, GroupingOf, LossCall, Reading, UnreadLossError
 from lightning_bayes.likelihoods import Likelihood
+from lightning_bayes.likelihoods.bernoulli import BinaryTargets
+from lightning_bayes.likelihoods.categorical import ClassTargets
 
 
 @dataclass
@@ -34,18 +36,18 @@ class KnownCall(Route):
             plain = likelihood.num_terms(outputs.detach(), targets)
             if math.isclose(plain, num_terms, rel_tol=1e-6) or reduction == "sum":
                 return outputs, targets, likelihood
-            weights = torch.ones(_terms_shape(outputs, targets), dtype=outputs.dtype, device=outputs.device)
+            weights = torch.ones(_terms_shape(targets), dtype=outputs.dtype, device=outputs.device)
         else:
             weights = self.weights / normaliser
         return outputs, likelihood.weighted(targets, weights, num_terms), likelihood
 
 
-def _terms_shape(outputs: Tensor, targets: Any) -> torch.Size:
-    for name in ("total", "positive"):
-        if hasattr(targets, name):
-            shape: torch.Size = getattr(targets, name).shape
-            return shape
-    return targets.shape if isinstance(targets, Tensor) else outputs.shape
+def _terms_shape(targets: Any) -> torch.Size:
+    """The shape of the weights that prepared targets take."""
+    if isinstance(targets, ClassTargets):
+        return targets.total.shape
+    shape: torch.Size = targets.positive.shape if isinstance(targets, BinaryTargets) else targets.shape
+    return shape
 
 
 def known_call(run: StepRun, grouping_of: GroupingOf) -> Route | None:

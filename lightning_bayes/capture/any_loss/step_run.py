@@ -66,8 +66,12 @@ class StepRun:
         return derivatives.gradient if derivatives.is_zero() else None
 
     def last_sum(self) -> "LastSum | None":
-        """What each entry of the tensor that is reduced to the loss counts; None where that is not seen, or not alike."""
-        scalars = {self.graph.edge(call.result): call for call in self.calls if call.result.numel() == 1}
+        """What each entry of the tensor that is reduced to the loss counts; None if not seen, or not alike."""
+        scalars = {
+            self.graph.edge(call.result): call
+            for call in self.calls
+            if call.result.numel() == 1 and isinstance(call.arguments.get("target"), Tensor)
+        }
         is_mean = False
         for cut in self.graph.dominators(self.graph.root):
             is_mean |= type(cut[0][0]).__name__.startswith("MeanBackward")
@@ -81,7 +85,7 @@ class StepRun:
             per_entry = abs(each.flatten()[0].item())
             if call is None:
                 return LastSum(per_entry, tensor.numel(), is_mean)
-            number = call.arguments["input"].numel()
+            number = call.arguments["target"].numel()
             is_mean = call.arguments.get("reduction", "mean") == "mean"
             return LastSum(per_entry / number if is_mean else per_entry, number, is_mean)
         return None
