@@ -143,6 +143,34 @@ def layout_of_rows(outputs: Tensor, num_examples: int, layouts: Sequence[Layout]
     return max(layouts, key=num_fitting)
 
 
+def follows_graph(outputs: Tensor, num_examples: int, layout: Layout) -> bool:
+    """Whether rows of a layout belong to the examples of the nearest tensor, by its shape, that they were made of.
+
+    They do not where rows were selected by a mask, and happen to be a multiple of N. True where there is no such
+    tensor.
+    """
+    for node in graph_nodes([outputs]):
+        shapes = [tuple(its.shape) for its in getattr(node, "_input_metadata", ())]
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        is_weight = all(hasattr(parent, "variable") for parent in parents)
+        if node is outputs.grad_fn or is_weight or not shapes or num_examples not in shapes[0]:
+            continue
+        weights, entries = example_weights(num_examples, outputs), layout.entries(outputs, num_examples)
+        each = weights.repeat_interleave(entries) if layout.major else weights.repeat(entries)
+        each = each.reshape(-1, *[1] * (outputs.dim() - 1 - layout.axis)).expand_as(outputs)
+        seeds = torch.ones_like(each), each
+        plain, weighted = (
+            torch.autograd.grad(outputs, [GradientEdge(node, 0)], seed, retain_graph=True, allow_unused=True)[
+                0
+            ]
+            for seed in seeds
+        )
+        if plain is None or weighted is None or not bool(plain.any()):
+            continue
+        return find_layout(plain, weighted, num_examples) is not None
+    return True
+
+
 def layout_in(tensor: Tensor, num_examples: int) -> Layout | None:
     """The layout of a tensor that a network made of a batch: by its shape, and by its graph where there is a choice.
 

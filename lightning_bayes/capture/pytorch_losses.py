@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_bayes.capture.example_layout import Layout, layout_of_rows, rows_of_examples
+from lightning_bayes.capture.example_layout import (
+    Layout,
+    follows_graph,
+    layout_of_rows,
+    rows_of_examples,
+)
 from lightning_bayes.likelihoods import (
     Bernoulli,
     Categorical,
@@ -56,13 +61,15 @@ class RowsOfExamples:
         num_rows = len(outputs) if outputs.dim() else 1
         if num_examples in (None, num_rows):
             return one_row_each
-        if not num_examples or num_rows == 0 or num_rows % num_examples:
+        layout = None
+        if num_examples and num_rows and num_rows % num_examples == 0:
+            layout = self.layout or layout_of_rows(outputs, num_examples)
+        if layout is None or not follows_graph(outputs, num_examples, layout):
             raise UnreadLossError(
                 f"The loss sees {num_rows} rows of outputs, but the batch holds {num_examples} examples, so the "
                 "tokens of an example cannot be told. Keep every token and mark those that do not count by "
                 f"ignore_index instead of selecting by a mask. {WAY_OUT}"
             )
-        layout = self.layout or layout_of_rows(outputs, num_examples)
         if num_examples > 1:  # one example does not tell
             self.layout = layout
         return rows_of_examples(layout, num_examples)

@@ -17,8 +17,9 @@ from torch import Tensor, distributions, nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn import functional as F
 
-from lightning_bayes import GradientNoiseScale, LaplaceEvidence, Stability
-from tests.scenarios import DECAY, Module, N, fit, loader, mlp
+from lightning_bayes import LaplaceEvidence, SGDNoiseScale, Stability
+from tests.refusals import fit_refuses
+from tests.scenarios import DECAY, Module, N, fit, loader, mlp, same
 
 BATCH = 8
 POINTS = 40_001
@@ -425,7 +426,7 @@ def with_noise(
     constant = 0.5 * math.log(2 * math.pi * variance)
     return (
         lambda f, y, w: (w * (0.5 * (f - y) ** 2 / variance + constant)).sum(),
-        (targets, weights, torch.full((N,), variance)),
+        (targets, weights, torch.full((N,), variance, dtype=torch.float64)),
     )
 
 
@@ -462,7 +463,7 @@ def test_squares_have_the_noise_that_they_have(tmp_path, name):
     if "squashed" in name:
         module.network = Squashed(module.network)
     nll, (targets, weights, variance) = with_noise(known, module.network.eval()(X).detach(), REALS)
-    # The loss is Σ w r²/Σ w, that is s times the mean nll for s = 2σ²N/Σw; the sum of a batch ½ Σ w r² is σ²B times it.
+    # The loss Σ w r²/Σ w is s times the mean nll for s = 2σ²N/Σw; the sum over a batch of ½ w r² is σ²B times it.
     scale = 2 * variance[0].item() * N / known.sum().item()
     scale = variance[0].item() * BATCH if "sum" in name else scale * (0.5 if name == "half the mean" else 1.0)
     case = Case(SQUARES[name], (targets, weights), nll, scale)
@@ -478,6 +479,12 @@ CONVEX = "is not convex in the outputs"
 
 
 def dice(m: Any, b: Any) -> Tensor:
+    p, t = m(b[0]).softmax(1), F.one_hot(b[1], C)
+    return 1 - (2 * (p * t).sum(0) / (p.sum(0) + t.sum(0))).mean()
+
+
+def dice_of_all(m: Any, b: Any) -> Tensor:
+    """The probabilities of all classes add up to N: this is the mean of 1 - p."""
     p, t = m(b[0]).softmax(1), F.one_hot(b[1], C)
     return 1 - 2 * (p * t).sum() / (p.sum() + t.sum())
 
@@ -521,7 +528,8 @@ def penalised(m: Any, b: Any) -> Tensor:
 
 REFUSED = {
     "Dice": (dice, SUM),
-    "contrastive": (contrastive, ("mixes the examples of a batch", "cannot be formed")),
+    "Dice of all classes": (dice_of_all, (CONVEX, "has the eigenvalue -")),
+    "contrastive": (contrastive, SUM),
     "standardised over the batch": (standardised, ("mixes the examples of a batch", "cannot be formed")),
     "root of a mean": (lambda m, b: (m(b[0])[:, 0] - b[2]).square().mean().sqrt(), SUM),
     "variational": (variational, "meet in no tensor with a row for each example"),
@@ -547,7 +555,7 @@ def test_what_is_no_sum_over_examples_or_not_convex_is_refused(tmp_path, name):
 @pytest.mark.parametrize("name", ["weighted examples", "Student's t", "two heads", "selected"])
 def test_training_is_not_perturbed(tmp_path, name):
     case, runs = CASES[name], []
-    for callbacks in ([], [LaplaceEvidence(), Stability(), GradientNoiseScale()]):
+    for callbacks in ([], [LaplaceEvidence(), Stability(), SGDNoiseScale()]):
         torch.manual_seed(5)
         module = Module(case.network(), case.step)
         fit(tmp_path, module, loader(data=(X, *case.data), shuffle=True), *callbacks, max_epochs=2)

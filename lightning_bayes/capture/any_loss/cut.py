@@ -16,7 +16,7 @@ from lightning_bayes.capture.any_loss.loss_graph import Edge, PenaltyError
 from lightning_bayes.capture.any_loss.recognised import recognised
 from lightning_bayes.capture.any_loss.second_derivative import Derivatives, Outputs
 from lightning_bayes.capture.any_loss.step_run import Read, Route, StepRun, layouts_of, outputs_of
-from lightning_bayes.capture.example_layout import Layout
+from lightning_bayes.capture.example_layout import Layout, follows_graph
 from lightning_bayes.capture.loss_calls import Reduction, overridden
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.likelihoods.expansion import (
@@ -129,6 +129,7 @@ def curved_route(run: StepRun, how: HowRead) -> Curved:
     """
     reasons: list[str] = []
     routes: list[tuple[Cut, Curved]] = []
+    indefinite: IndefiniteLossError | None = None
     for cut, edges in _cuts(run, how, reasons):
         if cut[2] and routes:
             break
@@ -141,12 +142,10 @@ def curved_route(run: StepRun, how: HowRead) -> Curved:
             routes.append((cut, route))
             if not how.as_expansion and route.is_recognised():
                 return _settled(how, cut, route)
-    indefinite: IndefiniteLossError | None = None
-    for cut, route in routes:
+    # A cut beyond a map that is not affine leaves that map's curvature out: only what a loss of PyTorch's sees is worth it.
+    for cut, route in [*routes[:1], *(pair for pair in routes[1:] if pair[0][0] == "inputs")]:
         try:
             route.check_convex()
-        except UnreadableGraphError as error:
-            reasons.insert(0, str(error))
         except IndefiniteLossError as error:
             indefinite = indefinite or error
         else:
@@ -177,6 +176,9 @@ def _at(run: StepRun, how: HowRead, cut: Cut, edges: Sequence[Edge]) -> Curved |
     outputs = outputs_of(run, seen, lambda i, tensor: layouts.get(i) or layouts_of(run)(i, tensor))
     if outputs is None:
         return None
+    pairs = list(zip(outputs.tensors, outputs.layouts, strict=True))
+    if cut[0] == "inputs" and not all(follows_graph(t, outputs.num_examples, its) for t, its in pairs):
+        return None
     try:
         derivatives = Derivatives(run.loss, outputs.tensors)
     except ValueError as error:
@@ -190,18 +192,17 @@ def _at(run: StepRun, how: HowRead, cut: Cut, edges: Sequence[Edge]) -> Curved |
 
 
 def _cuts(run: StepRun, how: HowRead, reasons: list[str]) -> Iterator[tuple[Cut, Sequence[Edge]]]:
-    """Cuts to try: inputs of losses that are known, nodes from the parameters on, and what these are made of."""
+    """Cuts to try: nodes from the parameters on, inputs of losses that are known, and what the nodes are made of."""
     graph = run.graph
     inputs = [
         call.arguments[name] for call in run.calls for name in ("input", "var") if name in call.arguments
     ]
     graded = [tensor for tensor in inputs if isinstance(tensor, Tensor) and tensor.grad_fn is not None]
-    cuts: list[tuple[Cut, Sequence[Edge]]] = []
+    nodes = list(enumerate(graph.dominators(graph.root)))
+    cuts: list[tuple[Cut, Sequence[Edge]]] = [(("node", i, 0), its) for i, its in reversed(nodes)]
     if graded:
         of_inputs = dict.fromkeys((tensor.grad_fn, tensor.output_nr) for tensor in graded)
         cuts.append((("inputs", 0, 0), tuple(of_inputs)))
-    nodes = list(enumerate(graph.dominators(graph.root)))
-    cuts += [(("node", index, 0), edges) for index, edges in reversed(nodes)]
     for cut, its in cuts:
         if how.cut is None or cut == how.cut:
             yield cut, its
