@@ -17,7 +17,7 @@ from torch import Tensor, distributions, nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn import functional as F
 
-from lightning_bayes import LaplaceEvidence, SGDNoiseScale, Stability
+from lightning_bayes import Gaussian, LaplaceEvidence, SGDNoiseScale, Stability, laplace_evidence
 from tests.refusals import fit_refuses
 from tests.scenarios import DECAY, Module, N, fit, loader, mlp, same
 
@@ -549,6 +549,8 @@ def test_what_is_no_sum_over_examples_or_not_convex_is_refused(tmp_path, name):
     step, reason = REFUSED[name]
     torch.manual_seed(1)
     module = Module(Heads(1, 1) if "heads" in name else mlp(), step)
+    if name == "focal":  # convex where the network is not sure of anything
+        module.network[2].weight.data *= 8
     fit_refuses(tmp_path, module, reason, remedy=(), data=loader(data=(X, CLASSES, 3 * REAL)))
 
 
@@ -562,3 +564,89 @@ def test_training_is_not_perturbed(tmp_path, name):
         runs.append([module.state_dict(), torch.get_rng_state()])
     assert same(*runs)
     assert distributions.Normal.log_prob.__qualname__ == "Normal.log_prob"
+
+
+@pytest.mark.parametrize("name", ["weighted examples", "Poisson by hand", "Gamma", "two heads", "log-cosh"])
+def test_the_true_hessian_takes_the_loss_at_its_word(tmp_path, name):
+    """By autograd through the network, twice, in one go."""
+    case = CASES[name]
+    torch.manual_seed(3)
+    module = Module(case.network(), case.step)
+    callback = LaplaceEvidence(
+        curvature="hessian_positive", batch_size=BATCH, prior_precision=1e-3, on_error="raise"
+    )
+    fit(tmp_path, module, loader(data=(X, *case.data)), callback)
+    network = module.network.eval()
+    named = {name: p.detach() for name, p in network.named_parameters()}
+    flat = torch.cat([p.flatten() for p in named.values()])
+
+    def cost(vector: Tensor) -> Tensor:
+        parts = vector.split([p.numel() for p in named.values()])
+        changed = {n: part.view_as(named[n]) for n, part in zip(named, parts, strict=True)}
+        f = vmap(lambda x: functional_call(network, changed, (x.unsqueeze(0),)).flatten())(X)
+        return vmap(case.nll)(f, *case.data).sum()
+
+    values = torch.linalg.eigvalsh(jacrev(jacrev(cost))(flat)) + 1e-3
+    expected = -0.5 * (values[values >= 1e-3] / 1e-3).log().sum().item()
+    assert callback.history[0][1].log_occam_factor == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("structure", ["full", "lanczos", "kron", "diag", "blocks"])
+def test_every_structure_takes_such_a_loss(tmp_path, structure):
+    case = CASES["two heads"]
+    torch.manual_seed(3)
+    module = Module(case.network(), case.step)
+    callback = LaplaceEvidence(structure, batch_size=BATCH, on_error="raise")
+    fit(tmp_path, module, loader(data=(X, *case.data)), callback)
+    exact, _, _ = dense(module, case)
+    evidence = callback.history[0][1]
+    assert evidence.lower - 1e-6 <= exact <= evidence.upper + 1e-6
+
+
+def test_a_loss_that_a_later_batch_tells_more_of(tmp_path):
+    """No residual of the first batch is beyond the bend: it alone would pass for squares."""
+    torch.manual_seed(3)
+    bend = torch.where(torch.arange(N) < BATCH, 100.0, 0.1).double().unsqueeze(1)
+
+    def step(m: Any, b: Any) -> Tensor:
+        r = m(b[0]) - b[1]
+        return torch.where(r.abs() < b[2], 0.5 * r**2, b[2] * (r.abs() - 0.5 * b[2])).sum(1).mean()
+
+    case = Case(
+        step,
+        (REALS, bend),
+        lambda f, y, w: torch.where(
+            (f - y).abs() < w, 0.5 * (f - y) ** 2, w * ((f - y).abs() - 0.5 * w)
+        ).sum(),
+        is_normalised=False,
+    )
+    module, callback = Module(mlp(), step), LaplaceEvidence(batch_size=BATCH, on_error="raise")
+    fit(tmp_path, module, loader(data=(X, *case.data)), callback)
+    expected, log_likelihood, precision = dense(module, case)
+    evidence = callback.history[0][1]
+    assert evidence.prior_precision == pytest.approx(precision, rel=1e-9)
+    assert evidence.log_likelihood == pytest.approx(log_likelihood, rel=1e-9)
+    assert evidence.log_evidence == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_likelihood_that_is_given_replaces_one_that_is_recognised(tmp_path):
+    torch.manual_seed(3)
+    module = Module(mlp(), SQUARES["mean by hand"])
+    callback = LaplaceEvidence(likelihood=Gaussian(sigma=0.5), batch_size=BATCH, on_error="raise")
+    fit(tmp_path, module, loader(data=(X, REALS, KNOWN)), callback)
+    expected = laplace_evidence(
+        module.network.eval(),
+        (X, REALS),
+        likelihood=Gaussian(sigma=0.5),
+        prior_precision=callback.history[0][1].prior_precision,
+    )
+    assert callback.history[0][1].log_evidence == pytest.approx(expected.log_evidence, rel=1e-9)
+    assert callback.history[0][1].prior_precision == pytest.approx(N * DECAY / (2 * 0.25 / C))
+    other = Module(mlp(), SQUARES["mean by hand"])
+    fit_refuses(
+        tmp_path,
+        other,
+        "likelihood=Categorical() was given",
+        data=loader(data=(X, REALS, KNOWN)),
+        callback=LaplaceEvidence(likelihood="classification"),
+    )

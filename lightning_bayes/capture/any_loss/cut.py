@@ -142,7 +142,7 @@ def curved_route(run: StepRun, how: HowRead) -> Curved:
             routes.append((cut, route))
             if not how.as_expansion and route.is_recognised():
                 return _settled(how, cut, route)
-    # A cut beyond a map that is not affine leaves that map's curvature out: only what a loss of PyTorch's sees is worth it.
+    # A cut beyond a map that is not affine leaves the map's curvature out: what PyTorch's losses see is worth it.
     for cut, route in [*routes[:1], *(pair for pair in routes[1:] if pair[0][0] == "inputs")]:
         try:
             route.check_convex()

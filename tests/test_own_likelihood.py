@@ -1,0 +1,135 @@
+"""A likelihood of the user's own from one function, against the ones that it stands for."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_bayes import (
+    Categorical,
+    EvidenceUnavailableError,
+    LaplaceEvidence,
+    NegativeLogLikelihood,
+    evidence_curve,
+    laplace_evidence,
+)
+from tests.refusals import refuses
+from tests.scenarios import DECAY, Module, N, cross_entropy, disagreements, fit, loader, mlp, tensors
+
+
+def log_softmax_loss(logits, target):
+    return -(logits.log_softmax(-1) * F.one_hot(torch.zeros((), dtype=torch.long), 3)).sum() + 0 * target
+
+
+def categorical(logits, target):
+    return -(logits.log_softmax(-1) * (torch.arange(3) == target)).sum()
+
+
+def poisson(log_rate, count):
+    return (log_rate.exp() - count * log_rate + torch.lgamma(count + 1)).sum()
+
+
+def normal(outputs, target):
+    mean, raw = outputs
+    return 0.5 * ((target[0] - mean) ** 2 * raw.exp() - raw + torch.log(2 * torch.tensor(torch.pi)))
+
+
+def normal_information(outputs):
+    _, raw = outputs
+    return torch.diag(torch.stack([raw.exp(), 0.5 + 0 * raw]))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return mlp().double()
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", "kron"])
+def test_it_is_the_likelihood_that_it_says(net, structure):
+    own, known = (
+        laplace_evidence(net, tensors(), likelihood=likelihood, structure=structure)
+        for likelihood in (NegativeLogLikelihood(categorical), "classification")
+    )
+    for name in ("log_evidence", "log_likelihood", "newton_decrement", "effective_parameters"):
+        assert getattr(own, name) == pytest.approx(getattr(known, name), rel=1e-9)
+    assert own.log_evidence_ratio is None and own.note is None
+
+
+def test_the_true_hessian(net):
+    own, known = (
+        laplace_evidence(net, tensors(), likelihood=likelihood, curvature="hessian", prior_precision=50.0)
+        for likelihood in (NegativeLogLikelihood(categorical), Categorical())
+    )
+    assert own.log_evidence == pytest.approx(known.log_evidence, rel=1e-9)
+
+
+def test_in_a_trainer(tmp_path):
+    module = Module(mlp(), cross_entropy)
+    callback = LaplaceEvidence(
+        likelihood=NegativeLogLikelihood(categorical),
+        network=lambda module, batch: (module(batch[0]), batch[1]),
+    )
+    fit(tmp_path, module, loader(), callback)
+    expected = laplace_evidence(module.network.eval(), tensors(), prior_precision=DECAY * N)
+    wrong = disagreements(callback.history[0][1], expected)
+    assert wrong.keys() <= {"log_evidence_ratio"}
+
+
+def test_curves_and_batches(net):
+    own = NegativeLogLikelihood(categorical)
+    whole, parts = (laplace_evidence(net, tensors(), likelihood=own, batch_size=size) for size in (N, 4))
+    assert whole.log_evidence == pytest.approx(parts.log_evidence, rel=1e-9)
+    curve = evidence_curve(net, tensors(), likelihood=own)
+    known = evidence_curve(net, tensors())
+    assert curve.best.log_evidence == pytest.approx(known.best.log_evidence, rel=1e-6)
+
+
+def test_one_that_is_not_convex_needs_its_fisher_information():
+    torch.manual_seed(0)
+    net, (x, y) = nn.Linear(4, 2).double(), tensors("regression")
+    with refuses(
+        ("is not convex in the outputs", "eigenvalue -"),
+        remedy="fisher_information=",
+        error=EvidenceUnavailableError,
+    ):
+        laplace_evidence(net, (x, y), likelihood=NegativeLogLikelihood(normal))
+    own = NegativeLogLikelihood(normal, fisher_information=normal_information)
+    evidence = laplace_evidence(net, (x, y), likelihood=own)
+
+    class Variances(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            mean, raw = self.net(x).chunk(2, dim=1)
+            return torch.cat([mean, (-raw).exp()], dim=1)
+
+    known = laplace_evidence(Variances(), (x, y), likelihood="gaussian_nll")
+    assert evidence.log_evidence == pytest.approx(known.log_evidence, rel=1e-7)
+
+
+def test_a_generalised_one_says_so(net):
+    evidence = laplace_evidence(
+        net, tensors(), likelihood=NegativeLogLikelihood(categorical, normalised=False)
+    )
+    assert "generalised evidence of exp(-loss)" in str(evidence)
+
+
+def test_what_it_does_not_take(net):
+    with refuses("`function`", 3):
+        NegativeLogLikelihood(3)
+    with refuses("`fisher_information`", 3):
+        NegativeLogLikelihood(poisson, 3)
+    with refuses("`function` to return one number", remedy="add up its terms"):
+        laplace_evidence(net, tensors(), likelihood=NegativeLogLikelihood(lambda f, y: f.square()))
+    with refuses("up to 512 outputs"):
+        wide = nn.Linear(4, 600).double()
+        laplace_evidence(wide, tensors(), likelihood=NegativeLogLikelihood(categorical))
+    with refuses("as many examples"):
+        x, y = tensors()
+        NegativeLogLikelihood(categorical).prepare(net(x), y[:3])
+    assert repr(NegativeLogLikelihood(poisson, normalised=False)).startswith(
+        "NegativeLogLikelihood(function="
+    )
