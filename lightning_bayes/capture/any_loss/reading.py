@@ -47,7 +47,7 @@ def read_by_graph(
         raise ValueError(f"{how.why} Nor can it be read by its graph: {error} {WAY_OUT}") from error
     except IndefiniteLossError as error:
         raise EvidenceUnavailableError(
-            f"{how.why} By its graph it is a sum over examples, but no evidence can be made of it: {error} {WAY_OUT}"
+            f"The loss of training_step is a sum over examples, but no evidence can be made of it. {error} {WAY_OUT}"
         ) from error
     unit_loss = likelihood.unit_loss(outputs, targets)
     return outputs, targets, likelihood, unit_loss, reduction, run.loss.item()
