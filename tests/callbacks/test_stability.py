@@ -156,7 +156,7 @@ def test_a_summed_loss_counts_the_batch_that_a_step_sees(tmp_path, curvature, op
 
 def test_a_loss_that_is_no_likelihood(tmp_path, caplog):
     def huber(f, y):
-        return F.huber_loss(f, y) + 0.01 * f.square().mean()
+        return F.huber_loss(f, y) + 0.01 * f.square().mean().sqrt()
 
     module = Module(mlp(1), lambda module, batch: huber(module(batch[0]), batch[1]))
     with caplog.at_level("INFO"):

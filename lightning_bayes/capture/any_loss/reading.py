@@ -17,6 +17,8 @@ from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.likelihoods.expansion import IndefiniteLossError
 
+OTHERWISE = "Then leave LaplaceEvidence out of this run, or:"
+CONVEX_NOWHERE = "The loss of training_step is a sum over examples, but no evidence can be made of it."
 TOLERANCE = 1e-3
 """Relative difference up to which the gradients of an example in a batch and in a part of it are proportional."""
 
@@ -44,11 +46,13 @@ def read_by_graph(
         reduction: Reduction = "sum" if kind == "sum" else "mean"
         outputs, targets, likelihood = route.read(reduction, normaliser, how.factor or 1.0, given)
     except UnreadableGraphError as error:
-        raise ValueError(f"{how.why} Nor can it be read by its graph: {error} {WAY_OUT}") from error
-    except IndefiniteLossError as error:
-        raise EvidenceUnavailableError(
-            f"The loss of training_step is a sum over examples, but no evidence can be made of it. {error} {WAY_OUT}"
+        raise ValueError(
+            f"{how.why} Nor can it be read by its graph: {error} {OTHERWISE} {WAY_OUT}"
         ) from error
+    except IndefiniteLossError as error:
+        message = f"{CONVEX_NOWHERE} {error} {OTHERWISE} {WAY_OUT}"
+        # What other batches have allowed is not to be had at these weights; else the loss is not of the kind.
+        raise (ValueError if how.cut is None else EvidenceUnavailableError)(message) from error
     unit_loss = likelihood.unit_loss(outputs, targets)
     return outputs, targets, likelihood, unit_loss, reduction, run.loss.item()
 
