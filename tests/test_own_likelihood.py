@@ -1,5 +1,9 @@
 """A likelihood of the user's own from one function, against the ones that it stands for."""
 
+import math
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -102,6 +106,22 @@ def test_one_that_is_not_convex_needs_its_fisher_information():
 
     known = laplace_evidence(Variances(), (x, y), likelihood="gaussian_nll")
     assert evidence.log_evidence == pytest.approx(known.log_evidence, rel=1e-7)
+
+
+def test_the_example_of_the_page():
+    """Its Fisher information is that of a sample, and its outputs' evidence is finite."""
+    page = (Path(__file__).parent.parent / "docs" / "likelihoods.md").read_text(encoding="utf-8")
+    names = {}
+    torch.manual_seed(0)
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names)
+    assert math.isfinite(names["evidence"].log_evidence) and names["evidence"].log_evidence_ratio is None
+    outputs = torch.tensor([0.4, -0.3], dtype=torch.float64)
+    zero = torch.rand(100_000) < torch.sigmoid(outputs[1])
+    counts = torch.poisson(outputs[0].exp().expand(100_000)).masked_fill(zero, 0.0)
+    scores = torch.func.vmap(torch.func.grad(names["zero_inflated_poisson"]), (None, 0))(outputs, counts)
+    products = scores.unsqueeze(2) * scores.unsqueeze(1)
+    mean, stderr = products.mean(0), products.std(0) / len(products) ** 0.5
+    assert bool(((names["information"](outputs) - mean).abs() < 5 * stderr).all())
 
 
 def test_a_generalised_one_says_so(net):
