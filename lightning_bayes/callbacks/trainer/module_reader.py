@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -59,7 +58,7 @@ class ModuleReader:
         self.how = HowRead() if how is None else how
         self._trainer, self._hooks, self._device = trainer, module, module.device
         self._likelihood, self._option = likelihood, network
-        self._kind: type[Likelihood] | None = None
+        self._kind: tuple[type[Likelihood], tuple[bool, bool]] | None = None
         self._rows = RowsOfExamples()
         self._takes_index: bool | None = None
         self.original = original_network(module, network)
@@ -87,18 +86,14 @@ class ModuleReader:
             ValueError: If the training_step cannot be read; the message names the way out.
         """
         batch = self._prepared(batch, transferred)
-        before = replace(self.how)
         with self._default_dtype():
             captured = self._read(batch, batch_idx)
-        self._kind = self._kind or type(captured.likelihood)
-        if type(captured.likelihood) is not self._kind:
-            tells_more = (self.how.is_by_graph, self.how.as_expansion) != (
-                before.is_by_graph,
-                before.as_expansion,
-            )
-            raise (ReadOtherwiseError if tells_more else ValueError)(
-                f"The likelihood of this batch's loss is {type(captured.likelihood).__name__}, that of others is "
-                f"{self._kind.__name__}: the evidence needs one likelihood for all examples. {WAY_OUT}"
+        kind, told = type(captured.likelihood), (self.how.is_by_graph, self.how.as_expansion)
+        first, was_told = self._kind = self._kind or (kind, told)
+        if kind is not first:
+            raise (ValueError if told == was_told else ReadOtherwiseError)(
+                f"The likelihood of this batch's loss is {kind.__name__}, that of others is "
+                f"{first.__name__}: the evidence needs one likelihood for all examples. {WAY_OUT}"
             )
         return captured
 

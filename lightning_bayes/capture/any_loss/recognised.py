@@ -41,10 +41,23 @@ class _Loss:
     def eps(self) -> float:
         return max(torch.finfo(tensor.dtype).eps for tensor in self.gradient)
 
-    def is_value(self, total: Tensor) -> bool:
-        """Whether a likelihood's own sum is the value."""
+    def is_value(self, total: Tensor, counted: Tensor | None = None) -> bool:
+        """Whether a likelihood's own sum is the value, but for its rounding.
+
+        Args:
+            total: The sum.
+            counted: The weights of its logarithms, which are rounded at the size of the outputs, however small.
+        """
         relative = max(RELATIVE_TOLERANCE[tensor.dtype] for tensor in self.gradient)
-        return math.isclose(total.item(), self.value, rel_tol=relative)
+        each = 0.0
+        if counted is not None:
+            each = (
+                10
+                * self.eps
+                * (1 + max(tensor.detach().abs().max().item() for tensor in self.outputs.tensors))
+            )
+        absolute = 0.0 if counted is None else each * counted.double().sum().item()
+        return math.isclose(total.item(), self.value, rel_tol=relative, abs_tol=absolute)
 
     def common(self, weights: Tensor, curvature: Tensor) -> Tensor | None:
         """Weights of the terms as far as they tell, None if they do not.
@@ -95,9 +108,7 @@ def recognised(
         safe = weights.masked_fill(weights == 0, 1.0)
         values = rows.detach() - 0.5 * outputs.rows(loss.gradient) / safe
         return rows, WeightedTargets(values, weights / normaliser, num_terms), likelihood
-    if one is None:
-        return None
-    binary = _binary(loss)
+    binary = None if one is None else _binary(loss)
     if binary is not None:
         positive, negative = binary
         normaliser = _scale(positive + negative, normaliser)
@@ -105,19 +116,30 @@ def recognised(
         likelihood = likelihood if given is None else overridden("a binary loss by hand", likelihood, given)
         positive, negative = (outputs.rows([each / normaliser]) for each in binary)
         return outputs.rows(outputs.tensors), BinaryTargets(positive, negative, num_terms), likelihood
-    classes = _classes(loss)
-    if classes is None:
-        return None
-    total, q = classes
-    normaliser = _scale(total, normaliser)
-    likelihood, num_terms = reduced(Categorical(class_dim=-1), reduction, normaliser)
-    likelihood = likelihood if given is None else overridden("a cross-entropy by hand", likelihood, given)
+    return None if one is None else _cross_entropy(loss, reduction, normaliser, given)
+
+
+def _cross_entropy(
+    loss: _Loss, reduction: Reduction, normaliser: float, given: Likelihood | None
+) -> Read | None:
+    """As `recognised`, of classes in the last dimension of one tensor, or in dimension 1."""
+    outputs = loss.outputs
     (tensor,), (layout,), number = outputs.tensors, outputs.layouts, outputs.num_examples
-    logits, targets = (layout.apart(each, number).flatten(1, -2) for each in (tensor, q))
-    if tensor.dim() == 2 and logits.shape[1] == 1:
-        logits, targets = logits.squeeze(1), targets.squeeze(1)
-    targets = targets / normaliser
-    return logits, ClassTargets(targets.sum(-1), targets, num_terms), likelihood
+    for dim in dict.fromkeys((tensor.dim() - 1, min(1, tensor.dim() - 1))):
+        classes = _classes(loss, dim) if dim and dim != layout.axis else None
+        if classes is None:
+            continue
+        normaliser = _scale(classes.sum(-1), normaliser)
+        likelihood, num_terms = reduced(Categorical(class_dim=-1), reduction, normaliser)
+        likelihood = likelihood if given is None else overridden("a cross-entropy by hand", likelihood, given)
+        if layout.axis > dim:
+            return None
+        last = tensor.movedim(dim, -1), classes / normaliser
+        logits, targets = (layout.apart(each, number).flatten(1, -2) for each in last)
+        if tensor.dim() == 2 and logits.shape[1] == 1:
+            logits, targets = logits.squeeze(1), targets.squeeze(1)
+        return logits, ClassTargets(targets.sum(-1), targets, num_terms), likelihood
+    return None
 
 
 def _scale(weights: Tensor, normaliser: float) -> float:
@@ -130,7 +152,7 @@ def _scale(weights: Tensor, normaliser: float) -> float:
 
 
 def _squares(loss: _Loss, derivatives: Derivatives) -> Tensor | None:
-    """W [N, K] where the loss is Σ w (f − y)², None if it is not."""
+    """Weights w [N, K] where the loss is Σ w (f − y)², None if it is not."""
     rows = loss.outputs.rows
     curvature = rows(loss.image) / rows(loss.vector)
     again = rows(derivatives.products([torch.ones_like(part) for part in loss.vector]))
@@ -157,38 +179,51 @@ def _binary(loss: _Loss) -> tuple[Tensor, Tensor] | None:
     )
     if weights is None:
         return None
-    weights = torch.where((image == 0) & (gradient == 0), torch.zeros_like(weights), weights)
+    # Nothing at all comes of what is ignored, and of what the network is as sure of as the type can say.
+    ignored = (image == 0) & (gradient == 0) & (curvature > 100 * loss.eps)
+    weights = weights.masked_fill(ignored, 0.0)
     positive = weights * p - gradient
     negative = weights - positive
     allowed = ROUNDING * loss.eps * weights.max()
     if bool((positive < -allowed).any() | (negative < -allowed).any()):
         return None
-    positive, negative = positive.clamp(min=0.0), negative.clamp(min=0.0)
-    total = -(positive * F.logsigmoid(f) + negative * F.logsigmoid(-f)).double().sum()
-    return (positive, negative) if loss.is_value(total) else None
+    raw = positive.clamp(min=0.0), negative.clamp(min=0.0)
+    # Labels of 0 and 1, whose digits a network that is sure of them has lost.
+    is_one, is_zero = negative <= allowed, positive <= allowed
+    labelled = torch.where(is_zero, 0.0, weights * is_one), torch.where(is_one, 0.0, weights * is_zero)
+    choices = [labelled, raw] if bool((is_one | is_zero).all()) else [raw]
+    for positive, negative in choices:
+        total = -(positive * F.logsigmoid(f) + negative * F.logsigmoid(-f)).double().sum()
+        if loss.is_value(total, positive + negative):
+            return positive, negative
+    return None
 
 
-def _classes(loss: _Loss) -> tuple[Tensor, Tensor] | None:
-    """Σ_c q_c and q of each token where the loss is −Σ q_c ln softmax(f)_c over the last dimension, else None."""
-    f, gradient, image, vector = (
-        part[0] for part in (loss.outputs.tensors, loss.gradient, loss.image, loss.vector)
-    )
-    if f.dim() < 2 or f.shape[-1] < 2 or loss.outputs.layouts[0].axis == f.dim() - 1:
+def _classes(loss: _Loss, dim: int) -> Tensor | None:
+    """Q [..., C] where the loss is −Σ q_c ln softmax(f)_c over classes in one dimension, None if it is not.
+
+    From all classes but the likeliest, whose numbers keep their digits in a network that is sure of it.
+    """
+    parts = (loss.outputs.tensors, loss.gradient, loss.image, loss.vector)
+    f, gradient, image, vector = (part[0].detach().movedim(dim, -1) for part in parts)
+    if f.shape[-1] < 2:
         return None
-    f = f.detach()
     p = f.softmax(-1)
+    likeliest = p.argmax(-1, keepdim=True)
+    vector = vector - vector.gather(-1, likeliest)
     expected = p * (vector - (p * vector).sum(-1, keepdim=True))
-    size = (vector * expected).sum(-1)
-    weights = loss.common((vector * image).sum(-1) / size.clamp(min=torch.finfo(f.dtype).tiny), size)
-    if weights is None:
+    expected, rest, without = (each.scatter(-1, likeliest, 0.0) for each in (expected, image, gradient))
+    size = expected.abs().sum(-1, keepdim=True)
+    weights = (rest * expected.sign()).sum(-1, keepdim=True) / size.clamp(min=torch.finfo(f.dtype).tiny)
+    if bool(
+        (weights < 0).any()
+        | ((rest - weights * expected).abs().sum() > ROUNDING * loss.eps * rest.abs().sum())
+    ):
         return None
-    ignored = (image == 0).all(-1) & (gradient == 0).all(-1)
-    weights = torch.where(ignored, torch.zeros_like(weights), weights)
-    difference = (image - weights.unsqueeze(-1) * expected).abs().sum()
-    q = weights.unsqueeze(-1) * p - gradient
+    q = (weights * p).scatter(-1, likeliest, 0.0) - without
     allowed = ROUNDING * loss.eps * weights.max()
-    if bool((difference > ROUNDING * loss.eps * image.abs().sum()) | (q < -allowed).any()):
+    if bool((q < -allowed).any()):
         return None
-    q = q.clamp(min=0.0)
-    is_it = loss.is_value(-(q * F.log_softmax(f, dim=-1)).double().sum())
-    return (weights, q) if is_it else None
+    q = torch.where(q.abs() <= 10 * loss.eps * weights * p, torch.zeros_like(q), q.clamp(min=0.0))
+    q = q.scatter(-1, likeliest, (weights - q.sum(-1, keepdim=True)).clamp(min=0.0))
+    return q if loss.is_value(-(q * F.log_softmax(f, dim=-1)).double().sum(), q) else None
