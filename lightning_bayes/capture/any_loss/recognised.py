@@ -200,7 +200,7 @@ def _binary(loss: _Loss) -> tuple[Tensor, Tensor] | None:
 
 
 def _classes(loss: _Loss, dim: int) -> Tensor | None:
-    """Q [..., C] where the loss is −Σ q_c ln softmax(f)_c over classes in one dimension, None if it is not.
+    """Weights q [..., C] where the loss is −Σ q_c ln softmax(f)_c over classes in one dimension, None if it is not.
 
     From all classes but the likeliest, whose numbers keep their digits in a network that is sure of it.
     """
