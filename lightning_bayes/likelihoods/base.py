@@ -38,8 +38,10 @@ class Likelihood(ABC):
     """φ; None where it is to be estimated from the residuals."""
     optimizes_dispersion: bool = False
     """Whether φ is to maximise the log-evidence rather than the likelihood."""
-    torch_terms: ClassVar[float] = 1.0
+    torch_terms: float = 1.0
     """PyTorch's summed loss as a multiple of `unit_loss`: F.mse_loss has no ½."""
+    remark: str | None = None
+    """What a loss that was read adds to `note`."""
 
     @abstractmethod
     def prepare(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Any]:
@@ -148,7 +150,7 @@ class Likelihood(ABC):
     @property
     def note(self) -> str | None:
         """A sentence on what is scored where that is not plain, None where it is."""
-        return None
+        return self.remark
 
     def __repr__(self) -> str:
         """The call that makes it, without what is left at its default."""

@@ -91,7 +91,7 @@ class Bernoulli(DiagonalLikelihood):
     @property
     @override
     def note(self) -> str | None:
-        return None if self.weight is None and self.pos_weight is None else WEIGHTED
+        return self.remark if self.weight is None and self.pos_weight is None else WEIGHTED
 
 
 def _broadcast(name: str, weights: Tensor, outputs: Tensor) -> Tensor:

@@ -225,7 +225,7 @@ class Categorical(Likelihood):
     @override
     def note(self) -> str | None:
         if self.weight is None:
-            return None
+            return self.remark
         return f"{WEIGHTED}; PyTorch's mean divides by the weights of each batch, which the sum does not"
 
 

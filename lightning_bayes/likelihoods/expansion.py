@@ -96,7 +96,7 @@ class LocalExpansion(Likelihood):
     @property
     @override
     def note(self) -> str | None:
-        return self._note
+        return self._note or self.remark
 
 
 def root_of(matrices: Tensor, scale: Tensor) -> Tensor:

@@ -415,6 +415,8 @@ def test_evidence_is_that_of_the_dense_matrix(tmp_path, name):
     assert evidence.log_likelihood == pytest.approx(log_likelihood, rel=1e-9)
     assert evidence.log_evidence == pytest.approx(expected, rel=1e-6 if case.grid else 1e-9)
     assert ("generalised evidence" in (evidence.note or "")) != case.is_normalised
+    if case.is_normalised:
+        assert ("Weights of examples" in (evidence.note or "")) == name.startswith("weighted")
 
 
 def with_noise(

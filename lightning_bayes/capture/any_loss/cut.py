@@ -6,6 +6,7 @@ the Gauss-Newton matrix is made of. Going on through maps that are affine leaves
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -84,6 +85,11 @@ class Curved(Route):
     derivatives: Derivatives = field(kw_only=True)
     how: HowRead = field(kw_only=True)
 
+    @cached_property
+    def hessian(self) -> Tensor:
+        """Of each example, [N, K, K]."""
+        return self.outputs.hessian(self.derivatives)
+
     def is_recognised(self) -> bool:
         """Whether it is the weighted sum of the terms of a likelihood."""
         return recognised(self.outputs, self.derivatives, self.run.loss.item(), "mean", 1.0, None) is not None
@@ -95,7 +101,7 @@ class Curved(Route):
             raise UnreadableGraphError(
                 f"an example has {size:,} outputs, of which up to {MOST_OUTPUTS} are read."
             )
-        root_of(self.outputs.hessian(self.derivatives), self.outputs.rows(self.derivatives.gradient))
+        root_of(self.hessian, self.outputs.rows(self.derivatives.gradient))
 
     @override
     def read(self, reduction: Reduction, normaliser: float, factor: float, given: Likelihood | None) -> Read:
@@ -112,7 +118,7 @@ class Curved(Route):
         expansion = Expansion(
             value * scale,
             outputs.rows(self.derivatives.gradient) * scale,
-            outputs.hessian(self.derivatives) * scale,
+            self.hessian * scale,
             scale,
             float(outputs.num_examples),
         )

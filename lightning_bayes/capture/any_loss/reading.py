@@ -10,9 +10,9 @@ from torch import Tensor
 from lightning_bayes.capture.any_loss.cut import HowRead, Kind, UnreadableGraphError, curved_route
 from lightning_bayes.capture.any_loss.densities import known_densities
 from lightning_bayes.capture.any_loss.known_call import known_call
-from lightning_bayes.capture.any_loss.step_run import Route, StepRun, layouts_of
+from lightning_bayes.capture.any_loss.step_run import Route, StepRun, layouts_of, remark_weights
 from lightning_bayes.capture.loss_calls import Reduction
-from lightning_bayes.capture.pytorch_losses import WAY_OUT, GroupingOf
+from lightning_bayes.capture.pytorch_losses import WAY_OUT, GroupingOf, UnreadLossError
 from lightning_bayes.errors import EvidenceUnavailableError
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.likelihoods.expansion import IndefiniteLossError
@@ -37,7 +37,10 @@ def read_by_graph(
         EvidenceUnavailableError: If it is not finite or not convex in the outputs, for these weights.
         ValueError: If it is no sum over examples that can be read.
     """
-    run = StepRun.of(step, num_examples)
+    try:
+        run = StepRun.of(step, num_examples)
+    except UnreadLossError as error:
+        raise ValueError(f"{how.why} {error} {WAY_OUT}") from error
     if not bool(run.loss.isfinite()):
         raise EvidenceUnavailableError(f"The loss of training_step is {run.loss.item():g}.")
     try:
@@ -45,6 +48,8 @@ def read_by_graph(
         kind, normaliser = _normaliser(run, route, how, grouping_of, part)
         reduction: Reduction = "sum" if kind == "sum" else "mean"
         outputs, targets, likelihood = route.read(reduction, normaliser, how.factor or 1.0, given)
+        if route.is_known:
+            remark_weights(likelihood, route.rows)
     except UnreadableGraphError as error:
         raise ValueError(
             f"{how.why} Nor can it be read by its graph: {error} {OTHERWISE} {WAY_OUT}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_bayes.capture.any_loss.second_derivative import Derivatives, Outputs
-from lightning_bayes.capture.any_loss.step_run import Read, reduced
+from lightning_bayes.capture.any_loss.step_run import Read, reduced, remark_weights
 from lightning_bayes.capture.loss_calls import RELATIVE_TOLERANCE, Reduction, overridden
 from lightning_bayes.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from lightning_bayes.likelihoods.bernoulli import BinaryTargets
@@ -104,6 +104,7 @@ def recognised(
         normaliser = _scale(weights, normaliser)
         likelihood, num_terms = reduced(Gaussian(), reduction, normaliser)
         likelihood = likelihood if given is None else overridden("a squared error by hand", likelihood, given)
+        remark_weights(likelihood, weights)
         rows = outputs.rows(outputs.tensors)
         safe = weights.masked_fill(weights == 0, 1.0)
         values = rows.detach() - 0.5 * outputs.rows(loss.gradient) / safe
@@ -114,6 +115,7 @@ def recognised(
         normaliser = _scale(positive + negative, normaliser)
         likelihood, num_terms = reduced(Bernoulli(), reduction, normaliser)
         likelihood = likelihood if given is None else overridden("a binary loss by hand", likelihood, given)
+        remark_weights(likelihood, positive + negative)
         positive, negative = (outputs.rows([each / normaliser]) for each in binary)
         return outputs.rows(outputs.tensors), BinaryTargets(positive, negative, num_terms), likelihood
     return None if one is None else _cross_entropy(loss, reduction, normaliser, given)
@@ -132,6 +134,7 @@ def _cross_entropy(
         normaliser = _scale(classes.sum(-1), normaliser)
         likelihood, num_terms = reduced(Categorical(class_dim=-1), reduction, normaliser)
         likelihood = likelihood if given is None else overridden("a cross-entropy by hand", likelihood, given)
+        remark_weights(likelihood, classes.sum(-1))
         if layout.axis > dim:
             return None
         last = tensor.movedim(dim, -1), classes / normaliser

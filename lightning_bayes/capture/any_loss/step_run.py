@@ -19,6 +19,10 @@ from lightning_bayes.likelihoods import Likelihood
 
 CONSTANT = 1e4
 """Relative differences, in units of rounding, of coefficients that are one."""
+OF_EXAMPLES = (
+    "Weights of examples or targets multiply their log-densities: their weighted sum is scored, as if each were "
+    "so many observations"
+)
 Read = tuple[Tensor, Any, Likelihood]
 """Outputs, targets and likelihood."""
 
@@ -129,7 +133,7 @@ def reduced(likelihood: Likelihood, reduction: Reduction, normaliser: float) -> 
     """A likelihood for a loss in which a term of weight 1 counts `normaliser`, and what the loss divides by."""
     likelihood = copy.copy(likelihood)
     if reduction == "sum":
-        vars(likelihood)["torch_terms"] = normaliser * likelihood.torch_terms
+        likelihood.torch_terms = normaliser * likelihood.torch_terms
     return likelihood, 1.0 / normaliser
 
 
@@ -155,3 +159,10 @@ def is_constant(each: Tensor) -> bool:
     return bool(
         ((each - first).abs() <= CONSTANT * torch.finfo(each.dtype).eps * first.abs()).all()
     ) and bool(first != 0)
+
+
+def remark_weights(likelihood: Likelihood, weights: Tensor) -> None:
+    """Let a likelihood say so where some terms count more than others, and not just not at all."""
+    counted = weights[weights != 0]
+    if len(counted) and not is_constant(counted):
+        likelihood.remark = OF_EXAMPLES
