@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -157,8 +159,8 @@ def test_outputs_keep_their_graph(net, x, y):
 
 def test_classes_are_in_dimension_one_whatever_the_sizes():
     f, y = torch.randn(N, 3, 3, requires_grad=True), torch.randint(3, (N, 3))
-    for given in (None, Categorical(), Categorical(class_dim=-1)):
-        captured = capture_loss(lambda: F.cross_entropy(f, y), given)
+    for likelihood in (None, Categorical(), Categorical(class_dim=-1)):
+        captured = capture_loss(lambda: F.cross_entropy(f, y), likelihood)
         assert torch.equal(captured.outputs, f.mT)
 
 
@@ -333,3 +335,67 @@ def test_losses_of_no_reader_are_read_by_their_graph(net, x, function):
     (theirs,) = torch.autograd.grad(function(*targets(net(x))), net.weight)
     (ours,) = torch.autograd.grad(captured.scale * captured.unit_loss, net.weight)
     torch.testing.assert_close(ours.float(), theirs)
+
+
+TERMS = {
+    "cross-entropy": lambda f, y: F.cross_entropy(f, y, reduction="none"),
+    "cross-entropy by hand": lambda f, y: -f.log_softmax(1).gather(1, y[:, None])[:, 0],
+    "squares": lambda f, y: F.mse_loss(f, F.one_hot(y, 3).to(f), reduction="none").sum(1),
+    "squares by hand": lambda f, y: (f - F.one_hot(y, 3)).square().sum(1),
+    "binary": lambda f, y: F.binary_cross_entropy_with_logits(f[:, 0], (y > 0).to(f), reduction="none"),
+    "huber": lambda f, y: F.huber_loss(f, F.one_hot(y, 3).to(f), reduction="none").sum(1),
+    "counts": lambda f, y: f[:, 0].exp() - y * f[:, 0],
+    "log-density": lambda f, y: -torch.distributions.Poisson(f[:, 0].exp()).log_prob(y.to(f)),
+    "two": lambda f, y: F.cross_entropy(f, y, reduction="none") + f.square().sum(1),
+}
+REDUCED = {
+    "mean": lambda t, w: (w * t).mean(),
+    "sum": lambda t, w: (w * t).sum(),
+    "weighted mean": lambda t, w: (w * t).sum() / w.sum(),
+    "normalised weights": lambda t, w: (w / w.sum()) @ t,
+    "means of parts": lambda t, w: t[:4].mean() + (w * t).mean(),
+}
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from(sorted(TERMS)),
+    st.sampled_from(sorted(REDUCED)),
+    st.floats(0.1, 10.0),
+    st.lists(st.sampled_from([0.0, 0.3, 1.0, 2.5]), min_size=N, max_size=N).filter(lambda w: sum(w[:2]) > 0),
+    st.integers(0, 2**16),
+)
+def test_what_is_read_is_the_loss_and_its_gauss_newton_matrix(terms, reduction, factor, weights, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(N, 4, generator=generator).double(), torch.randint(3, (N,), generator=generator)
+    weight = torch.randn(3, 4, generator=generator).double().requires_grad_()
+    w = torch.tensor(weights, dtype=torch.float64)
+
+    def step(number=N):
+        return factor * REDUCED[reduction](TERMS[terms](x[:number] @ weight.T, y[:number]), w[:number])
+
+    captured = capture_loss(step, num_examples=N, part=lambda few: lambda: step(few))
+    outputs, targets = captured.outputs, captured.targets
+    scaled = captured.scale * captured.unit_loss
+    for ours, theirs in zip(
+        *(torch.autograd.grad(e, weight, retain_graph=True) for e in (scaled, step())), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+    # The outputs are linear in the weights, so that the Gauss-Newton matrix is the loss's Hessian.
+    root = captured.likelihood.sqrt_hessian(outputs, targets)
+    rows = torch.stack(
+        [torch.autograd.grad(outputs, weight, r, retain_graph=True)[0] for r in one_each(root)]
+    )
+    matrix = captured.scale * rows.flatten(1).mT @ rows.flatten(1)
+    hessian = torch.autograd.functional.hessian(
+        lambda v: factor * REDUCED[reduction](TERMS[terms](x @ v.T, y), w), weight.detach()
+    )
+    torch.testing.assert_close(matrix, hessian.reshape(12, 12), rtol=1e-6, atol=1e-9)
+
+
+def one_each(root):
+    """Columns [C·N, N, ...] of which each is that of one example alone."""
+    apart = torch.zeros(len(root), *root.shape[1:2], *root.shape[1:], dtype=root.dtype)
+    for example in range(root.shape[1]):
+        apart[:, example, example] = root[:, example]
+    return apart.flatten(0, 1)
