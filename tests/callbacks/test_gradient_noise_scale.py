@@ -385,6 +385,7 @@ def test_not_resolved_is_nan_with_its_reason_once(tmp_path):
     [
         (readable_step, 1, "per_example"),
         (readable_step, 2, "per_example"),
+        (step_by_hand, 1, "per_example"),
         (penalised_step, 1, "split_batch"),
         (penalised_step, 2, "micro_batches"),
     ],
@@ -440,6 +441,14 @@ def test_nan_gradients_are_not_averaged_in(tmp_path):
 def test_an_incomplete_batch_of_one_is_passed_over(tmp_path):
     found = collected(tmp_path, GradientNoiseScale(**EVERY), in_order(noisy_targets(9), 8))
     assert found[0] == found[1]
+
+
+def test_a_loss_by_hand_has_the_noise_of_the_same_loss(tmp_path):
+    by_hand, readable = (
+        collected(tmp_path, GradientNoiseScale(**EVERY), in_order(noisy_targets(32), 8), Quadratic(step))
+        for step in (step_by_hand, readable_step)
+    )
+    assert [its.trace for its in by_hand] == pytest.approx([its.trace for its in readable], rel=1e-9)
 
 
 # What is refused
