@@ -20,6 +20,7 @@ from lightning_bayes.likelihoods import (
     Gaussian,
     HeteroscedasticGaussian,
     Likelihood,
+    NegativeLogLikelihood,
 )
 from lightning_bayes.loss_curvature.eigenvalue import Eigenvalue, largest_eigenvalue
 from lightning_bayes.loss_curvature.stability_reading import StabilityReading
@@ -50,4 +51,5 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "Gaussian",
     "HeteroscedasticGaussian",
     "Likelihood",
+    "NegativeLogLikelihood",
 ]

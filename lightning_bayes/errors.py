@@ -13,6 +13,10 @@ class EvidenceUnavailableError(ValueError):
     """
 
 
+class ReadOtherwiseError(EvidenceUnavailableError):
+    """A batch has told that the loss is to be read in another way than those before it: a reading begins anew."""
+
+
 def check_finite(tensor: Tensor, what: str) -> None:
     """Raise `EvidenceUnavailableError` unless every entry is finite."""
     if math.isfinite(tensor.sum().item()):  # nothing is added to NaN or infinity that makes it finite again

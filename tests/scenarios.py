@@ -420,6 +420,11 @@ def step_by_hand(module, batch):
     return (module.linear(x) - y).square().mean()
 
 
+def penalised_step(module, batch):
+    """A loss whose penalty no example is on."""
+    return step_by_hand(module, batch) + 0.0 * module.linear.weight.square().sum()
+
+
 class Quadratic(L.LightningModule):
     """Weights that do not move: each step is a draw of the same distribution."""
 

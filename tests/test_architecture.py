@@ -19,7 +19,7 @@ FOLDERS = [  # from the top down
     {"row_storage"},
     {"rows"},
     {"priors"},
-    {"capture"},
+    {"capture", "capture/any_loss"},
     {"likelihoods"},
     {"numerics"},
     {"functional/advice"},

@@ -4,7 +4,7 @@ Two backward passes tell. With independent examples the gradient of Σₙ wₙ �
 is wₙ times that of Σₙ ⟨sₙ, f(xₙ)⟩ wherever the tensor belongs to example n.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -102,7 +102,10 @@ def rows_of_examples(layout: Layout, num_examples: int) -> Callable[[Tensor], Te
     return partial(layout.apart, num_examples=num_examples)
 
 
-def layout_of_rows(outputs: Tensor, num_examples: int) -> Layout:
+ROWS = (Layout(0, major=True), Layout(0, major=False))
+
+
+def layout_of_rows(outputs: Tensor, num_examples: int, layouts: Sequence[Layout] = ROWS) -> Layout:
     """Whether the k rows of an example follow each other, [N, k] flattened, or each other's examples, [k, N].
 
     With rows grouped rightly, the gradient of Σₙ wₙ ⟨sₙ, f(xₙ)⟩ in every step of the graph that knows examples
@@ -111,10 +114,11 @@ def layout_of_rows(outputs: Tensor, num_examples: int) -> Layout:
     Args:
         outputs: [N·k, ...], with their graph.
         num_examples: N.
+        layouts: Those that may be.
 
     Returns:
-        [N, k] unless [k, N] fits more steps. A network in which neither is right mixes its examples, which the
-        pass over the rows reports.
+        The first, [N, k], unless another fits more steps. A network in which neither is right mixes its examples,
+        which the pass over the rows reports.
     """
     generator = torch.Generator(device=outputs.device).manual_seed(0)
     seed = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
@@ -124,15 +128,63 @@ def layout_of_rows(outputs: Tensor, num_examples: int) -> Layout:
     steps = [GradientEdge(node, 0) for node in nodes[-DEEPEST:]]
     gradients = partial(torch.autograd.grad, outputs, steps, retain_graph=True, allow_unused=True)
     plain = gradients(seed)
-    weights, entries = example_weights(num_examples, outputs), len(outputs) // num_examples
+    weights = example_weights(num_examples, outputs)
 
     def num_fitting(layout: Layout) -> int:
+        entries = layout.entries(outputs, num_examples)
         each = weights.repeat_interleave(entries) if layout.major else weights.repeat(entries)
-        weighted = gradients(seed * each.reshape(-1, *[1] * (outputs.dim() - 1)))
+        weighted = gradients(seed * each.reshape(-1, *[1] * (outputs.dim() - 1 - layout.axis)))
         return sum(
             find_layout(a, b, num_examples) is not None
             for a, b in zip(plain, weighted, strict=True)
             if a is not None and b is not None and bool(a.any())
         )
 
-    return max(Layout(0, major=True), Layout(0, major=False), key=num_fitting)
+    return max(layouts, key=num_fitting)
+
+
+def follows_graph(outputs: Tensor, num_examples: int, layout: Layout) -> bool:
+    """Whether rows of a layout belong to the examples of the nearest tensor, by its shape, that they were made of.
+
+    They do not where rows were selected by a mask, and happen to be a multiple of N. True where there is no such
+    tensor.
+    """
+    for node in graph_nodes([outputs]):
+        shapes = [tuple(its.shape) for its in getattr(node, "_input_metadata", ())]
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        is_weight = all(hasattr(parent, "variable") for parent in parents)
+        if node is outputs.grad_fn or is_weight or not shapes or num_examples not in shapes[0]:
+            continue
+        weights, entries = example_weights(num_examples, outputs), layout.entries(outputs, num_examples)
+        each = weights.repeat_interleave(entries) if layout.major else weights.repeat(entries)
+        each = each.reshape(-1, *[1] * (outputs.dim() - 1 - layout.axis)).expand_as(outputs)
+        seeds = torch.ones_like(each), each
+        plain, weighted = (
+            torch.autograd.grad(outputs, [GradientEdge(node, 0)], seed, retain_graph=True, allow_unused=True)[
+                0
+            ]
+            for seed in seeds
+        )
+        if plain is None or weighted is None or not bool(plain.any()):
+            continue
+        return find_layout(plain, weighted, num_examples) is not None
+    return True
+
+
+def layout_in(tensor: Tensor, num_examples: int) -> Layout | None:
+    """The layout of a tensor that a network made of a batch: by its shape, and by its graph where there is a choice.
+
+    Args:
+        tensor: With its graph.
+        num_examples: N.
+
+    Returns:
+        None if no dimension can be that of the examples.
+    """
+    axes = [axis for axis, size in enumerate(tensor.shape) if size == num_examples]
+    layouts = [Layout(axis) for axis in axes]
+    if not layouts and tensor.dim() and ROWS[0].fits(tensor, num_examples):
+        layouts = list(ROWS)
+    if len(layouts) < 2 or num_examples == 1:
+        return layouts[0] if layouts else None
+    return layout_of_rows(tensor, num_examples, layouts)

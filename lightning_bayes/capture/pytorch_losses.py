@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_bayes.capture.example_layout import Layout, layout_of_rows, rows_of_examples
+from lightning_bayes.capture.example_layout import (
+    Layout,
+    follows_graph,
+    layout_of_rows,
+    rows_of_examples,
+)
 from lightning_bayes.likelihoods import (
     Bernoulli,
     Categorical,
@@ -26,8 +31,15 @@ WAY_OUT = (
     "(module, batch) -> (outputs, targets)."
 )
 
+
+class UnreadLossError(ValueError):
+    """A loss that is none of PyTorch's as they are written; its graph may tell what it is."""
+
+
 Grouping = Callable[[Tensor], Tensor]
 """Brings a tensor with a row for each row of the outputs to one with a row for each example."""
+GroupingOf = Callable[[int | None, Tensor], Grouping]
+"""The grouping, from the number of examples, None where a batch does not say, and the outputs."""
 
 
 @dataclass
@@ -49,13 +61,15 @@ class RowsOfExamples:
         num_rows = len(outputs) if outputs.dim() else 1
         if num_examples in (None, num_rows):
             return one_row_each
-        if not num_examples or num_rows == 0 or num_rows % num_examples:
-            raise ValueError(
+        layout = None
+        if num_examples and num_rows and num_rows % num_examples == 0:
+            layout = self.layout or layout_of_rows(outputs, num_examples)
+        if layout is None or not follows_graph(outputs, num_examples, layout):
+            raise UnreadLossError(
                 f"The loss sees {num_rows} rows of outputs, but the batch holds {num_examples} examples, so the "
                 "tokens of an example cannot be told. Keep every token and mark those that do not count by "
                 f"ignore_index instead of selecting by a mask. {WAY_OUT}"
             )
-        layout = self.layout or layout_of_rows(outputs, num_examples)
         if num_examples > 1:  # one example does not tell
             self.layout = layout
         return rows_of_examples(layout, num_examples)
@@ -106,6 +120,22 @@ def _cross_entropy(call: LossCall, rows: Grouping) -> Reading:
     return Reading(likelihood, outputs, targets)
 
 
+def _divergence(call: LossCall, rows: Grouping) -> Reading:
+    """Σ q (ln q − ln p): the cross-entropy of class probabilities q, less their entropy."""
+    log_p, q = call.arguments["input"], call.arguments["target"]
+    _one_shape(call.name, log_p, q)
+    log_p, q = (tensor.movedim(1, -1) if tensor.dim() > 1 else tensor for tensor in (log_p, q))
+    q = q.exp() if call.arguments["log_target"] else q
+    ones = [tensor.detach().sum(-1) for tensor in (log_p.exp(), q)]
+    if not all(torch.allclose(total, torch.ones_like(total), atol=1e-4) for total in ones):
+        raise UnreadLossError(
+            f"training_step calls {call.name} on numbers that are no log-probabilities of classes in dimension 1, "
+            f"beside class probabilities. {WAY_OUT}"
+        )
+    total = F.kl_div(log_p.detach(), q.detach(), reduction="sum")
+    return Reading(Categorical(class_dim=-1), rows(log_p), rows(q), total.item())
+
+
 def _binary_cross_entropy(call: LossCall, rows: Grouping) -> Reading:
     outputs, targets = call.arguments["input"], call.arguments["target"]
     _one_shape(call.name, outputs, targets)
@@ -121,7 +151,7 @@ def _binary_cross_entropy(call: LossCall, rows: Grouping) -> Reading:
 def _binary_cross_entropy_of_probabilities(call: LossCall, rows: Grouping) -> Reading:
     logits = call.arguments["logits"]
     if logits is None:
-        raise ValueError(
+        raise UnreadLossError(
             f"training_step calls {call.name} on probabilities that are not the sigmoid of logits, or no longer "
             f"just that. Use F.binary_cross_entropy_with_logits on the logits, which is more exact as well. {WAY_OUT}"
         )
@@ -136,7 +166,7 @@ def _mse(call: LossCall, rows: Grouping) -> Reading:
     outputs, targets = call.arguments["input"], call.arguments["target"]
     _one_shape(call.name, outputs, targets)
     if call.arguments.get("weight") is not None:  # an argument of newer PyTorch
-        raise ValueError(
+        raise UnreadLossError(
             f"training_step calls {call.name} with weight=a tensor, which the likelihood does not express. Noise "
             f"that differs between examples is that of F.gaussian_nll_loss; or score the plain likelihood: {WAY_OUT}"
         )
@@ -170,6 +200,8 @@ READERS: dict[Callable[..., Any], Callable[[LossCall, Grouping], Reading]] = {
     F.binary_cross_entropy: _binary_cross_entropy_of_probabilities,
     F.mse_loss: _mse,
     F.gaussian_nll_loss: _gaussian_nll,
+    # "batchmean" is the mean over examples; plain "mean" counts classes, and is a factor away.
+    F.kl_div: _divergence,
 }
 """Losses that can be read, as functions; their module forms end in them."""
 KNOWN = (

@@ -87,6 +87,7 @@ def evidence_of(
             for log_det in summary.samples
         ),
         lower_stderr=0.5 * summary.upper_stderr,
+        note=totals.likelihood.note,
         subset_of_weights=subset if isinstance(subset, str) else tuple(subset),
         log_evidence_best_prior=None if best is None else best[0],
         best_prior_precision=None if best is None else best[1],

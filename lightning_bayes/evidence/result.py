@@ -62,6 +62,7 @@ class Evidence:
         log_evidence_dof: Degrees of freedom of `log_evidence_stderr`, infinite where it is as good as certain.
         samples: The log-evidence by each random vector of "lanczos", of which `log_evidence` is the mean.
         newton_decrement_error: What `newton_decrement` may be too small by at most; 0 where it is exact.
+        note: What is scored, where that is not the plain likelihood of the targets; a sentence, or None.
     """
 
     log_evidence: float
@@ -95,6 +96,7 @@ class Evidence:
     log_evidence_dof: float = math.inf
     newton_decrement_error: float = 0.0
     samples: tuple[float, ...] = field(default=(), repr=False)
+    note: str | None = None
 
     def above(self, other: "Evidence") -> tuple[float, float]:
         """By how much this log-evidence is above another one, and the standard error of that.
@@ -175,6 +177,8 @@ class Evidence:
         if self.fixed_parameters:
             lines.append(f"{'held fixed':<22}{_shorten(self.fixed_parameters)}")
         lines.append(f"{'seconds':<22}{self.seconds:>16.2f}")
+        if self.note is not None:
+            lines.append(f"{self.note}.")
         return "\n".join(lines)
 
     def _verdict(self) -> str:

@@ -144,7 +144,7 @@ class _Search:
         if self._seeks_noise:
             determined = sum(traces[name] for name in precision if name not in self._tied)
             held = sum(penalties[name] for name in self._tied)
-            slopes.append(totals.unit_loss / phi - 0.5 * (totals.num_terms - determined - held))
+            slopes.append(totals.unit_loss / phi - 0.5 * (totals.num_observed - determined - held))
         return value, np.array(slopes)
 
     def root(self, low: float, start: float, high: float) -> float:

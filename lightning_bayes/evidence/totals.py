@@ -88,6 +88,7 @@ class Totals:
     null_loss: float | None
     num_examples: int
     num_terms: float
+    num_observed: float
     started: float
     reduction: LossReduction | None = None
     start: Mapping[str, float] | None = None
@@ -104,7 +105,7 @@ class Totals:
         Raises:
             EvidenceUnavailableError: If the residuals that it is estimated from are all zero.
         """
-        return self.likelihood.estimate_dispersion(self.unit_loss, self.num_terms)
+        return self.likelihood.estimate_dispersion(self.unit_loss, self.num_observed)
 
     def at(self, dispersion: float | None = None) -> Hyperparameters:
         """λ that is given, and the log-likelihood, at one φ; the λ of an optimized parameter stands for nothing.
@@ -113,7 +114,7 @@ class Totals:
             dispersion: φ, None for `Totals.dispersion`.
         """
         phi = self.dispersion if dispersion is None else dispersion
-        log_likelihood = self.likelihood.log_likelihood(self.unit_loss, phi, self.num_terms)
+        log_likelihood = self.likelihood.log_likelihood(self.unit_loss, phi, self.num_observed)
         scale, training = 1.0, self.reduction
         if training is not None:
             terms_per_example = self.num_terms / self.num_examples
@@ -196,7 +197,7 @@ def read_all(
             f"The data came in {sums.num_batches} batches where {num_batches} were expected, and a sample of "
             "blocks of them stands for all. Use structure='blocks' without num_blocks=."
         )
-    if sums.num_terms == 0.0:
+    if sums.num_observed == 0.0:
         raise EvidenceUnavailableError("No target counts: the loss ignores them all.")
     held = tuple(name for name, _ in network.named_parameters() if name not in weights)
     return Totals(
@@ -213,6 +214,7 @@ def read_all(
         null_loss=sums.null_loss,
         num_examples=sums.num_examples,
         num_terms=sums.num_terms,
+        num_observed=sums.num_observed,
         started=started,
     )
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from lightning_bayes.likelihoods.base import Likelihood
 from lightning_bayes.likelihoods.bernoulli import Bernoulli
 from lightning_bayes.likelihoods.categorical import Categorical
+from lightning_bayes.likelihoods.function import NegativeLogLikelihood
 from lightning_bayes.likelihoods.gaussian import Gaussian, HeteroscedasticGaussian
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Gaussian",
     "HeteroscedasticGaussian",
     "Likelihood",
+    "NegativeLogLikelihood",
     "resolve_likelihood",
 ]
 

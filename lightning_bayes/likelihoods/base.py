@@ -38,8 +38,10 @@ class Likelihood(ABC):
     """φ; None where it is to be estimated from the residuals."""
     optimizes_dispersion: bool = False
     """Whether φ is to maximise the log-evidence rather than the likelihood."""
-    torch_terms: ClassVar[float] = 1.0
+    torch_terms: float = 1.0
     """PyTorch's summed loss as a multiple of `unit_loss`: F.mse_loss has no ½."""
+    remark: str | None = None
+    """What a loss that was read adds to `note`."""
 
     @abstractmethod
     def prepare(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Any]:
@@ -90,6 +92,20 @@ class Likelihood(ABC):
     def num_terms(self, outputs: Tensor, targets: Any) -> float:
         """What PyTorch's mean-reduced loss divides the sum over this batch by."""
 
+    def num_observed(self, outputs: Tensor, targets: Any) -> float:
+        """Summed weights of the log-densities in `unit_loss`: how often the normalising constant counts."""
+        return self.num_terms(outputs, targets)
+
+    def weighted(self, targets: Any, weights: Tensor, num_terms: float) -> Any:
+        """Prepared targets whose terms of `unit_loss` count so many times.
+
+        Args:
+            targets: As `prepare` returns them.
+            weights: At least 0, one for each target, in a shape that can be brought to theirs.
+            num_terms: What the loss divides the weighted sum by.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no weights of single targets")
+
     def null_loss(self, outputs: Tensor, targets: Any) -> float | None:
         """Summed unit loss of guessing, None where there is no guess to compare with."""
         return None
@@ -134,7 +150,7 @@ class Likelihood(ABC):
     @property
     def note(self) -> str | None:
         """A sentence on what is scored where that is not plain, None where it is."""
-        return None
+        return self.remark
 
     def __repr__(self) -> str:
         """The call that makes it, without what is left at its default."""

@@ -17,6 +17,8 @@ class BinaryTargets:
 
     positive: Tensor
     negative: Tensor
+    num_terms: float | None = None
+    """What the loss divides their sum by, None for N K."""
 
 
 class Bernoulli(DiagonalLikelihood):
@@ -59,6 +61,16 @@ class Bernoulli(DiagonalLikelihood):
         return flat, BinaryTargets(positive, negative)
 
     @override
+    def weighted(self, targets: BinaryTargets, weights: Tensor, num_terms: float) -> BinaryTargets:
+        weights = weights.reshape(targets.positive.shape).to(targets.positive)
+        return BinaryTargets(targets.positive * weights, targets.negative * weights, num_terms)
+
+    @override
+    def num_terms(self, outputs: Tensor, targets: BinaryTargets) -> float:
+        """N K, whatever the weights: PyTorch's mean does not divide by them."""
+        return outputs.numel() if targets.num_terms is None else targets.num_terms
+
+    @override
     def unit_loss(self, outputs: Tensor, targets: BinaryTargets) -> Tensor:
         """−Σ w (p y ln σ(f) + (1 − y) ln σ(−f)) over examples and outputs."""
         losses = targets.positive * F.logsigmoid(outputs) + targets.negative * F.logsigmoid(-outputs)
@@ -79,7 +91,7 @@ class Bernoulli(DiagonalLikelihood):
     @property
     @override
     def note(self) -> str | None:
-        return None if self.weight is None and self.pos_weight is None else WEIGHTED
+        return self.remark if self.weight is None and self.pos_weight is None else WEIGHTED
 
 
 def _broadcast(name: str, weights: Tensor, outputs: Tensor) -> Tensor:

@@ -154,6 +154,14 @@ class Categorical(Likelihood):
         return ClassTargets(q.sum(-1), q, sums.numel())
 
     @override
+    def weighted(self, targets: ClassTargets, weights: Tensor, num_terms: float) -> ClassTargets:
+        weights = weights.reshape(targets.total.shape).to(targets.total)
+        classes = targets.classes
+        if classes.is_floating_point():
+            classes = classes * weights.unsqueeze(-1)
+        return ClassTargets(targets.total * weights, classes, num_terms)
+
+    @override
     def unit_loss(self, outputs: Tensor, targets: ClassTargets) -> Tensor:
         """−Σ q_c ln softmax(f)_c over examples, tokens and classes."""
         accurate = accumulation_dtype(outputs.device)
@@ -217,7 +225,7 @@ class Categorical(Likelihood):
     @override
     def note(self) -> str | None:
         if self.weight is None:
-            return None
+            return self.remark
         return f"{WEIGHTED}; PyTorch's mean divides by the weights of each batch, which the sum does not"
 
 

@@ -1,6 +1,7 @@
 """Real targets with Gaussian noise: of one variance, or of a variance that the network predicts."""
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,7 +14,36 @@ from lightning_bayes.likelihoods.base import DiagonalLikelihood, flatten_alike
 from lightning_bayes.numerics.devices import accumulation_dtype
 
 
-class Gaussian(DiagonalLikelihood):
+@dataclass(frozen=True)
+class WeightedTargets:
+    """Real targets of which some count more than others, or not at all; see `Likelihood.weighted`."""
+
+    values: Tensor  # [N, K], anything finite where the weight is 0
+    weights: Tensor  # [N, K]
+    num_terms: float
+
+
+class _RealLikelihood(DiagonalLikelihood):
+    """A likelihood of real targets [N, K], or `WeightedTargets`."""
+
+    @override
+    def weighted(self, targets: Tensor, weights: Tensor, num_terms: float) -> WeightedTargets:
+        weights = weights.reshape(targets.shape).to(targets)
+        return WeightedTargets(targets.masked_fill(weights == 0, 0.0), weights, num_terms)
+
+    @override
+    def num_terms(self, outputs: Tensor, targets: Tensor | WeightedTargets) -> float:
+        """N K, or what the loss divides a weighted sum by."""
+        return targets.num_terms if isinstance(targets, WeightedTargets) else targets.numel()
+
+    @override
+    def num_observed(self, outputs: Tensor, targets: Tensor | WeightedTargets) -> float:
+        if isinstance(targets, WeightedTargets):
+            return targets.weights.double().sum().item()
+        return targets.numel()
+
+
+class Gaussian(_RealLikelihood):
     """Real targets with Gaussian noise, from means [N, ...]; targets of the same shape.
 
     Args:
@@ -32,17 +62,26 @@ class Gaussian(DiagonalLikelihood):
         self.dispersion = None if estimated else positive("sigma", sigma) ** 2
 
     @override
-    def prepare(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def prepare(
+        self, outputs: Tensor, targets: Tensor | WeightedTargets
+    ) -> tuple[Tensor, Tensor | WeightedTargets]:
         """Both become [N, K]."""
+        if isinstance(targets, WeightedTargets):
+            return outputs, targets
         return flatten_alike(outputs, targets, self.name)
 
     @override
-    def unit_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def unit_loss(self, outputs: Tensor, targets: Tensor | WeightedTargets) -> Tensor:
         """½ Σ (f − y)² over examples and outputs."""
+        if isinstance(targets, WeightedTargets):
+            squares = targets.weights * (outputs - targets.values).square()
+            return 0.5 * squares.sum(dtype=accumulation_dtype(outputs.device))
         return 0.5 * (outputs - targets).square().sum(dtype=accumulation_dtype(outputs.device))
 
     @override
-    def sqrt_diagonal(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def sqrt_diagonal(self, outputs: Tensor, targets: Tensor | WeightedTargets) -> Tensor:
+        if isinstance(targets, WeightedTargets):
+            return targets.weights.sqrt()
         return torch.ones_like(outputs, requires_grad=False)
 
     @override
@@ -64,7 +103,7 @@ class Gaussian(DiagonalLikelihood):
         return -unit_loss / dispersion - 0.5 * num_terms * math.log(2 * math.pi * dispersion)
 
 
-class HeteroscedasticGaussian(DiagonalLikelihood):
+class HeteroscedasticGaussian(_RealLikelihood):
     """Real targets with Gaussian noise of a predicted variance: outputs [N, 2K], K means, then K variances.
 
     The curvature is the Fisher information diag(1/v, 1/(2v²)) in (mean, variance): the Hessian's expectation
@@ -84,8 +123,12 @@ class HeteroscedasticGaussian(DiagonalLikelihood):
         self.eps = positive("eps", eps)
 
     @override
-    def prepare(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def prepare(
+        self, outputs: Tensor, targets: Tensor | WeightedTargets
+    ) -> tuple[Tensor, Tensor | WeightedTargets]:
         """Targets become [N, K]; variances are at least `eps`."""
+        if isinstance(targets, WeightedTargets):
+            return outputs, targets
         if outputs.dim() != 2 or outputs.shape[1] % 2 or targets.numel() * 2 != outputs.numel():
             raise ValueError(
                 "A gaussian_nll likelihood needs outputs [N, 2K], K means and then K variances, beside targets "
@@ -104,22 +147,21 @@ class HeteroscedasticGaussian(DiagonalLikelihood):
         return torch.cat([mean, variance + raised], dim=1), targets
 
     @override
-    def unit_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def unit_loss(self, outputs: Tensor, targets: Tensor | WeightedTargets) -> Tensor:
         """½ Σ ln v + (μ − y)²/v over examples and outputs."""
         mean, variance = outputs.chunk(2, dim=1)
-        losses = variance.log() + (mean - targets).square() / variance
+        values = targets.values if isinstance(targets, WeightedTargets) else targets
+        losses = variance.log() + (mean - values).square() / variance
+        if isinstance(targets, WeightedTargets):
+            losses = losses * targets.weights
         return 0.5 * losses.sum(dtype=accumulation_dtype(outputs.device))
 
     @override
-    def sqrt_diagonal(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def sqrt_diagonal(self, outputs: Tensor, targets: Tensor | WeightedTargets) -> Tensor:
         """1/√v for the means, 1/(√2 v) for the variances."""
         variance = outputs.detach().chunk(2, dim=1)[1]
-        return torch.cat([variance.rsqrt(), math.sqrt(0.5) / variance], dim=1)
-
-    @override
-    def num_terms(self, outputs: Tensor, targets: Tensor) -> float:
-        """N K, of 2K outputs an example."""
-        return targets.numel()
+        roots = torch.cat([variance.rsqrt(), math.sqrt(0.5) / variance], dim=1)
+        return roots * targets.weights.sqrt().repeat(1, 2) if isinstance(targets, WeightedTargets) else roots
 
     @override
     def log_likelihood(self, unit_loss: float, dispersion: float, num_terms: float) -> float:

@@ -34,6 +34,8 @@ class BatchRows:
     num_examples: int
     num_terms: float
     """What PyTorch's mean-reduced loss divides by."""
+    num_observed: float
+    """Summed weights of the log-densities in `unit_loss`."""
     unit_loss: float
     """In units of the dispersion."""
     null_loss: float | None
@@ -52,6 +54,7 @@ class BatchSums:
     unit_loss: float = 0.0
     null_loss: float | None = 0.0
     num_terms: float = 0.0
+    num_observed: float = 0.0
     num_examples: int = 0
     num_batches: int = 0
 
@@ -61,6 +64,7 @@ class BatchSums:
         self.num_batches += 1
         self.unit_loss += batch.unit_loss
         self.num_terms += batch.num_terms
+        self.num_observed += batch.num_observed
         if self.null_loss is not None:
             self.null_loss = None if batch.null_loss is None else self.null_loss + batch.null_loss
         for name, part in batch.gradient.items():
@@ -157,12 +161,14 @@ class RowReader:
                 self._generator = torch.Generator(device=outputs.device).manual_seed(0)
             roots = likelihood.sample_columns(outputs, targets, self._num_samples, self._generator)
         num_terms = likelihood.num_terms(outputs.detach(), targets)
+        num_observed = likelihood.num_observed(outputs.detach(), targets)
         null_loss = likelihood.null_loss(outputs.detach(), targets)
         with plain_kernels():
             self._apart = check_apart(forward, outputs, likelihood, self._network, self.parameters)
         return BatchRows(
             num_examples=len(outputs),
             num_terms=num_terms,
+            num_observed=num_observed,
             unit_loss=unit_loss.item(),
             null_loss=null_loss,
             gradient=dict(zip(self.parameters, gradient, strict=True)),

@@ -124,6 +124,7 @@ class HessianReader:
         return BatchRows(
             num_examples=len(outputs),
             num_terms=likelihood.num_terms(outputs, targets),
+            num_observed=likelihood.num_observed(outputs, targets),
             unit_loss=unit_loss.item(),
             null_loss=likelihood.null_loss(outputs, targets),
             gradient={n: part.detach() for n, part in zip(self.parameters, gradient, strict=True)},

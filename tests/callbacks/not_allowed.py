@@ -174,10 +174,9 @@ def classify(module, batch):
     return F.cross_entropy(module(batch[0]), batch[1])
 
 
-def two_losses(module, batch):
-    outputs = module(batch[0])
-    divergence = F.kl_div(outputs.log_softmax(1), torch.full_like(outputs, 1 / 3), reduction="batchmean")
-    return F.mse_loss(outputs, batch[0][:, :3]) + 0.1 * divergence
+def variational(module, batch):
+    code = module.net[:2](batch[0])
+    return F.mse_loss(module.net[2:](code), batch[0][:, :3]) + 0.1 * code.square().mean()
 
 
 def quantiles(module, batch):
@@ -186,9 +185,8 @@ def quantiles(module, batch):
     return torch.maximum(levels * error, (levels - 1) * error).mean()
 
 
-def smoothed_by_hand(module, batch):
-    logs = module(batch[0]).log_softmax(1)
-    return (0.9 * -logs.gather(1, batch[1].unsqueeze(1)).squeeze(1) + 0.1 * -logs.mean(1)).mean()
+def penalised(module, batch):
+    return classify(module, batch) + 1e-3 * sum(p.square().sum() for p in module.net.parameters())
 
 
 def dice(module, batch):
@@ -207,10 +205,6 @@ def triplets(module, batch):
 
 def absolute(module, batch):
     return F.l1_loss(module(batch[0]), batch[0][:, :3])
-
-
-def smooth_absolute(module, batch):
-    return F.smooth_l1_loss(module(batch[0]), batch[0][:, :3])
 
 
 def regression(module, batch):
@@ -269,12 +263,6 @@ def allocates(at_most, error):
         return classify(module, batch)
 
     return step
-
-
-def selected(module, batch):
-    logits = module(batch[0])
-    mask = batch[0][:, 2] > 0
-    return F.cross_entropy(logits[mask], batch[1][mask])
 
 
 def nodes(module, batch):

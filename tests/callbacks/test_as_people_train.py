@@ -10,7 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bayes import GradientNoiseScale, LaplaceEvidence, ScalingAdvisor, SGDNoiseScale, Stability
+from lightning_bayes import (
+    GradientNoiseScale,
+    LaplaceEvidence,
+    NegativeLogLikelihood,
+    ScalingAdvisor,
+    SGDNoiseScale,
+    Stability,
+    laplace_evidence,
+)
 from lightning_bayes.callbacks.measuring import MeasuringCallback
 from tests.scenarios import Module, cross_entropy, fit, loader, mlp, optimizer, tensors, trainer
 
@@ -54,13 +62,24 @@ def test_networks_that_end_in_a_sigmoid(tmp_path, step):
 
 
 def test_something_else_made_of_a_sigmoid_is_no_sigmoid(tmp_path):
-    def step(module, batch):
-        return F.binary_cross_entropy(module.network(batch[0]) * 0.9 + 0.05, batch[1])
+    """The outputs are then the probabilities that the loss sees."""
 
-    callback = LaplaceEvidence()
-    with pytest.warns(UserWarning, match="LaplaceEvidence: .*not the sigmoid of logits"):
-        fit(tmp_path, Module(nn.Sequential(mlp(1), nn.Sigmoid()), step), loader("binary"), callback)
-    assert callback.history == []
+    class Raised(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            return self.network(x) * 0.9 + 0.05
+
+    module = Module(
+        Raised(nn.Sequential(mlp(1), nn.Sigmoid())), lambda m, b: F.binary_cross_entropy(m(b[0]), b[1])
+    )
+    callback = LaplaceEvidence(prior_precision=1.0)
+    fit(tmp_path, module, loader("binary"), callback)
+    own = NegativeLogLikelihood(lambda p, y: -(y * p.log() + (1 - y) * (1 - p).log()).sum())
+    expected = laplace_evidence(module.network.eval(), tensors("binary"), likelihood=own, prior_precision=1.0)
+    assert callback.history[0][1].log_evidence == pytest.approx(expected.log_evidence, rel=1e-9)
 
 
 def of_a_dict(module, batch):

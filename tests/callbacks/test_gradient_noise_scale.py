@@ -28,6 +28,7 @@ from tests.scenarios import (
     mlp,
     noisy_targets,
     optimizer,
+    penalised_step,
     readable_step,
     step_by_hand,
     tensors,
@@ -384,8 +385,9 @@ def test_not_resolved_is_nan_with_its_reason_once(tmp_path):
     [
         (readable_step, 1, "per_example"),
         (readable_step, 2, "per_example"),
-        (step_by_hand, 1, "split_batch"),
-        (step_by_hand, 2, "micro_batches"),
+        (step_by_hand, 1, "per_example"),
+        (penalised_step, 1, "split_batch"),
+        (penalised_step, 2, "micro_batches"),
     ],
 )
 def test_auto(tmp_path, step, accumulate, method, caplog):
@@ -398,7 +400,7 @@ def test_auto(tmp_path, step, accumulate, method, caplog):
             Quadratic(step),
             accumulate_grad_batches=accumulate,
         )
-    assert ("No loss that can be read" in caplog.text) == (step is step_by_hand)
+    assert ("no example is on" in caplog.text) == (step is penalised_step)
     assert found == collected(
         tmp_path, told, in_order(noisy_targets(32), 8), Quadratic(step), accumulate_grad_batches=accumulate
     )
@@ -417,7 +419,7 @@ def test_batch_norm_without_running_statistics_has_no_examples(tmp_path, caplog)
 def test_a_batch_that_cannot_be_measured_is_skipped(tmp_path):
     def step(module, batch):
         if module.global_step == 2 and isinstance(batch[1], torch.Tensor):
-            return step_by_hand(module, batch)
+            return penalised_step(module, batch)
         return readable_step(module, batch)
 
     noise = GradientNoiseScale(method="per_example", **EVERY)
@@ -441,6 +443,14 @@ def test_an_incomplete_batch_of_one_is_passed_over(tmp_path):
     assert found[0] == found[1]
 
 
+def test_a_loss_by_hand_has_the_noise_of_the_same_loss(tmp_path):
+    by_hand, readable = (
+        collected(tmp_path, GradientNoiseScale(**EVERY), in_order(noisy_targets(32), 8), Quadratic(step))
+        for step in (step_by_hand, readable_step)
+    )
+    assert [its.trace for its in by_hand] == pytest.approx([its.trace for its in readable], rel=1e-9)
+
+
 # What is refused
 
 
@@ -455,7 +465,7 @@ class Closures(Quadratic):
         (Closures, {}, 8, "LBFGS", "Use another optimizer"),
         (Quadratic, {}, 1, "batches of 2 examples or more", ()),
         (Quadratic, {"method": "micro_batches"}, 8, "two micro-batches or more", ()),
-        (lambda: Quadratic(step_by_hand), {"method": "per_example"}, 8, "No loss that can be read", ()),
+        (lambda: Quadratic(penalised_step), {"method": "per_example"}, 8, "no example is on", ()),
     ],
 )
 def test_refused_before_the_first_step(tmp_path, module, arguments, batch_size, subject, remedy):

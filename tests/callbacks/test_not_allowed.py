@@ -35,31 +35,31 @@ ROWS = [
         no.Manual,
     ),
     Row(
-        "two-losses",
+        "variational",
         LaplaceEvidence,
-        "2 losses",
+        "meet in no tensor with a row for each example",
         READ_NETWORK,
         {"callback": NETWORK},
-        no.stepping(no.two_losses),
+        no.stepping(no.variational),
     ),
     Row(
         "quantiles",
         LaplaceEvidence,
-        "by hand",
+        "piecewise linear",
         READ_NETWORK,
         {"callback": NETWORK},
         no.stepping(no.quantiles),
     ),
     Row(
-        "smoothed-by-hand",
+        "penalty",
         LaplaceEvidence,
-        "by hand",
+        "no example is on",
         READ_NETWORK,
         {"callback": NETWORK},
-        no.stepping(no.smoothed_by_hand),
+        no.stepping(no.penalised),
     ),
     Row(
-        "dice", LaplaceEvidence, "no likelihood", "leave LaplaceEvidence out", LEAVE_OUT, no.stepping(no.dice)
+        "dice", LaplaceEvidence, "is not convex", "leave LaplaceEvidence out", LEAVE_OUT, no.stepping(no.dice)
     ),
     Row(
         "contrastive",
@@ -76,15 +76,6 @@ ROWS = [
         "eave LaplaceEvidence out",
         LEAVE_OUT,
         no.stepping(no.triplets),
-    ),
-    Row("l1", LaplaceEvidence, "F.l1_loss", READ_NETWORK, {"callback": NETWORK}, no.stepping(no.absolute)),
-    Row(
-        "smooth-l1",
-        LaplaceEvidence,
-        "F.smooth_l1_loss",
-        READ_NETWORK,
-        {"callback": NETWORK},
-        no.stepping(no.smooth_absolute),
     ),
     Row(
         "batch-norm-without-statistics",
@@ -277,14 +268,6 @@ ROWS = [
         READ_NETWORK,
         {"callback": NETWORK},
         no.StoresOnTrainer,
-    ),
-    Row(
-        "selected",
-        LaplaceEvidence,
-        "selecting by a mask",
-        READ_NETWORK,
-        {"callback": NETWORK},
-        no.stepping(no.selected),
     ),
     Row(
         "one-graph-gradient",

@@ -21,7 +21,6 @@ from lightning_bayes import (
     laplace_evidence,
 )
 from lightning_bayes.likelihoods import Likelihood
-from tests.refusals import fit_refuses
 from tests.scenarios import DECAY, Module, N, disagreements, fit, loader, mlp
 
 T, C = 5, 3
@@ -281,18 +280,23 @@ def test_a_given_likelihood_is_scored_in_the_place_of_the_training_loss(tmp_path
     assert disagreements(callback.history[0][1], expected) == {}
 
 
-def test_a_mask_is_refused_for_an_ignored_index(tmp_path):
+def test_a_mask_is_an_ignored_index(tmp_path):
     x, y = tokens()
 
     def step(module, batch):
         kept = batch[1] != IGNORED
         return F.cross_entropy(module(batch[0])[kept], batch[1][kept])
 
-    subject, remedy = (
-        "rows of outputs, but the batch holds 8 examples",
-        "ignore_index instead of selecting by a mask",
+    callback, module = LaplaceEvidence(batch_size=8), Module(mlp(), step)
+    fit(tmp_path, module, loader(data=(x, y)), callback)
+    expected = laplace_evidence(
+        module.network.eval(),
+        (x, y),
+        likelihood=Categorical(class_dim=-1),
+        prior_precision=DECAY * counted(y),
+        structure="full",
     )
-    fit_refuses(tmp_path, Module(mlp(), step), subject, remedy=remedy, data=loader(data=(x, y)))
+    assert disagreements(callback.history[0][1], expected) == {}
 
 
 def test_the_kind_of_likelihood_is_one_for_all_batches(tmp_path):

@@ -21,74 +21,29 @@ DOUBLE = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
 DIRECTLY = "LaplaceEvidence(likelihood=..., network=...) reads the network directly"
 
 STEPS = {
-    "by hand": (
-        lambda m, b: -m(b[0]).log_softmax(1).gather(1, b[1][:, None]).mean(),
-        "No loss that can be read was found in training_step.",
-        "F.cross_entropy",
-        "written out by hand",
-        DIRECTLY,
-    ),
     "called for show": (
-        lambda m, b: (cross_entropy(m, b), m(b[0]).square().mean())[1],
+        lambda m, b: (cross_entropy(m, b), m(b[0]).square().mean().sqrt())[1],
         "F.cross_entropy was called, but the loss does not depend on it",
-        DIRECTLY,
-    ),
-    "several": (
-        lambda m, b: cross_entropy(m, b) + one_hot(F.mse_loss)(m, b),
-        "made of 2 losses (",
-        "F.mse_loss",
-        "F.cross_entropy",
-        DIRECTLY,
-    ),
-    "two of a kind": (
-        lambda m, b: cross_entropy(m, b) + cross_entropy(m, b),
-        "made of 2 losses (F.cross_entropy, F.cross_entropy)",
+        "it is no sum over examples",
         DIRECTLY,
     ),
     "negative weight": (
         call(F.cross_entropy, weight=-DOUBLE),
         "`weight` to be finite and at least 0, got -3",
     ),
-    "weights in the mean alone": (
-        lambda m, b: F.cross_entropy(m(b[0]), b[1], weight=DOUBLE, reduction="none").mean(),
-        "a factor, a mask or a further term",
-        DIRECTLY,
-    ),
-    "factor": (lambda m, b: 0.5 * cross_entropy(m, b), "a factor", "has mean", "and sum", DIRECTLY),
     "regulariser": (
         lambda m, b: cross_entropy(m, b) + 1e-4 * sum(p.square().sum() for p in m.parameters()),
         "a further term is in the loss",
+        "a parameter reaches it by a way that no example is on",
         "through the optimizer's weight_decay",
         DIRECTLY,
     ),
-    "mask": (
-        lambda m, b: (F.cross_entropy(m(b[0]), b[1], reduction="none") * (b[0][:, 0] > 0)).mean(),
-        "a factor, a mask or a further term",
-        DIRECTLY,
-    ),
-    "in-place mask": (
-        lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none").mul_(b[0][:, 0] > 0).mean(),
-        "a factor, a mask or a further term",
-        DIRECTLY,
-    ),
     "raw logits in nll_loss": (call(F.nll_loss), "F.nll_loss expects log-probabilities", "log_softmax"),
-    "L1": (one_hot(F.l1_loss), "training_step uses F.l1_loss, which is not supported yet", DIRECTLY),
-    "probabilities": (
-        lambda m, b: F.binary_cross_entropy(m(b[0]).softmax(1), F.one_hot(b[1], 3).double()),
-        "F.binary_cross_entropy on probabilities that are not the sigmoid",
-        DIRECTLY,
-    ),
     "none returned": (lambda m, b: None, "training_step returned NoneType; a scalar loss", DIRECTLY),
     "no loss in the dict": (lambda m, b: {"nll": 1}, "training_step returned dict;", "'loss'", DIRECTLY),
     "not reduced": (
         call(F.cross_entropy, reduction="none"),
         "training_step returned Tensor of shape [8]",
-        DIRECTLY,
-    ),
-    "selected rows": (
-        lambda m, b: F.cross_entropy(m(b[0])[1:], b[1][1:]),
-        "sees 7 rows of outputs, but the batch holds 8 examples",
-        "ignore_index",
         DIRECTLY,
     ),
     "broadcast variance": (

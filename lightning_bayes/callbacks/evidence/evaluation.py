@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -17,9 +18,9 @@ from lightning_bayes.callbacks.trainer.optimizers import announce_prior, prior_o
 from lightning_bayes.callbacks.trainer.training_set import examples_of, step_batch_size
 from lightning_bayes.capture.examples import Examples
 from lightning_bayes.capture.forward import BatchForward
-from lightning_bayes.capture.loss import CapturedLoss
+from lightning_bayes.capture.loss import CapturedLoss, HowRead
 from lightning_bayes.capture.repeated_forwards import RepeatedForwards
-from lightning_bayes.errors import EvidenceUnavailableError
+from lightning_bayes.errors import EvidenceUnavailableError, ReadOtherwiseError
 from lightning_bayes.evidence.evaluate import evidence_of
 from lightning_bayes.evidence.options import Method, sampling_if_many_columns
 from lightning_bayes.evidence.rehearsal import LEAST_SECONDS, rehearse
@@ -28,6 +29,9 @@ from lightning_bayes.evidence.totals import LossReduction, read_all
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.priors.prior import Prior, PriorPrecision
 from lightning_bayes.priors.subset import last_layer
+
+MOST_READINGS = 2
+"""How often a reading of all batches begins anew because one has told more of the loss."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Rehearsed:
         chosen: The structure that is taken; None where the batch had no evidence.
         measured: Seconds that answers by some structures take, as far as they were measured.
         seconds: That an evaluation is expected to take.
+        how: The loss is read, where that is by its graph; the same at every epoch.
     """
 
     asked: Method
@@ -49,6 +54,7 @@ class Rehearsed:
     chosen: str | None = None
     measured: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    how: HowRead = field(default_factory=HowRead)
 
 
 @dataclass(frozen=True)
@@ -110,11 +116,26 @@ class Evaluation:
         Raises:
             EvidenceUnavailableError: If these weights have no evidence.
         """
+        again = partial(self._evidence, trainer, module, rehearsed, before, epoch_seconds)
+        for _ in range(MOST_READINGS):
+            with suppress(ReadOtherwiseError):
+                return again()
+        return again()
+
+    def _evidence(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        rehearsed: Rehearsed,
+        before: Evidence | None,
+        epoch_seconds: float,
+    ) -> Evidence:
+        """The evidence, unless some batch tells that the loss is to be read in another way."""
         training_batch_size = step_batch_size(trainer) or rehearsed.batch_size
         examples = examples_of(trainer, self.batch_size, self.max_examples)
         batches = enumerate(shown_in_bar(trainer, examples.read(), examples.num_batches))
         first = next(batches)
-        reader = ModuleReader(trainer, module, self.likelihood, self.network)
+        reader = ModuleReader(trainer, module, self.likelihood, self.network, rehearsed.how)
         # The kind of the likelihood is that of the first batch; the rest must be of the same kind.
         captured = reader.read(first[1], first[0])
         subset = self.method.subset_of_weights
@@ -172,7 +193,7 @@ class Evaluation:
             rank_zero_warn(f"LaplaceEvidence: {changed}")
         # The evidence has a loader of its own: what cannot be read from that one must fail now as well.
         own = BatchForward(partial(reader.outputs_and_targets, 0), next(iter(examples.read())))
-        settled = Rehearsed(asked, last_layer, len(captured.outputs))
+        settled = Rehearsed(asked, last_layer, len(captured.outputs), how=reader.how)
         try:
             rehearsal = rehearse(reader.network, own, captured.likelihood, prior, asked, number)
         except EvidenceUnavailableError as error:

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_bayes.capture.as_written import throw_away_copy
 from lightning_bayes.capture.autograd_graph import graph_nodes
-from lightning_bayes.capture.loss import WAY_OUT, CapturedLoss, capture_loss, loss_of
+from lightning_bayes.capture.loss import WAY_OUT, CapturedLoss, HowRead, capture_loss, loss_of
 from lightning_bayes.capture.pytorch_losses import RowsOfExamples
+from lightning_bayes.errors import ReadOtherwiseError
 from lightning_bayes.likelihoods import Likelihood
 
 NetworkOption = str | Callable[[LightningModule, Any], tuple[Tensor, Tensor]] | None
@@ -36,6 +37,7 @@ class ModuleReader:
         likelihood: None to read it from the loss.
         network: None to run training_step, the name of a submodule to call on `batch[0]` with targets
             `batch[1]`, or a function (module, batch) -> (outputs, targets).
+        how: What an earlier reader of the same module has settled of its loss.
 
     Attributes:
         network: The copy.
@@ -51,10 +53,12 @@ class ModuleReader:
         module: LightningModule,
         likelihood: Likelihood | None = None,
         network: NetworkOption = None,
+        how: HowRead | None = None,
     ) -> None:
+        self.how = HowRead() if how is None else how
         self._trainer, self._hooks, self._device = trainer, module, module.device
         self._likelihood, self._option = likelihood, network
-        self._kind: type[Likelihood] | None = None
+        self._kind: tuple[type[Likelihood], tuple[bool, bool]] | None = None
         self._rows = RowsOfExamples()
         self._takes_index: bool | None = None
         self.original = original_network(module, network)
@@ -84,11 +88,12 @@ class ModuleReader:
         batch = self._prepared(batch, transferred)
         with self._default_dtype():
             captured = self._read(batch, batch_idx)
-        self._kind = self._kind or type(captured.likelihood)
-        if type(captured.likelihood) is not self._kind:
-            raise ValueError(
-                f"The likelihood of this batch's loss is {type(captured.likelihood).__name__}, that of others is "
-                f"{self._kind.__name__}: the evidence needs one likelihood for all examples. {WAY_OUT}"
+        kind, told = type(captured.likelihood), (self.how.is_by_graph, self.how.as_expansion)
+        first, was_told = self._kind = self._kind or (kind, told)
+        if kind is not first:
+            raise (ValueError if told == was_told else ReadOtherwiseError)(
+                f"The likelihood of this batch's loss is {kind.__name__}, that of others is "
+                f"{first.__name__}: the evidence needs one likelihood for all examples. {WAY_OUT}"
             )
         return captured
 
@@ -139,8 +144,17 @@ class ModuleReader:
 
     def _read(self, batch: Any, batch_idx: int) -> CapturedLoss:
         if self._option is None:
-            grouping_of = partial(self._rows.grouping, num_examples_of(batch))
-            return capture_loss(self._training_step(batch, batch_idx), self._likelihood, grouping_of)
+
+            def step(few: int | None = None) -> object:
+                # It may work on its batch in place, and have to be run again, on its first examples too.
+                own = apply_to_collection(
+                    batch, Tensor, lambda t: t[:few].clone() if few and t.dim() else t.clone()
+                )
+                return self._training_step(own, batch_idx)()
+
+            number = num_examples_of(batch)
+            part = partial(partial, step)
+            return capture_loss(step, self._likelihood, self._rows.grouping, self.how, number, part)
         if self._likelihood is None:
             raise ValueError("Argument `network` needs an explicit `likelihood`.")
         outputs, targets = self._call_network(batch)

@@ -1,0 +1,1 @@
+"""Any loss that is a sum over examples, read by its graph."""
