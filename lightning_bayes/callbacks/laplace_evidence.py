@@ -118,8 +118,7 @@ class LaplaceEvidence(EpochReadings[Evidence]):
         trainer = Trainer(callbacks=[LaplaceEvidence(), EarlyStopping("bayes/log_evidence", mode="max")])
     """
 
-    LOGGED = KEYS
-    ALWAYS_LOGGED = UNAVAILABLE
+    LOGGED, ALWAYS_LOGGED = KEYS, UNAVAILABLE
     READING, NOUN = Evidence, "evidence"
 
     def __init__(

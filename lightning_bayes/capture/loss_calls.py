@@ -8,6 +8,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, cast
 
@@ -22,6 +23,7 @@ from lightning_bayes.capture.pytorch_losses import (
     OF_NO_LIKELIHOOD,
     READERS,
     WAY_OUT,
+    GroupingOf,
     LossCall,
     Reading,
     UnreadLossError,
@@ -42,6 +44,32 @@ RELATIVE_TOLERANCE = {
 A small regulariser must not pass: once the loss has fallen it is no longer small."""
 
 SIGMOIDS = (torch.sigmoid, Tensor.sigmoid, torch.special.expit)
+
+
+@dataclass(frozen=True)
+class CapturedLoss:
+    """A loss that is the negative log-likelihood of `targets` given `outputs`, up to its reduction.
+
+    Both are as `likelihood.prepare` returns them: the weights of this call are in the targets. `unit_loss` is the
+    likelihood's, with its graph; `value` is what the training_step returned.
+    """
+
+    outputs: Tensor
+    targets: Any
+    likelihood: Likelihood
+    unit_loss: Tensor
+    reduction: Reduction
+    value: float
+
+    @property
+    def scale(self) -> float:
+        """The factor s for which the loss is s · `unit_loss` of this batch, up to a constant."""
+        scale = self.likelihood.torch_terms
+        if self.reduction == "sum":
+            return scale
+        num_terms = self.likelihood.num_terms(self.outputs, self.targets)
+        # As in PyTorch, the mean over no token at all is not a number.
+        return scale / num_terms if num_terms else math.nan
 
 
 class LossCalls(TorchFunctionMode):
@@ -188,3 +216,31 @@ def reduction_of_call(
         f"{values['sum']:.6g}: a factor, a mask or a further term is in the loss, so it is not a negative "
         f"log-likelihood.{remark} Regularise through the optimizer's weight_decay. {WAY_OUT}"
     )
+
+
+def as_written(
+    step: Callable[[], object],
+    likelihood: Likelihood | None,
+    grouping_of: GroupingOf,
+    num_examples: int | None,
+) -> CapturedLoss:
+    """Read a loss of PyTorch's that is the value returned.
+
+    Raises:
+        UnreadLossError: If it is not, and its graph may tell.
+        ValueError: If it cannot be meant.
+    """
+    with LossCalls() as recorder:
+        loss = loss_of(step())
+    call = readable_call(recorder.calls, loss)
+    reading = READERS[call.function](call, grouping_of(num_examples, call.arguments["input"]))
+    read = reading.likelihood
+    outputs, targets = read.prepare(reading.outputs, reading.targets)
+    num_terms = read.num_terms(outputs.detach(), targets)
+    unit_loss, value = read.unit_loss(outputs, targets), loss.item()
+    reduction = reduction_of_call(call, reading, outputs.detach(), num_terms, unit_loss.item(), value)
+    if likelihood is not None:
+        read = overridden(call.name, reading.likelihood, likelihood)
+        outputs, targets = read.prepare(reading.outputs, reading.targets)
+        unit_loss = read.unit_loss(outputs, targets)
+    return CapturedLoss(outputs, targets, read, unit_loss, reduction, value)

@@ -40,8 +40,8 @@ class Likelihood(ABC):
     """Whether φ is to maximise the log-evidence rather than the likelihood."""
     torch_terms: float = 1.0
     """PyTorch's summed loss as a multiple of `unit_loss`: F.mse_loss has no ½."""
-    remark: str | None = None
-    """What a loss that was read adds to `note`."""
+    note: str | None = None
+    """A sentence on what is scored where that is not plain, None where it is."""
 
     @abstractmethod
     def prepare(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Any]:
@@ -146,11 +146,6 @@ class Likelihood(ABC):
         """
         scale = self.torch_terms * dispersion
         return scale * batch_size if reduction == "sum" else scale / terms_per_example
-
-    @property
-    def note(self) -> str | None:
-        """A sentence on what is scored where that is not plain, None where it is."""
-        return self.remark
 
     def __repr__(self) -> str:
         """The call that makes it, without what is left at its default."""

@@ -39,6 +39,7 @@ class Bernoulli(DiagonalLikelihood):
     def __init__(self, weight: Tensor | None = None, pos_weight: Tensor | None = None) -> None:
         self.weight = None if weight is None else weights_of("weight", weight)
         self.pos_weight = None if pos_weight is None else weights_of("pos_weight", pos_weight)
+        self.note = None if weight is None and pos_weight is None else WEIGHTED
 
     @override
     def prepare(self, outputs: Tensor, targets: Tensor | BinaryTargets) -> tuple[Tensor, BinaryTargets]:
@@ -87,11 +88,6 @@ class Bernoulli(DiagonalLikelihood):
     def null_loss(self, outputs: Tensor, targets: BinaryTargets) -> float:
         """Summed weights times ln 2; N K ln 2 without any."""
         return math.log(2) * (targets.positive + targets.negative).double().sum().item()
-
-    @property
-    @override
-    def note(self) -> str | None:
-        return self.remark if self.weight is None and self.pos_weight is None else WEIGHTED
 
 
 def _broadcast(name: str, weights: Tensor, outputs: Tensor) -> Tensor:

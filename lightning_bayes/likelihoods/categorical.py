@@ -54,13 +54,19 @@ class Categorical(Likelihood):
         class_dim: int | None = None,
     ) -> None:
         self.weight = None if weight is None else weights_of("weight", weight)
-        self.label_smoothing = finite("label_smoothing", label_smoothing, "a number in [0, 1]")
+        self.label_smoothing = label_smoothing
+        if label_smoothing != 0.0:  # most have none, and one is made for every batch that is read
+            self.label_smoothing = finite("label_smoothing", label_smoothing, "a number in [0, 1]")
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"Expected argument `label_smoothing` to be in [0, 1], got {label_smoothing!r}.")
         if class_dim not in (None, 1, -1):
             raise ValueError(f"Expected argument `class_dim` to be 1, -1 or None, got {class_dim!r}.")
         self.ignore_index = ignore_index
         self.class_dim = class_dim
+        if weight is not None:
+            self.note = (
+                f"{WEIGHTED}; PyTorch's mean divides by the weights of each batch, which the sum does not"
+            )
 
     @override
     def prepare(self, outputs: Tensor, targets: Tensor | ClassTargets) -> tuple[Tensor, ClassTargets]:
@@ -220,13 +226,6 @@ class Categorical(Likelihood):
     def null_loss(self, outputs: Tensor, targets: ClassTargets) -> float:
         """Summed weights times ln C; N ln C for N plain examples."""
         return math.log(outputs.shape[-1]) * targets.total.double().sum().item()
-
-    @property
-    @override
-    def note(self) -> str | None:
-        if self.weight is None:
-            return self.remark
-        return f"{WEIGHTED}; PyTorch's mean divides by the weights of each batch, which the sum does not"
 
 
 def _way_out(outputs: Tensor, targets: Tensor) -> str:

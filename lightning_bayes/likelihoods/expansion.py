@@ -65,7 +65,7 @@ class LocalExpansion(Likelihood):
     name = "expansion"
 
     def __init__(self, note: str | None = GENERALISED) -> None:
-        self._note = note
+        self.note = note
 
     @override
     def prepare(self, outputs: Tensor, targets: Expansion) -> tuple[Tensor, Expansion]:
@@ -92,11 +92,6 @@ class LocalExpansion(Likelihood):
     @override
     def num_observed(self, outputs: Tensor, targets: Expansion) -> float:
         return targets.num_observed
-
-    @property
-    @override
-    def note(self) -> str | None:
-        return self._note or self.remark
 
 
 def root_of(matrices: Tensor, scale: Tensor) -> Tensor:

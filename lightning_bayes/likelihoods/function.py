@@ -45,6 +45,7 @@ class NegativeLogLikelihood(Likelihood):
             if not callable(given) and (given is not None or name == "function"):
                 raise ValueError(f"Expected argument `{name}` to be a function, got {given!r}.")
         self.function, self.fisher_information, self.normalised = function, fisher_information, normalised
+        self.note = None if normalised else GENERALISED
 
     @override
     def prepare(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,11 +95,6 @@ class NegativeLogLikelihood(Likelihood):
     def num_terms(self, outputs: Tensor, targets: Any) -> float:
         """N."""
         return len(outputs)
-
-    @property
-    @override
-    def note(self) -> str | None:
-        return None if self.normalised else GENERALISED
 
     def _mapped(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         result: Tensor = torch.func.vmap(function)(*tensors)

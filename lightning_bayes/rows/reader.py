@@ -161,8 +161,8 @@ class RowReader:
                 self._generator = torch.Generator(device=outputs.device).manual_seed(0)
             roots = likelihood.sample_columns(outputs, targets, self._num_samples, self._generator)
         num_terms = likelihood.num_terms(outputs.detach(), targets)
-        num_observed = likelihood.num_observed(outputs.detach(), targets)
         null_loss = likelihood.null_loss(outputs.detach(), targets)
+        num_observed = likelihood.num_observed(outputs.detach(), targets)
         with plain_kernels():
             self._apart = check_apart(forward, outputs, likelihood, self._network, self.parameters)
         return BatchRows(

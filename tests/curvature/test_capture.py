@@ -374,7 +374,7 @@ def test_what_is_read_is_the_loss_and_its_gauss_newton_matrix(terms, reduction, 
     def step(number=N):
         return factor * REDUCED[reduction](TERMS[terms](x[:number] @ weight.T, y[:number]), w[:number])
 
-    captured = capture_loss(step, num_examples=N, part=lambda few: lambda: step(few))
+    captured = capture_loss(step, num_examples=N, again=lambda few: lambda: step(few or N))
     outputs, targets = captured.outputs, captured.targets
     scaled = captured.scale * captured.unit_loss
     for ours, theirs in zip(

@@ -85,9 +85,9 @@ class ModuleReader:
         Raises:
             ValueError: If the training_step cannot be read; the message names the way out.
         """
-        batch = self._prepared(batch, transferred)
+        again = partial(self._part, batch, transferred)
         with self._default_dtype():
-            captured = self._read(batch, batch_idx)
+            captured = self._read(self._prepared(batch, transferred), batch_idx, again)
         kind, told = type(captured.likelihood), (self.how.is_by_graph, self.how.as_expansion)
         first, was_told = self._kind = self._kind or (kind, told)
         if kind is not first:
@@ -142,19 +142,16 @@ class ModuleReader:
                 f"detached, computed under no_grad, or by another module. {WAY_OUT}"
             )
 
-    def _read(self, batch: Any, batch_idx: int) -> CapturedLoss:
+    def _read(self, batch: Any, batch_idx: int, again: Callable[[int | None], Any]) -> CapturedLoss:
+        """Read a batch that is prepared; `again` prepares it anew, or its first so many examples."""
         if self._option is None:
-
-            def step(few: int | None = None) -> object:
-                # It may work on its batch in place, and have to be run again, on its first examples too.
-                own = apply_to_collection(
-                    batch, Tensor, lambda t: t[:few].clone() if few and t.dim() else t.clone()
-                )
-                return self._training_step(own, batch_idx)()
-
+            step = self._training_step(batch, batch_idx)
             number = num_examples_of(batch)
-            part = partial(partial, step)
-            return capture_loss(step, self._likelihood, self._rows.grouping, self.how, number, part)
+
+            def repeated(few: int | None) -> Callable[[], object]:
+                return self._training_step(again(few), batch_idx)
+
+            return capture_loss(step, self._likelihood, self._rows.grouping, self.how, number, repeated)
         if self._likelihood is None:
             raise ValueError("Argument `network` needs an explicit `likelihood`.")
         outputs, targets = self._call_network(batch)
@@ -213,6 +210,14 @@ class ModuleReader:
             return tensor.to(first.dtype) if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
         return apply_to_collection(batch, Tensor, widen)
+
+    def _part(self, batch: Any, transferred: bool, few: int | None) -> Any:
+        """A batch prepared once more, of which a training_step may have worked in place; or its first examples."""
+        if few is not None:
+            batch = apply_to_collection(
+                batch, Tensor, lambda tensor: tensor[:few] if tensor.dim() else tensor
+            )
+        return self._prepared(batch, transferred)
 
     def _default_dtype(self) -> AbstractContextManager[None]:
         """What a training_step that makes tensors of its own relies on with precision="64-true"."""

@@ -29,7 +29,7 @@ def read_by_graph(
     given: Likelihood | None,
     grouping_of: GroupingOf,
     num_examples: int | None,
-    part: Callable[[int], Callable[[], object]] | None,
+    part: Callable[[int | None], Callable[[], object]] | None,
 ) -> tuple[Tensor, Any, Likelihood, Tensor, Reduction, float]:
     """Outputs, targets, likelihood, unit loss, reduction and value of a loss that is a sum over examples.
 
@@ -72,7 +72,7 @@ def _normaliser(
     route: Route,
     how: HowRead,
     grouping_of: GroupingOf,
-    part: Callable[[int], Callable[[], object]] | None,
+    part: Callable[[int | None], Callable[[], object]] | None,
 ) -> tuple[Kind, float]:
     """How the loss is reduced, and what a term of weight 1 counts in it."""
     last, number = run.last_sum(), len(route.rows)
@@ -112,7 +112,7 @@ def _kind_by_parts(
     route: Route,
     how: HowRead,
     grouping_of: GroupingOf,
-    part: Callable[[int], Callable[[], object]] | None,
+    part: Callable[[int | None], Callable[[], object]] | None,
 ) -> Kind | None:
     """By what the first third of the examples counts alone: as much as in the batch, or as often as there are more.
 

@@ -165,4 +165,4 @@ def remark_weights(likelihood: Likelihood, weights: Tensor) -> None:
     """Let a likelihood say so where some terms count more than others, and not just not at all."""
     counted = weights[weights != 0]
     if len(counted) and not is_constant(counted):
-        likelihood.remark = OF_EXAMPLES
+        likelihood.note = likelihood.note or OF_EXAMPLES
