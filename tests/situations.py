@@ -54,8 +54,10 @@ class Table:
         number = sum(map(len, self._lines.values()))
         told = sum(bool(message) for lines in self._lines.values() for message in lines.values())
         parts = [
-            f"{number} situations: {number - told} give a number that is held against an independent one, {told} are "
-            'refused with a message; training goes on after it, unless `on_error="raise"`.\n'
+            "# What is supported, and what is refused\n",
+            f"Written by the tests, `pytest -m situation --situations docs/situations.md`. {number} situations: "
+            f"{number - told} give a number that is held against an independent one, {told} are refused with a "
+            'message; training goes on after it, unless `on_error="raise"`.\n',
         ]
         for title in sorted(self._lines):
             parts.append(f"## {title}\n\n| situation | what comes of it |\n|---|---|")

@@ -403,6 +403,7 @@ class Heads(nn.Module):
         return torch.cat(self.heads(x), dim=1)
 
 
+@pytest.mark.situation("Losses that are read by their graph")
 @pytest.mark.parametrize("name", CASES)
 def test_evidence_is_that_of_the_dense_matrix(tmp_path, name):
     case = CASES[name]
@@ -455,6 +456,7 @@ class Squashed(nn.Module):
         return self.network(x).tanh()
 
 
+@pytest.mark.situation("Losses that are read by their graph")
 @pytest.mark.parametrize("name", SQUARES)
 def test_squares_have_the_noise_that_they_have(tmp_path, name):
     torch.manual_seed(3)
@@ -546,6 +548,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.situation("Losses and steps that have no evidence")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_sum_over_examples_or_not_convex_is_refused(tmp_path, name):
     step, reason = REFUSED[name]
