@@ -534,7 +534,7 @@ REFUSED = {
     "Dice": (dice, SUM),
     "Dice of all classes": (dice_of_all, (CONVEX, "has the eigenvalue -")),
     "contrastive": (contrastive, SUM),
-    "standardised over the batch": (standardised, ("mixes the examples of a batch", "cannot be formed")),
+    "standardised over the batch": (standardised, "depends on the others of its batch"),
     "root of a mean": (lambda m, b: (m(b[0])[:, 0] - b[2]).square().mean().sqrt(), SUM),
     "variational": (variational, "meet in no tensor with a row for each example"),
     "penalty": (penalised, "weight_decay"),

@@ -353,7 +353,6 @@ REDUCED = {
     "sum": lambda t, w: (w * t).sum(),
     "weighted mean": lambda t, w: (w * t).sum() / w.sum(),
     "normalised weights": lambda t, w: (w / w.sum()) @ t,
-    "means of parts": lambda t, w: t[:4].mean() + (w * t).mean(),
 }
 
 

@@ -198,7 +198,7 @@ class ModuleReader:
         if not transferred:
             datamodule = getattr(self._trainer, "datamodule", None)
             for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
-                overridden = datamodule is not None and is_overridden(name, datamodule)
+                overridden = datamodule is not None and is_overridden(name, datamodule, _base(datamodule))
                 hook = getattr(datamodule if overridden else self._hooks, name)
                 batch = hook(batch, self._device, 0) if name == "transfer_batch_to_device" else hook(batch, 0)
         batch = self._trainer.precision_plugin.convert_input(batch)
@@ -281,6 +281,11 @@ def original_network(module: LightningModule, network: NetworkOption) -> nn.Modu
         raise ValueError(
             f"network={network!r} names no submodule of {type(module).__name__}; its children are {names}."
         ) from error
+
+
+def _base(datamodule: object) -> type:
+    """The LightningDataModule that a datamodule is one of, of either package."""
+    return next(base for base in type(datamodule).__mro__ if base.__name__ == "LightningDataModule")
 
 
 def _nothing(*args: object, **kwargs: object) -> None:

@@ -6,7 +6,7 @@ the Gauss-Newton matrix is made of. Going on through maps that are affine leaves
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -16,9 +16,17 @@ from typing_extensions import override
 from lightning_bayes.capture.any_loss.loss_graph import Edge, PenaltyError
 from lightning_bayes.capture.any_loss.recognised import recognised
 from lightning_bayes.capture.any_loss.second_derivative import Derivatives, Outputs
-from lightning_bayes.capture.any_loss.step_run import Read, Route, StepRun, layouts_of, outputs_of
+from lightning_bayes.capture.any_loss.step_run import (
+    Read,
+    Route,
+    StepRun,
+    is_constant,
+    layouts_of,
+    outputs_of,
+)
 from lightning_bayes.capture.example_layout import Layout, follows_graph
 from lightning_bayes.capture.loss_calls import Reduction, overridden
+from lightning_bayes.errors import ReadOtherwiseError
 from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.likelihoods.expansion import (
     MOST_OUTPUTS,
@@ -61,6 +69,7 @@ class HowRead:
         kind: How the loss is reduced.
         factor: Of the loss, where it is no likelihood's and a factor belongs to it.
         as_expansion: Whether the loss was not recognised.
+        is_alike: Whether all terms of a likelihood that count do so alike, in every batch.
     """
 
     is_by_graph: bool = False
@@ -70,6 +79,29 @@ class HowRead:
     kind: Kind | None = None
     factor: float | None = None
     as_expansion: bool = False
+    is_alike: bool | None = None
+
+    def term(self, weights: Tensor, otherwise: float, num_examples: int) -> float:
+        """What a term of weight 1 counts in the loss: what all do where they are alike, however it was written.
+
+        Args:
+            weights: What each term counts in the loss.
+            otherwise: What the last sum of the loss says.
+            num_examples: Of the batch.
+
+        Raises:
+            ReadOtherwiseError: If they are not alike, and were so in all batches before.
+        """
+        counted = weights[weights != 0].abs()
+        alike = len(counted) == 0 or is_constant(counted)
+        if self.is_alike and not alike:
+            self.is_alike = False
+            raise ReadOtherwiseError(
+                "The terms of the loss are weighted, which earlier batches did not tell."
+            )
+        if self.is_alike is None and num_examples > 1:
+            self.is_alike = alike
+        return counted[0].item() if alike and self.is_alike is not False and len(counted) else otherwise
 
 
 class UnreadableGraphError(Exception):
@@ -92,7 +124,10 @@ class Curved(Route):
 
     def is_recognised(self) -> bool:
         """Whether it is the weighted sum of the terms of a likelihood."""
-        return recognised(self.outputs, self.derivatives, self.run.loss.item(), "mean", 1.0, None) is not None
+        value = self.run.loss.item()
+        return (
+            recognised(self.outputs, self.derivatives, value, "mean", lambda weights: 1.0, None) is not None
+        )
 
     def check_convex(self) -> None:
         """Raise unless every example's Hessian can be formed, and has no negative eigenvalue."""
@@ -107,7 +142,8 @@ class Curved(Route):
     def read(self, reduction: Reduction, normaliser: float, factor: float, given: Likelihood | None) -> Read:
         how, outputs, value = self.how, self.outputs, self.run.loss.item()
         if not how.as_expansion:
-            known = recognised(outputs, self.derivatives, value, reduction, normaliser, given)
+            term = partial(how.term, otherwise=normaliser, num_examples=outputs.num_examples)
+            known = recognised(outputs, self.derivatives, value, reduction, term, given)
             if known is not None:
                 return known
             how.as_expansion = True

@@ -120,7 +120,8 @@ def known_densities(run: StepRun, layouts: Callable[[int, Tensor], Layout | None
     densities = [make() for make, _ in inner]
     known = [density for density in densities if density is not None]
     signed = [each * density.sign for density, each in zip(known, coefficients, strict=False)]
-    if len(known) < len(densities) or any(bool((each < 0).any()) for each in signed):
+    apart = all(density.has_targets_of_its_own(run.num_examples) for density in known)
+    if len(known) < len(densities) or not apart or any(bool((each < 0).any()) for each in signed):
         return None
     tensors = list({id(t): t for density in known for t in density.parameters}.values())
     if not run.separates(tensors):

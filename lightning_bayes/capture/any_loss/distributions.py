@@ -50,6 +50,14 @@ class Density:
         """Of the batch of independent variables."""
         return self.information.shape[:-2]
 
+    def has_targets_of_its_own(self, num_examples: int | None) -> bool:
+        """Whether no variable was evaluated at the targets of all examples: [N, 1] beside [N] is [N, N]."""
+        evaluated = self.result.shape
+        if len(evaluated) < len(self.shape):  # reduced
+            return True
+        more = len(evaluated) - len(self.shape)
+        return evaluated[more:] == self.shape and num_examples not in evaluated[:more]
+
 
 def _normal(d: Any) -> Matrix:
     precision = d.scale**-2
@@ -130,9 +138,9 @@ VECTORS: dict[type, tuple[str, Callable[[Tensor], Tensor]]] = {
 
 def density_of(distribution: Any, result: Tensor) -> Density | None:
     """What a call of `log_prob` has evaluated; None where its Fisher information is not known here."""
-    kind, name = type(distribution), type(distribution).__name__
-    if kind is distributions.Chi2:
-        kind = distributions.Gamma
+    name = type(distribution).__name__
+    # The class whose density it is: somebody's own may add to it without changing that.
+    kind = next(base for base in type(distribution).__mro__ if "log_prob" in vars(base))
     with torch.no_grad():
         if kind in VECTORS:
             attribute, of = VECTORS[kind]

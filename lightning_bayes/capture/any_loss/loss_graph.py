@@ -103,8 +103,14 @@ class LossGraph:
         """Whether no parameter reaches the loss but through these edges, of which none lies behind another."""
         if any(node in self._leaves for node in self._walk([self.root], cut)):
             return False
-        behind = [parent for node in {node for node, _ in cut} for parent, _ in self.parents(node)]
-        return not {node for node, _ in cut} & set(self._walk(behind))
+        behind: set[Edge] = set()
+        pending = [edge for node in {node for node, _ in cut} for edge in self.parents(node)]
+        while pending:
+            edge = pending.pop()
+            if edge not in behind:
+                behind.add(edge)
+                pending += self.parents(edge[0])
+        return not set(cut) & behind  # two results of one node lie side by side
 
     def expanded(self, cut: Iterable[Edge], has_examples: Callable[[Edge], bool]) -> tuple[Edge, ...] | None:
         """The cut one level nearer to the parameters, None where it is as near as can be.

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_bayes.capture.any_loss.cut import HowRead, Kind, UnreadableGraphError, curved_route
 from lightning_bayes.capture.any_loss.densities import known_densities
 from lightning_bayes.capture.any_loss.known_call import known_call
-from lightning_bayes.capture.any_loss.step_run import Route, StepRun, layouts_of, remark_weights
+from lightning_bayes.capture.any_loss.step_run import LastSum, Route, StepRun, layouts_of, remark_weights
 from lightning_bayes.capture.loss_calls import Reduction
 from lightning_bayes.capture.pytorch_losses import WAY_OUT, GroupingOf, UnreadLossError
 from lightning_bayes.errors import EvidenceUnavailableError
@@ -18,6 +18,10 @@ from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.likelihoods.expansion import IndefiniteLossError
 
 OTHERWISE = "Then leave LaplaceEvidence out of this run, or:"
+DEPENDS = (
+    "what an example counts in it depends on the others of its batch, as weights by the frequency of classes in a "
+    "batch, targets that are standardised by it, or its hardest examples do. So it is no sum over examples."
+)
 CONVEX_NOWHERE = "The loss of training_step is a sum over examples, but no evidence can be made of it."
 TOLERANCE = 1e-3
 """Relative difference up to which the gradients of an example in a batch and in a part of it are proportional."""
@@ -52,7 +56,7 @@ def read_by_graph(
             remark_weights(likelihood, route.rows)
     except UnreadableGraphError as error:
         raise ValueError(
-            f"{how.why} Nor can it be read by its graph: {error} {OTHERWISE} {WAY_OUT}"
+            f"No evidence can be made of the loss of training_step: {error} {how.why} {OTHERWISE} {WAY_OUT}"
         ) from error
     except IndefiniteLossError as error:
         message = f"{CONVEX_NOWHERE} {error} {OTHERWISE} {WAY_OUT}"
@@ -93,18 +97,22 @@ def _normaliser(
         # Weights that add up to 1 in each batch: the mean weight of what counts is 1.
         counted = route.rows[route.rows != 0].abs()
         per_term = counted.double().mean().item() if route.is_known and len(counted) else 1.0 / number
+    if route.is_known and route.per_term is None:
+        per_term = how.term(route.rows, per_term, number)
     if not per_term > 0.0:
         raise EvidenceUnavailableError("No target counts: the loss ignores them all.")
     if not route.is_known and how.factor is None:
-        factor = 1.0 if kind == "weighted mean" else per_term
-        if kind == "mean":
-            of_entries = last is not None and (last.is_mean or math.isclose(per_term * last.number, 1.0))
-            factor = per_term * (last.number if of_entries and last is not None else number)
-        if number > 1:
-            how.factor = factor
-        else:
-            how.factor = how.factor or factor
+        _settle_factor(how, kind, per_term, last, number)
     return kind, per_term
+
+
+def _settle_factor(how: HowRead, kind: Kind, per_term: float, last: LastSum | None, number: int) -> None:
+    """What a loss that is no likelihood's is a multiple of its terms by, which belongs to it."""
+    factor = 1.0 if kind == "weighted mean" else per_term
+    if kind == "mean":
+        of_entries = last is not None and (last.is_mean or math.isclose(per_term * last.number, 1.0))
+        factor = per_term * (last.number if of_entries and last is not None else number)
+    how.factor = factor
 
 
 def _kind_by_parts(
@@ -114,7 +122,7 @@ def _kind_by_parts(
     grouping_of: GroupingOf,
     part: Callable[[int | None], Callable[[], object]] | None,
 ) -> Kind | None:
-    """By what the first third of the examples counts alone: as much as in the batch, or as often as there are more.
+    """By what two thirds of the examples count alone: as much as in the batch, or as often as there are more.
 
     Returns:
         None if that does not tell.
@@ -122,7 +130,7 @@ def _kind_by_parts(
     number = run.num_examples
     if part is None or number is None or number < 2 or len(route.rows) != number:
         return None
-    few = max(1, number // 3)
+    few = max(1, 2 * number // 3)
     try:
         with torch.random.fork_rng(devices=[]):
             other = _route(StepRun.of(part(few), few), how, grouping_of)
@@ -133,6 +141,10 @@ def _kind_by_parts(
         return None
     ratio = ((whole * alone).sum() / whole.square().sum()).item()
     if (alone - ratio * whole).norm() > TOLERANCE * alone.norm():
+        with torch.random.fork_rng(devices=[]):
+            again = _route(StepRun.of(part(None), number), how, grouping_of).rows
+        if torch.equal(again, route.rows):  # else it is random numbers that differ
+            raise UnreadableGraphError(DEPENDS)
         return None
     if math.isclose(ratio, 1.0, rel_tol=TOLERANCE):
         return "sum"

@@ -4,6 +4,7 @@ A loss is taken for one only if its value is that of the likelihood, too: then i
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +81,7 @@ def recognised(
     derivatives: Derivatives,
     value: float,
     reduction: Reduction,
-    normaliser: float,
+    term: Callable[[Tensor], float],
     given: Likelihood | None,
 ) -> Read | None:
     """The likelihood that a loss is the weighted sum of, with outputs and targets; None if it is none of those known.
@@ -90,7 +91,7 @@ def recognised(
         derivatives: Of the loss in these.
         value: Of the loss.
         reduction: Of the loss.
-        normaliser: What a term of weight 1 counts in it, unless all that count do so alike.
+        term: What a term of weight 1 counts in it, by what each of them does.
         given: In the place of the likelihood that is recognised.
     """
     vector = derivatives.random()
@@ -101,7 +102,7 @@ def recognised(
         weights = _squares(loss, derivatives)
         if weights is None:
             return None
-        normaliser = _scale(weights, normaliser)
+        normaliser = term(weights)
         likelihood, num_terms = reduced(Gaussian(), reduction, normaliser)
         likelihood = likelihood if given is None else overridden("a squared error by hand", likelihood, given)
         remark_weights(likelihood, weights)
@@ -112,17 +113,17 @@ def recognised(
     binary = None if one is None else _binary(loss)
     if binary is not None:
         positive, negative = binary
-        normaliser = _scale(positive + negative, normaliser)
+        normaliser = term(positive + negative)
         likelihood, num_terms = reduced(Bernoulli(), reduction, normaliser)
         likelihood = likelihood if given is None else overridden("a binary loss by hand", likelihood, given)
         remark_weights(likelihood, positive + negative)
         positive, negative = (outputs.rows([each / normaliser]) for each in binary)
         return outputs.rows(outputs.tensors), BinaryTargets(positive, negative, num_terms), likelihood
-    return None if one is None else _cross_entropy(loss, reduction, normaliser, given)
+    return None if one is None else _cross_entropy(loss, reduction, term, given)
 
 
 def _cross_entropy(
-    loss: _Loss, reduction: Reduction, normaliser: float, given: Likelihood | None
+    loss: _Loss, reduction: Reduction, term: Callable[[Tensor], float], given: Likelihood | None
 ) -> Read | None:
     """As `recognised`, of classes in the last dimension of one tensor, or in dimension 1."""
     outputs = loss.outputs
@@ -131,7 +132,7 @@ def _cross_entropy(
         classes = _classes(loss, dim) if dim and dim != layout.axis else None
         if classes is None:
             continue
-        normaliser = _scale(classes.sum(-1), normaliser)
+        normaliser = term(classes.sum(-1))
         likelihood, num_terms = reduced(Categorical(class_dim=-1), reduction, normaliser)
         likelihood = likelihood if given is None else overridden("a cross-entropy by hand", likelihood, given)
         remark_weights(likelihood, classes.sum(-1))
@@ -143,15 +144,6 @@ def _cross_entropy(
             logits, targets = logits.squeeze(1), targets.squeeze(1)
         return logits, ClassTargets(targets.sum(-1), targets, num_terms), likelihood
     return None
-
-
-def _scale(weights: Tensor, normaliser: float) -> float:
-    """The weight of one term that counts once: that of all where they are one, which a factor is no part of."""
-    counted = weights[weights != 0]
-    first = counted[0] if len(counted) else weights.new_ones(())
-    eps = torch.finfo(weights.dtype).eps
-    alike = bool(((counted - first).abs() <= ROUNDING * eps * first.abs()).all())
-    return first.item() if alike else normaliser
 
 
 def _squares(loss: _Loss, derivatives: Derivatives) -> Tensor | None:

@@ -1,8 +1,9 @@
 """One run of a training_step with all that was seen of it, and what every way to read its loss has in common."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,13 +71,13 @@ class StepRun:
         return derivatives.gradient if derivatives.is_zero() else None
 
     def last_sum(self) -> "LastSum | None":
-        """What each entry of the tensor that is reduced to the loss counts; None if not seen, or not alike."""
+        """What each entry of what the loss is the sum or mean of counts; None if not seen, or not alike."""
         scalars = {
             self.graph.edge(call.result): call
             for call in self.calls
             if call.result.numel() == 1 and isinstance(call.arguments.get("target"), Tensor)
         }
-        is_mean = False
+        is_mean, last, total = False, None, 0.0
         for cut in self.graph.dominators(self.graph.root):
             is_mean |= type(cut[0][0]).__name__.startswith("MeanBackward")
             tensor = self.results.tensor(cut[0]) if len(cut) == 1 else None
@@ -85,14 +86,18 @@ class StepRun:
                 continue
             (each,) = torch.autograd.grad(self.loss, [tensor], retain_graph=True)
             if not is_constant(each):
-                return None
-            per_entry = abs(each.flatten()[0].item())
-            if call is None:
-                return LastSum(per_entry, tensor.numel(), is_mean)
-            number = call.arguments["target"].numel()
-            is_mean = call.arguments.get("reduction", "mean") == "mean"
-            return LastSum(per_entry / number if is_mean else per_entry, number, is_mean)
-        return None
+                return last
+            per_entry, number = abs(each.flatten()[0].item()), tensor.numel()
+            if call is not None:
+                number = call.arguments["target"].numel()
+                is_mean = call.arguments.get("reduction", "mean") == "mean"
+                return LastSum(per_entry / number if is_mean else per_entry, number, is_mean)
+            total = total or per_entry * number
+            if last is None:
+                last = LastSum(per_entry, number, is_mean)
+            elif math.isclose(per_entry * number, total, rel_tol=1e-6):  # a mean of means is one of all
+                last = replace(last, number=number, is_mean=is_mean)
+        return last
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class LastSum:
 
     Attributes:
         per_entry: What one of them counts.
-        number: Of them.
+        number: Of them; where they are means, of all that they are the means of.
         is_mean: Whether a mean was taken.
     """
 
