@@ -111,7 +111,7 @@ def main() -> None:
         rows.append({name: str(value) for name, value in json.loads(output.splitlines()[-1]).items()})
         rows.sort(key=lambda row: [float(row[name]) for name in ("num_probes", "num_examples", "seed")])
         write_rows(path, rows, list(rows[0]))
-        path.with_suffix(".md").write_text(table(rows))
+    path.with_suffix(".md").write_text(table(rows))
     print(table(rows))
 
 

@@ -1,6 +1,6 @@
 """What people's training runs do, and what came of each: docs/situations.md, from the tests' own outcome.
 
-    pytest --situations docs/situations.md
+    pytest -m situation --situations=docs/situations.md
 
 A test that is marked `situation("title")` adds a line for each of its parameters, once it has passed: supported,
 where its numbers are those of an independent reference, or refused, with the message that it has noted by `refused`.
@@ -55,7 +55,7 @@ class Table:
         told = sum(bool(message) for lines in self._lines.values() for message in lines.values())
         parts = [
             "# What is supported, and what is refused\n",
-            f"Written by the tests, `pytest -m situation --situations docs/situations.md`. {number} situations: "
+            f"Written by the tests, `pytest -m situation --situations=docs/situations.md`. {number} situations: "
             f"{number - told} give a number that is held against an independent one, {told} are refused with a "
             'message; training goes on after it, unless `on_error="raise"`.\n',
         ]

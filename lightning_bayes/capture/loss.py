@@ -12,6 +12,7 @@ from lightning_bayes.capture.any_loss.cut import HowRead
 from lightning_bayes.capture.any_loss.reading import read_by_graph
 from lightning_bayes.capture.loss_calls import CapturedLoss, Reduction, as_written, loss_of
 from lightning_bayes.capture.pytorch_losses import WAY_OUT, GroupingOf, UnreadLossError, one_row_each
+from lightning_bayes.errors import ReadOtherwiseError
 from lightning_bayes.likelihoods import Likelihood
 
 __all__ = ["WAY_OUT", "CapturedLoss", "HowRead", "Reduction", "capture_loss", "loss_of"]
@@ -39,15 +40,20 @@ def capture_loss(
             and there are no parts.
 
     Raises:
+        ReadOtherwiseError: If it was a loss as it is written in earlier batches, and is none in this one.
         ValueError: If the loss is no sum over examples, or no likelihood can be made of it.
     """
     how = HowRead() if how is None else how
     if not how.is_by_graph:
         draws = torch.get_rng_state()
         try:
-            return as_written(step, likelihood, grouping_of, num_examples)
+            captured = as_written(step, likelihood, grouping_of, num_examples)
+            how.is_as_written = True
+            return captured
         except UnreadLossError as error:
             how.why, how.is_by_graph = str(error).replace(WAY_OUT, "").strip(), True
+            if how.is_as_written:  # a sum over eight is a mean in a batch of eight
+                raise ReadOtherwiseError(str(error)) from error
             torch.set_rng_state(draws)
             step = step if again is None else again(None)
     return CapturedLoss(*read_by_graph(step, how, likelihood, grouping_of, num_examples, again))

@@ -104,11 +104,49 @@ def hardest(module, batch):
     return F.cross_entropy(module(batch[0])[:, 0], batch[2][:, 0], reduction="none").topk(2).values.mean()
 
 
+def middle(module, batch):
+    return F.cross_entropy(module(batch[0])[:, 0], batch[2][:, 0], reduction="none").median()
+
+
 @pytest.mark.situation("Losses and steps that have no evidence")
-@pytest.mark.parametrize("step", [weighted_by_frequency, standardised, hardest])
+@pytest.mark.parametrize("step", [weighted_by_frequency, standardised, hardest, middle])
 def test_what_an_example_counts_is_its_own(tmp_path, step):
     module = Module(Apart(), step)
     fit_refuses(tmp_path, module, "depends on the others of its batch", data=loader(data=(X, REALS, CLASSES)))
+
+
+def test_a_sum_over_a_number_is_a_mean_in_some_batches_only(tmp_path):
+    """Eight examples a step, and all in one batch of the evaluation but for eight."""
+
+    def summed(module, batch):
+        return F.cross_entropy(module(batch[0])[:, 0], batch[1], reduction="sum") / 8
+
+    def plain(module, batch):
+        return F.cross_entropy(module(batch[0])[:, 0], batch[1])
+
+    x, y = torch.cat([X, X]), torch.cat([CLASSES, CLASSES])[:, 0]
+    found = []
+    for step in (plain, summed):
+        torch.manual_seed(0)
+        callback = LaplaceEvidence(batch_size=32)
+        fit(tmp_path, Module(Apart(), step), loader(data=(x, y)), callback)
+        found.append(callback.history[0][1])
+    assert found[1].log_evidence == pytest.approx(found[0].log_evidence, rel=1e-9)
+    assert found[1].prior_precision == pytest.approx(found[0].prior_precision, rel=1e-9)
+
+
+def test_a_value_that_depends_on_the_parameters_has_more_curvature_to_it(tmp_path):
+    """−ln N(y + μ/2; μ) is −ln N(y; μ/2), of which a quarter of the information is left."""
+
+    def given(module, batch):
+        location = module(batch[0])[:, 0]
+        return -distributions.Normal(location, 1.0).log_prob(batch[1][:, 0] + 0.5 * location).mean()
+
+    def half(module, batch):
+        return -distributions.Normal(0.5 * module(batch[0])[:, 0], 1.0).log_prob(batch[1][:, 0]).mean()
+
+    pair = [evidence(tmp_path, step, lambda: nn.Linear(4, 1), REALS) for step in (given, half)]
+    assert pair[0].log_occam_factor == pytest.approx(pair[1].log_occam_factor, rel=1e-9)
 
 
 WIDER = {

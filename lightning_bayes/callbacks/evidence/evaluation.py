@@ -1,12 +1,12 @@
 """The evidence of the module that a Trainer trains, on its training data: rehearsed on one batch, then evaluated."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -30,6 +30,7 @@ from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.priors.prior import Prior, PriorPrecision
 from lightning_bayes.priors.subset import last_layer
 
+_Result = TypeVar("_Result")
 MOST_READINGS = 2
 """How often a reading of all batches begins anew because one has told more of the loss."""
 
@@ -74,7 +75,13 @@ class Evaluation:
         Raises:
             ValueError: If the module cannot be read.
         """
-        reader = ModuleReader(trainer, module, self.likelihood, self.network)
+        return anew(partial(self._rehearse, trainer, module, batch, batch_idx, HowRead()))
+
+    def _rehearse(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, how: HowRead
+    ) -> Rehearsed:
+        """`rehearse`, unless another batch tells that the loss is to be read in another way."""
+        reader = ModuleReader(trainer, module, self.likelihood, self.network, how)
         read = partial(reader.read, batch, batch_idx, transferred=True)
         captured, again = read(), read()
         reader.check_computed_by_copy(captured.outputs)
@@ -116,11 +123,7 @@ class Evaluation:
         Raises:
             EvidenceUnavailableError: If these weights have no evidence.
         """
-        again = partial(self._evidence, trainer, module, rehearsed, before, epoch_seconds)
-        for _ in range(MOST_READINGS):
-            with suppress(ReadOtherwiseError):
-                return again()
-        return again()
+        return anew(partial(self._evidence, trainer, module, rehearsed, before, epoch_seconds))
 
     def _evidence(
         self,
@@ -196,6 +199,8 @@ class Evaluation:
         settled = Rehearsed(asked, last_layer, len(captured.outputs), how=reader.how)
         try:
             rehearsal = rehearse(reader.network, own, captured.likelihood, prior, asked, number)
+        except ReadOtherwiseError:
+            raise
         except EvidenceUnavailableError as error:
             rank_zero_warn(f"LaplaceEvidence: the first batch has no evidence. {error}")
             return settled
@@ -206,3 +211,11 @@ class Evaluation:
         return replace(
             settled, chosen=rehearsal.structure, measured=rehearsal.measured, seconds=rehearsal.seconds
         )
+
+
+def anew(reading: Callable[[], _Result]) -> _Result:
+    """Read, and begin anew where a batch has told more of the loss than those before it."""
+    for _ in range(MOST_READINGS):
+        with suppress(ReadOtherwiseError):
+            return reading()
+    return reading()

@@ -63,6 +63,7 @@ class HowRead:
 
     Attributes:
         is_by_graph: Whether the loss is none of PyTorch's as they are written.
+        is_as_written: Whether some batch has been read as one.
         why: It is not, as a sentence.
         cut: Where the network ends.
         layouts: Of the tensors there.
@@ -73,6 +74,7 @@ class HowRead:
     """
 
     is_by_graph: bool = False
+    is_as_written: bool = False
     why: str = ""
     cut: Cut | None = None
     layouts: dict[int, Layout] = field(default_factory=dict)

@@ -196,7 +196,7 @@ def density_of_call(call: LossCall) -> Density | None:
     f, y = call.arguments.get("input"), call.arguments.get("target")
     if of is None or not isinstance(f, Tensor) or not isinstance(y, Tensor):
         return None
-    if f.shape != y.shape or call.arguments.get("weight") is not None:
+    if f.shape != y.shape or y.requires_grad or call.arguments.get("weight") is not None:
         return None
     with torch.no_grad():
         information, constant = of(call)
@@ -226,7 +226,9 @@ def noted_log_probs() -> Iterator[list[tuple[Any, Tensor]]]:
         @wraps(original)
         def log_prob(self: Any, *args: Any, **kwargs: Any) -> Tensor:
             result = original(self, *args, **kwargs)
-            if isinstance(result, Tensor) and result.grad_fn is not None:
+            # The information is that in the parameters: a value that depends on them too has more to it.
+            (value,) = (*args, *kwargs.values())
+            if isinstance(result, Tensor) and result.grad_fn is not None and not value.requires_grad:
                 calls.append((self, result))
             return result
 

@@ -137,9 +137,9 @@ def _kind_by_parts(
     except Exception:  # somebody's step need not take part of a batch: anything may come, and nothing is told
         return None
     whole, alone = route.rows[:few].double(), other.rows.double()
-    if whole.shape != alone.shape or not bool(whole.any()):
+    if whole.shape != alone.shape or not bool(whole.any() or alone.any()):
         return None
-    ratio = ((whole * alone).sum() / whole.square().sum()).item()
+    ratio = ((whole * alone).sum() / whole.square().sum()).item() if bool(whole.any()) else 0.0
     if (alone - ratio * whole).norm() > TOLERANCE * alone.norm():
         with torch.random.fork_rng(devices=[]):
             again = _route(StepRun.of(part(None), number), how, grouping_of).rows
