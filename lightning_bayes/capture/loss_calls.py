@@ -140,6 +140,10 @@ def readable_call(calls: list[LossCall], loss: Tensor) -> LossCall:
             f"training_step uses {call.name}, which is not the negative log-likelihood of anything: there is no "
             "evidence of it. Leave LaplaceEvidence out of this run."
         )
+    if getattr(call.arguments.get("target"), "requires_grad", False):
+        raise UnreadLossError(
+            f"training_step calls {call.name} with targets that depend on parameters, as the outputs do. {WAY_OUT}"
+        )
     if call.function not in READERS:
         raise UnreadLossError(
             f"training_step uses {call.name}, which is not read as it is written. {WAY_OUT}"

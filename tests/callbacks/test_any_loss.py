@@ -325,14 +325,10 @@ CASES = {
     ),
     "Laplace": density(lambda f: Laplace(f[..., 0], positive(f[..., 1])), REAL, tangent(2.4)),
     "Student's t": density(
-        lambda f: StudentT(positive(f[..., 2]) + 1, f[..., 0], positive(f[..., 1]), validate_args=False),
-        REAL,
-        tangent(4.0),
+        lambda f: StudentT(positive(f[..., 2]) + 1, f[..., 0], positive(f[..., 1])), REAL, tangent(4.0)
     ),
     "Student's t of given degrees": density(
-        lambda f: StudentT(
-            torch.full_like(f[..., 0], 4.0), f[..., 0], positive(f[..., 1]), validate_args=False
-        ),
+        lambda f: StudentT(torch.full_like(f[..., 0], 4.0), f[..., 0], positive(f[..., 1])),
         REAL,
         tangent(3.4),
     ),

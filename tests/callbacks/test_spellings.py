@@ -8,7 +8,7 @@ import torch
 from torch import distributions, nn
 from torch.nn import functional as F
 
-from lightning_bayes import LaplaceEvidence
+from lightning_bayes import Gaussian, LaplaceEvidence
 from tests.refusals import fit_refuses
 from tests.scenarios import Module, fit, loader
 
@@ -147,6 +147,28 @@ def test_a_value_that_depends_on_the_parameters_has_more_curvature_to_it(tmp_pat
 
     pair = [evidence(tmp_path, step, lambda: nn.Linear(4, 1), REALS) for step in (given, half)]
     assert pair[0].log_occam_factor == pytest.approx(pair[1].log_occam_factor, rel=1e-9)
+
+
+def test_targets_that_training_moves_are_outputs_too(tmp_path):
+    """exp(−|f₁ − f₂|²) of two heads has the curvature of their difference, not of the first alone."""
+
+    def moved(module, batch):
+        heads = module(batch[0])
+        return F.mse_loss(heads[:, 0], heads[:, 1] + batch[1][:, 0])
+
+    def difference(module, batch):
+        heads = module(batch[0])
+        return F.mse_loss(heads[:, 0] - heads[:, 1], batch[1][:, 0])
+
+    found = []
+    for step, likelihood in ((moved, "auto"), (difference, Gaussian(sigma=0.5**0.5))):
+        torch.manual_seed(0)
+        callback = LaplaceEvidence(likelihood=likelihood)
+        fit(tmp_path, Module(nn.Linear(4, 2), step), loader(data=(X, REALS)), callback)
+        found.append(callback.history[0][1])
+    assert "generalised" in found[0].note
+    assert found[0].prior_precision == pytest.approx(found[1].prior_precision, rel=1e-9)
+    assert found[0].log_occam_factor == pytest.approx(found[1].log_occam_factor, rel=1e-9)
 
 
 WIDER = {

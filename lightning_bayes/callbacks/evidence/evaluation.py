@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -30,9 +30,23 @@ from lightning_bayes.likelihoods import Likelihood
 from lightning_bayes.priors.prior import Prior, PriorPrecision
 from lightning_bayes.priors.subset import last_layer
 
+_Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 MOST_READINGS = 2
 """How often a reading of all batches begins anew because one has told more of the loss."""
+
+
+def anew(reading: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Let a reading begin anew where a batch has told more of the loss than those before it."""
+
+    @wraps(reading)
+    def repeated(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        for _ in range(MOST_READINGS):
+            with suppress(ReadOtherwiseError):
+                return reading(*args, **kwargs)
+        return reading(*args, **kwargs)
+
+    return repeated
 
 
 @dataclass(frozen=True)
@@ -75,12 +89,13 @@ class Evaluation:
         Raises:
             ValueError: If the module cannot be read.
         """
-        return anew(partial(self._rehearse, trainer, module, batch, batch_idx, HowRead()))
+        return self._rehearse(trainer, module, batch, batch_idx, HowRead())
 
+    @anew
     def _rehearse(
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, how: HowRead
     ) -> Rehearsed:
-        """`rehearse`, unless another batch tells that the loss is to be read in another way."""
+        """`rehearse`, with what is kept of the loss where it begins anew."""
         reader = ModuleReader(trainer, module, self.likelihood, self.network, how)
         read = partial(reader.read, batch, batch_idx, transferred=True)
         captured, again = read(), read()
@@ -103,6 +118,7 @@ class Evaluation:
             )
         return rehearsed
 
+    @anew
     def evidence(
         self,
         trainer: Trainer,
@@ -123,17 +139,6 @@ class Evaluation:
         Raises:
             EvidenceUnavailableError: If these weights have no evidence.
         """
-        return anew(partial(self._evidence, trainer, module, rehearsed, before, epoch_seconds))
-
-    def _evidence(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        rehearsed: Rehearsed,
-        before: Evidence | None,
-        epoch_seconds: float,
-    ) -> Evidence:
-        """The evidence, unless some batch tells that the loss is to be read in another way."""
         training_batch_size = step_batch_size(trainer) or rehearsed.batch_size
         examples = examples_of(trainer, self.batch_size, self.max_examples)
         batches = enumerate(shown_in_bar(trainer, examples.read(), examples.num_batches))
@@ -211,11 +216,3 @@ class Evaluation:
         return replace(
             settled, chosen=rehearsal.structure, measured=rehearsal.measured, seconds=rehearsal.seconds
         )
-
-
-def anew(reading: Callable[[], _Result]) -> _Result:
-    """Read, and begin anew where a batch has told more of the loss than those before it."""
-    for _ in range(MOST_READINGS):
-        with suppress(ReadOtherwiseError):
-            return reading()
-    return reading()

@@ -53,7 +53,7 @@ def _terms_shape(targets: Any) -> torch.Size:
 def known_call(run: StepRun, grouping_of: GroupingOf) -> Route | None:
     """The route of a loss made of one call in `READERS`, None if it is not."""
     calls = [call for call in run.calls if call.function in READERS and run.separates([call.result])]
-    if not calls:
+    if not calls or calls[0].arguments["target"].requires_grad:
         return None
     call = calls[0]
     coefficients = run.coefficients([call.result])
