@@ -18,7 +18,6 @@ from lightning_bayes.callbacks.trainer.module_reader import NetworkOption, origi
 from lightning_bayes.callbacks.trainer.optimizers import prior_of
 from lightning_bayes.callbacks.trainer.training_set import examples_of
 from lightning_bayes.evidence.options import Method
-from lightning_bayes.evidence.rehearsal import LEAST_SECONDS
 from lightning_bayes.evidence.result import Evidence
 from lightning_bayes.functional._validation import positive
 from lightning_bayes.likelihoods import Likelihood
@@ -100,8 +99,7 @@ class LaplaceEvidence(EpochReadings[Evidence]):
         max_stderr: Standard error in nats until which "lanczos" adds vectors, see `laplace_evidence`.
         max_overhead: Largest share of the training time that the callback may take, 0.1 for a tenth: epochs
             are skipped until an evaluation as long as the last fits. The first is always made. A key of a
-            skipped epoch keeps its last value for monitors. None skips none, but for structure="auto" where an
-            evaluation takes more than ten seconds and nothing monitors its keys: then 1.0, no longer than training.
+            skipped epoch keeps its last value for monitors. None skips none.
         log_key_prefix: Goes before each key.
         on_error: "warn" for one warning, NaN under the keys and a fit that goes on, where this Trainer, module, loss
             or dataset does not allow the measurement; "raise" for an error.
@@ -234,16 +232,10 @@ class LaplaceEvidence(EpochReadings[Evidence]):
         """
         if (trainer.current_epoch + 1) % self.every_n_epochs != 0:
             return False
-        if self._last_took is None:
+        if self.max_overhead is None or self._last_took is None:
             return True
-        most = self.max_overhead
-        if most is None:
-            asked = self.method.structure != "auto" or self._last_took <= LEAST_SECONDS
-            if asked or self._monitored(trainer):
-                return True
-            most = 1.0  # nobody asked for what takes so long
         training = time.monotonic() - self._started - self._spent
-        return self._spent + self._last_took <= most * training
+        return self._spent + self._last_took <= self.max_overhead * training
 
     @property
     @override
@@ -272,8 +264,6 @@ class LaplaceEvidence(EpochReadings[Evidence]):
         self._rehearsed = self._evaluation.rehearse(trainer, pl_module, batch, batch_idx)
         if self._rehearsed.seconds >= WORTH_SAYING:
             less = "" if self.max_overhead else ": max_overhead=0.1 keeps it to a tenth of the training"
-            if less and self.method.structure == "auto" and self._rehearsed.seconds > LEAST_SECONDS:
-                less = f", and epochs are skipped so that all take no longer than training{less}"
             seconds = f"{self._rehearsed.seconds:,.{0 if self._rehearsed.seconds >= 10 else 1}f}"
             rank_zero_info(f"LaplaceEvidence: an evaluation takes about {seconds} s{less}.")
         self._spent += time.monotonic() - start
